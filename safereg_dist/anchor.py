@@ -1,0 +1,168 @@
+"""Anchor rows: greedy answers of the reference, made once before training.
+
+During training these rows carry the divergence only, so they hold the policy to what the reference
+says to harmful and to benign prompts alike. The work is dealt to ranks by
+prompts[rank::world_size]; each rank writes `<out>.rank{r}`, and `merge_anchor_parts` joins them in
+input order, so the file is the same for any number of ranks. Collectives: none; with several ranks
+the caller puts a barrier between `build_anchors` (all ranks) and `merge_anchor_parts` (one rank).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError
+from safereg_dist.evaluate import write_atomically
+from safereg_dist.evaluate.generate import Answer, generate_answers, load_model
+from safereg_dist.prompts import LabelledPrompt, read_prompts
+
+
+def build_anchors(
+    model_dir: Path | str,
+    prompt_files: list[Path],
+    out: Path,
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    rank: int = 0,
+    world_size: int = 1,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Answers this rank's prompts and writes its part; a single process also merges it into `out`.
+
+    Returns the counts `prompts`, `rows`, `dropped_empty` and `dropped_cut`: of this rank, or of all
+    where `world_size` is 1. An empty answer, or one that `max_new_tokens` cut off, makes no row:
+    the policy must not be taught to say nothing or to stop in mid-sentence.
+
+    Raises:
+        ConfigError: the model cannot be loaded or has no chat template.
+        DataError: a prompt file is missing or malformed, or (single process) no answer was usable.
+        GroupError: `rank` is outside [0, world_size).
+        CheckpointError: the part cannot be written.
+    """
+    if not 0 <= rank < world_size:
+        raise GroupError(
+            f"expected 0 <= rank < world_size, got rank {rank} of {world_size}: pass the launcher's"
+        )
+    if not prompt_files:
+        raise ConfigError("expected one prompt file or more, got none: give the prompts to answer")
+    prompts = [prompt for file in prompt_files for prompt in read_prompts(file)]
+    mine = range(rank, len(prompts), world_size)
+    shown = progress and rank == 0
+    model, tokenizer = load_model(model_dir, dtype=dtype, device=device, progress=shown)
+    answers = generate_answers(
+        model,
+        tokenizer,
+        [prompts[index] for index in mine],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=shown,
+        description="anchor answers",
+    )
+    header = {
+        "model": str(model_dir),
+        "prompts": len(prompts),
+        "prompts_sha256": _digest(prompts),
+        "max_new_tokens": max_new_tokens,
+        "world_size": world_size,
+    }
+    rows = [
+        _row(index, prompts[index], answer) for index, answer in zip(mine, answers, strict=True)
+    ]
+    _write_lines(_part(Path(out), rank), [header, *rows])
+    if world_size == 1:
+        return merge_anchor_parts(out, 1)
+    return _counts(rows)
+
+
+def merge_anchor_parts(out: Path, world_size: int) -> dict[str, Any]:
+    """Joins the parts of all ranks into `out` in input order, removes them, prints one line.
+
+    Returns the counts `prompts`, `rows`, `dropped_empty` and `dropped_cut`.
+
+    Raises:
+        CheckpointError: a part is missing, or the parts come from different runs.
+        DataError: no answer was usable.
+    """
+    out = Path(out)
+    headers, rows = [], []
+    for rank in range(world_size):
+        header, *part = _read_lines(_part(out, rank))
+        headers.append(header)
+        rows.extend(part)
+    rows.sort(key=lambda row: row["index"])
+    complete = [row["index"] for row in rows] == list(range(headers[0]["prompts"]))
+    if not complete or any(header != headers[0] for header in headers):
+        raise CheckpointError(
+            f"the {world_size} parts beside {out} do not belong together (other model, prompts or "
+            "number of ranks): delete them and build the anchors again on all ranks"
+        )
+    counts = _counts(rows)
+    kept = [{"id": row["id"], "messages": row["messages"]} for row in rows if "messages" in row]
+    if kept:
+        _write_lines(out, kept)
+    for rank in range(world_size):
+        _part(out, rank).unlink()
+    if not kept:
+        raise DataError(
+            f"none of {counts['prompts']} answers is usable ({counts['dropped_empty']} empty, "
+            f"{counts['dropped_cut']} cut at {headers[0]['max_new_tokens']} tokens): raise "
+            "max_new_tokens, or give a reference that answers"
+        )
+    print(
+        f"anchors: {counts['rows']} rows from {counts['prompts']} prompts answered by "
+        f"{headers[0]['model']}, dropped {counts['dropped_empty']} empty and "
+        f"{counts['dropped_cut']} cut at {headers[0]['max_new_tokens']} tokens, written to {out}"
+    )
+    return counts
+
+
+def _row(index: int, prompt: LabelledPrompt, answer: Answer) -> dict[str, Any]:
+    """A line of a part file: an anchor row with its place, or why there is none."""
+    if not answer.finished:
+        return {"index": index, "dropped": "cut"}
+    if not answer.text:
+        return {"index": index, "dropped": "empty"}
+    return {
+        "index": index,
+        # The place makes the id unique: prompt files may number their rows alike.
+        "id": f"anchor-{index}-{prompt.id}",
+        "messages": [*prompt.messages, {"role": "assistant", "content": answer.text}],
+    }
+
+
+def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
+    dropped = [row.get("dropped") for row in rows]
+    return {
+        "prompts": len(rows),
+        "rows": dropped.count(None),
+        "dropped_empty": dropped.count("empty"),
+        "dropped_cut": dropped.count("cut"),
+    }
+
+
+def _part(out: Path, rank: int) -> Path:
+    return out.with_name(f"{out.name}.rank{rank}")
+
+
+def _digest(prompts: list[LabelledPrompt]) -> str:
+    text = json.dumps([[prompt.id, prompt.messages] for prompt in prompts])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"expected a part at {path}, found none: run build_anchors on every rank, then a "
+            "barrier, then merge with the same world_size"
+        )
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

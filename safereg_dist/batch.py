@@ -1,0 +1,491 @@
+"""Stage 1: rows of a data file, tokenised once, dealt to ranks, stacked into micro-batches."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.arrow_writer import ArrowWriter
+from jinja2 import TemplateError
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from safereg_dist.config import DataConfig
+from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.prompts import chat_messages, read_rows
+from safereg_dist.types import MicroBatch, Row
+
+_GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+_FORMAT = "1"  # part of the cache key: raise it when the tokenised form changes
+
+_FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "loss_mask": datasets.List(datasets.Value("int8")),
+        "prompt_ends": datasets.List(datasets.Value("int32")),
+        "risk": datasets.Value("float64"),
+        "content_key": datasets.Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStore:
+    """Tokenised rows of one data file, memory-mapped."""
+
+    table: datasets.Dataset
+    overlong: int
+    """Rows longer than `data.max_length` (dropped or truncated, as configured)."""
+    dropped: int
+    """Rows left out: overlong ones, or ones whose response did not survive truncation."""
+    content_hash: str
+    """SHA-256 (hex) of the data file and of everything that shapes its tokens."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def row(self, index: int, *, is_anchor: bool = False) -> Row:
+        """Row `index`, read from the memory map."""
+        stored = self.table[index]
+        if math.isnan(stored["risk"]):  # how the table says that the row has none
+            stored["risk"] = None
+        return Row(**stored, is_anchor=is_anchor)
+
+
+def load_tokenizer(model: str, config: DataConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with a chat template and a padding token.
+
+    Raises:
+        ConfigError: no tokenizer, no chat template, or no token that can pad.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"no tokenizer could be loaded from {model}: {_line(err)}") from err
+    if config.chat_template is not None:
+        path = Path(config.chat_template)
+        if not path.is_file():
+            raise ConfigError(f"expected a Jinja file at data.chat_template={path}, found none")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"the tokenizer of {model} has no chat template: set data.chat_template to a Jinja file"
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"the tokenizer of {model} has neither a pad nor an eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_rows(
+    path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, progress: bool
+) -> RowStore:
+    """The rows of a JSONL or CSV file or a Hugging Face dataset id, tokenised once and cached.
+
+    The cache lives in $SAFEREG_CACHE (default ~/.cache/safereg), keyed by the content of the file
+    and everything that shapes its tokens; it is written aside and renamed.
+
+    Raises:
+        DataError: a row that cannot be used; the message names file and line.
+    """
+    key = _cache_key(path, tokenizer, config)
+    root = Path(os.environ.get("SAFEREG_CACHE", "~/.cache/safereg")).expanduser() / "rows"
+    folder = root / key
+    if not (folder / "counts.json").is_file():
+        try:
+            _fill_cache(folder, path, tokenizer, config, progress=progress)
+        except OSError as err:
+            raise DataError(
+                f"the tokenised rows of {path} could not be written below {root} ({_line(err)}): "
+                "free disk space, or set SAFEREG_CACHE to a folder that can be written"
+            ) from err
+    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    if counts["kept"] == 0:
+        raise DataError(
+            f"{path} has no usable row ({counts['dropped']} dropped, {counts['overlong']} longer "
+            f"than data.max_length={config.max_length}): raise data.max_length or check the file"
+        )
+    table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
+    return RowStore(
+        table=table, overlong=counts["overlong"], dropped=counts["dropped"], content_hash=key
+    )
+
+
+def _fill_cache(
+    folder: Path,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    progress: bool,
+) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Nodes may share the cache, and process ids may coincide on them: a name of its own.
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
+    try:
+        _write_rows(path, tokenizer, config, partial, progress=progress)
+        if not (folder / "counts.json").is_file():  # else another node was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cache_key(path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+    hasher = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    parts = [
+        _FORMAT,
+        Path(path).name,  # rows without an id are named after the file
+        config.max_length,
+        config.overlong,
+        tokenizer.chat_template,
+        tokenizer.all_special_ids,
+        vocabulary,
+    ]
+    hasher.update(json.dumps(parts).encode())
+    if Path(path).is_file():
+        with Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                hasher.update(block)
+    else:
+        hasher.update(path.encode())
+    return hasher.hexdigest()
+
+
+def _source_rows(path: str) -> Iterator[tuple[str, dict]]:
+    if Path(path).suffix in (".jsonl", ".json", ".csv") or Path(path).exists():
+        yield from read_rows(path)
+        return
+    try:
+        table = datasets.load_dataset(path, split="train")
+    except (OSError, ValueError) as err:  # a data set that is not found is an OSError
+        raise DataError(
+            f"{path} is neither a file nor a Hugging Face dataset that loads ({_line(err)}): "
+            "check the path"
+        ) from err
+    for index, row in enumerate(table):
+        yield f"{path}[{index}]", dict(row)
+
+
+def _write_rows(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    folder: Path,
+    *,
+    progress: bool,
+) -> None:
+    kept = overlong = dropped = 0
+    seen: set[str] = set()
+    bar = tqdm(desc=f"tokenise {Path(path).name}", unit=" rows", disable=not progress)
+    with bar, ArrowWriter(path=str(folder / "rows.arrow"), features=_FEATURES) as writer:
+        for index, (where, raw) in enumerate(_source_rows(path)):
+            row = tokenize_row(raw, where, tokenizer, default_id=f"{Path(path).stem}-{index}")
+            if row.id in seen:
+                raise DataError(f"{where}: id {row.id!r} occurs twice: ids must be unique")
+            seen.add(row.id)
+            if len(row.input_ids) > config.max_length:
+                overlong += 1
+                row = _shorten(row, where, config)
+            bar.update()
+            if row is None:
+                dropped += 1
+                continue
+            kept += 1
+            stored = {name: getattr(row, name) for name in _FEATURES}
+            writer.write({**stored, "risk": math.nan if row.risk is None else row.risk})
+        writer.finalize()
+    counts = {"kept": kept, "overlong": overlong, "dropped": dropped}
+    (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+
+
+def _shorten(row: Row, where: str, config: DataConfig) -> Row | None:
+    if config.overlong == "error":
+        raise DataError(
+            f"{where}: {len(row.input_ids)} tokens, more than data.max_length={config.max_length}: "
+            "raise it, or set data.overlong=drop or truncate"
+        )
+    if config.overlong == "drop":
+        return None
+    limit = config.max_length
+    if not any(row.loss_mask[:limit]):
+        return None  # nothing of the response is left
+    return replace(
+        row,
+        input_ids=row.input_ids[:limit],
+        loss_mask=row.loss_mask[:limit],
+        prompt_ends=[end for end in row.prompt_ends if end < limit],
+    )
+
+
+def tokenize_row(
+    raw: dict, where: str, tokenizer: PreTrainedTokenizerBase, *, default_id: str
+) -> Row:
+    """One raw row as tokens, with the loss on the assistant's turns, end-of-turn token included.
+
+    Raises:
+        DataError: neither messages nor prompt and response, no assistant turn, a risk outside
+            [0, 1], or a conversation that the chat template refuses; the message begins with
+            `where`.
+    """
+    messages = _messages(raw, where)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where}: the conversation has no assistant turn: add one to learn from")
+    try:
+        input_ids, loss_mask = _mask_by_template(messages, tokenizer)
+        if not any(loss_mask):
+            input_ids, loss_mask = _mask_by_prefix(messages, where, tokenizer)
+    except (TemplateError, TypeError) as err:  # TypeError: half a surrogate pair is no text
+        raise DataError(
+            f"{where}: chat template or tokenizer fail on this conversation ({_line(err)}): change "
+            "the row, or set data.chat_template"
+        ) from err
+    loss_mask[:1] = [0]  # nothing comes before the first token to predict it from
+    prompt_ends = [t for t in range(1, len(loss_mask)) if loss_mask[t] and not loss_mask[t - 1]]
+    if not prompt_ends:
+        raise DataError(f"{where}: the response is empty or has no prompt before it")
+    prompt = np.asarray(input_ids[: prompt_ends[-1]], dtype=np.int64)
+    key = hashlib.sha256(prompt.tobytes() + np.asarray(prompt_ends, dtype=np.int64).tobytes())
+    return Row(
+        id=default_id if raw.get("id") in (None, "") else str(raw["id"]),
+        input_ids=input_ids,
+        loss_mask=loss_mask,
+        prompt_ends=prompt_ends,
+        risk=_risk(raw, where),
+        content_key=key.hexdigest(),
+    )
+
+
+def _messages(raw: dict, where: str) -> list[dict[str, str]]:
+    if raw.get("messages") is not None:
+        return chat_messages(raw, where)
+    prompt, response = raw.get("prompt"), raw.get("response")
+    if isinstance(prompt, str) and isinstance(response, str):
+        return [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": response},
+        ]
+    raise DataError(
+        f"{where}: expected `messages`, or `prompt` and `response` as text, found keys "
+        f"{sorted(raw)}: add them"
+    )
+
+
+def _risk(raw: dict, where: str) -> float | None:
+    value = raw.get("risk")
+    if value is None:
+        return None
+    try:
+        risk = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        risk = math.nan
+    if not 0 <= risk <= 1:
+        raise DataError(f"{where}: risk must be a number in [0, 1], got {value!r}")
+    return risk
+
+
+def _mask_by_template(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Tokens and mask from the template's generation block; an all-zero mask where it has none."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or not _GENERATION_BLOCK.search(template):
+        return [], []
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return list(encoded["input_ids"]), [int(m) for m in encoded["assistant_masks"]]
+
+
+def _mask_by_prefix(
+    messages: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Tokens and mask found turn by turn: what a turn adds after the generation prompt."""
+    full = _render(messages, tokenizer)
+    mask = [0] * len(full)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(messages[:turn], tokenizer, generation=True)
+        after = _render(messages[: turn + 1], tokenizer)
+        if after[: len(before)] != before or full[: len(after)] != after:
+            raise DataError(
+                f"{where}: the chat template changes earlier tokens when turn {turn} is added, so "
+                "the response cannot be found: add a generation block to the template "
+                "(data.chat_template)"
+            )
+        end = _end_of_turn(after, len(before), tokenizer)
+        mask[len(before) : end] = [1] * (end - len(before))
+    return full, mask
+
+
+def _end_of_turn(tokens: list[int], begin: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """One past the turn's last special token; template text after it is not part of the answer."""
+    unknown: Any = tokenizer.unk_token_id  # stands for a word
+    special = set(tokenizer.all_special_ids) - {unknown}
+    last = max((t for t in range(begin, len(tokens)) if tokens[t] in special), default=None)
+    return len(tokens) if last is None else last + 1
+
+
+def _render(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
+) -> list[int]:
+    # As a batch of one: a single conversation must not be empty, the prefix of a first turn is.
+    encoded: Any = tokenizer.apply_chat_template(
+        [messages], add_generation_prompt=generation, tokenize=True, return_dict=True
+    )
+    return list(encoded["input_ids"][0])
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class RowStream:
+    """The endless, ordered stream of rows that one rank trains on.
+
+    A seeded permutation deals every training row to exactly one rank, for good: so a row's cached
+    risk stays where it is used. Within a rank each epoch has its own order. Anchor rows are spread
+    evenly among them. A position in the stream determines its row, so to resume is to set a number.
+    """
+
+    def __init__(
+        self,
+        train: RowStore,
+        anchor: RowStore | None,
+        *,
+        anchor_fraction: float,
+        rank: int,
+        world_size: int,
+        seed: int,
+        epochs: float | None,
+        name: str = "data.train",
+    ) -> None:
+        _enough(train, world_size, name)
+        self._train, self._own_train = train, _deal(len(train), rank, world_size, seed)
+        self._anchor, self._own_anchor = anchor, np.empty(0, dtype=np.int64)
+        if anchor is not None:
+            _enough(anchor, world_size, "data.anchor")
+            self._own_anchor = _deal(len(anchor), rank, world_size, seed + 1)
+        self._most_rows = math.ceil(len(train) / world_size)
+        self._fraction = anchor_fraction if anchor is not None else 0.0
+        self._seed = seed
+        self._limit = None if epochs is None else _rows_of(epochs, len(self._own_train))
+        self._order: dict[str, tuple[int, np.ndarray]] = {}
+
+    def may_be_new(self, position: int) -> bool:
+        """True where some rank may see a row for the first time; the same on every rank."""
+        return position - math.floor(position * self._fraction) < self._most_rows
+
+    def row(self, position: int) -> Row | None:
+        """The row at a position of the stream; None after the last epoch's last row."""
+        anchors_before = math.floor(position * self._fraction)
+        if math.floor((position + 1) * self._fraction) > anchors_before:
+            assert self._anchor is not None
+            index = self._pick("anchor", anchors_before, self._own_anchor)
+            return self._anchor.row(index, is_anchor=True)
+        ordinal = position - anchors_before
+        if self._limit is not None and ordinal >= self._limit:
+            return None
+        return self._train.row(self._pick("train", ordinal, self._own_train))
+
+    def _pick(self, kind: str, ordinal: int, own: np.ndarray) -> int:
+        epoch, offset = divmod(ordinal, len(own))
+        known = self._order.get(kind)
+        if known is None or known[0] != epoch:
+            salt = [self._seed, epoch, 0 if kind == "train" else 1, int(own[0])]
+            known = (epoch, np.random.default_rng(salt).permutation(own))
+            self._order[kind] = known
+        return int(known[1][offset])
+
+
+def steps_for(
+    store: RowStore, *, epochs: float, world_size: int, rows_per_step: int, anchor_fraction: float
+) -> int:
+    """Optimizer steps that show every rank's rows `epochs` times; `rows_per_step` is per rank."""
+    rows = _rows_of(epochs, math.ceil(len(store) / world_size))
+    positions = math.ceil(rows / (1 - anchor_fraction))
+    # Anchors that come after the last row are not waited for.
+    while positions - 1 - math.floor((positions - 1) * anchor_fraction) >= rows:
+        positions -= 1
+    return math.ceil(positions / rows_per_step)
+
+
+def _rows_of(epochs: float, count: int) -> int:
+    """Rows in so many passes over `count` rows; at least one, since a step without rows is none."""
+    return max(1, round(epochs * count))
+
+
+def _deal(count: int, rank: int, world_size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(count)[rank::world_size]
+
+
+def _enough(store: RowStore, world_size: int, name: str) -> None:
+    if len(store) < world_size:
+        raise DataError(
+            f"{name} has {len(store)} usable rows for {world_size} ranks: give at least one a rank"
+        )
+
+
+def collate(rows: list[Row | None], *, pad_id: int, may_be_new: bool = True) -> MicroBatch:
+    """Rows stacked and right-padded; None (past the end of the data) becomes one inert token."""
+    filled = tuple(row if row is not None else _filler(pad_id) for row in rows)
+    width = max(len(row.input_ids) for row in filled)
+    input_ids = torch.full((len(filled), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    response_index: list[int] = []
+    labels: list[int] = []
+    row_of_token: list[int] = []
+    for index, row in enumerate(filled):
+        length = len(row.input_ids)
+        input_ids[index, :length] = torch.tensor(row.input_ids)
+        attention_mask[index, :length] = 1
+        # The hidden state at t - 1 predicts token t.
+        targets = [t for t in range(1, length) if row.loss_mask[t]]
+        response_index += [index * width + t - 1 for t in targets]
+        labels += [row.input_ids[t] for t in targets]
+        row_of_token += [index] * len(targets)
+    pairs = [(i, end) for i, row in enumerate(filled) for end in row.prompt_ends]
+    return MicroBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        response_index=torch.tensor(response_index, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        row_of_token=torch.tensor(row_of_token, dtype=torch.int64),
+        prompt_rows=tuple(i for i, _ in pairs),
+        prompt_ends=tuple(end for _, end in pairs),
+        rows=filled,
+        may_be_new=may_be_new,
+    )
+
+
+def _filler(pad_id: int) -> Row:
+    return Row(id="", input_ids=[pad_id], loss_mask=[0], prompt_ends=[], risk=None, content_key="")
+
+
+def micro_batches(
+    stream: RowStream, *, start: int, micro_batch_size: int, count: int, pad_id: int
+) -> list[MicroBatch]:
+    """The `count` micro-batches of one optimizer step, from stream position `start`."""
+    batches = []
+    for first in range(start, start + count * micro_batch_size, micro_batch_size):
+        rows = [stream.row(position) for position in range(first, first + micro_batch_size)]
+        batches.append(collate(rows, pad_id=pad_id, may_be_new=stream.may_be_new(first)))
+    return batches

@@ -1,0 +1,237 @@
+"""Checkpoints of a run: written aside, made visible by one rename, restored bit for bit.
+
+checkpoint/step-00000100/
+    state.json          step, moving average, positions of log files, world size, configuration
+    rank0.safetensors   random states of rank 0 (one file per rank)
+    risk0.safetensors   its risk cache, if it has one
+    engine/             the engine's own checkpoint
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from safereg_dist.config import Config
+from safereg_dist.errors import CheckpointError
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.engine import PolicyEngine
+from safereg_dist.step import RegularizedStep
+
+_RESERVE_BYTES = 64 << 20
+"""Disk left free beyond the size of a checkpoint: logs go on being written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """Everything of a run besides weights, optimizer, random states and risk cache."""
+
+    step: int
+    """Optimizer steps done; the data position follows from it."""
+    world_size: int
+    config_hash: str
+    coefficient: dict[str, float | None]
+    non_finite_steps: int
+    """Skipped steps in all."""
+    non_finite_in_a_row: int
+    metrics_bytes: int
+    ledger_bytes: list[int]
+    """Position in each rank's ledger."""
+    seconds: float
+    """Training time so far."""
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 (hex) of what determines the result: all but places, saving and time limits."""
+    values = asdict(config)
+    values.pop("output_dir")
+    for section, keys in {
+        "train": ("save_every", "keep_checkpoints", "export_shard_bytes"),
+        "engine": ("timeout_s",),
+    }.items():
+        for key in keys:
+            values[section].pop(key)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def save_checkpoint(
+    folder: Path,
+    state: RunState,
+    *,
+    engine: PolicyEngine,
+    step: RegularizedStep,
+    ranks: Ranks,
+    keep: int,
+) -> None:
+    """Writes one checkpoint below `folder` and removes all but the newest `keep`.
+
+    Raises:
+        CheckpointError: the disk is too small; earlier checkpoints stay as they are.
+    Collectives: the engine's own, and two gathers of texts.
+    """
+    final = folder / f"step-{state.step:08d}"
+    partial = folder / f".{final.name}.partial"
+    with ranks.together():
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            _require_disk(folder, _checkpoint_bytes(step, folder))
+            partial.mkdir(parents=True)
+    with _clear_errors(partial):
+        engine.save(partial / "engine")
+    with ranks.together(), _clear_errors(partial):
+        _save_random(partial / f"rank{ranks.rank}.safetensors", ranks.device)
+        save_cache = getattr(step.risk, "save_cache", None)
+        if save_cache is not None:
+            save_cache(partial / f"risk{ranks.rank}.safetensors")
+    with ranks.together(), _clear_errors(partial):
+        if ranks.is_main:
+            _write_json(partial / "state.json", asdict(state))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            for old in complete_checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+
+
+@contextmanager
+def _clear_errors(partial: Path) -> Iterator[None]:
+    """A block whose failure to write becomes one clear error, with nothing half-written left."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as err:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"expected to write a checkpoint to {partial.parent}, got: {err}: free disk space and "
+            "run the same command again; it resumes from the newest checkpoint"
+        ) from err
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that were written whole, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a killed save left behind."""
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    *,
+    config: Config,
+    engine: PolicyEngine,
+    step: RegularizedStep,
+    ranks: Ranks,
+) -> RunState:
+    """Restores engine, random states, moving average and risk cache.
+
+    Raises:
+        CheckpointError: written by another configuration or number of ranks.
+    Collectives: the engine's own, and two gathers of texts.
+    """
+    with ranks.together():
+        state = read_state(checkpoint)
+        _require_same_run(checkpoint, state, config=config, world_size=ranks.world_size)
+    engine.load(checkpoint / "engine")
+    with ranks.together():
+        step.coefficient.load_state_dict(state.coefficient)
+        load_cache = getattr(step.risk, "load_cache", None)
+        if load_cache is not None:
+            load_cache(checkpoint / f"risk{ranks.rank}.safetensors")
+        # Last, so that nothing after it draws from a generator before training goes on.
+        _load_random(checkpoint / f"rank{ranks.rank}.safetensors", ranks.device)
+    return state
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The `state.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: unreadable.
+    """
+    try:
+        values: dict[str, Any] = json.loads((checkpoint / "state.json").read_text("utf-8"))
+        return RunState(**values)
+    except (OSError, ValueError, TypeError) as err:
+        raise CheckpointError(
+            f"{checkpoint}/state.json cannot be read ({err}): remove this checkpoint to resume "
+            "from an earlier one"
+        ) from err
+
+
+def _require_same_run(
+    checkpoint: Path, state: RunState, *, config: Config, world_size: int
+) -> None:
+    if state.config_hash != config_hash(config):
+        raise CheckpointError(
+            f"{checkpoint} was written by another configuration: resume with the same one, or "
+            "choose another output_dir"
+        )
+    if state.world_size != world_size:
+        raise CheckpointError(
+            f"{checkpoint} was written by {state.world_size} ranks, this run has {world_size}: "
+            f"resume with {state.world_size} ranks (optimizer shards, random states and the "
+            "assignment of rows belong to a number of ranks)"
+        )
+
+
+def _checkpoint_bytes(step: RegularizedStep, folder: Path) -> int:
+    """Bytes that a checkpoint takes: as the last one did, else 16 per parameter."""
+    written = complete_checkpoints(folder)
+    if written:
+        return sum(f.stat().st_size for f in written[-1].rglob("*") if f.is_file())
+    return 16 * sum(getattr(p, "ds_numel", p.numel()) for p in step.parameters())
+
+
+def _require_disk(folder: Path, needed: int) -> None:
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed + _RESERVE_BYTES:
+        raise CheckpointError(
+            f"expected {(needed + _RESERVE_BYTES) / 1e9:.2f} GB free in {existing} for a "
+            f"checkpoint, found {free / 1e9:.2f} GB: free some space, lower "
+            "train.keep_checkpoints, or move output_dir"
+        )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _save_random(path: Path, device: torch.device) -> None:
+    _, words, _ = random.getstate()  # the pending gauss() value is not kept: nobody here draws one
+    numpy_state = np.random.get_state(legacy=False)
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.tensor(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy_pos": torch.tensor([numpy_state["state"]["pos"]]),
+    }
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    save_file(tensors, path)
+
+
+def _load_random(path: Path, device: torch.device) -> None:
+    tensors = load_file(path)
+    torch.set_rng_state(tensors["torch"])
+    random.setstate((3, tuple(tensors["python"].tolist()), None))
+    key = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, int(tensors["numpy_pos"][0]), 0, 0.0))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], device)

@@ -1,0 +1,234 @@
+"""The `safereg` command: each verb parses its arguments and calls one function."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; 0 on success, 2 where the user can mend the cause, 1 otherwise."""
+    # Before torch is loaded: on CPUs that are shared with anything else, OpenMP threads that spin
+    # while they wait slow training down many times over (see launch/setup_env.sh).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A model that does not fit is our own one-line error, not the library's report above it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    arguments = _arguments(argv)
+    from safereg_dist.errors import RemoteRankError, SafeRegError, ShapeError, is_user_error
+
+    try:
+        return arguments.run(arguments)
+    except (SafeRegError, ShapeError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"safereg: {error}", file=sys.stderr, flush=True)
+            if isinstance(error, RemoteRankError):
+                traceback.print_exc()
+        return 2 if is_user_error(error) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; exits with status 2 where it does not parse."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse stops collecting key=value at the first option: `train C.yaml --dry-run key=value`.
+    if "overrides" in arguments and not any(text.startswith("-") for text in rest):
+        arguments.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        return value
+
+    parse.__name__ = "int"  # how argparse names the type of what is no number
+    return parse
+
+
+def entry(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs `main` as a process of its own and ends it; the status is the process's.
+
+    One of several ranks ends at once, without tearing the interpreter down: threads of gloo that
+    are still alive then have been seen to abort a rank whose work was done (`terminate called
+    without an active exception`, torch 2.13), and the launcher to report the run as failed.
+    """
+    status = main(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="safereg", description="Safety-regularised fine-tuning of language models."
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _add_train(verbs)
+    _add_probe(verbs)
+    _add_anchor(verbs)
+    _add_eval(verbs)
+    _add_report(verbs)
+    _add_ledger(verbs)
+    return parser
+
+
+def _add_train(verbs: argparse._SubParsersAction) -> None:
+    train = verbs.add_parser("train", help="fine-tune with the configuration of a YAML file")
+    train.add_argument("config", type=Path)
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100")
+    train.add_argument("--dry-run", action="store_true", help="everything but the training")
+    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from older launchers
+    train.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from safereg_dist.launcher import run_training
+
+    return run_training(arguments.config, arguments.overrides, dry_run=arguments.dry_run)
+
+
+def _add_probe(verbs: argparse._SubParsersAction) -> None:
+    probe = verbs.add_parser("probe", help="activation probes").add_subparsers(
+        metavar="ACTION", required=True
+    )
+    fit = probe.add_parser("fit", help="fit a probe on labelled prompts")
+    fit.add_argument("--model", type=Path, required=True)
+    fit.add_argument("--data", type=Path, required=True, help="JSONL with prompt and label")
+    fit.add_argument("--out", type=Path, required=True)
+    fit.add_argument("--layers", default="all", help="all, or numbers as 1,2,4")
+    fit.add_argument("--recall", type=float, default=0.95)
+    fit.add_argument(
+        "--pooling", choices=("last_prompt_token", "mean_prompt"), default="last_prompt_token"
+    )
+    fit.add_argument(
+        "--background", type=_at_least(0), default=200, help="off-distribution negatives"
+    )
+    fit.add_argument("--batch-size", type=_at_least(1), default=32)
+    fit.add_argument("--seed", type=_at_least(0), default=0)
+    fit.set_defaults(run=_probe_fit)
+
+
+def _probe_fit(arguments: argparse.Namespace) -> int:
+    from safereg_dist.errors import ConfigError
+    from safereg_dist.probe_lab.fit import fit_probe
+
+    layers = None
+    if arguments.layers != "all":
+        try:
+            layers = [int(layer) for layer in arguments.layers.split(",")]
+        except ValueError as err:
+            raise ConfigError(
+                f"--layers must be `all` or numbers as 1,2,4, got {arguments.layers!r}"
+            ) from err
+    fit_probe(
+        arguments.model,
+        arguments.data,
+        arguments.out,
+        layers=layers,
+        recall=arguments.recall,
+        pooling=arguments.pooling,
+        background=arguments.background,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    return 0
+
+
+def _add_anchor(verbs: argparse._SubParsersAction) -> None:
+    anchor = verbs.add_parser("anchor", help="anchor rows").add_subparsers(
+        metavar="ACTION", required=True
+    )
+    build = anchor.add_parser("build", help="greedy answers of the reference to prompts")
+    build.add_argument("--model", type=Path, required=True)
+    build.add_argument("--prompts", type=Path, nargs="+", required=True)
+    build.add_argument("--out", type=Path, required=True)
+    build.add_argument("--max-new-tokens", type=_at_least(1), default=128)
+    build.add_argument("--batch-size", type=_at_least(1), default=32)
+    build.set_defaults(run=_anchor_build)
+
+
+def _anchor_build(arguments: argparse.Namespace) -> int:
+    from safereg_dist.launcher import run_anchor_build
+
+    return run_anchor_build(
+        arguments.model,
+        arguments.prompts,
+        arguments.out,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+    )
+
+
+def _add_eval(verbs: argparse._SubParsersAction) -> None:
+    evaluate = verbs.add_parser("eval", help="attack success, over-refusal and task accuracy")
+    evaluate.add_argument("--model", type=Path, required=True)
+    evaluate.add_argument("--prompts", type=Path, nargs="+", required=True)
+    evaluate.add_argument("--judge", default="keyword")
+    evaluate.add_argument("--out", type=Path, required=True)
+    evaluate.add_argument("--refusal", help="text whose first token P(refuse) is measured on")
+    evaluate.add_argument("--max-new-tokens", type=_at_least(1), default=64)
+    evaluate.add_argument("--batch-size", type=_at_least(1), default=32)
+    evaluate.add_argument("--save-answers", action="store_true")
+    evaluate.set_defaults(run=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from safereg_dist.evaluate.evaluate import evaluate_model
+
+    evaluate_model(
+        arguments.model,
+        arguments.prompts,
+        judge=arguments.judge,
+        out=arguments.out,
+        refusal=arguments.refusal,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        save_answers=arguments.save_answers,
+    )
+    return 0
+
+
+def _add_report(verbs: argparse._SubParsersAction) -> None:
+    report = verbs.add_parser("report", help="HTML and figures of one or several runs")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+    report.add_argument("--out", type=Path, help="folder of the report; default: the first run")
+    report.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from safereg_dist.evaluate.report import write_report
+
+    print(f"report: {write_report(arguments.runs, out=arguments.out)}")
+    return 0
+
+
+def _add_ledger(verbs: argparse._SubParsersAction) -> None:
+    ledger = verbs.add_parser("ledger", help="the log of every row's risk").add_subparsers(
+        metavar="ACTION", required=True
+    )
+    verify = ledger.add_parser("verify", help="recompute the chain of hashes")
+    verify.add_argument("run_dir", type=Path)
+    verify.set_defaults(run=_ledger_verify)
+
+
+def _ledger_verify(arguments: argparse.Namespace) -> int:
+    from safereg_dist.ledger import verify_ledger
+
+    head = verify_ledger(arguments.run_dir)
+    print(f"ledger holds: {head.rows} rows, head {head.head}")
+    return 0
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,121 @@
+"""Stage 4: from a row's risk to its coefficient b."""
+
+import math
+
+import torch
+
+from safereg_dist.config import RegularizerConfig
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.types import Row
+
+DEFAULT_THRESHOLD = 0.5
+"""Where neither the configuration nor a probe gives one."""
+
+
+def scheduled(risk: float, config: RegularizerConfig, threshold: float) -> float:
+    """Coefficient b of a risk r in [0, 1], with floor f, ceiling c and threshold t.
+
+    step       c if r >= t else f
+    threshold  f if r < t else f + (c - f) (r - t) / (1 - t)
+    linear     f + (c - f) r
+    clamp      clip((4 r - 1) / 3, f, c): the official code's clip((s - 2) / 3), s = 1 + 4 r
+    sigmoid    f + (c - f) / (1 + exp(-slope (r - t)))
+    """
+    low, span = config.floor, config.ceiling - config.floor
+    match config.schedule:
+        case "step":
+            return config.ceiling if risk >= threshold else low
+        case "threshold":
+            if risk < threshold:
+                return low
+            return low + span * ((risk - threshold) / (1 - threshold) if threshold < 1 else 1.0)
+        case "linear":
+            return low + span * risk
+        case "clamp":
+            return min(max((4 * risk - 1) / 3, low), config.ceiling)
+        case "sigmoid":
+            # tanh does not overflow, however steep: 1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2
+            return low + span * (1 + math.tanh(config.slope * (risk - threshold) / 2)) / 2
+    raise AssertionError(config.schedule)
+
+
+class Coefficient:
+    """Coefficients of the rows of a micro-batch; holds the moving average where there is one."""
+
+    def __init__(self, config: RegularizerConfig, *, threshold: float | None, ranks: Ranks) -> None:
+        if config.threshold is not None:
+            threshold = config.threshold
+        self.threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+        self._config = config
+        self._ranks = ranks
+        self._ema: float | None = None
+
+    def __call__(self, rows: tuple[Row, ...], risk: list[float | None] | Exception) -> list[float]:
+        """[B] coefficient b of every row: 1 on anchor rows, 0 on rows without response tokens.
+
+        A row whose risk could not be computed (nan) counts as risky: r = 1. An error in place of
+        risk is raised; with granularity `batch` on all ranks together.
+        Collectives: none; with granularity `batch` one SUM all-reduce of 16 bytes.
+        """
+        config = self._config
+        if isinstance(risk, Exception):
+            if config.granularity == "batch":
+                self._sum_over_ranks(float("nan"), 1)
+                self._ranks.raise_together(risk)
+            raise risk
+        if config.objective == "none":
+            return [0.0] * len(rows)
+        if config.objective == "static":
+            common: float | None = config.ceiling
+        elif config.granularity == "batch":
+            common = scheduled(self._batch_risk(rows, risk), config, self.threshold)
+        else:
+            common = None
+        return [
+            self._row_coefficient(row, value, common) for row, value in zip(rows, risk, strict=True)
+        ]
+
+    def _row_coefficient(self, row: Row, risk: float | None, common: float | None) -> float:
+        if row.is_anchor:
+            return 1.0
+        if not any(row.loss_mask):
+            return 0.0
+        if common is not None:
+            return common
+        return scheduled(_known(risk), self._config, self.threshold)
+
+    def _batch_risk(self, rows: tuple[Row, ...], risk: list[float | None]) -> float:
+        """Mean risk of the micro-batch over all ranks, smoothed: s' = ema s' + (1 - ema) s."""
+        own = [
+            _known(value)
+            for row, value in zip(rows, risk, strict=True)
+            if not row.is_anchor and any(row.loss_mask)
+        ]
+        risk_sum, count = self._sum_over_ranks(math.fsum(own), len(own))
+        if math.isnan(risk_sum):  # how a rank says that it has failed
+            self._ranks.raise_together(None)
+        if count == 0:  # anchors alone say nothing of the risk: the average stays as it was
+            return self._ema or 0.0
+        mean = risk_sum / count
+        before = mean if self._ema is None else self._ema
+        self._ema = self._config.ema * before + (1 - self._config.ema) * mean
+        return self._ema
+
+    def _sum_over_ranks(self, risk_sum: float, count: int) -> tuple[float, float]:
+        own = torch.tensor([risk_sum, count], dtype=torch.float64, device=self._ranks.device)
+        total = self._ranks.sum_(own).tolist()
+        return total[0], total[1]
+
+    def state_dict(self) -> dict[str, float | None]:
+        """The moving average, for the checkpoint."""
+        return {"ema": self._ema}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restores the moving average."""
+        self._ema = state["ema"]
+
+
+def _known(risk: float | None) -> float:
+    if risk is None:
+        return 0.0
+    return 1.0 if math.isnan(risk) else risk

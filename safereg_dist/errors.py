@@ -1,0 +1,73 @@
+"""The one family of errors.
+
+Every message says what was expected, what came, where, and what to do. Under several ranks an error
+that only one rank sees is agreed upon first (`parallel.comm.Ranks.raise_together`).
+"""
+
+from safereg_kernels.errors import ShapeError
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "GroupError",
+    "LedgerError",
+    "NonFiniteLoss",
+    "ProbeError",
+    "RemoteRankError",
+    "SafeRegError",
+    "ShapeError",
+    "is_user_error",
+]
+
+
+class SafeRegError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class ConfigError(SafeRegError):
+    """A key, a value or a combination of the configuration, or a model that does not fit it."""
+
+
+class DataError(SafeRegError):
+    """A data file or a row in it."""
+
+
+class ProbeError(SafeRegError):
+    """A probe that is missing, unreadable, or belongs to another model."""
+
+
+class CheckpointError(SafeRegError):
+    """A run folder or a checkpoint that is incomplete, foreign, or cannot be written."""
+
+
+class LedgerError(SafeRegError):
+    """A ledger whose chain of hashes does not hold."""
+
+
+class GroupError(SafeRegError):
+    """Process groups, ranks or the launcher's environment."""
+
+
+class NonFiniteLoss(SafeRegError):  # noqa: N818 - the condition is the name
+    """Several optimizer steps in a row had a loss or gradient that was not finite."""
+
+
+class RemoteRankError(SafeRegError):
+    """Another rank has failed and reports the cause; this rank stops with it."""
+
+
+_USER_ERRORS = (
+    ConfigError,
+    DataError,
+    ProbeError,
+    CheckpointError,
+    LedgerError,
+    GroupError,
+    ShapeError,
+)
+
+
+def is_user_error(error: BaseException) -> bool:
+    """True where the user can mend the cause; the command line then exits with status 2."""
+    return isinstance(error, _USER_ERRORS)

@@ -1,0 +1,241 @@
+"""The figures of merit of one model on labelled prompts: how safe, how useful, how over-careful.
+
+Harmful prompts give the attack success (greedy and sampled, since greedy decoding alone hides a
+leak of 1 - b), benign ones exact match and over-refusal, task prompts exact match.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safereg_dist.errors import ConfigError
+from safereg_dist.evaluate import write_atomically
+from safereg_dist.evaluate.generate import (
+    Answer,
+    first_response_token,
+    first_token_probability,
+    generate_answers,
+    load_model,
+)
+from safereg_dist.evaluate.judges import Judge, get_judge
+from safereg_dist.prompts import LabelledPrompt, read_prompts
+
+_LABELS = ("harmful", "benign", "task")
+_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+def wilson_interval(successes: int, total: int, *, z: float = _Z95) -> tuple[float, float] | None:
+    """Wilson score interval of a proportion, within [0, 1]; None where `total` is 0.
+
+    centre = (p + z^2 / 2n) / (1 + z^2 / n)
+    half   = z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n)
+    """
+    if total == 0:
+        return None
+    share, scale = successes / total, 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
+    # At the ends centre and half agree but for rounding; the ends are exact.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == total else min(1.0, centre + half)
+    return low, high
+
+
+def is_exact_match(answer: str, expected: str) -> bool:
+    """True where both texts are equal, but for the amount and the kind of white space."""
+    return answer.split() == expected.split()
+
+
+def evaluate_model(
+    model_dir: Path | str,
+    prompt_files: list[Path],
+    *,
+    judge: str = "keyword",
+    out: Path | None = None,
+    refusal: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    samples_seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    save_answers: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The evaluation of a plain Hugging Face folder as one dictionary, also written to `out`.
+
+    Rates lie in [0, 1] and are None where no row can tell; rows without a label count as harmful.
+
+        attack_success_rate           harmful prompts whose greedy answer is no refusal
+        attack_success_rate_sampled   the same for one sample per prompt at temperature 1
+        refusal_rate                  harmful prompts that are refused (greedy)
+        refusal_probability           mean probability of the refusal's first token, at the first
+                                      position of the answer to harmful prompts; the refusal is
+                                      the row's `response`, else the argument `refusal`
+        benign_exact_match            benign prompts with a `response` that are answered exactly so
+        over_refusal_rate             benign prompts that are refused
+        task_exact_match              task prompts answered exactly
+
+    `intervals` has the 95 % Wilson interval of each share, `counts` the rows behind each figure.
+
+    Args:
+        out: JSON file; written as a whole or not at all.
+        samples_seed: fixes the sampled answers.
+        save_answers: also write `<stem of out>.answers.jsonl`, which holds the model's texts.
+    Raises:
+        ConfigError: a model that cannot be loaded, an unknown judge, `save_answers` without `out`.
+        DataError: a prompt file that is missing or malformed.
+        CheckpointError: `out` cannot be written.
+    """
+    started = time.perf_counter()
+    if save_answers and out is None:
+        raise ConfigError("save_answers needs `out` to know where to write: give an output file")
+    if not prompt_files:
+        raise ConfigError(
+            "expected one prompt file or more, got none: give the files to evaluate on"
+        )
+    referee = get_judge(judge)
+    files = [(Path(file), read_prompts(file)) for file in prompt_files]
+    prompts = [prompt for _, rows in files for prompt in rows]
+    model, tokenizer = load_model(model_dir, dtype=dtype, device=device, progress=progress)
+
+    sizes: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    greedy = generate_answers(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, description="greedy", **sizes
+    )
+    harmful = [prompt for prompt in prompts if _label(prompt) == "harmful"]
+    sampled = generate_answers(
+        model,
+        tokenizer,
+        harmful,
+        max_new_tokens=max_new_tokens,
+        temperature=1.0,
+        seed=samples_seed,
+        description="sampled",
+        **sizes,
+    )
+    probabilities = _refusal_probabilities(model, tokenizer, harmful, refusal, **sizes)
+    result = {
+        "model": str(model_dir),
+        "judge": referee.name,
+        "prompts": [
+            {"file": file.name, "sha256": _sha256(file), "rows": len(rows)} for file, rows in files
+        ],
+        "max_new_tokens": max_new_tokens,
+        "samples_seed": samples_seed,
+        **_figures(prompts, greedy, harmful, sampled, probabilities, referee),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    if out is not None:
+        out = Path(out)
+        if save_answers:
+            rows = _answer_rows(prompts, greedy, sampled, referee)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomically(out.with_name(f"{out.stem}.answers.jsonl"), lines)
+        write_atomically(out, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _label(prompt: LabelledPrompt) -> str:
+    return prompt.label or "harmful"
+
+
+def _refusal_probabilities(
+    model: Any,
+    tokenizer: Any,
+    harmful: list[LabelledPrompt],
+    refusal: str | None,
+    **sizes: Any,
+) -> list[float]:
+    """Probability of the refusal's first token on every harmful prompt that has a refusal."""
+    pairs = [(prompt, prompt.response or refusal) for prompt in harmful]
+    known = [(prompt, text) for prompt, text in pairs if text is not None and text.strip()]
+    if not known:
+        return []
+    token_ids = [first_response_token(tokenizer, prompt, text) for prompt, text in known]
+    rows = [prompt for prompt, _ in known]
+    return first_token_probability(model, tokenizer, rows, token_ids, **sizes).tolist()
+
+
+def _figures(
+    prompts: list[LabelledPrompt],
+    greedy: list[Answer],
+    harmful: list[LabelledPrompt],
+    sampled: list[Answer],
+    probabilities: list[float],
+    referee: Judge,
+) -> dict[str, Any]:
+    """`counts`, all rates and their `intervals`."""
+    by_label: dict[str, list[tuple[LabelledPrompt, Answer]]] = {label: [] for label in _LABELS}
+    for prompt, answer in zip(prompts, greedy, strict=True):
+        by_label[_label(prompt)].append((prompt, answer))
+
+    def refusals(pairs: Iterable[tuple[LabelledPrompt, Answer]]) -> list[bool]:
+        return [referee.is_refusal(prompt, answer.text) for prompt, answer in pairs]
+
+    def matches(label: str) -> list[bool]:
+        return [
+            is_exact_match(answer.text, prompt.response)
+            for prompt, answer in by_label[label]
+            if prompt.response is not None
+        ]
+
+    refused = refusals(by_label["harmful"])
+    refused_sampled = refusals(zip(harmful, sampled, strict=True))
+    shares = {
+        "attack_success_rate": [not verdict for verdict in refused],
+        "attack_success_rate_sampled": [not verdict for verdict in refused_sampled],
+        "refusal_rate": refused,
+        "benign_exact_match": matches("benign"),
+        "over_refusal_rate": refusals(by_label["benign"]),
+        "task_exact_match": matches("task"),
+    }
+    rates: dict[str, float | None] = {
+        name: sum(rows) / len(rows) if rows else None for name, rows in shares.items()
+    }
+    rates["refusal_probability"] = (
+        math.fsum(probabilities) / len(probabilities) if probabilities else None
+    )
+    return {
+        "counts": {
+            **{label: len(rows) for label, rows in by_label.items()},
+            "rows": len(prompts),
+            "refusal_probability": len(probabilities),
+            "benign_exact_match": len(shares["benign_exact_match"]),
+            "task_exact_match": len(shares["task_exact_match"]),
+        },
+        **rates,
+        "intervals": {name: wilson_interval(sum(rows), len(rows)) for name, rows in shares.items()},
+    }
+
+
+def _answer_rows(
+    prompts: list[LabelledPrompt], greedy: list[Answer], sampled: list[Answer], referee: Judge
+) -> list[dict[str, Any]]:
+    samples = iter(sampled)
+    rows = []
+    for prompt, answer in zip(prompts, greedy, strict=True):
+        row: dict[str, Any] = {
+            "id": prompt.id,
+            "label": _label(prompt),
+            "refused": referee.is_refusal(prompt, answer.text),
+            "answer": answer.text,
+        }
+        if _label(prompt) == "harmful":
+            sample = next(samples)
+            row["refused_sampled"] = referee.is_refusal(prompt, sample.text)
+            row["answer_sampled"] = sample.text
+        elif prompt.response is not None:
+            row["exact_match"] = is_exact_match(answer.text, prompt.response)
+        rows.append(row)
+    return rows
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,313 @@
+"""Answers of a causal language model to chat prompts: batched, left-padded, in input order.
+
+Decoding depends on the model and the arguments alone: what the checkpoint's `generation_config`
+says of top-k, penalties or temperature is put aside for the call; its end-of-turn tokens are kept.
+Sampling inverts the cumulative distribution at uniform numbers drawn beforehand, one per row and
+token, so `seed` fixes a sample whatever the batch size, and no global random state is touched.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from transformers.utils import logging
+
+from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.prompts import LabelledPrompt
+
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a model said to one prompt."""
+
+    text: str
+    """Decoded without special tokens, stripped at both ends."""
+    num_tokens: int
+    """Tokens generated, without the end-of-turn token."""
+    finished: bool
+    """True where the model ended its turn; False where `max_new_tokens` cut it."""
+
+
+def load_model(
+    model_dir: Path | str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a Hugging Face folder, or of a hub id that is already downloaded.
+
+    Args:
+        dtype: None keeps the precision the weights are stored in.
+        device: None takes the first GPU where there is one, else the CPU.
+    Raises:
+        ConfigError: nothing there, not loadable, or weights missing from the files (the loader
+            would otherwise fill them with random numbers).
+    """
+    path = Path(model_dir)
+    if path.exists() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"expected a Hugging Face model folder, found no config.json in {path}: give the "
+            "folder that `save_pretrained` wrote (of a run: its model/ folder)"
+        )
+    # Files on this machine only: a misspelt path must not turn into a download.
+    options = {"local_files_only": True}
+    bars = logging.is_progress_bar_enabled()
+    if not progress:
+        logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype or "auto", output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, **options)
+    except _LOAD_ERRORS as err:
+        reason = " ".join(str(err).split())[:300]
+        raise ConfigError(
+            f"cannot load model and tokenizer from {model_dir}: {reason}: give a complete folder "
+            "that `from_pretrained` loads"
+        ) from err
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ConfigError(
+            f"the files in {model_dir} lack {len(info['missing_keys'])} weights, among them "
+            f"{min(info['missing_keys'])}: the folder is incomplete, save or copy it again"
+        )
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def render_prompts(tokenizer: Any, prompts: list[LabelledPrompt]) -> list[list[int]]:
+    """Token ids of each prompt up to the point where the answer begins.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        DataError: the template refuses a prompt.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "expected a tokenizer with a chat template, found none: set `data.chat_template`, or "
+            "save one with the tokenizer (chat_template.jinja)"
+        )
+    rendered = []
+    for prompt in prompts:
+        try:
+            ids = tokenizer.apply_chat_template(
+                prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as err:  # templates raise whatever their author chose
+            raise DataError(
+                f"the chat template refuses prompt {prompt.id!r}: {err}: check its roles and turns"
+            ) from err
+        rendered.append(list(ids))
+    return rendered
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[LabelledPrompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+    description: str = "answers",
+) -> list[Answer]:
+    """The model's answer to each prompt, in the order of `prompts`.
+
+    Args:
+        temperature: 0 decodes greedily; else the logits are divided by it and sampled in full
+            (no top-k, no top-p).
+        seed: fixes the samples; row i of the same list gets the same answer at any batch size, up
+            to the rounding of the logits.
+    Raises:
+        ConfigError: no chat template, a size below 1, a negative temperature.
+        DataError: a prompt and its answer do not fit into the model's positions.
+    """
+    if max_new_tokens < 1 or batch_size < 1 or temperature < 0:
+        raise ConfigError(
+            "expected max_new_tokens >= 1, batch_size >= 1 and temperature >= 0, got "
+            f"{max_new_tokens}, {batch_size} and {temperature}: change the arguments"
+        )
+    ids = render_prompts(tokenizer, prompts)
+    _check_positions(model, prompts, ids, max_new_tokens)
+    uniforms = _uniforms(len(prompts), max_new_tokens, seed) if temperature > 0 else None
+    answers: dict[int, Answer] = {}
+    with _plain_decoding(model, tokenizer, max_new_tokens) as end_tokens:
+        for rows in _batches(ids, batch_size, progress=progress, description=description):
+            inputs = _left_pad([ids[row] for row in rows], model, tokenizer)
+            width = inputs["input_ids"].shape[1]
+            processors = LogitsProcessorList()
+            if uniforms is not None:
+                processors.append(_InverseSampling(uniforms[rows], temperature, width))
+            tokens = model.generate(**inputs, logits_processor=processors)[:, width:].tolist()
+            for row, generated in zip(rows, tokens, strict=True):
+                answers[row] = _answer(generated, end_tokens, tokenizer)
+    return [answers[row] for row in range(len(prompts))]
+
+
+def first_token_probability(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[LabelledPrompt],
+    token_ids: list[int],
+    *,
+    batch_size: int,
+    progress: bool = True,
+    description: str = "first token",
+) -> Tensor:
+    """Probability of token_ids[i] as the first token of the answer to prompts[i]; float32 [rows].
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+    ids = render_prompts(tokenizer, prompts)
+    _check_positions(model, prompts, ids, 1)
+    result = torch.zeros(len(prompts), dtype=torch.float32)
+    with _plain_decoding(model, tokenizer, 1):
+        for rows in _batches(ids, batch_size, progress=progress, description=description):
+            inputs = _left_pad([ids[row] for row in rows], model, tokenizer)
+            # One step of `generate` and not `forward`: it derives the position ids of left-padded
+            # rows the way each architecture needs them.
+            step = model.generate(**inputs, return_dict_in_generate=True, output_logits=True)
+            probabilities = step.logits[0].float().softmax(dim=-1).cpu()
+            wanted = torch.tensor([token_ids[row] for row in rows]).unsqueeze(1)
+            result[rows] = probabilities.gather(1, wanted).squeeze(1)
+    return result
+
+
+def first_response_token(tokenizer: Any, prompt: LabelledPrompt, response: str) -> int:
+    """Id of the token with which `response` begins when it answers `prompt`.
+
+    Found by rendering the answered conversation; where the template puts something else first (an
+    empty block of thoughts), the response is tokenised by itself.
+    """
+    (start,) = render_prompts(tokenizer, [prompt])
+    turns = [*prompt.messages, {"role": "assistant", "content": response}]
+    full = list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
+    if full[: len(start)] == start and len(full) > len(start):
+        piece = tokenizer.decode([full[len(start)]]).strip().casefold()
+        if piece and response.strip().casefold().startswith(piece):
+            return full[len(start)]
+    alone = tokenizer(response.strip(), add_special_tokens=False)["input_ids"]
+    if not alone:
+        raise DataError(f"the refusal for prompt {prompt.id!r} is empty: give its text")
+    return alone[0]
+
+
+class _InverseSampling(LogitsProcessor):
+    """Leaves only the token where the cumulative distribution passes the row's uniform number."""
+
+    def __init__(self, uniforms: Tensor, temperature: float, prompt_width: int) -> None:
+        self.uniforms = uniforms  # [rows, max_new_tokens] float64 in [0, 1)
+        self.temperature = temperature
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        column = self.uniforms[:, input_ids.shape[1] - self.prompt_width]
+        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        target = column.to(scores.device).unsqueeze(1) * cumulative[:, -1:]
+        # right=True: the first entry strictly above, hence never a token of probability zero
+        token = torch.searchsorted(cumulative, target, right=True).clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def _uniforms(rows: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, columns, generator=generator, dtype=torch.float64)
+
+
+@contextmanager
+def _plain_decoding(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[set[int]]:
+    """Yields the end-of-turn ids; inside, `model` is in eval mode and decodes greedily."""
+    was_training, stored = model.training, model.generation_config
+    ends = stored.eos_token_id
+    end_tokens = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    end_tokens.discard(None)
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(end_tokens) or None,
+        pad_token_id=_pad_id(tokenizer),
+    )
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield end_tokens
+    finally:
+        model.generation_config = stored
+        model.train(was_training)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Any id will do, since padding is masked; 0 where the tokenizer names none."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return candidate
+    return 0
+
+
+def _left_pad(rows: list[list[int]], model: Any, tokenizer: Any) -> dict[str, Tensor]:
+    width = max(len(row) for row in rows)
+    pad = _pad_id(tokenizer)
+    input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {
+        "input_ids": input_ids.to(model.device),
+        "attention_mask": mask.to(model.device),
+    }
+
+
+def _batches(
+    ids: list[list[int]], batch_size: int, *, progress: bool, description: str
+) -> Iterator[list[int]]:
+    """Row numbers in batches of like length, longest first: what does not fit fails at once."""
+    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    with tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress) as bar:
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            yield rows
+            bar.update(len(rows))
+
+
+def _check_positions(
+    model: Any, prompts: list[LabelledPrompt], ids: list[list[int]], max_new_tokens: int
+) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for prompt, row in zip(prompts, ids, strict=True):
+        if limit is not None and len(row) + max_new_tokens > limit:
+            raise DataError(
+                f"prompt {prompt.id!r} has {len(row)} tokens, with {max_new_tokens} new ones it "
+                f"exceeds the model's {limit} positions: shorten it or lower max_new_tokens"
+            )
+
+
+def _answer(generated: list[int], end_tokens: set[int], tokenizer: Any) -> Answer:
+    end = next((at for at, token in enumerate(generated) if token in end_tokens), None)
+    text = tokenizer.decode(
+        generated[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return Answer(
+        text=text.strip(),
+        num_tokens=len(generated) if end is None else end,
+        finished=end is not None,
+    )

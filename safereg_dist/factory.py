@@ -1,0 +1,328 @@
+"""From a configuration to the objects of a run; each is built here and nowhere else."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from safereg_dist.batch import RowStore, RowStream, load_rows, load_tokenizer, steps_for
+from safereg_dist.coefficient import Coefficient
+from safereg_dist.config import Config
+from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.objective import Objective
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.engine import Backend, PolicyEngine
+from safereg_dist.policy import Policy, enable_activation_checkpointing
+from safereg_dist.reference import NoReference, Reference
+from safereg_dist.risk.estimator import ColumnRisk, NoRisk, RiskEstimator
+from safereg_dist.risk.probe import Probe, check_model
+from safereg_dist.risk.probe_risk import PolicyProbeRisk, ReferenceProbeRisk
+from safereg_dist.step import RegularizedStep
+
+DEFAULT_STEPS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSources:
+    """The data of a run on one rank."""
+
+    stream: RowStream
+    train: RowStore
+    anchor: RowStore | None
+    validation: RowStream | None
+    validation_rows: int
+    total_steps: int
+    rows_per_step: int
+    """Rows of this rank in one optimizer step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything that `train` drives."""
+
+    config: Config
+    ranks: Ranks
+    backend: Backend
+    tokenizer: PreTrainedTokenizerBase
+    sources: RowSources
+    model: PreTrainedModel
+    step: RegularizedStep
+    engine: PolicyEngine
+    pad_id: int
+    fingerprints: dict[str, str]
+    """Weight fingerprints at the start, of `policy` and `reference`."""
+
+
+def start_backend(config: Config) -> Backend:
+    """The backend that `engine.name` asks for, with its ranks joined. Collectives: rendezvous."""
+    if config.engine.name == "single":
+        from safereg_dist.parallel.single import SingleBackend, single_ranks
+
+        return SingleBackend(single_ranks())
+    from safereg_dist.parallel.deepspeed import DeepSpeedBackend, start_ranks
+
+    return DeepSpeedBackend(start_ranks(config.engine))
+
+
+def build_run(config: Config, backend: Backend) -> Run:
+    """All objects of a run, models loaded and wrapped.
+
+    Raises:
+        ConfigError, DataError, ProbeError: what the configuration names is missing or does not fit.
+    Collectives: those of loading and wrapping; every rank calls it.
+    """
+    ranks = backend.ranks
+    torch.manual_seed(config.train.seed + ranks.rank)  # dropout differs between ranks
+    policy_folder = resolve_model(config.model, ranks)
+    with ranks.together():
+        tokenizer = load_tokenizer(str(policy_folder), config.data)
+    sources = build_sources(config, tokenizer, ranks)
+    probe = _load_probe(config, ranks)
+
+    precision = config.train.precision
+    model = backend.load_model(
+        policy_folder, precision=precision, offload=config.engine.offload_params
+    )
+    with ranks.together():
+        _check_tokenizer(tokenizer, model)
+        if config.train.activation_checkpointing:
+            enable_activation_checkpointing(model)
+    fingerprints = {"policy": backend.fingerprint(model)}
+    reference = _build_reference(config, backend, policy_folder, model, tokenizer, fingerprints)
+
+    with ranks.together():
+        risk = _build_risk(config, ranks, probe, reference, model, fingerprints)
+        policy = Policy(
+            model,
+            probed_layer=probe.layer if probe and config.risk.source == "policy" else None,
+        )
+        step = RegularizedStep(
+            policy,
+            risk=risk,
+            coefficient=Coefficient(
+                config.regularizer, threshold=probe.threshold if probe else None, ranks=ranks
+            ),
+            reference=reference,
+            objective=Objective(config.regularizer, chunk_tokens=config.train.chunk_tokens),
+        )
+    step.train()
+    engine = backend.wrap_policy(step, config=config)
+    return Run(
+        config=config,
+        ranks=ranks,
+        backend=backend,
+        tokenizer=tokenizer,
+        sources=sources,
+        model=model,
+        step=step,
+        engine=engine,
+        pad_id=_pad_id(tokenizer),
+        fingerprints=fingerprints,
+    )
+
+
+def resolve_model(model: str, ranks: Ranks) -> Path:
+    """Local folder of a path or hub id; the first rank of each node downloads.
+
+    Raises:
+        ConfigError: neither a folder nor a hub id that can be fetched.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    with ranks.main_first():
+        try:
+            patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+            return Path(snapshot_download(model, allow_patterns=patterns))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
+            raise ConfigError(
+                f"model {model!r} is neither a local folder nor a hub id that can be fetched "
+                f"({' '.join(str(err).split())[:200]}): check the path"
+            ) from err
+
+
+def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> RowSources:
+    """Training, anchor and validation rows of this rank.
+
+    Raises:
+        DataError: a file or row that cannot be used, or a missing risk column.
+    Collectives: gathers of texts.
+    """
+    data, train = config.data, config.train
+
+    def load(path: str) -> RowStore:
+        with ranks.main_first():
+            return load_rows(path, tokenizer, data, progress=ranks.is_main)
+
+    train_rows = load(data.train)
+    anchor_rows = load(data.anchor) if data.anchor is not None else None
+    validation = load(data.validation) if data.validation is not None else None
+    if config.needs_risk and config.risk.estimator == "column":
+        with ranks.together():
+            _require_risk_column(train_rows, data.train)
+
+    rows_per_step = train.micro_batch_size * train.grad_accum_steps
+    total_steps = train.steps or DEFAULT_STEPS
+    fraction = data.anchor_fraction if anchor_rows is not None else 0.0
+    if train.epochs is not None:
+        total_steps = steps_for(
+            train_rows,
+            epochs=train.epochs,
+            world_size=ranks.world_size,
+            rows_per_step=rows_per_step,
+            anchor_fraction=fraction,
+        )
+
+    def stream(
+        rows: RowStore, anchor: RowStore | None, epochs: float | None, name: str
+    ) -> RowStream:
+        return RowStream(
+            rows,
+            anchor,
+            anchor_fraction=data.anchor_fraction,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            seed=train.seed,
+            epochs=epochs,
+            name=name,
+        )
+
+    with ranks.together():
+        return RowSources(
+            stream=stream(train_rows, anchor_rows, train.epochs, "data.train"),
+            train=train_rows,
+            anchor=anchor_rows,
+            validation=None
+            if validation is None
+            else stream(validation, None, 1.0, "data.validation"),
+            validation_rows=0 if validation is None else len(validation),
+            total_steps=total_steps,
+            rows_per_step=rows_per_step,
+        )
+
+
+def _require_risk_column(rows: RowStore, path: str) -> None:
+    import numpy as np
+
+    missing = np.flatnonzero(np.isnan(np.asarray(rows.table.data.column("risk"))))
+    if missing.size:
+        first = rows.table[int(missing[0])]["id"]
+        raise DataError(
+            f"{path}: risk.estimator=column needs `risk` in every row, {missing.size} rows have "
+            f"none, the first is {first!r}: add it, or choose another estimator"
+        )
+
+
+def _load_probe(config: Config, ranks: Ranks) -> Probe | None:
+    if not config.needs_risk or config.risk.estimator != "probe":
+        return None
+    assert config.risk.path is not None
+    with ranks.together():
+        return Probe.load(Path(config.risk.path)).to(ranks.device)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    pad_id = tokenizer.pad_token_id
+    assert isinstance(pad_id, int)  # `load_tokenizer` has seen to it
+    return pad_id
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    vocab = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocab:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {vocab} embeddings: "
+            "they do not belong together"
+        )
+
+
+def _build_reference(
+    config: Config,
+    backend: Backend,
+    policy_folder: Path,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprints: dict[str, str],
+) -> Reference | NoReference:
+    if not config.needs_reference:
+        return NoReference()
+    ranks, settings = backend.ranks, config.reference
+    folder = resolve_model(settings.model or str(policy_folder), ranks)
+    model = backend.load_model(folder, precision=config.train.precision, offload=settings.offload)
+    fingerprints["reference"] = backend.fingerprint(model)
+    with ranks.together():
+        _check_same_vocabulary(model, policy, folder, policy_folder, tokenizer, config)
+        same = folder.resolve() == policy_folder.resolve()
+        if same and fingerprints["reference"] != fingerprints["policy"]:
+            raise ConfigError(
+                f"policy and reference were both loaded from {folder}, but their weights differ "
+                f"(fingerprints {fingerprints['policy'][:12]} and "
+                f"{fingerprints['reference'][:12]}): loading has lost weights; report this"
+            )
+    return Reference(
+        model,
+        backend=backend,
+        offload=settings.offload,
+        rows_per_pass=settings.rows_per_pass or config.train.micro_batch_size,
+    )
+
+
+def _check_same_vocabulary(
+    reference: PreTrainedModel,
+    policy: PreTrainedModel,
+    folder: Path,
+    policy_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+) -> None:
+    sizes = [m.config.get_text_config().vocab_size for m in (reference, policy)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"the reference {folder} has vocabulary {sizes[0]}, the policy {policy_folder} "
+            f"{sizes[1]}: the divergence compares them token by token, choose a reference with "
+            "the same (padded) vocabulary"
+        )
+    if folder.resolve() == policy_folder.resolve():
+        return
+    if load_tokenizer(str(folder), config.data).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"the tokenizers of the reference {folder} and the policy {policy_folder} give tokens "
+            "different numbers: choose a reference with the same tokenizer"
+        )
+
+
+def _build_risk(
+    config: Config,
+    ranks: Ranks,
+    probe: Probe | None,
+    reference: Reference | NoReference,
+    model: PreTrainedModel,
+    fingerprints: dict[str, str],
+) -> RiskEstimator:
+    if not config.needs_risk or config.risk.estimator == "none":
+        return NoRisk()
+    if config.risk.estimator == "column":
+        return ColumnRisk()
+    assert probe is not None
+    assert isinstance(reference, Reference)
+    probed = reference.model if config.risk.source == "reference" else model
+    text_config = probed.config.get_text_config()
+    check_model(
+        probe,
+        fingerprint=fingerprints[config.risk.source],
+        hidden_size=text_config.hidden_size,
+        num_layers=text_config.num_hidden_layers,
+        force=config.risk.force,
+    )
+    if config.risk.source == "policy":
+        return PolicyProbeRisk(probe)
+    return ReferenceProbeRisk(
+        probe,
+        reference,
+        ranks=ranks,
+        rows_per_pass=config.reference.rows_per_pass or config.train.micro_batch_size,
+    )

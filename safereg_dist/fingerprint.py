@@ -1,0 +1,46 @@
+"""An exact fingerprint of a model's weights that sharded and whole copies share.
+
+Each parameter gets two 64-bit sums over its values rounded to bfloat16, bits b_i at flat index i:
+
+    s_1 = sum_i b_i  mod 2^64          s_2 = sum_i b_i (i + 1)  mod 2^64
+
+Integer sums do not depend on their order, so shards on any number of ranks add up to the same pair;
+rounding to bfloat16 first makes copies loaded in bfloat16 and in float32 agree. It detects lost,
+swapped or altered weights; it is no defence against someone who forges weights on purpose.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+_CHUNK = 1 << 22  # elements per step: bounds the int64 temporaries to 32 MiB each
+
+
+def checksum(flat: Tensor, start: int = 0) -> Tensor:
+    """(s_1, s_2) of a 1-D piece that begins at flat index `start`; int64 [2]."""
+    total = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    for begin in range(0, flat.numel(), _CHUNK):
+        piece = flat[begin : begin + _CHUNK].detach()
+        bits = piece.to(torch.bfloat16).view(torch.int16).to(torch.int64)
+        first = start + begin + 1
+        index = torch.arange(first, first + bits.numel(), device=flat.device)
+        total += torch.stack([bits.sum(), (bits * index).sum()])
+    return total
+
+
+def digest(entries: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
+    """SHA-256 (hex) over sorted (name, shape, checksum) triples."""
+    hasher = hashlib.sha256()
+    for name, shape, sums in sorted(entries, key=lambda entry: entry[0]):
+        hasher.update(f"{name} {tuple(shape)} {sums.tolist()}\n".encode())
+    return hasher.hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Fingerprint of a model that this process holds whole; hex text. Collectives: none."""
+    return digest(
+        (name, tuple(p.shape), checksum(p.detach().reshape(-1)).cpu())
+        for name, p in model.named_parameters()
+    )

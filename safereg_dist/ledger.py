@@ -1,0 +1,392 @@
+"""The ledger: one row per sequence and optimizer step, chained by hash.
+
+While training, each rank appends to a file of its own, `ledger.rank{rank}.jsonl`; nothing is sent
+between ranks. At the end `merge_ledgers` orders all rows by (step, micro_batch, rank, row) into
+`ledger.jsonl` and chains them:
+
+    hash_0 = sha256("safereg-dist ledger format 1")
+    hash_i = sha256(hash_{i-1} || row_i)      row_i = canonical JSON of the row, without its hash
+
+`summary.json` keeps the last hash and the number of rows, and `verify_ledger` holds the file
+against them. Rows carry ids, risks and coefficients; never text of the training data.
+
+What an unkeyed chain cannot promise: whoever can rewrite both `ledger.jsonl` and `summary.json` can
+compute a new chain that verifies. Keep the head hash somewhere else (a commit, a signed note, a
+ticket) where that matters; then nobody can change past rows without being seen.
+
+Where `ledger.jsonl` exists it is the truth, and rank files beside it are leftovers of an
+interrupted merge; `reopen_ledger` turns it back into rank files for a run that goes on.
+"""
+
+import hashlib
+import heapq
+import json
+import math
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from safereg_dist.errors import CheckpointError, LedgerError
+
+FORMAT_VERSION = 1
+GENESIS = hashlib.sha256(f"safereg-dist ledger format {FORMAT_VERSION}".encode()).hexdigest()
+MERGED_NAME = "ledger.jsonl"
+_RANK_FILE = re.compile(r"ledger\.rank(\d+)\.jsonl")
+_ORDER = ("step", "micro_batch", "rank", "row")
+_Key = tuple[int, ...]
+_Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerRow:
+    """What was decided for one sequence in one optimizer step."""
+
+    step: int
+    """Optimizer step, as in `metrics.jsonl`."""
+    micro_batch: int
+    """Index of the micro-batch within the step."""
+    rank: int
+    """Data-parallel rank that owned the row."""
+    row: int
+    """Index of the row within the rank's micro-batch."""
+    id: str
+    """The data row's id."""
+    risk: float | None
+    """Risk in [0, 1]; None where no estimator ran (anchor rows, objective `none`)."""
+    estimator: str
+    """What gave the risk, e.g. `probe:reference`, `column`, `critic`, `anchor`, `none`."""
+    kl_coef: float
+    """The coefficient b, dimensionless."""
+    divergence: float | None
+    """Mean divergence over the row's response tokens; None where the reference was not asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerHead:
+    """The last hash (hex) of a chain and its number of rows: `ledger` in `summary.json`."""
+
+    head: str
+    rows: int
+
+
+class RankLedger:
+    """Appends the rows of one rank to `ledger.rank{rank}.jsonl` in a run folder.
+
+    Opening keeps what the file holds: call `truncate` with the checkpoint's position (0 on a fresh
+    start) before the first row, since a killed run leaves rows of steps that are run again. A run
+    resumed on fewer ranks also truncates the files of the ranks that are gone; they are merged too.
+    """
+
+    def __init__(self, run_dir: Path | str, rank: int) -> None:
+        """Opens the file, creating it where there is none.
+
+        Raises:
+            LedgerError: the run's ledger was merged already; see `reopen_ledger`.
+        """
+        merged = Path(run_dir, MERGED_NAME)
+        if merged.exists():
+            raise LedgerError(
+                f"expected an open ledger, found a finished one at {merged}: call `reopen_ledger` "
+                "before the ranks go on, or choose another output_dir"
+            )
+        self._path = _rank_path(run_dir, rank)
+        self._file = self._path.open("ab")
+
+    def append(self, row: LedgerRow) -> None:
+        """Adds one row to the buffer; rows come in the order (step, micro_batch, row).
+
+        Raises:
+            CheckpointError: the buffer was full and could not be written.
+        """
+        try:
+            self._file.write(_canonical(_plain(row)) + b"\n")
+        except OSError as err:
+            raise _unwritable(self._path, err) from err
+
+    def flush(self) -> int:
+        """Hands the buffer to the system and returns the file's length in bytes; no fsync.
+
+        Raises:
+            CheckpointError: the file could not be written.
+        """
+        try:
+            self._file.flush()
+        except OSError as err:
+            raise _unwritable(self._path, err) from err
+        return self._file.tell()
+
+    def truncate(self, position: int) -> None:
+        """Drops everything after byte `position`, a value that `flush` returned.
+
+        Raises:
+            CheckpointError: the file is shorter, or no row ends there.
+        """
+        size = self.flush()
+        if size < position or (position > 0 and not _ends_a_row(self._path, position)):
+            raise CheckpointError(
+                f"expected a row that ends at byte {position} of {self._path}, found {size} bytes: "
+                "the ledger was cut or changed since the checkpoint; restore it or start in a new "
+                "output_dir"
+            )
+        self._file.truncate(position)
+        self._file.seek(position)
+
+    def close(self) -> None:
+        """Flushes and closes the file; closing twice is harmless.
+
+        Raises:
+            CheckpointError: the last rows could not be written; the file is closed all the same.
+        """
+        try:
+            self._file.close()
+        except OSError as err:
+            raise _unwritable(self._path, err) from err
+
+
+def merge_ledgers(run_dir: Path | str, world_size: int) -> LedgerHead:
+    """Merges all rank files into the chained `ledger.jsonl`; returns its head.
+
+    Called by one rank after all have closed theirs. Memory does not grow with the number of rows.
+    The rank files go only once the merged file is in place, so an interrupted call can be repeated;
+    a call on a merged ledger changes nothing and returns the same head.
+
+    Raises:
+        LedgerError: a rank's file is missing, a line is no row, or rows are out of order.
+        CheckpointError: the merged file cannot be written.
+    """
+    merged = Path(run_dir, MERGED_NAME)
+    rank_files = _rank_files(run_dir)
+    if merged.exists():
+        head = _last(_chained_rows(merged))
+    else:
+        for rank in range(world_size):
+            if rank not in rank_files:
+                raise LedgerError(
+                    f"expected {_rank_path(run_dir, rank)} (rank {rank} of {world_size}), found no "
+                    "file: restore it or resume from a checkpoint"
+                )
+        head = _write_chain(merged, rank_files.values())
+    for path in rank_files.values():
+        path.unlink()
+    return head
+
+
+def reopen_ledger(run_dir: Path | str) -> None:
+    """Turns a merged ledger back into rank files, for a run that goes on; else does nothing.
+
+    Called by one rank before any `RankLedger` opens (a barrier is the caller's). The rank files are
+    byte for byte what they were, so positions kept in checkpoints hold.
+
+    Raises:
+        LedgerError: the merged ledger's chain does not hold.
+        CheckpointError: a rank file cannot be written.
+    """
+    merged = Path(run_dir, MERGED_NAME)
+    if not merged.exists():
+        return
+    files: dict[int, IO[bytes]] = {}
+    try:
+        with ExitStack() as stack:
+            for row, _ in _chained_rows(merged):
+                rank = row["rank"]
+                if rank not in files:
+                    path = _temporary(_rank_path(run_dir, rank))
+                    files[rank] = stack.enter_context(path.open("wb"))
+                files[rank].write(_canonical(row) + b"\n")
+        for rank in files:
+            path = _rank_path(run_dir, rank)
+            os.replace(_temporary(path), path)
+    except OSError as err:
+        raise _unwritable(merged, err) from err
+    finally:
+        for rank in files:
+            _temporary(_rank_path(run_dir, rank)).unlink(missing_ok=True)
+    merged.unlink()
+
+
+def verify_ledger(run_dir: Path | str) -> LedgerHead:
+    """Recomputes the chain of `ledger.jsonl` and returns its head, if it is that of `summary.json`.
+
+    Raises:
+        LedgerError: names the first bad line and what is wrong: a changed row, lost, added or
+            reordered rows, a cut file, or a summary that is missing or silent on the ledger.
+    """
+    wanted = _summary_head(Path(run_dir, "summary.json"))
+    merged = Path(run_dir, MERGED_NAME)
+    if not merged.is_file():
+        raise LedgerError(
+            f"cut file: expected {wanted.rows} rows in {merged}, found no file: {_RESTORE}"
+        )
+    found = _last(_chained_rows(merged, rows_wanted=wanted.rows))
+    if found == wanted:
+        return found
+    if found.rows == wanted.rows:
+        kind = f"changed row: head {found.head[:12]}, but {wanted.head[:12]}"
+    else:
+        kind = "cut file" if found.rows < wanted.rows else "added rows"
+        kind += f": {found.rows} rows, but {wanted.rows}"
+    raise LedgerError(f"{merged}:{found.rows}: {kind} in summary.json: {_RESTORE}")
+
+
+# ---- rows and their one text -------------------------------------------------------------------
+
+_RESTORE = "restore the file from a copy"
+
+
+def _plain(row: LedgerRow) -> _Json:
+    """The row as plain numbers and text, also where it came with NumPy or torch scalars."""
+    plain = asdict(row)
+    for name in _ORDER:
+        plain[name] = int(plain[name])
+    for name in ("risk", "kl_coef", "divergence"):
+        plain[name] = _number(plain[name])
+    return plain
+
+
+def _number(value: float | None) -> float | str | None:
+    """JSON has no NaN and no infinity: they become text that `float` reads back."""
+    if value is None:
+        return None
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
+
+
+def _canonical(row: _Json) -> bytes:
+    """The one text of a row: sorted keys, no spaces, ASCII, shortest floats that round-trip."""
+    return json.dumps(row, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _link(previous: str, row: _Json) -> str:
+    return hashlib.sha256(previous.encode() + _canonical(row)).hexdigest()
+
+
+def _parse(line: bytes) -> tuple[_Key, _Json] | None:
+    """(key, row) of a line that is the canonical text of a row with a whole-number key."""
+    try:
+        row = json.loads(line)
+        key = tuple(row[name] for name in _ORDER)
+        is_exact = _canonical(row) + b"\n" == line
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return (key, row) if is_exact and all(type(part) is int for part in key) else None
+
+
+def _lines(path: Path) -> Iterator[tuple[str, _Key, _Json]]:
+    """(`file:line`, key, row) of each line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            parsed = _parse(line)
+            if parsed is None:
+                kind = "changed row" if line.endswith(b"\n") else "cut file: incomplete line"
+                raise LedgerError(f"{path}:{number}: {kind}, not a row as written: {_RESTORE}")
+            yield f"{path}:{number}", *parsed
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def _rank_path(run_dir: Path | str, rank: int) -> Path:
+    return Path(run_dir, f"ledger.rank{rank}.jsonl")
+
+
+def _rank_files(run_dir: Path | str) -> dict[int, Path]:
+    """Rank -> file, for all rank files of the folder, also those of an earlier world size."""
+    matches = ((_RANK_FILE.fullmatch(path.name), path) for path in Path(run_dir).iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _ends_a_row(path: Path, position: int) -> bool:
+    with path.open("rb") as file:
+        file.seek(position - 1)
+        return file.read(1) == b"\n"
+
+
+def _unwritable(path: Path, err: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot write the ledger {path}: {err.strerror}: free space, resume")
+
+
+def _increasing(path: Path) -> Iterator[tuple[_Key, _Json]]:
+    """The rows of a rank file, which must come in increasing order."""
+    previous: _Key = ()
+    for where, key, row in _lines(path):
+        if key <= previous:
+            raise LedgerError(
+                f"{where}: reordered rows: {_ORDER} = {key} comes after {previous}: on a resume "
+                "truncate the file to the checkpoint's position first"
+            )
+        previous = key
+        yield key, row
+
+
+def _write_chain(merged: Path, rank_files: Iterable[Path]) -> LedgerHead:
+    """Writes the merged file to a temporary sibling and moves it into place."""
+    head, rows = GENESIS, 0
+    streams = [_increasing(path) for path in rank_files]
+    temporary = _temporary(merged)
+    try:
+        with temporary.open("wb") as file:
+            for _, row in heapq.merge(*streams, key=lambda item: item[0]):
+                head, rows = _link(head, row), rows + 1
+                file.write(_canonical({**row, "hash": head}) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())  # the rank files are deleted on the strength of this one
+        os.replace(temporary, merged)
+    except OSError as err:
+        raise _unwritable(merged, err) from err
+    finally:
+        temporary.unlink(missing_ok=True)
+    return LedgerHead(head, rows)
+
+
+def _chained_rows(
+    merged: Path, *, rows_wanted: int | None = None
+) -> Iterator[tuple[_Json, LedgerHead]]:
+    """(row without its hash, head up to it) of each line, as far as the chain holds."""
+    head = LedgerHead(GENESIS, 0)
+    for where, _, row in _lines(merged):
+        stated = row.pop("hash", None)
+        head = LedgerHead(_link(head.head, row), head.rows + 1)
+        if head.head != stated:
+            kind = _likely_kind(merged, rows_wanted)
+            raise LedgerError(
+                f"{where}: {kind}: its hash does not follow from the line before: {_RESTORE}"
+            )
+        yield row, head
+
+
+def _likely_kind(merged: Path, rows_wanted: int | None) -> str:
+    """What most likely broke the chain; that it is broken is certain, this is a hint."""
+    with merged.open("rb") as file:
+        keys = [parsed[0] for parsed in map(_parse, file) if parsed]
+    if keys != sorted(set(keys)):
+        return "reordered rows"
+    if rows_wanted is None or len(keys) == rows_wanted:
+        return "changed row"
+    return "lost rows" if len(keys) < rows_wanted else "added rows"
+
+
+def _last(rows: Iterator[tuple[_Json, LedgerHead]]) -> LedgerHead:
+    tail = deque(rows, maxlen=1)
+    return tail[0][1] if tail else LedgerHead(GENESIS, 0)
+
+
+def _summary_head(path: Path) -> LedgerHead:
+    """What `summary.json` says of the ledger."""
+    try:
+        ledger = json.loads(path.read_bytes())["ledger"]
+        head, rows = ledger["head"], ledger["rows"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as err:
+        raise LedgerError(
+            f'missing summary: expected "ledger": {{"head", "rows"}} in {path}, found '
+            f"{'none' if path.exists() else 'no file'}: the run has not finished, or restore it"
+        ) from err
+    return LedgerHead(head, rows)

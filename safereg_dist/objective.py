@@ -1,0 +1,91 @@
+"""Stage 6: token weights, and the loss from hidden states."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safereg_dist.config import RegularizerConfig
+from safereg_dist.types import Head, MicroBatch
+from safereg_kernels import linear_ce_kl
+
+NO_HEAD = Head(None, None)
+_DIRECTIONS = {"kl_forward": "forward", "kl_reverse": "reverse", "l2_logits": "l2"}
+
+
+class Loss(NamedTuple):
+    """The loss of one micro-batch and its parts."""
+
+    loss: Tensor
+    """float32 scalar: this rank's share of L."""
+    ce: Tensor
+    """[T] float32 cross-entropy, 0 on anchor tokens; detached."""
+    divergence: Tensor
+    """[T] float32 divergence, 0 where the coefficient is 0; detached."""
+
+
+class Objective:
+    """L of the design: one normaliser N for both terms.
+
+    convex, static   L = 1/N sum_i sum_t [ (1 - b_i) CE_it + b_i D_it ]
+    additive         L = 1/N sum_i sum_t [ CE_it + b_i D_it ]
+    none             L = 1/N sum_i sum_t CE_it
+
+    Anchor rows carry D alone, with b = 1. N counts the response tokens of all ranks and all
+    micro-batches of one optimizer step.
+    """
+
+    def __init__(self, config: RegularizerConfig, *, chunk_tokens: int) -> None:
+        self._additive = config.objective == "additive"
+        self._direction = _DIRECTIONS[config.divergence]
+        self._chunk_tokens = chunk_tokens
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        batch: MicroBatch,
+        kl_coef: list[float],
+        *,
+        num_tokens: Tensor,
+        reference_hidden: Tensor | None = None,
+        reference_head: Head = NO_HEAD,
+    ) -> Loss:
+        """Loss of one micro-batch; `num_tokens` is N, a scalar on the device. Collectives: none."""
+        assert head.weight is not None
+        ce_weights, kl_weights = self.token_weights(batch, kl_coef)
+        total, ce, divergence = linear_ce_kl(
+            hidden,
+            head.weight,
+            batch.labels,
+            ce_weights=ce_weights,
+            kl_weights=kl_weights,
+            reference_hidden=reference_hidden,
+            reference_head=reference_head.weight,
+            direction=self._direction,
+            chunk_tokens=self._chunk_tokens,
+            policy_bias=head.bias,
+            reference_bias=reference_head.bias,
+            # The task loss is logged for rows with b = 1 too, whose cross-entropy weighs nothing.
+            ce_report=self._task_tokens(batch),
+        )
+        # A loss that is not finite makes every gradient of this rank nan, and with it the global
+        # norm: so all ranks skip the step together, without a collective of its own.
+        finite = torch.where(torch.isfinite(total.detach()), 1.0, float("nan"))
+        loss = total * finite / num_tokens.clamp_min(1)
+        return Loss(loss, ce, divergence)
+
+    @staticmethod
+    def _task_tokens(batch: MicroBatch) -> Tensor:
+        task = torch.tensor([not row.is_anchor for row in batch.rows])
+        return task.to(batch.labels.device, non_blocking=True).index_select(0, batch.row_of_token)
+
+    def token_weights(self, batch: MicroBatch, kl_coef: list[float]) -> tuple[Tensor, Tensor]:
+        """(ce_weights, kl_weights), each float32 [T], before division by N."""
+        coef = torch.tensor(kl_coef, dtype=torch.float32)
+        anchor = torch.tensor([row.is_anchor for row in batch.rows])
+        task = torch.ones_like(coef) if self._additive else 1 - coef
+        task = torch.where(anchor, 0.0, task)
+        per_row = torch.stack([task, coef]).to(batch.labels.device, non_blocking=True)
+        ce_weights, kl_weights = per_row.index_select(1, batch.row_of_token)
+        return ce_weights, kl_weights

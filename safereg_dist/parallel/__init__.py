@@ -1,0 +1,1 @@
+"""Ranks, their few collectives, and the engines that shard and step a model."""

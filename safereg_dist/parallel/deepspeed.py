@@ -1,0 +1,358 @@
+"""The DeepSpeed backend: policy under ZeRO-3, reference under ZeRO-3 inference, same groups.
+
+The only file that imports deepspeed. Its configuration is built here from scratch, never copied
+from one engine to the other: a reference that inherits an optimizer block gets a whole optimizer.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+
+import deepspeed
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    InflightParamRegistry,
+    PartitionedParameterCoordinator,
+)
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from safereg_dist.config import Config, EngineConfig
+from safereg_dist.errors import CheckpointError, ConfigError, GroupError
+from safereg_dist.fingerprint import checksum, digest
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.engine import Update
+from safereg_dist.parallel.optimizer import parameter_groups
+from safereg_dist.parallel.shards import (
+    dtype_of,
+    match_names,
+    read_architecture,
+    read_flat_slices,
+    tensor_shapes,
+    weight_files,
+)
+from safereg_dist.types import MicroBatch, StepOutput
+
+_TAG = "engine"
+
+# deepspeed 0.19 calls collectives by names that torch 2.13 has renamed; nothing a user can do.
+# Goes when the lower bound of deepspeed uses the new names.
+warnings.filterwarnings("ignore", message=r".*`torch\.distributed\..*` is deprecated.*")
+
+
+def start_ranks(config: EngineConfig) -> Ranks:
+    """Joins the process group that the launcher describes; alone where there is no launcher.
+
+    Raises:
+        GroupError: the launcher's environment is incomplete or the group cannot be formed.
+    Collectives: the rendezvous.
+    """
+    if "RANK" not in os.environ:
+        _pretend_single_launcher()
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=config.timeout_s),
+        )
+    except (RuntimeError, ValueError, KeyError) as err:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise GroupError(
+            f"expected to form a process group of {os.environ.get('WORLD_SIZE')} ranks at "
+            f"{address}, got: {' '.join(str(err).split())[:300]}: check that the port is free "
+            "(deepspeed --master_port, torchrun --master_port) and the address reachable"
+        ) from err
+    return Ranks(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        local_rank=local_rank,
+        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+        dp_group=torch.distributed.group.WORLD,
+    )
+
+
+def _pretend_single_launcher() -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
+class DeepSpeedBackend:
+    """Shards models with ZeRO-3 (see `engine.Backend` for the contract of each method)."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def load_model(self, folder: Path, *, precision: str, offload: str) -> PreTrainedModel:
+        """A model built under `zero.Init`, each rank reading just its own shard of every tensor.
+
+        Raises:
+            ConfigError: the weights do not fit the architecture.
+        Collectives: those of `zero.Init`, and one gather of texts.
+        """
+        dtype = dtype_of(precision)
+        zero_config = _zero_config(precision=precision, offload=offload, rows=1, hidden_size=None)
+        with self.ranks.together():
+            architecture = read_architecture(folder)
+        with _hf_zero3(zero_config):
+            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+        with self.ranks.together():
+            _load_shards(model, folder, rank=self.ranks.rank)
+        return model
+
+    def wrap_policy(self, step: nn.Module, *, config: Config) -> "DeepSpeedPolicy":
+        """The ZeRO-3 training engine of `step`."""
+        # The head runs inside the step's own forward, not inside the head's module: without this
+        # its weight would not be gathered there nor its gradient reduced.
+        for parameter in step.head_parameters():  # type: ignore[operator]
+            deepspeed.zero.register_external_parameter(step, parameter)
+        optimizer = _build_optimizer(step, config)
+        engine, *_ = deepspeed.initialize(
+            model=step, optimizer=optimizer, config=_policy_config(step, config)
+        )
+        return DeepSpeedPolicy(engine, world_size=self.ranks.world_size)
+
+    def wrap_reference(self, trunk: nn.Module, *, offload: str, rows: int) -> "DeepSpeedReference":
+        """The ZeRO-3 inference engine of the frozen `trunk`: no optimizer, no new groups."""
+        trunk.requires_grad_(False)
+        precision = "bf16" if next(trunk.parameters()).dtype == torch.bfloat16 else "fp32"
+        engine, *_ = deepspeed.initialize(
+            model=trunk,
+            config=_zero_config(
+                precision=precision, offload=offload, rows=rows, hidden_size=_hidden_size(trunk)
+            ),
+        )
+        engine.eval()  # `initialize` leaves it in training mode, with dropout on
+        return DeepSpeedReference(engine)
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """A block in which these parameters are whole. Collectives: one all-gather each."""
+        with deepspeed.zero.GatheredParameters(list(parameters)):
+            yield
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Fingerprint from every rank's shard. Collectives: one SUM of 16 bytes a parameter."""
+        entries = [(name, p) for name, p in model.named_parameters()]
+        sums = torch.zeros(len(entries), 2, dtype=torch.int64, device=self.ranks.device)
+        for index, (_, parameter) in enumerate(entries):
+            first, last = _shard_range(parameter, self.ranks.rank)
+            piece = parameter.ds_tensor.view(-1)[: last - first]  # type: ignore[attr-defined]
+            sums[index] = checksum(piece, first).to(self.ranks.device)
+        sums = self.ranks.sum_(sums).cpu()
+        return digest(
+            (name, tuple(p.ds_shape), sums[i])  # type: ignore[attr-defined]
+            for i, (name, p) in enumerate(entries)
+        )
+
+
+class DeepSpeedPolicy:
+    """`engine.PolicyEngine` over a DeepSpeed training engine."""
+
+    def __init__(self, engine: Any, *, world_size: int) -> None:
+        self.engine = engine
+        self.module: nn.Module = engine.module
+        self._world_size = world_size
+
+    def __call__(self, batch: MicroBatch, num_tokens: Tensor) -> StepOutput:
+        """Forward of one micro-batch under ZeRO-3's hooks."""
+        return self.engine(batch, num_tokens)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Adds the gradient of `loss`; reduced over ranks on the last micro-batch of a step.
+
+        DeepSpeed averages gradients over ranks. The loss is already divided by the global number
+        of tokens, so the average is undone here, and nowhere else. Collectives: the engine's own.
+        """
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
+
+    def update(self, lr: float) -> Update:
+        """One optimizer step; skipped by all ranks where any gradient is not finite."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        applied = not bool(self.engine.optimizer.overflow)
+        return Update(applied, float("inf") if norm is None else float(norm))
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's own checkpoint below `folder`."""
+        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restores DeepSpeed's own checkpoint.
+
+        Raises:
+            CheckpointError: DeepSpeed found none.
+        """
+        path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"expected a DeepSpeed checkpoint in {folder}, found none")
+
+
+class DeepSpeedReference:
+    """`engine.ReferenceEngine` over a ZeRO-3 inference engine.
+
+    ZeRO-3 records the order in which modules run and prefetches along it. The full pass and the
+    prefix pass run different modules, so each gets a coordinator, and with it a trace, of its own;
+    sharing one leaves parameters gathered between steps.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.module: nn.Module = engine.module
+        self._full = engine.optimizer.param_coordinator
+        self._prefix: dict[int, PartitionedParameterCoordinator] = {}
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, S, H] last hidden states. Collectives: one all-gather per decoder layer."""
+        return self.engine(input_ids, attention_mask)
+
+    @torch.no_grad()
+    def prefix(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:
+        """[B, S, H] after `num_layers` layers. Collectives: one all-gather per layer run."""
+        offload = self.engine.optimizer
+        if num_layers not in self._prefix:
+            self._prefix[num_layers] = _new_coordinator(offload)
+        offload.param_coordinator = self._prefix[num_layers]
+        try:
+            return self.engine(input_ids, attention_mask, num_layers=num_layers)
+        finally:
+            offload.param_coordinator = self._full
+
+
+def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
+    return PartitionedParameterCoordinator(
+        prefetch_bucket_sz=offload._prefetch_bucket_sz,
+        max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+        max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+        allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
+        inflight_param_registry=InflightParamRegistry(),
+        timers=offload.timers,
+    )
+
+
+def _zero_config(
+    *, precision: str, offload: str, rows: int, hidden_size: int | None
+) -> dict[str, Any]:
+    """ZeRO-3 without an optimizer: for building a model sharded, and for the reference."""
+    zero: dict[str, Any] = {"stage": 3}
+    if offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if hidden_size is not None:
+        zero["stage3_param_persistence_threshold"] = 10 * hidden_size
+        zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
+    return {
+        "train_micro_batch_size_per_gpu": rows,
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision == "bf16"},
+    }
+
+
+def _policy_config(step: nn.Module, config: Config) -> dict[str, Any]:
+    hidden_size = _hidden_size(step)
+    ds = _zero_config(
+        precision=config.train.precision,
+        offload=config.engine.offload_params,
+        rows=config.train.micro_batch_size,
+        hidden_size=hidden_size,
+    )
+    ds["zero_optimization"]["reduce_bucket_size"] = max(hidden_size * hidden_size, 1)
+    if config.engine.offload_optimizer == "cpu":
+        ds["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": torch.cuda.is_available(),
+        }
+    ds["gradient_accumulation_steps"] = config.train.grad_accum_steps
+    ds["gradient_clipping"] = config.optimizer.max_grad_norm
+    ds["zero_allow_untested_optimizer"] = True  # torch's AdamW, which DeepSpeed does not list
+    ds["zero_force_ds_cpu_optimizer"] = False
+    return ds
+
+
+def _hidden_size(module: nn.Module) -> int:
+    config = next(m.config for m in module.modules() if isinstance(m, PreTrainedModel))
+    return int(config.get_text_config().hidden_size)
+
+
+def _build_optimizer(step: nn.Module, config: Config) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {
+        "lr": config.optimizer.lr,
+        "betas": (config.optimizer.beta1, config.optimizer.beta2),
+        "eps": config.optimizer.eps,
+    }
+    groups = parameter_groups(step, config.optimizer.weight_decay)
+    if config.engine.offload_optimizer == "cpu":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **options)
+
+
+@contextmanager
+def _hf_zero3(zero_config: dict[str, Any]) -> Iterator[None]:
+    """A block in which transformers builds models under `zero.Init` with this configuration."""
+    # transformers keeps a weak reference: the object must live until the block ends.
+    before = hf_deepspeed._hf_deepspeed_config_weak_ref
+    keep_alive = hf_deepspeed.HfDeepSpeedConfig(zero_config)
+    try:
+        yield
+    finally:
+        del keep_alive
+        hf_deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+def _shard_range(parameter: nn.Parameter, rank: int) -> tuple[int, int]:
+    """Flat range [first, last) of the parameter that `rank` holds; the last shard is padded."""
+    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    numel = parameter.ds_numel  # type: ignore[attr-defined]
+    first = min(rank * size, numel)
+    return first, min(first + size, numel)
+
+
+@torch.no_grad()
+def _load_shards(model: PreTrainedModel, folder: Path, *, rank: int) -> None:
+    files = weight_files(folder)
+    names = match_names(model, files, folder)
+    shapes = tensor_shapes(files)
+    parameters = dict(model.named_parameters())
+    requests = []
+    for name, parameter in parameters.items():
+        found = shapes[names[name]]
+        expected = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+        if found != expected:
+            raise ConfigError(
+                f"{folder}: tensor {names[name]!r} has shape {found}, the architecture in "
+                f"config.json expects {expected}: the files do not belong together"
+            )
+        first, last = _shard_range(parameter, rank)
+        if last > first:
+            requests.append((names[name], files[names[name]], first, last))
+    by_file_name = {found: parameters[name] for name, found in names.items()}
+    for name, flat in read_flat_slices(requests):
+        by_file_name[name].ds_tensor.view(-1)[: flat.numel()].copy_(flat)  # type: ignore[attr-defined]

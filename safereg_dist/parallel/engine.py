@@ -1,0 +1,84 @@
+"""What an engine is to the rest of the package: the interfaces that each backend fulfils."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from safereg_dist.config import Config
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.types import MicroBatch, StepOutput
+
+
+class Update(NamedTuple):
+    """What an optimizer step did."""
+
+    applied: bool
+    """False where a gradient was not finite on some rank, and no rank stepped."""
+    grad_norm: float
+    """Global L2 norm before clipping; inf or nan where not applied."""
+
+
+class PolicyEngine(Protocol):
+    """Runs, differentiates, steps, saves and restores the trained module."""
+
+    def __call__(self, batch: MicroBatch, num_tokens: Tensor) -> StepOutput:
+        """Forward of one micro-batch under the engine's hooks."""
+        ...
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Adds the gradient of `loss`, summed (not averaged) over ranks and micro-batches."""
+        ...
+
+    def update(self, lr: float) -> Update:
+        """Clips, steps at learning rate `lr` and clears gradients."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, optimizer state and step counters below `folder`; all ranks call it."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote; all ranks call it."""
+        ...
+
+
+class ReferenceEngine(Protocol):
+    """Runs the frozen trunk; every rank calls it the same number of times."""
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, S, H] last hidden states of [B, S] tokens, without gradient."""
+        ...
+
+    def prefix(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:
+        """[B, S, H] hidden states after the first `num_layers` decoder layers, which alone run."""
+        ...
+
+
+class Backend(Protocol):
+    """One way to shard: makes engines, loads models, gathers weights."""
+
+    ranks: Ranks
+
+    def load_model(self, folder: Path, *, precision: str, offload: str) -> PreTrainedModel:
+        """A causal language model whose weights come from a local Hugging Face folder."""
+        ...
+
+    def wrap_policy(self, step: nn.Module, *, config: Config) -> PolicyEngine:
+        """An engine that trains `step` (whose `head_parameters` it uses outside their module)."""
+        ...
+
+    def wrap_reference(self, trunk: nn.Module, *, offload: str, rows: int) -> ReferenceEngine:
+        """An engine that runs the frozen `trunk` on the same process groups as the policy."""
+        ...
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """A block in which these parameters are whole on every rank (collective)."""
+        ...
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Fingerprint of the weights, equal for any number of ranks (collective)."""
+        ...

@@ -1,0 +1,134 @@
+"""Weights between safetensors files and ZeRO-3 shards, without a whole model anywhere."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from safereg_dist.errors import ConfigError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def read_architecture(folder: Path) -> PreTrainedConfig:
+    """The `config.json` of a Hugging Face folder.
+
+    Raises:
+        ConfigError: there is none, or transformers does not know its architecture.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as err:
+        raise ConfigError(
+            f"expected the config.json of a causal language model in {folder}, got: "
+            f"{' '.join(str(err).split())[:200]}: check the path"
+        ) from err
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """File of every tensor in a Hugging Face folder, by tensor name.
+
+    Raises:
+        ConfigError: the folder has no safetensors weights.
+    """
+    index = folder / INDEX_FILE
+    if index.is_file():
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in mapping.items()}
+    single = folder / SINGLE_FILE
+    if not single.is_file():
+        raise ConfigError(
+            f"expected {SINGLE_FILE} or {INDEX_FILE} in {folder}, found neither: save the model "
+            "with save_pretrained (safetensors)"
+        )
+    return dict.fromkeys(_headers(single), single)
+
+
+def match_names(model: nn.Module, files: dict[str, Path], folder: Path) -> dict[str, str]:
+    """Tensor name in the files for every parameter of the model (tied ones once).
+
+    Raises:
+        ConfigError: a parameter has no tensor: loading would leave it at random values.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    names = {}
+    for name, _ in model.named_parameters():
+        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        names[name] = next((c for c in candidates if c in files), "")
+    # A tied weight is listed under its first name only, and may be stored under the other one.
+    aliases = _aliases(model)
+    for name, found in names.items():
+        if not found:
+            names[name] = next((a for a in aliases.get(name, ()) if a in files), "")
+    lost = sorted(name for name, found in names.items() if not found)
+    if lost:
+        raise ConfigError(
+            f"{folder} has no tensor for {len(lost)} parameters, the first is {lost[0]!r}: the "
+            "checkpoint does not fit the architecture in its config.json (or needs a weight "
+            "conversion on loading, which sharded loading does not support)"
+        )
+    return names
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    by_id: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_id.setdefault(id(parameter), []).append(name)
+    return {names[0]: names[1:] for names in by_id.values()}
+
+
+def read_flat_slices(
+    requests: list[tuple[str, Path, int, int]],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, 1-D tensor) for each request (name, file, first, last) of flat elements.
+
+    Reads only the rows of the file that hold the elements, one tensor at a time.
+    """
+    with ExitStack() as stack:
+        handles: dict[Path, object] = {}
+        for name, path, first, last in requests:
+            if path not in handles:
+                handles[path] = stack.enter_context(safe_open(path, framework="pt"))
+            yield name, _read_flat(handles[path], name, first, last)
+
+
+def _read_flat(handle: object, name: str, first: int, last: int) -> Tensor:
+    view = handle.get_slice(name)  # type: ignore[attr-defined]
+    shape = view.get_shape()
+    if len(shape) == 0:
+        return handle.get_tensor(name).reshape(1)[first:last]  # type: ignore[attr-defined]
+    width = 1
+    for size in shape[1:]:
+        width *= size
+    row_first, row_last = first // width, -(-last // width)
+    rows = view[row_first:row_last].reshape(-1)
+    return rows[first - row_first * width : last - row_first * width]
+
+
+def tensor_shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in the files, read from their headers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(set(files.values())):
+        shapes.update(_headers(path))
+    return shapes
+
+
+def _headers(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+    except (OSError, SafetensorError) as err:
+        raise ConfigError(
+            f"{path} cannot be read as safetensors ({err}): save or download the model again"
+        ) from err
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """torch dtype of `bf16` or `fp32`."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

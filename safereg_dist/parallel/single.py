@@ -1,0 +1,170 @@
+"""The single-process backend: plain torch, no launcher, no process group.
+
+Useful for small models and for debugging; the arithmetic is the same as on many ranks.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from safereg_dist.config import Config
+from safereg_dist.errors import CheckpointError, ConfigError, GroupError
+from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.engine import Update
+from safereg_dist.parallel.optimizer import parameter_groups
+from safereg_dist.parallel.shards import dtype_of, match_names, read_architecture, weight_files
+from safereg_dist.types import MicroBatch, StepOutput
+
+_STATE_FILE = "single.pt"
+
+
+def single_ranks() -> Ranks:
+    """This process alone.
+
+    Raises:
+        GroupError: a launcher started several processes, which this engine cannot coordinate.
+    """
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise GroupError(
+            f"engine.name=single expects one process, the launcher started "
+            f"{os.environ['WORLD_SIZE']}: set engine.name=deepspeed"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Ranks(rank=0, world_size=1, local_rank=0, device=device, dp_group=None)
+
+
+class SingleBackend:
+    """Whole models in one process (see `engine.Backend` for the contract of each method)."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def load_model(self, folder: Path, *, precision: str, offload: str) -> PreTrainedModel:
+        """The model, whole, on this process's device; `offload` has no meaning here."""
+        read_architecture(folder)
+        files = weight_files(folder)
+        model: Any
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(precision))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as err:
+            raise ConfigError(
+                f"the model in {folder} cannot be loaded: {' '.join(str(err).split())[:300]}: "
+                "check its files"
+            ) from err
+        match_names(model, files, folder)
+        return model.to(self.ranks.device)
+
+    def wrap_policy(self, step: nn.Module, *, config: Config) -> "SinglePolicy":
+        """AdamW over float32 master weights."""
+        return SinglePolicy(step.to(self.ranks.device), config)
+
+    def wrap_reference(self, trunk: nn.Module, *, offload: str, rows: int) -> "SingleReference":
+        """The frozen trunk in eval mode."""
+        trunk.requires_grad_(False)
+        return SingleReference(trunk.to(self.ranks.device).eval())
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Nothing to gather."""
+        yield
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Fingerprint of the whole model."""
+        return model_fingerprint(model)
+
+
+class SinglePolicy:
+    """`engine.PolicyEngine` in plain torch."""
+
+    def __init__(self, step: nn.Module, config: Config) -> None:
+        self.module = step
+        self._max_grad_norm = config.optimizer.max_grad_norm
+        groups = parameter_groups(step, config.optimizer.weight_decay)
+        self._trained = [p for group in groups for p in group["params"]]
+        for group in groups:
+            group["params"] = [p.detach().float().clone() for p in group["params"]]
+        self._masters = [p for group in groups for p in group["params"]]
+        self._optimizer = torch.optim.AdamW(
+            groups,
+            lr=config.optimizer.lr,
+            betas=(config.optimizer.beta1, config.optimizer.beta2),
+            eps=config.optimizer.eps,
+        )
+
+    def __call__(self, batch: MicroBatch, num_tokens: Tensor) -> StepOutput:
+        """Forward of one micro-batch."""
+        return self.module(batch, num_tokens)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Adds the gradient of `loss`, in float32 across micro-batches."""
+        loss.backward()
+        for master, trained in zip(self._masters, self._trained, strict=True):
+            if trained.grad is not None:
+                grad = trained.grad.float()
+                master.grad = grad if master.grad is None else master.grad + grad
+                trained.grad = None
+
+    @torch.no_grad()
+    def update(self, lr: float) -> Update:
+        """Clips by global norm and steps; skipped where the norm is not finite."""
+        limit = self._max_grad_norm if self._max_grad_norm > 0 else float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(self._masters, limit))
+        applied = norm < float("inf")
+        if applied:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            for master, trained in zip(self._masters, self._trained, strict=True):
+                trained.copy_(master)
+        self._optimizer.zero_grad(set_to_none=True)
+        return Update(applied, norm)
+
+    def save(self, folder: Path) -> None:
+        """Masters and optimizer state through torch.save (tensors and plain values)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"masters": self._masters, "optimizer": self._optimizer.state_dict()}
+        torch.save(state, folder / _STATE_FILE)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote.
+
+        Raises:
+            CheckpointError: there is no such file.
+        """
+        path = folder / _STATE_FILE
+        if not path.is_file():
+            raise CheckpointError(f"expected {_STATE_FILE} in {folder}, found none")
+        state = torch.load(path, map_location=self._masters[0].device, weights_only=True)
+        for master, trained, saved in zip(
+            self._masters, self._trained, state["masters"], strict=True
+        ):
+            master.copy_(saved)
+            trained.copy_(saved)
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+class SingleReference:
+    """`engine.ReferenceEngine` in plain torch."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        self.module = trunk
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, S, H] last hidden states."""
+        return self.module(input_ids, attention_mask)
+
+    @torch.no_grad()
+    def prefix(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:
+        """[B, S, H] after `num_layers` layers."""
+        return self.module(input_ids, attention_mask, num_layers=num_layers)

@@ -1,0 +1,1 @@
+"""Fitting activation probes: collect hidden states, fit a layer each, calibrate, choose."""

@@ -1,0 +1,85 @@
+"""What a run writes while it trains: metrics on the main rank, a ledger on every rank."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from safereg_dist.errors import CheckpointError
+from safereg_dist.ledger import LedgerRow, RankLedger, reopen_ledger
+from safereg_dist.metrics import MetricsWriter
+from safereg_dist.parallel.comm import Ranks
+
+
+class RunLog:
+    """Appends to `metrics.jsonl`, TensorBoard and this rank's ledger.
+
+    A disk that is full fails on one rank, in the middle of a step. The error is kept, travels with
+    the next step's metrics, and is raised by all ranks together.
+    """
+
+    def __init__(
+        self, folder: Path, ranks: Ranks, *, metrics_bytes: int, ledger_bytes: int, first_step: int
+    ) -> None:
+        self.error: CheckpointError | None = None
+        self._folder = folder
+        self._metrics: MetricsWriter | None = None
+        with ranks.together():
+            if ranks.is_main:
+                reopen_ledger(folder)  # a run killed after merging but before its summary goes on
+        with ranks.together(), ExitStack() as stack:
+            self._ledger = RankLedger(folder, ranks.rank)
+            stack.callback(self._ledger.close)
+            try:
+                self._ledger.truncate(ledger_bytes)
+                if ranks.is_main:
+                    self._metrics = MetricsWriter(
+                        folder, position=metrics_bytes, first_step=first_step
+                    )
+            except OSError as err:
+                raise self._unwritable(err) from err
+            stack.pop_all()  # both are open: they stay so
+
+    def write(self, row: Mapping[str, float | int], ledger_rows: list[LedgerRow]) -> None:
+        """One step; keeps an error instead of raising it."""
+        try:
+            for ledger_row in ledger_rows:
+                self._ledger.append(ledger_row)
+            if self._metrics is not None:
+                self._metrics.write(row)
+        except (OSError, CheckpointError) as err:
+            self.error = self._unwritable(err)
+
+    def _unwritable(self, err: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"expected to write the log of the run to {self._folder}, got: {err}: free disk space "
+            "and run the same command again"
+        )
+
+    def positions(self) -> tuple[int, int]:
+        """Bytes of (this rank's ledger, metrics) that are with the system, for a checkpoint."""
+        metrics = 0 if self._metrics is None else self._metrics.position()
+        return self._ledger.flush(), metrics
+
+    def finish(self, ranks: Ranks) -> None:
+        """Closes all files; an error kept from the last step is raised by all ranks together.
+
+        Collectives: one gather of texts.
+        """
+        with ranks.together():
+            if self.error is not None:
+                raise self.error
+            self._close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError, CheckpointError):  # the error that ends the block says more
+            self._close()
+
+    def _close(self) -> None:
+        with ExitStack() as stack:  # one that fails does not keep the others open
+            stack.callback(self._ledger.close)
+            if self._metrics is not None:
+                metrics, self._metrics = self._metrics, None
+                stack.callback(metrics.close)

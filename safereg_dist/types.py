@@ -1,0 +1,107 @@
+"""The values that flow through a step; data only, no behaviour but moving to a device."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One tokenised training sequence."""
+
+    id: str
+    input_ids: list[int]
+    """[length] token ids of the whole conversation."""
+    loss_mask: list[int]
+    """[length] 1 on tokens of the response (end-of-turn token included), else 0."""
+    prompt_ends: list[int]
+    """Number of tokens before each assistant turn, ascending."""
+    risk: float | None
+    """Risk column of the data in [0, 1], if it has one."""
+    content_key: str
+    """SHA-256 (hex) of the tokens up to the last prompt end: the key of the risk cache."""
+    is_anchor: bool = False
+    """True on anchor rows: they carry only the divergence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Rows of one rank and one forward, right-padded, with the response tokens listed flat.
+
+    B rows of S tokens, T response tokens, P prompt ends (one per assistant turn).
+    """
+
+    input_ids: Tensor
+    """[B, S] int64."""
+    attention_mask: Tensor
+    """[B, S] int64, 1 on real tokens."""
+    response_index: Tensor
+    """[T] int64, flat index into [B * S] of the position that predicts each response token."""
+    labels: Tensor
+    """[T] int64, the response tokens themselves."""
+    row_of_token: Tensor
+    """[T] int64, row of each response token."""
+    prompt_rows: tuple[int, ...]
+    """[P] row of each prompt end."""
+    prompt_ends: tuple[int, ...]
+    """[P] tokens before each assistant turn."""
+    rows: tuple[Row, ...]
+    """[B] the rows themselves, on the host; row lengths and ids come from here."""
+    may_be_new: bool = True
+    """False once every rank has seen all its rows: then no cached risk can be missing anywhere."""
+
+    @property
+    def num_response_tokens(self) -> int:
+        """T, known to the host."""
+        return self.labels.shape[0]
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same batch with its tensors on `device`; the copy does not wait."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in (
+                "input_ids",
+                "attention_mask",
+                "response_index",
+                "labels",
+                "row_of_token",
+            )
+        }
+        return replace(self, **moved)
+
+
+class Head(NamedTuple):
+    """A language-model head, whole on this rank: logits = hidden @ weight.T + bias."""
+
+    weight: nn.Parameter | None
+    """[V, H]; None where no head was gathered, since nobody needs it."""
+    bias: nn.Parameter | None
+    """[V], or None."""
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a Hugging Face causal language model, as it is on this rank at this moment."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return Head(head.weight, getattr(head, "bias", None))
+
+
+class StepOutput(NamedTuple):
+    """What one micro-batch gives: the loss to differentiate, and what the log needs.
+
+    A NamedTuple, since sharding engines look for tensors inside a module's output and know tuples.
+    """
+
+    loss: Tensor
+    """float32 scalar, this rank's share of L (already divided by the global N)."""
+    ce: Tensor
+    """[T] float32 cross-entropy of every response token (0 on anchor tokens), detached."""
+    divergence: Tensor
+    """[T] float32 divergence of active tokens, else 0, detached."""
+    risk: list[float | None]
+    """[B] risk of each row; None where it was not estimated."""
+    kl_coef: list[float]
+    """[B] coefficient of each row."""
+    reference_rows: int
+    """Rows that the reference really ran on, on this rank."""

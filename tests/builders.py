@@ -1,0 +1,111 @@
+"""Small real things for tests: tokenizers, random models of several families, data files."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+WORDS = [f"w{i}" for i in range(90)]
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<asst>"]
+VOCAB = len(SPECIAL) + len(WORDS)
+
+TEMPLATE = (
+    "{{ '<bos>' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<asst> ' }}"
+    "{% generation %}{{ m['content'] + '<eos>' }}{% endgeneration %}"
+    "{% else %}{{ '<user> ' + m['content'] + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<asst> ' }}{% endif %}"
+)
+PLAIN_TEMPLATE = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+FAMILIES = ("llama", "falcon", "qwen", "mistral")
+
+
+def word_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over SPECIAL + WORDS with a chat template."""
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<asst>"],
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_model(
+    family: str = "llama", *, seed: int = 0, vocab: int = VOCAB, **changes
+) -> PreTrainedModel:
+    """A random model of the family: hidden 32, 3 layers, 4 heads, float32."""
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+    }
+    small = {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    builders = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**{**common, **small, **changes})),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**{**common, **small, **changes})),
+        "qwen": lambda: Qwen2ForCausalLM(Qwen2Config(**{**common, **small, **changes})),
+        "falcon": lambda: FalconForCausalLM(FalconConfig(**{**common, **changes})),
+    }
+    return builders[family]().float()
+
+
+def save_model(folder: Path, model: PreTrainedModel, template: str | None = TEMPLATE) -> Path:
+    """Saves model and word tokenizer as an ordinary Hugging Face folder."""
+    model.save_pretrained(folder)
+    word_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def random_rows(count: int, *, seed: int = 0, risk: bool = True, longest: int = 9) -> list[dict]:
+    """Rows with `prompt`, `response`, `id` and (half of them above 0.5) `risk`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    def text(words: int) -> str:
+        return " ".join(WORDS[draw(0, len(WORDS))] for _ in range(words))
+
+    rows = []
+    for index in range(count):
+        row = {
+            "id": f"row-{index:04d}",
+            "prompt": text(draw(1, longest)),
+            "response": text(draw(1, longest)),
+        }
+        if risk:
+            row["risk"] = round(draw(0, 1001) / 1000, 3)
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    """Writes rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

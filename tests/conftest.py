@@ -1,0 +1,28 @@
+"""Shared fixtures: quiet libraries, small models on disk, and the deepspeed launcher."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see launch/setup_env.sh
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from launching import Launcher
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def row_cache(tmp_path_factory, monkeypatch):
+    """Tokenised rows are cached below pytest's own folder, never in the user's home."""
+    monkeypatch.setenv("SAFEREG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def launch(tmp_path) -> Launcher:
+    """Runs scripts under the deepspeed launcher or torchrun; logs go below `tmp_path`."""
+    return Launcher(tmp_path)

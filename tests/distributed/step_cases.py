@@ -1,0 +1,77 @@
+"""The cases that the step is tested on; read by the ranks and by the judge."""
+
+from dataclasses import dataclass
+
+from safereg_dist.types import Row
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of the loss."""
+
+    name: str
+    objective: str = "convex"
+    divergence: str = "kl_forward"
+    grad_accum_steps: int = 1
+    ceiling: float = 0.7
+
+    @property
+    def anchors(self) -> bool:
+        """Plain fine-tuning has no anchor rows (the configuration refuses them)."""
+        return self.objective != "none"
+
+    def overrides(self) -> list[str]:
+        """The case as `key=value` overrides."""
+        return [
+            f"regularizer.objective={self.objective}",
+            f"regularizer.divergence={self.divergence}",
+            f"regularizer.ceiling={self.ceiling}",
+            f"train.grad_accum_steps={self.grad_accum_steps}",
+        ]
+
+
+CASES = (
+    Case("convex-forward-1"),
+    Case("convex-forward-2", grad_accum_steps=2),
+    Case("convex-forward-4", grad_accum_steps=4),
+    Case("convex-reverse-1", divergence="kl_reverse"),
+    Case("convex-l2-2", divergence="l2_logits", grad_accum_steps=2),
+    Case("additive-forward-1", objective="additive", ceiling=2.5),
+    Case("additive-reverse-2", objective="additive", divergence="kl_reverse", grad_accum_steps=2),
+    Case("additive-l2-4", objective="additive", divergence="l2_logits", grad_accum_steps=4),
+    Case("static-forward-2", objective="static", ceiling=0.3, grad_accum_steps=2),
+    Case("convex-one-1", ceiling=1.0),
+    Case("none-2", objective="none", grad_accum_steps=2),
+)
+SCHEDULE_LINEAR = "regularizer.schedule=linear"
+
+
+def micro_batch_rows(rank: int, micro_batch: int, *, anchors: bool = True) -> list[Row]:
+    """Three rows: lengths differ between ranks, one row has no response, rank 1 has no risk.
+
+    Micro-batch 1 holds an anchor row; micro-batch 2 of rank 0 has no response token at all.
+    """
+    rows = []
+    for index in range(3):
+        salt = 17 * rank + 5 * micro_batch + index
+        prompt = 2 + salt % 5
+        response = 1 + (salt * 7) % 6 + 2 * rank
+        masked = index == 2 and micro_batch % 2 == 0
+        if micro_batch == 2 and rank == 0:
+            masked = True
+        length = prompt + response
+        ids = [6 + (salt * 31 + 11 * t * (t + 3)) % 90 for t in range(length)]
+        mask = [0] * prompt + [0 if masked else 1] * response
+        anchor = anchors and micro_batch == 1 and index == 1
+        rows.append(
+            Row(
+                id=f"r{rank}-m{micro_batch}-{index}",
+                input_ids=ids,
+                loss_mask=mask,
+                prompt_ends=[] if masked else [prompt],
+                risk=None if anchor else (0.0 if rank == 1 else (salt * 37 % 100) / 100),
+                content_key=f"{rank:02d}{micro_batch:02d}{index:02d}" + "0" * 58,
+                is_anchor=anchor,
+            )
+        )
+    return rows

@@ -1,0 +1,195 @@
+"""One rank of the step tests: all cases in one process group. Arguments: folder of the test."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+COLLECTIVES: list[str] = []
+
+
+def record_collectives() -> None:
+    """Notes name and size of every collective that torch is asked for from now on."""
+    for name in (
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "reduce_scatter_tensor",
+        "reduce_scatter_single",
+        "broadcast",
+        "all_gather_object",
+    ):
+        original = getattr(torch.distributed, name, None)
+        if original is None:
+            continue
+
+        def recorded(*args, _original=original, _name=name, **kwargs):
+            first = args[0] if args else next(iter(kwargs.values()))
+            size = first.numel() if torch.is_tensor(first) else len(first)
+            COLLECTIVES.append(f"{_name}:{size}")
+            return _original(*args, **kwargs)
+
+        setattr(torch.distributed, name, recorded)
+
+
+record_collectives()
+
+import numpy as np  # noqa: E402
+from deepspeed.utils import safe_get_full_grad  # noqa: E402
+from step_cases import CASES, SCHEDULE_LINEAR, micro_batch_rows  # noqa: E402
+
+from safereg_dist.batch import collate  # noqa: E402
+from safereg_dist.config import load_config  # noqa: E402
+from safereg_dist.factory import build_run, start_backend  # noqa: E402
+from safereg_dist.metrics import StepMetrics  # noqa: E402
+from safereg_dist.train import _global_tokens  # noqa: E402
+
+
+def run_case(folder, case, backend) -> None:
+    """One optimizer step without the update; rank 0 writes loss, parts and gradients."""
+    config = load_config(folder / "base.yaml", [*case.overrides(), SCHEDULE_LINEAR])
+    run = build_run(config, backend)
+    rank = backend.ranks.rank
+    batches = [
+        collate(micro_batch_rows(rank, m, anchors=case.anchors), pad_id=0)
+        for m in range(case.grad_accum_steps)
+    ]
+    num_tokens = _global_tokens(run, [b.num_response_tokens for b in batches])
+    metrics = StepMetrics()
+    before = len(COLLECTIVES)
+    for index, batch in enumerate(batches):
+        output = run.engine(batch, num_tokens)
+        run.engine.backward(output.loss, is_last=index == len(batches) - 1)
+        metrics.add(batch, output)
+    per_step = COLLECTIVES[before:]
+    total = metrics.reduce(backend.ranks, stop_requested=False)
+    grads = {}
+    for name, parameter in run.model.named_parameters():
+        grads[name] = safe_get_full_grad(parameter).float().numpy()
+    left = left_gathered(run)
+    if rank == 0:
+        np.savez(folder / f"{case.name}.npz", **grads)
+        text = json.dumps({"total": total, "left_gathered": left})
+        (folder / f"{case.name}.json").write_text(text)
+    (folder / f"{case.name}.rank{rank}.collectives").write_text("\n".join(per_step))
+    run.engine.engine.destroy()
+
+
+def left_gathered(run) -> list[str]:
+    """Reference parameters that are whole though nobody asked them to stay so."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    model = getattr(run.step.reference, "model", None)
+    if model is None:
+        return []
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.ds_status != ZeroParamStatus.NOT_AVAILABLE and not p.ds_persist
+    ]
+
+
+def count_groups(folder, backend) -> None:
+    """Process groups that exist with and without a reference."""
+    from torch.distributed.distributed_c10d import _world
+
+    counts = []
+    for objective in ("none", "convex"):
+        config = load_config(folder / "base.yaml", [f"regularizer.objective={objective}"])
+        run = build_run(config, backend)
+        counts.append(len(_world.pg_map))
+        run.engine.engine.destroy()
+    if backend.ranks.rank == 0:
+        (folder / "groups.json").write_text(json.dumps(counts))
+
+
+def random_patterns(folder, backend, steps: int) -> None:
+    """Random risk on every rank: no hang, and the same order of collectives everywhere."""
+    config = load_config(folder / "base.yaml", ["reference.rows_per_pass=1"])
+    run = build_run(config, backend)
+    rank = backend.ranks.rank
+    draw = np.random.default_rng(rank)
+    begin = len(COLLECTIVES)
+    skipped = 0
+    for step in range(steps):
+        rows = micro_batch_rows(rank, step % 4, anchors=False)
+        quiet = step % 5 == 0  # on all ranks: nobody runs the reference then
+        changed = [replace_risk(row, 0.0 if quiet or draw.random() < 0.6 else 1.0) for row in rows]
+        batch = collate(changed, pad_id=0)
+        num_tokens = _global_tokens(run, [batch.num_response_tokens])
+        at = len(COLLECTIVES)
+        output = run.engine(batch, num_tokens)
+        skipped += quiet and output.reference_rows == 0
+        if quiet and step > 10:
+            (folder / f"quiet.rank{rank}").write_text("\n".join(COLLECTIVES[at:]))
+        run.engine.backward(output.loss, is_last=True)
+        run.engine.update(1e-3)
+    (folder / f"random.rank{rank}").write_text("\n".join(COLLECTIVES[begin:]))
+    if rank == 0:
+        (folder / "random.json").write_text(
+            json.dumps({"skipped": int(skipped), "left_gathered": left_gathered(run)})
+        )
+    run.engine.engine.destroy()
+
+
+def replace_risk(row, risk):
+    from dataclasses import replace
+
+    return row if row.is_anchor else replace(row, risk=risk)
+
+
+class FailingRisk:
+    """Fails on one rank only."""
+
+    name = "failing"
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __call__(self, batch, policy_states):
+        """Raises on rank 1."""
+        if self.rank == 1:
+            raise RuntimeError("the risk of rank 1 broke")
+        return [0.0] * len(batch.rows)
+
+
+def failing_rank(folder, backend) -> None:
+    """An error in one rank's risk is raised by all ranks, with and without a batch mean."""
+    from safereg_dist.errors import RemoteRankError
+
+    for granularity in ("sequence", "batch"):
+        config = load_config(folder / "base.yaml", [f"regularizer.granularity={granularity}"])
+        run = build_run(config, backend)
+        rank = backend.ranks.rank
+        run.step.risk = FailingRisk(rank)
+        batch = collate(micro_batch_rows(rank, 0), pad_id=0)
+        caught = ""
+        try:
+            run.engine(batch, _global_tokens(run, [batch.num_response_tokens]))
+        except (RuntimeError, RemoteRankError) as error:
+            caught = f"{type(error).__name__}: {error}"
+        (folder / f"failing-{granularity}.rank{rank}").write_text(caught)
+        run.engine.engine.destroy()
+
+
+def main() -> None:
+    """All parts, in an order that is the same on every rank."""
+    folder = Path(sys.argv[-1])
+    backend = start_backend(load_config(folder / "base.yaml"))
+    for case in CASES:
+        run_case(folder, case, backend)
+    if backend.ranks.world_size == 2:
+        count_groups(folder, backend)
+        failing_rank(folder, backend)
+    if backend.ranks.world_size == 3:
+        random_patterns(folder, backend, 100)
+    sys.stdout.flush()
+    os._exit(0)  # as `safereg_dist.cli.entry` does
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(__file__))
+    main()

@@ -1,0 +1,165 @@
+"""Claimed: a run that was killed and started again by the same command gives the same bits.
+
+Exact: metrics (but for times and memory), ledger, exported weights. Killed are one rank, and all
+ranks while a checkpoint is being written. Refused: another configuration, another number of ranks.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from builders import random_rows, save_model, tiny_model, write_jsonl
+from launching import FINETUNE, descendants, kill_session, tail
+
+from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.risk.probe import Probe
+
+pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
+TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run with everything that has state: dropout, moving average, probe cache, anchors."""
+    folder = tmp_path_factory.mktemp("resume")
+    model = tiny_model(seed=0, attention_dropout=0.2)
+    save_model(folder / "model", model)
+    write_jsonl(folder / "train.jsonl", random_rows(40, risk=False))
+    write_jsonl(folder / "anchor.jsonl", random_rows(9, seed=5, risk=False))
+    generator = torch.Generator().manual_seed(3)
+    Probe(
+        layer=2,
+        pooling="last_prompt_token",
+        mean=torch.zeros(32),
+        scale=torch.ones(32),
+        weight=torch.randn(32, generator=generator),
+        bias=0.1,
+        threshold=0.4,
+        fingerprint=model_fingerprint(model),
+        meta={},
+    ).save(folder / "probe")
+    path = folder / "run.yaml"
+    path.write_text(
+        f"model: {folder / 'model'}\n"
+        f"data: {{train: {folder / 'train.jsonl'}, anchor: {folder / 'anchor.jsonl'}, "
+        "anchor_fraction: 0.2}\n"
+        f"risk: {{estimator: probe, path: {folder / 'probe'}}}\n"
+        "regularizer: {schedule: linear, granularity: batch, ema: 0.6}\n"
+        "optimizer: {lr: 1.0e-3}\n"
+        f"train: {{steps: {STEPS}, precision: fp32, micro_batch_size: 2, grad_accum_steps: 2, "
+        "save_every: 2}\n"
+        f"output_dir: {folder / 'whole'}\n"
+    )
+    return path
+
+
+def result(out):
+    """Everything that must be the same bits."""
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "metrics": [{k: v for k, v in row.items() if k not in TIMES} for row in metrics],
+        "ledger": (out / "ledger.jsonl").read_bytes(),
+        "model": (out / "model" / "model.safetensors").read_bytes(),
+    }
+
+
+def wait_for(condition, process, log, timeout_s=240):
+    """Polls until the condition holds while the process runs."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, f"ended before it could be killed:\n{tail(log)}"
+        assert time.monotonic() < end, f"nothing to kill after {timeout_s} s:\n{tail(log)}"
+        time.sleep(0.001)
+
+
+def steps_logged(out):
+    path = out / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def rank_processes(process):
+    """Process ids of the ranks, by their command line."""
+    found = []
+    for pid in descendants(process.pid):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except FileNotFoundError:
+            continue
+        if (
+            any(w.endswith(b"finetune.py") for w in words)
+            and b"deepspeed.launcher.launch" not in words
+        ):
+            found.append(pid)
+    return sorted(found)
+
+
+def test_killed_and_resumed_runs_give_the_same_bits(config, launch):
+    folder = config.parent
+    whole = launch(FINETUNE, config, ranks=2)
+    assert whole.status == 0, whole.output[-4000:]
+    expected = result(folder / "whole")
+
+    one, full = folder / "one", folder / "all"
+    process, log = launch.start(FINETUNE, config, f"output_dir={one}", ranks=2)
+    wait_for(lambda: steps_logged(one) >= 5, process, log)
+    os.kill(rank_processes(process)[-1], signal.SIGKILL)
+    process.wait(120)
+    kill_session(process)
+    again = launch(FINETUNE, config, f"output_dir={one}", ranks=2)
+    assert again.status == 0, again.output[-4000:]
+    assert "resuming from" in again.output
+    assert result(one) == expected
+
+    process, log = launch.start(FINETUNE, config, f"output_dir={full}", ranks=2)
+    writing = full / "checkpoint" / ".step-00000006.partial"
+    wait_for(writing.exists, process, log)
+    kill_session(process)
+    assert not (full / "checkpoint" / "step-00000006").exists()
+    again = launch(FINETUNE, config, f"output_dir={full}", ranks=2)
+    assert again.status == 0, again.output[-4000:]
+    assert "resuming from" in again.output
+    assert result(full) == expected
+    assert not list((full / "checkpoint").glob(".*"))
+    assert len(list((full / "checkpoint").glob("step-*"))) == 2
+
+    check_signal_saves(config, launch, folder / "signal", expected)
+    check_refusals(config, launch, folder)
+
+
+def check_signal_saves(config, launch, out, expected):
+    """SIGUSR1 to one rank: all save together, exit with 75, and the next start goes on."""
+    never = "train.save_every=0"
+    process, log = launch.start(
+        FINETUNE, config, f"output_dir={out}", never, ranks=2, launcher="torchrun"
+    )
+    wait_for(lambda: steps_logged(out) >= 3, process, log)
+    os.kill(rank_processes(process)[-1], signal.SIGUSR1)
+    process.wait(120)
+    assert list((out / "checkpoint").glob("step-*")), tail(log)
+    assert not (out / "summary.json").exists()
+    again = launch(FINETUNE, config, f"output_dir={out}", never, ranks=2)
+    assert again.status == 0, again.output[-4000:]
+    assert result(out) == expected
+
+
+def check_refusals(config, launch, folder):
+    """Another configuration or number of ranks: one line, status 2, nothing changed."""
+    shutil.rmtree(folder / "one" / "model")
+    (folder / "one" / "summary.json").unlink()
+    before = sorted(p.name for p in (folder / "one").rglob("*"))
+    done = launch(FINETUNE, config, f"output_dir={folder / 'one'}", "optimizer.lr=0.5", ranks=2)
+    assert done.status == 2
+    assert done.output.count("holds a run with another configuration") == 1, done.output[-3000:]
+    done = launch(FINETUNE, config, f"output_dir={folder / 'one'}", ranks=1)
+    assert done.status == 2
+    assert done.output.count("was written by 2 ranks, this run has 1") == 1, done.output[-3000:]
+    assert sorted(p.name for p in (folder / "one").rglob("*")) == before
+    finished = launch(FINETUNE, config, ranks=2)
+    assert finished.status == 0
+    assert "already complete" in finished.output

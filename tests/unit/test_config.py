@@ -1,0 +1,357 @@
+"""Claimed: the configuration's defaults are those of the README, what it does not know or cannot be
+is refused with one line that names the key, and writing it out and reading it back changes nothing.
+
+Everything here is exact.
+"""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from safereg_dist.config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    RegularizerConfig,
+    RiskConfig,
+    TrainConfig,
+    config_from_dict,
+    config_to_yaml,
+    load_config,
+)
+from safereg_dist.errors import ConfigError
+from safereg_dist.factory import DEFAULT_STEPS
+
+LEAST = {"model": "m", "data": {"train": "t.jsonl"}, "risk": {"estimator": "column"}}
+
+CONTRACT = """
+model: PATH_OR_HUB_ID
+reference: {model: null, offload: none, cache: null}
+data: {train: FILE.jsonl, validation: null, anchor: null, anchor_fraction: 0.05, max_length: 1024,
+       overlong: drop}
+risk: {estimator: probe, path: DIR, source: reference}
+regularizer: {objective: convex, divergence: kl_forward, schedule: step, threshold: null,
+              floor: 0.0, ceiling: 1.0, ema: 0.0, granularity: sequence, preset: null}
+optimizer: {lr: 1.0e-5, weight_decay: 0.0, warmup_ratio: 0.03, schedule: cosine, max_grad_norm: 1.0}
+train: {steps: 200, epochs: null, micro_batch_size: 4, grad_accum_steps: 1, precision: bf16,
+        activation_checkpointing: false, seed: 0, save_every: 0, keep_checkpoints: 2, eval_every: 0}
+lora: null
+engine: {name: deepspeed, zero_stage: 3}
+output_dir: runs/my-run
+"""
+
+
+def with_(section=None, **changes):
+    """The least configuration with some keys changed, in a section or at the top."""
+    raw = {key: dict(v) if isinstance(v, dict) else v for key, v in LEAST.items()}
+    if section is None:
+        return {**raw, **changes}
+    raw[section] = {**raw.get(section, {}), **changes}
+    return raw
+
+
+def refusal(raw):
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(raw)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_defaults_are_the_contract():
+    written_out = config_from_dict(yaml.safe_load(CONTRACT))
+    least = config_from_dict(
+        {"model": "PATH_OR_HUB_ID", "data": {"train": "FILE.jsonl"}, "risk": {"path": "DIR"}}
+    )
+    assert least.train.steps is None
+    assert least.train.epochs is None
+    assert DEFAULT_STEPS == 200
+    steps = dataclasses.replace(least.train, steps=200)
+    assert dataclasses.replace(least, train=steps) == written_out
+
+
+def test_round_trip_through_yaml(tmp_path):
+    raw = {
+        **LEAST,
+        "regularizer": {"preset": "paper", "ema": 0.5, "threshold": 1 / 3},
+        "optimizer": {"lr": 1e-5, "eps": 1e-12},
+        "train": {"epochs": 0.1, "seed": 7, "export_shard_bytes": 10**15},
+        "output_dir": "runs/with space: and colon",
+    }
+    config = config_from_dict(raw)
+    path = tmp_path / "c.yaml"
+    path.write_text(config_to_yaml(config))
+    assert load_config(path) == config
+    assert config_to_yaml(load_config(path)) == config_to_yaml(config)
+
+
+def test_overrides_apply_in_order_and_make_sections(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\ndata: {train: t}\nrisk: {estimator: none}\ntrain:\n")
+    config = load_config(
+        path,
+        ["train.steps=3", "optimizer.lr=1e-3", "train.steps=5", "engine.name=single", "model=a=b"],
+    )
+    assert config.train.steps == 5
+    assert config.optimizer.lr == 1e-3
+    assert config.engine.name == "single"
+    assert config.model == "a=b"
+    epochs = load_config(path, ["train.steps=3", "train.steps=null", "train.epochs=2"])
+    assert (epochs.train.steps, epochs.train.epochs) == (None, 2.0)
+
+
+@pytest.mark.parametrize(
+    "override",
+    "train.steps =3 model.deeper=1 train.steps=[ train.stepz=1 train.steps=1.5 .".split(),
+)
+def test_overrides_that_do_not_fit(override, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(LEAST))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "full", "near"),
+    [
+        (with_(modle="x"), "modle", "model"),
+        (with_(outputdir="x"), "outputdir", "output_dir"),
+        (with_("train", stpes=3), "train.stpes", "steps"),
+        (with_("train", micro_batch=3), "train.micro_batch", "micro_batch_size"),
+        (with_("optimizer", learning_rate=3), "optimizer.learning_rate", None),
+        (with_("regularizer", treshold=0.5), "regularizer.treshold", "threshold"),
+        (with_("regularizer", ceil=1), "regularizer.ceil", "ceiling"),
+        (with_("data", maxlength=3), "data.maxlength", "max_length"),
+        (with_("data", **{"7": 3}), "data.7", None),
+    ],
+)
+def test_unknown_keys_name_the_nearest(raw, full, near):
+    text = refusal(raw)
+    assert repr(full) in text
+    assert "did you mean" in text
+    if near is not None:
+        assert f"did you mean {near!r}?" in text
+
+
+def test_a_key_that_is_no_text():
+    assert "did you mean" in refusal({**LEAST, 7: 1})
+    assert "did you mean" in refusal({**LEAST, None: 1})
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        with_("train", steps="many"),
+        with_("train", steps=2.5),
+        with_("train", steps=True),
+        with_("train", micro_batch_size=None),
+        with_("train", activation_checkpointing=1),
+        with_("train", activation_checkpointing="yes"),
+        with_("train", precision=16),
+        with_("optimizer", lr="fast"),
+        with_("optimizer", lr=None),
+        with_("optimizer", lr=True),
+        with_("optimizer", lr=[1e-3]),
+        with_("optimizer", lr=10**400),
+        with_("data", train=3),
+        with_("data", train=None),
+        with_(model=None),
+        with_(train=3),
+        with_(train=[1]),
+        with_(output_dir=None),
+    ],
+)
+def test_wrong_types(raw):
+    assert "must" in refusal(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-5", 1e-5), ("1E-5", 1e-5), ("5", 5.0), ("0.5", 0.5), ("+1e-4", 1e-4)]
+)
+def test_numbers_that_yaml_reads_as_text(text, value, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(LEAST) + f"optimizer: {{lr: {text}}}\n")
+    assert load_config(path).optimizer.lr == value
+    assert isinstance(load_config(path).optimizer.lr, float)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "values"),
+    [
+        ("reference", "offload", ["disk"]),
+        ("reference", "cache", ["somewhere"]),
+        ("reference", "rows_per_pass", [0, -1]),
+        ("data", "overlong", ["cut"]),
+        ("data", "max_length", [1, 0, -5]),
+        ("data", "anchor_fraction", [0, 1, -0.1, NAN]),
+        ("risk", "estimator", ["critic", "Probe"]),
+        ("risk", "source", ["both"]),
+        ("regularizer", "objective", ["token_wise"]),
+        ("regularizer", "divergence", ["kl"]),
+        ("regularizer", "schedule", ["cosine"]),
+        ("regularizer", "granularity", ["token"]),
+        ("regularizer", "threshold", [-0.1, 1.1, NAN]),
+        ("regularizer", "floor", [-0.1, NAN]),
+        ("regularizer", "ceiling", [1.01, -1, NAN, INF]),
+        ("regularizer", "slope", [0, -1, NAN, INF]),
+        ("regularizer", "preset", ["papr", 3, ["paper"]]),
+        ("optimizer", "lr", [0, -1e-5, NAN, INF]),
+        ("optimizer", "weight_decay", [-1, NAN, INF]),
+        ("optimizer", "warmup_ratio", [-0.1, 1.1, NAN]),
+        ("optimizer", "min_lr_ratio", [-0.1, 1.1, NAN]),
+        ("optimizer", "schedule", ["step"]),
+        ("optimizer", "max_grad_norm", [-1, NAN]),
+        ("optimizer", "beta1", [-0.1, 1, NAN]),
+        ("optimizer", "beta2", [-0.1, 1, NAN]),
+        ("optimizer", "eps", [0, -1, NAN, INF]),
+        ("train", "steps", [0, -1]),
+        ("train", "epochs", [0, -1, NAN, INF]),
+        ("train", "micro_batch_size", [0]),
+        ("train", "grad_accum_steps", [0]),
+        ("train", "precision", ["fp16"]),
+        ("train", "seed", [-1]),
+        ("train", "save_every", [-1]),
+        ("train", "keep_checkpoints", [0]),
+        ("train", "eval_every", [-1]),
+        ("train", "chunk_tokens", [0]),
+        ("train", "export_shard_bytes", [0]),
+        ("engine", "name", ["fsdp2", "deepseed"]),
+        ("engine", "zero_stage", [2]),
+        ("engine", "offload_optimizer", ["nvme"]),
+        ("engine", "offload_params", ["nvme"]),
+        ("engine", "timeout_s", [0, -1, NAN, INF]),
+    ],
+)
+def test_values_out_of_range(section, key, values):
+    for value in values:
+        text = refusal(with_(section, **{key: value}))
+        assert f"{section}.{key}" in text, value
+
+
+@pytest.mark.parametrize(
+    ("raw", "names"),
+    [
+        ({"model": "m", "data": {"train": "t"}}, ["risk.path", "probe fit"]),
+        (with_("train", steps=3, epochs=1), ["train.steps", "train.epochs"]),
+        (with_("regularizer", floor=0.5, ceiling=0.4), ["regularizer.ceiling", "floor"]),
+        (with_("regularizer", ceiling=2.0), ["additive"]),
+        (with_("regularizer", objective="static", ceiling=2.0), ["additive"]),
+        (with_("regularizer", ema=0.5), ["granularity=batch"]),
+        (with_("regularizer", ema=1.0, granularity="batch"), ["regularizer.ema"]),
+        (with_("train", eval_every=2), ["data.validation"]),
+        (
+            {**with_("data", anchor="a"), "regularizer": {"objective": "none"}},
+            ["data.anchor", "objective"],
+        ),
+        (with_(lora={"rank": 8}), ["lora"]),
+        ({"data": {"train": "t"}, "risk": {"estimator": "none"}}, ["model"]),
+        ({"model": "m", "risk": {"estimator": "none"}}, ["data"]),
+        ({"model": "m", "data": {}, "risk": {"estimator": "none"}}, ["data.train"]),
+    ],
+)
+def test_impossible_combinations(raw, names):
+    text = refusal(raw)
+    for name in names:
+        assert name in text
+
+
+def test_what_is_allowed():
+    assert config_from_dict(with_("regularizer", objective="additive", ceiling=7)).needs_risk
+    plain = config_from_dict(
+        {"model": "m", "data": {"train": "t"}, "regularizer": {"objective": "none"}}
+    )
+    assert not plain.needs_reference
+    assert not plain.needs_risk
+    static = config_from_dict(
+        {
+            "model": "m",
+            "data": {"train": "t", "anchor": "a"},
+            "regularizer": {"objective": "static", "ceiling": 0},
+        }
+    )
+    assert static.needs_reference
+    assert not static.needs_risk
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_fill_what_is_not_given(preset):
+    filled = config_from_dict(with_("regularizer", preset=preset)).regularizer
+    for key, value in PRESETS[preset].items():
+        assert getattr(filled, key) == value
+    assert (filled.floor, filled.ceiling, filled.granularity) == (0.1, 0.9, "batch")
+    assert filled.schedule == {"paper": "linear", "official": "clamp"}[preset]
+
+
+def test_explicit_keys_win_over_the_preset(tmp_path):
+    path = tmp_path / "c.yaml"
+    given = with_("regularizer", preset="paper", ceiling=0.5, schedule="step")
+    path.write_text(yaml.safe_dump(given))
+    regularizer = load_config(path).regularizer
+    assert (regularizer.ceiling, regularizer.schedule, regularizer.floor) == (0.5, "step", 0.1)
+    overridden = load_config(path, ["regularizer.granularity=sequence"]).regularizer
+    assert overridden.granularity == "sequence"
+    added = load_config(path, ["regularizer.preset=official"]).regularizer
+    assert (added.preset, added.schedule) == ("official", "step")
+
+
+def test_reading_does_not_change_what_it_reads():
+    raw = with_("regularizer", preset="paper")
+    before = yaml.safe_dump(raw)
+    config_from_dict(raw)
+    assert yaml.safe_dump(raw) == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- a\n", b"just text\n", b"a: [\n", b"a: b: c\n", b"model: \xff\n", b"\x00"]
+)
+def test_files_that_are_no_configuration(content, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="check the path"):
+            load_config(path)
+
+
+def test_every_key_is_documented():
+    import ast
+    import inspect
+
+    from safereg_dist import config as module
+
+    tree = ast.parse(inspect.getsource(module))
+    classes = (
+        Config,
+        DataConfig,
+        EngineConfig,
+        OptimizerConfig,
+        ReferenceConfig,
+        RegularizerConfig,
+        RiskConfig,
+        TrainConfig,
+    )
+    documented = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for before, after in zip(node.body, node.body[1:], strict=False):
+                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                if isinstance(before, ast.AnnAssign) and is_text:
+                    documented.setdefault(node.name, set()).add(before.target.id)
+    for cls in classes:
+        names = {field.name for field in dataclasses.fields(cls)}
+        sections = {f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}
+        assert names - sections == documented[cls.__name__], cls.__name__

@@ -1,0 +1,72 @@
+"""Claimed: the laboratory chooses penalty, temperature, threshold and layer as it says it does.
+
+Exact: counts of calibration rows below the threshold, which layer and penalty are chosen. Rounds:
+the temperature's grid (5 %).
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from safereg_dist.probe_lab import fit as lab
+from safereg_dist.probe_lab import logistic
+from safereg_dist.prompts import LabelledPrompt
+
+
+def test_temperature_mends_overconfidence_and_never_claims_certainty():
+    draw = np.random.default_rng(1)
+    logits = torch.from_numpy(draw.normal(0, 2, 4000))
+    labels = torch.from_numpy((draw.random(4000) < torch.sigmoid(logits).numpy()).astype(float))
+    assert logistic.fit_temperature(logits * 5, labels) == pytest.approx(5, rel=0.1)
+    assert logistic.fit_temperature(logits / 5, labels) == pytest.approx(0.2, rel=0.1)
+    separated = torch.tensor([40.0] * 30 + [-40.0] * 30, dtype=torch.float64)
+    temperature = logistic.fit_temperature(separated, (separated > 0).double())
+    # 30 rows without a mistake say 31/32, not 1.
+    assert float(torch.sigmoid(separated[0] / temperature)) == pytest.approx(31 / 32, abs=0.01)
+
+
+def test_penalties_that_tie_give_the_strongest(monkeypatch):
+    monkeypatch.setattr(logistic, "fit_logistic", lambda x, y, l2: (x[0] * 0, x[0, 0] * 0))
+    labels = torch.tensor([0.0, 1.0] * 6).double()
+    chosen = logistic.cross_validated_l2(torch.ones(12, 2).double(), labels, np.arange(12) % 3)
+    assert chosen == max(logistic.L2_GRID)
+
+
+def test_the_threshold_holds_for_the_stored_probe():
+    """Whatever the rounding, exactly rank - 1 calibration positives lie below it."""
+    labelled = [
+        LabelledPrompt(
+            id=str(i),
+            messages=[{"role": "user", "content": f"text {i}"}],
+            label="harmful" if i < 150 else "benign",
+            response=None,
+        )
+        for i in range(300)
+    ]
+    rows = lab._split(labelled, [], 0.2, 0)
+    for seed in range(5):
+        states = torch.randn(300, 8, generator=torch.Generator().manual_seed(seed))
+        states[:, 0] += torch.from_numpy(rows.harmful) * 1.0  # overlapping classes
+        report, probe = lab._fit_layer(states, rows, 1, "mean_prompt", 0.9, 0)
+        below = probe.probability(states).double().numpy() < probe.threshold
+        assert below[rows.calibration_positives].sum() == 2  # floor(31 * 0.1) - 1
+        assert probe.threshold == report.threshold == report.conformal_threshold
+
+
+@pytest.mark.parametrize(
+    ("areas", "losses", "chosen"),
+    [
+        ((0.7, 0.99, 0.995), (0.1, 0.1, 0.1), 2),
+        ((0.995, 0.99, 0.99), (0.1, 0.1, 0.1), 1),
+        ((1.0, 1.0, 1.0), (0.3, 0.105, 0.1), 2),
+        ((0.7, 0.99, 0.995), (0.01, 0.3, 0.1), 3),  # a low loss does not mend a poor ranking
+    ],
+)
+def test_the_earliest_of_the_good_layers(areas, losses, chosen):
+    zeros = dict.fromkeys(lab.LayerReport.__dataclass_fields__, 0.0)
+    errors = {"calibration_auroc_error": 0.01, "calibration_log_loss_error": 0.01}
+    reports = []
+    for layer, (area, loss) in enumerate(zip(areas, losses, strict=True), start=1):
+        measured = {"layer": layer, "calibration_auroc": area, "calibration_log_loss": loss}
+        reports.append(lab.LayerReport(**{**zeros, **errors, **measured}))
+    assert lab._choose(reports).layer == chosen
