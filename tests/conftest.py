@@ -14,6 +14,7 @@ from launching import Launcher
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,19 @@
-"""Masked, weighted divergence and cross-entropy from logits chunks; needs torch only."""
+"""Masked, weighted divergence and cross-entropy from logits chunks; needs torch and triton only."""
 
 # Imported at once, not on first use: a submodule and a function share each name, and the function
 # must be the one that stays bound here.
 from safereg_kernels.errors import ShapeError
 from safereg_kernels.linear_ce_kl import linear_ce_kl
 from safereg_kernels.masked_kl import masked_kl
+from safereg_kernels.vocab_parallel import (
+    vocab_parallel_linear_ce_kl,
+    vocab_parallel_masked_kl,
+)
 
-__all__ = ["ShapeError", "linear_ce_kl", "masked_kl"]
+__all__ = [
+    "ShapeError",
+    "linear_ce_kl",
+    "masked_kl",
+    "vocab_parallel_linear_ce_kl",
+    "vocab_parallel_masked_kl",
+]

@@ -1,82 +1,229 @@
-"""The formulas in eager torch: values and gradients of a block of tokens, in float32.
+"""The formulas in eager torch, float32: the CPU path, and what the Triton kernels are held against.
 
-x = policy logits, y = reference logits, p = softmax(x / T), q = softmax(y / T), a = log p and
-b = log q. Each function returns the divergence of every row and its gradient in x:
+x, y = policy and reference logits (soft-capped and divided by the temperature T), p = softmax(x),
+q = softmax(y), a = log p, b = log q. Divergence of a row and its gradient in the raw logits:
 
-    forward  KL(q||p) = sum_v q (b - a)           grad = (p - q) / T
-    reverse  KL(p||q) = sum_v p (a - b)           grad = p (a - b - KL) / T
-    l2       1/V sum_v (cx_v - cy_v)^2            grad = 2 (cx - cy) / (V T)
+    forward  KL(q||p) = sum_v q (b - a)            grad = (p - q) / T
+    reverse  KL(p||q) = sum_v p (a - b)            grad = p (a - b - KL) / T
+    l2       1/V sum_v (u_v - mean u)^2, u = x - y grad = 2 (u - mean u) / (V T)
 
-with cx = x/T - mean(x/T), cy likewise (centred logits, so that a constant shift changes nothing).
+and the cross-entropy, log sum exp x - x_label, with gradient p - onehot. Each path has the same
+three functions. A row is reduced to six numbers, its *statistics*; they merge, so the columns may
+be spread over programs or over tensor-parallel ranks; the gradient needs nothing else of the row:
+
+    MAX_P, SUM_P        m = max x,  s = sum exp(x - m)
+    LABEL_LOGIT         x of the label
+    REF_A, REF_B        the same m, s of y           (l2: mean of u, number of tokens)
+    DIVERGENCE          KL between the two distributions conditioned on these columns
+                        (l2: sum of (u - mean)^2)
+
+The KL merges by the chain rule, KL = sum_k P_k KL_k + KL(P || Q) with P_k, Q_k the mass of part k.
+Each sum is written with non-negative terms, u log(u/w) - u + w, so that a divergence of 1e-7 nats
+keeps its digits and none is ever negative.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
-DIRECTIONS = ("forward", "reverse", "l2")
+from safereg_kernels.block import (
+    DIVERGENCE,
+    LABEL_INVALID,
+    LABEL_LOGIT,
+    LOGIT_FLOOR,
+    MAX_P,
+    NUM_STATISTICS,
+    REF_A,
+    REF_B,
+    SERIES_BELOW,
+    SUM_P,
+    Block,
+    Formula,
+)
 
 
-def divergence_and_grad(
-    policy_logits: Tensor,
-    reference_logits: Tensor,
-    *,
-    direction: str,
-    temperature: float,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Divergence [rows] in float32 and its gradient [rows, vocab] in the policy logits (or None).
+def row_statistics(block: Block, formula: Formula) -> Tensor:
+    """Statistics of every row over this block's columns, float32 [rows, 6]."""
+    statistics = _nothing_seen(block.policy)
+    if formula.num_columns == 0:
+        return statistics
+    kl_rows = block.kl_weights.nonzero().squeeze(-1)
+    rows = None if block.labels is not None else kl_rows
+    x, y = _logits(block, formula, rows, kl_rows)
+    on_rows = slice(None) if rows is None else rows
+    statistics[on_rows, MAX_P], statistics[on_rows, SUM_P] = _max_and_sum(x)
+    if block.labels is not None:
+        statistics[:, LABEL_LOGIT] = _label_logits(x, block.labels)
+        x = _take(x, kl_rows)
+    if y is not None:
+        statistics[kl_rows] = _with_divergence(statistics[kl_rows], x, y, formula.direction)
+    return statistics
 
-    -inf logits (suppressed tokens) in both models contribute nothing; p > 0 where q = 0 is a
-    genuine +inf of the reverse direction and is reported as such.
-    """
-    x = policy_logits.float() / temperature
-    y = reference_logits.float() / temperature
+
+def merge_statistics(partials: Tensor, direction: str) -> Tensor:
+    """Statistics of whole rows [rows, 6] from those of their parts, float32 [rows, parts, 6]."""
+    merged = partials.new_empty(partials.shape[0], NUM_STATISTICS)
+    max_p, sum_p, log_share_p = _merge_mass(partials[..., MAX_P], partials[..., SUM_P])
+    merged[:, MAX_P], merged[:, SUM_P] = max_p, sum_p
+    merged[:, LABEL_LOGIT] = partials[..., LABEL_LOGIT].sum(-1)
+    part = partials[..., DIVERGENCE]
     if direction == "l2":
-        return _l2(x, y, temperature, need_grad)
-    a, b = log_softmax(x, dim=-1), log_softmax(y, dim=-1)
-    p, q = a.exp(), b.exp()
-    # KL as a sum of non-negative terms, e.g. q (b - a) + p - q >= 0: adding p - q (which sums to 0)
-    # keeps the value accurate when the two models nearly agree and plain summation cancels.
-    if direction == "forward":
-        value = _bregman(q, b, p, a).sum(-1)
-        return value, ((p - q) / temperature if need_grad else None)
-    value = _bregman(p, a, q, b).sum(-1)
-    if not need_grad:
-        return value, None
-    gap = torch.where(p > 0, a - b, 0.0)
-    return value, p * (gap - (p * gap).sum(-1, keepdim=True)) / temperature
+        mean, count = partials[..., REF_A], partials[..., REF_B]
+        total = count.sum(-1)
+        merged_mean = (mean * count).sum(-1) / total.clamp_min(1)
+        spread = count * (mean - merged_mean[:, None]) ** 2
+        merged[:, REF_A], merged[:, REF_B] = merged_mean, total
+        merged[:, DIVERGENCE] = (part + spread).sum(-1)
+        return merged
+    max_q, sum_q, log_share_q = _merge_mass(partials[..., REF_A], partials[..., REF_B])
+    merged[:, REF_A], merged[:, REF_B] = max_q, sum_q
+    log_u, log_w = _weighting_first(direction, log_share_p, log_share_q)
+    u = log_u.exp()
+    inside = torch.where(u > 0, u * part, 0.0)
+    merged[:, DIVERGENCE] = (inside + _kl_terms(u, log_w.exp(), log_u - log_w)).sum(-1)
+    return merged
 
 
-def _bregman(u: Tensor, log_u: Tensor, w: Tensor, log_w: Tensor) -> Tensor:
-    """u log(u/w) - u + w elementwise, each term >= 0; 0 where u = 0 = w."""
-    d = log_u - log_w
-    # Series of u (d - 1 + exp(-d)) for small d, where the literal form loses all digits.
+def write_gradient(out: Tensor, block: Block, formula: Formula, statistics: Tensor) -> None:
+    """Writes ce_weight grad(CE) + kl_weight grad(D) in the raw policy logits into `out`.
+
+    `out` [rows, columns] may be the policy's own logits; padding columns get exactly 0, and so do
+    rows whose weights are both 0.
+    """
+    n = formula.num_columns
+    kl_rows = block.kl_weights.nonzero().squeeze(-1)
+    rows = None if block.labels is not None else kl_rows
+    x, y = _logits(block, formula, rows, kl_rows)
+    row_statistics = statistics if rows is None else statistics[rows]
+    p = torch.exp(x - row_statistics[:, MAX_P, None]) / row_statistics[:, SUM_P, None]
+    if block.labels is None:
+        grad = torch.zeros_like(p)
+    else:
+        assert block.ce_weights is not None
+        grad = p * block.ce_weights[:, None]
+        _subtract_at_label(grad, block.labels, block.ce_weights)
+    if y is not None:
+        on_rows = slice(None) if rows is not None else kl_rows
+        weights = block.kl_weights[kl_rows, None] / formula.temperature
+        grad[on_rows] += weights * _divergence_grad(
+            x[on_rows], y, p[on_rows], formula.direction, statistics[kl_rows]
+        )
+    if formula.policy_softcap is not None:  # d(c tanh(raw/c)) / d raw = 1 - (x/c)^2
+        grad *= 1 - (x * formula.temperature / formula.policy_softcap) ** 2
+    if rows is None:
+        out[:, :n] = grad
+    else:
+        out[:, :n] = 0
+        out[rows, :n] = grad.to(out.dtype)
+    out[:, n:] = 0
+
+
+def _nothing_seen(like: Tensor) -> Tensor:
+    """The neutral element of `merge_statistics`, for every row."""
+    statistics = torch.zeros(like.shape[0], NUM_STATISTICS, device=like.device)
+    statistics[:, [MAX_P, REF_A]] = LOGIT_FLOOR
+    return statistics
+
+
+def _logits(
+    block: Block, formula: Formula, rows: Tensor | None, kl_rows: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(x of `rows` (None = all), y of `kl_rows`), float32, capped and divided; padding cut off."""
+    n = formula.num_columns
+    x = _take(block.policy[:, :n], rows).float()
+    y = None
+    if block.reference is not None and kl_rows.numel() > 0:
+        y = _take(block.reference[:, :n], kl_rows).float()
+        if formula.is_difference:
+            x = x.clone()
+            x[slice(None) if rows is not None else kl_rows] += y
+        y = _scaled(y, formula.reference_softcap, formula.temperature)
+    return _scaled(x, formula.policy_softcap, formula.temperature), y
+
+
+def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows named; without a copy where that is all of them, in order."""
+    if rows is None or rows.numel() == tensor.shape[0]:
+        return tensor
+    return tensor[rows]
+
+
+def _scaled(raw: Tensor, softcap: float | None, temperature: float) -> Tensor:
+    capped = raw if softcap is None else softcap * torch.tanh(raw / softcap)
+    return capped if temperature == 1.0 else capped / temperature
+
+
+def _max_and_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    largest = x.amax(-1).clamp_min(LOGIT_FLOOR)
+    return largest, (x - largest[:, None]).exp_().sum(-1)
+
+
+def _label_logits(x: Tensor, labels: Tensor) -> Tensor:
+    here = x.gather(-1, labels.clamp_min(0)[:, None]).squeeze(-1)
+    here = torch.where(labels >= 0, here, 0.0)
+    return torch.where(labels == LABEL_INVALID, float("nan"), here)
+
+
+def _with_divergence(statistics: Tensor, x: Tensor, y: Tensor, direction: str) -> Tensor:
+    """The same rows' statistics, REF_A, REF_B and DIVERGENCE filled in."""
+    if direction == "l2":
+        gap, kept = _gap(x, y)
+        count = kept.sum(-1)
+        mean = gap.sum(-1) / count.clamp_min(1)
+        centred = torch.where(kept, gap - mean[:, None], 0.0)
+        statistics[:, REF_A], statistics[:, REF_B] = mean, count.float()
+        statistics[:, DIVERGENCE] = (centred * centred).sum(-1)
+        return statistics
+    max_p, sum_p = statistics[:, MAX_P], statistics[:, SUM_P]
+    max_q, sum_q = _max_and_sum(y)
+    a = x - (max_p + sum_p.log())[:, None]
+    b = y - (max_q + sum_q.log())[:, None]
+    log_u, log_w = _weighting_first(direction, a, b)
+    value = _kl_terms(log_u.exp(), log_w.exp(), log_u - log_w).sum(-1)
+    statistics[:, REF_A], statistics[:, REF_B] = max_q, sum_q
+    # Without mass on both sides there is no conditional distribution: the merge sees to it.
+    statistics[:, DIVERGENCE] = torch.where((sum_p != 0) & (sum_q != 0), value, 0.0)
+    return statistics
+
+
+def _weighting_first(direction: str, of_p: Tensor, of_q: Tensor) -> tuple[Tensor, Tensor]:
+    """(of the distribution that weights the logarithm, of the other one)."""
+    return (of_q, of_p) if direction == "forward" else (of_p, of_q)
+
+
+def _kl_terms(u: Tensor, w: Tensor, d: Tensor) -> Tensor:
+    """u d - u + w elementwise with d = log(u/w): each term >= 0, and 0 where u = 0 = w."""
     series = u * d * d * (0.5 - d / 6 + d * d / 24)
     literal = torch.where(u > 0, u * d, 0.0) - u + w
-    return torch.where((d.abs() < 0.06) & (u > 0), series, literal)
+    return torch.where((d.abs() < SERIES_BELOW) & (u > 0), series, literal)
 
 
-def _l2(x: Tensor, y: Tensor, temperature: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _gap(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     kept = torch.isfinite(x) & torch.isfinite(y)  # suppressed tokens take no part
-    count = kept.sum(-1, keepdim=True).clamp_min(1)
-    x, y = torch.where(kept, x, 0.0), torch.where(kept, y, 0.0)
-    gap = (x - y) - ((x - y).sum(-1, keepdim=True) / count)
-    gap = torch.where(kept, gap, 0.0)
-    value = (gap * gap).sum(-1) / count.squeeze(-1)
-    return value, (2 * gap / (count * temperature) if need_grad else None)
+    return torch.where(kept, x - y, 0.0), kept
 
 
-def cross_entropy_and_grad(
-    policy_logits: Tensor, labels: Tensor, *, need_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy [rows] in float32 and its gradient p - onehot [rows, vocab] (or None)."""
-    logprobs = log_softmax(policy_logits.float(), dim=-1)
-    value = -logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    if not need_grad:
-        return value, None
-    grad = logprobs.exp_()
-    grad.scatter_add_(
-        -1, labels.unsqueeze(-1), torch.full_like(labels, -1, dtype=grad.dtype)[:, None]
-    )
-    return value, grad
+def _merge_mass(largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(max, sum of exp) of whole rows, and the log of each part's share of the mass."""
+    merged = largest.amax(-1)
+    scaled = total * (largest - merged[:, None]).exp()
+    summed = scaled.sum(-1)
+    return merged, summed, largest - merged[:, None] + total.log() - summed.log()[:, None]
+
+
+def _divergence_grad(x: Tensor, y: Tensor, p: Tensor, direction: str, statistics: Tensor) -> Tensor:
+    """d D / d x; without the factor 1/T."""
+    if direction == "l2":
+        gap, kept = _gap(x, y)
+        centred = torch.where(kept, gap - statistics[:, REF_A, None], 0.0)
+        return 2 * centred / statistics[:, REF_B, None].clamp_min(1)
+    max_q, sum_q = statistics[:, REF_A], statistics[:, REF_B]
+    if direction == "forward":
+        return p - torch.exp(y - max_q[:, None]) / sum_q[:, None]
+    log_p_mass = statistics[:, MAX_P] + statistics[:, SUM_P].log()
+    shift = log_p_mass - (max_q + sum_q.log()) + statistics[:, DIVERGENCE]
+    return torch.where(p > 0, p * ((x - y) - shift[:, None]), 0.0)
+
+
+def _subtract_at_label(grad: Tensor, labels: Tensor, weights: Tensor) -> None:
+    at_label = torch.where(labels >= 0, -weights, 0.0)
+    grad.scatter_add_(-1, labels.clamp_min(0)[:, None], at_label[:, None])

@@ -2,22 +2,40 @@
 
 No [tokens, vocab] tensor of the whole batch ever exists. For each chunk the policy's logits are
 formed once and serve both terms; the reference's logits are formed for rows with a KL weight only;
-the gradient is formed in the same pass. So the backward is one multiplication by the upstream
-scalar.
+the gradient is formed in the same pass, over the logits. So the backward is one multiplication by
+the upstream scalar.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from safereg_kernels.eager import cross_entropy_and_grad, divergence_and_grad
+from safereg_kernels.block import Formula
+from safereg_kernels.checks import (
+    check_difference,
+    check_formula,
+    check_labels,
+    check_policy,
+    check_reference,
+    check_vocab_size,
+    check_weights,
+)
+from safereg_kernels.chunks import (
+    Gradients,
+    Head,
+    Inputs,
+    Reference,
+    default_chunk_tokens,
+    grad_scale_for,
+    run_chunks,
+)
 from safereg_kernels.errors import ShapeError
-from safereg_kernels.masked_kl import check_direction, require_eager_path
-
-DEFAULT_CHUNK_TOKENS = 1024
-"""Tokens per chunk: at a vocabulary of 128256 one float32 logits chunk is 0.5 GB."""
+from safereg_kernels.products import operand_dtype, scaled_to
+from safereg_kernels.results import cross_entropy_of, divergence_of, weighted_sum
+from safereg_kernels.selection import select_rows
+from safereg_kernels.shard import VocabShard, local_columns, local_labels
 
 
 def linear_ce_kl(
@@ -30,25 +48,40 @@ def linear_ce_kl(
     reference_hidden: Tensor | None,
     reference_head: Tensor | None,
     direction: str = "forward",
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     policy_bias: Tensor | None = None,
     reference_bias: Tensor | None = None,
+    policy_softcap: float | None = None,
+    reference_softcap: float | None = None,
+    vocab_size: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    is_difference: bool = False,
     ce_report: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted cross-entropy plus divergence (float32 scalar), and both per token [tokens].
 
-    loss = sum_t ce_weights_t CE_t + kl_weights_t D_t, with logits = hidden @ head.T + bias.
+    loss = sum_t ce_weights_t CE_t + kl_weights_t D_t, with logits = hidden @ head.T + bias, and
+    softcap * tanh(logits / softcap) where a soft cap is given.
 
     Args:
         policy_hidden: [tokens, H]; differentiable.
-        policy_head: [vocab, H]; differentiable (weight-tied heads as well).
+        policy_head: [vocab, H], of the same dtype; differentiable (weight-tied heads as well).
         labels: [tokens] int64, already aligned with the hidden states (no shift here).
-        ce_weights, kl_weights: [tokens] float32; a row with both 0 never reaches a matrix product.
+        ce_weights, kl_weights: [tokens], finite and >= 0; a row with both 0 never reaches a matrix
+            product. On the CPU their rows are counted without waiting for the device.
         reference_hidden: [tokens, H_ref], unread where `kl_weights` is 0; None if none is positive.
         reference_head: [vocab, H_ref]; None like `reference_hidden`.
         direction: `forward`, `reverse` or `l2` (see `eager`).
-        chunk_tokens: tokens per chunk; a bound on memory, never on the result.
+        chunk_tokens: tokens per chunk; a bound on memory, never on the result. None = as many as
+            CHUNK_BYTES hold.
         policy_bias, reference_bias: [vocab] or None.
+        policy_softcap, reference_softcap: soft cap of each model's logits, or None.
+        vocab_size: number of tokens; columns from there on are padding, with gradient exactly 0.
+        logits_dtype: dtype in which a chunk's logits are kept, float32 or the head's own. Rounded
+            logits halve their memory and drown the gradient of a small divergence in noise.
+        is_difference: project policy_hidden - reference_hidden where there is a divergence, for
+            models that share one head (the same tensor): then the logits' difference keeps its
+            digits in any `logits_dtype`.
         ce_report: [tokens] bool, rows whose CE is wanted for the log though its weight is 0; None
             = none. It changes `ce`, never the loss or a gradient.
     Returns:
@@ -56,190 +89,160 @@ def linear_ce_kl(
         their weight is 0 (and no report is asked for). The gradient of `loss` honours one upstream
         scalar of any value.
     Raises:
-        ShapeError: arguments disagree on a size.
-    Collectives: none. The row counts come from device weights: one host synchronisation.
+        ShapeError, ValueError: see `checks`.
+    Collectives: none. Host synchronisations: none where the weights and `ce_report` are on the CPU,
+    else one, to count rows.
     """
-    require_eager_path()
-    check_direction(direction)
-    _check_shapes(policy_hidden, policy_head, labels, ce_weights, kl_weights)
-    _check_bias("policy_bias", policy_bias, policy_head)
-    if ce_report is not None and ce_report.shape != labels.shape:
-        raise ShapeError(
-            f"ce_report {tuple(ce_report.shape)} must be [{len(labels)}], one per hidden state"
-        )
-    if reference_hidden is not None and reference_head is not None:
-        _check_reference(policy_hidden, policy_head, reference_hidden, reference_head)
-        _check_bias("reference_bias", reference_bias, reference_head)
-    elif bool((kl_weights != 0).any()):
-        raise ShapeError(
-            "some kl_weights are not 0 but reference_hidden or reference_head is None: pass both"
-        )
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    inputs = _Inputs(
-        labels=labels,
-        ce_weights=ce_weights.float(),
-        ce_wanted=ce_weights != 0 if ce_report is None else (ce_weights != 0) | ce_report,
-        kl_weights=kl_weights.float(),
+    check_vocab_size(vocab_size, policy_head.shape[0])
+    return run_linear_ce_kl(
+        policy_hidden,
+        policy_head,
+        labels,
+        ce_weights=ce_weights,
+        kl_weights=kl_weights,
         reference_hidden=reference_hidden,
         reference_head=reference_head,
-        reference_bias=reference_bias,
         direction=direction,
         chunk_tokens=chunk_tokens,
+        policy_bias=policy_bias,
+        reference_bias=reference_bias,
+        policy_softcap=policy_softcap,
+        reference_softcap=reference_softcap,
+        vocab_size=vocab_size,
+        logits_dtype=logits_dtype,
+        is_difference=is_difference,
+        ce_report=ce_report,
+        shard=None,
+    )
+
+
+def run_linear_ce_kl(
+    policy_hidden: Tensor,
+    policy_head: Tensor,
+    labels: Tensor,
+    *,
+    ce_weights: Tensor,
+    kl_weights: Tensor,
+    reference_hidden: Tensor | None,
+    reference_head: Tensor | None,
+    direction: str,
+    chunk_tokens: int | None,
+    policy_bias: Tensor | None,
+    reference_bias: Tensor | None,
+    policy_softcap: float | None,
+    reference_softcap: float | None,
+    vocab_size: int | None,
+    logits_dtype: torch.dtype,
+    is_difference: bool,
+    ce_report: Tensor | None,
+    shard: VocabShard | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_ce_kl` of a whole vocabulary (`shard` None) or of a rank's part of it."""
+    check_formula(
+        direction,
+        policy_softcap=policy_softcap,
+        reference_softcap=reference_softcap,
+        chunk_tokens=chunk_tokens,
+    )
+    check_policy(
+        policy_hidden,
+        policy_head,
+        policy_bias,
+        labels,
+        ce_weights=ce_weights,
+        kl_weights=kl_weights,
+        ce_report=ce_report,
+    )
+    check_weights("ce_weights", ce_weights)
+    check_weights("kl_weights", kl_weights)
+    if logits_dtype not in (torch.float32, policy_head.dtype):
+        raise ValueError(
+            f"logits_dtype must be torch.float32 or the head's own {policy_head.dtype}, "
+            f"got {logits_dtype}"
+        )
+    ce_is_wanted = ce_weights != 0
+    if ce_report is not None:
+        ce_is_wanted = ce_is_wanted.to(ce_report.device) | ce_report
+    columns = policy_head.shape[0]
+    check_labels(labels, ce_is_wanted, columns if vocab_size is None and not shard else vocab_size)
+    selection = select_rows(ce_is_wanted, kl_weights.to(ce_is_wanted.device), policy_hidden.device)
+    reference = None
+    if reference_hidden is not None and reference_head is not None:
+        check_reference(
+            policy_hidden, policy_head, reference_hidden, reference_head, reference_bias
+        )
+        reference = Reference(
+            reference_hidden.detach(), Head(reference_head.detach(), reference_bias)
+        )
+    elif selection.num_kl > 0:
+        raise ShapeError(
+            f"{selection.num_kl} kl_weights are not 0 but reference_hidden or reference_head is "
+            "None: pass both"
+        )
+    if is_difference and reference is not None:
+        check_difference(policy_head, policy_bias, reference.head.weight, reference_bias)
+    device = policy_hidden.device
+    ce_weights, kl_weights, ce_is_wanted = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (ce_weights.detach().float(), kl_weights.detach().float(), ce_is_wanted)
+    )
+    dtype = operand_dtype(policy_head, logits_dtype)
+    inputs = Inputs(
+        labels=local_labels(labels, columns, vocab_size, shard),
+        ce_weights=ce_weights,
+        ce_is_wanted=ce_is_wanted,
+        kl_weights=kl_weights,
+        grad_scale=grad_scale_for(dtype, ce_weights, kl_weights),
+        selection=selection,
+        reference=reference,
+        formula=Formula(
+            direction=direction,
+            policy_softcap=policy_softcap,
+            reference_softcap=reference_softcap,
+            is_difference=is_difference,
+            num_columns=local_columns(columns, vocab_size, shard),
+        ),
+        chunk_tokens=chunk_tokens or default_chunk_tokens(columns),
+        logits_dtype=logits_dtype,
+        shard=shard,
         is_grad_enabled=torch.is_grad_enabled(),
     )
     # An autocast of the caller would turn the float32 products below into bfloat16 ones.
-    with torch.autocast(policy_hidden.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         return _LinearCEKL.apply(policy_hidden, policy_head, policy_bias, inputs)
-
-
-def _check_shapes(
-    hidden: Tensor, head: Tensor, labels: Tensor, ce_weights: Tensor, kl_weights: Tensor
-) -> None:
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
-        raise ShapeError(
-            f"policy_hidden {tuple(hidden.shape)} and policy_head {tuple(head.shape)} must be "
-            "[tokens, H] and [vocab, H] with one H (an empty head is a sharded one that was not "
-            "gathered: call inside the engine's forward)"
-        )
-    for name, tensor in (
-        ("labels", labels),
-        ("ce_weights", ce_weights),
-        ("kl_weights", kl_weights),
-    ):
-        if tensor.shape != hidden.shape[:1]:
-            raise ShapeError(
-                f"{name} {tuple(tensor.shape)} must be [{hidden.shape[0]}], one per hidden state"
-            )
-
-
-def _check_bias(name: str, bias: Tensor | None, head: Tensor) -> None:
-    if bias is not None and bias.shape != head.shape[:1]:
-        raise ShapeError(f"{name} {tuple(bias.shape)} must be [{head.shape[0]}], one per token id")
-
-
-def _check_reference(hidden: Tensor, head: Tensor, ref_hidden: Tensor, ref_head: Tensor) -> None:
-    if ref_hidden.shape[0] != hidden.shape[0] or ref_hidden.shape[1:] != ref_head.shape[1:]:
-        raise ShapeError(
-            f"reference_hidden {tuple(ref_hidden.shape)} must be [{hidden.shape[0]}, H_ref] and "
-            f"match reference_head {tuple(ref_head.shape)}"
-        )
-    if ref_head.shape[0] != head.shape[0]:
-        raise ShapeError(
-            f"reference_head has vocab {ref_head.shape[0]} but policy_head has {head.shape[0]}: "
-            "both models must use the same padded vocabulary"
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Inputs:
-    """The arguments through which no gradient flows."""
-
-    labels: Tensor
-    ce_weights: Tensor
-    ce_wanted: Tensor
-    kl_weights: Tensor
-    reference_hidden: Tensor | None
-    reference_head: Tensor | None
-    reference_bias: Tensor | None
-    direction: str
-    chunk_tokens: int
-    is_grad_enabled: bool
-    """The caller's grad mode: `needs_input_grad` is true under `no_grad` as well."""
 
 
 class _LinearCEKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, inputs: _Inputs
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs
     ) -> tuple[Tensor, Tensor, Tensor]:
-        need_hidden, need_head, need_bias = (
-            inputs.is_grad_enabled and needed for needed in ctx.needs_input_grad[:3]
-        )
-        rows = (inputs.ce_wanted | (inputs.kl_weights != 0)).nonzero().squeeze(-1)
-        ce = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        divergence = torch.zeros_like(ce)
-        # All three in float32: rounded once, after the upstream scalar, else float16 underflows.
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if need_head else None
-        grad_bias = None
-        if bias is not None and need_bias:
-            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
-
-        for chunk in rows.split(inputs.chunk_tokens):
-            chunk_hidden = hidden[chunk]
-            logits = _project(chunk_hidden, head, bias)
-            need_grad = need_hidden or need_head or need_bias
-            grad = torch.zeros_like(logits) if need_grad else None
-            _add_cross_entropy(logits, chunk, inputs, ce, grad)
-            _add_divergence(logits, chunk, inputs, divergence, grad)
-            if grad is None:
-                continue
-            if grad_hidden is not None:
-                grad_hidden[chunk] = grad @ head.float()
-            if grad_head is not None:
-                grad_head.addmm_(grad.T, chunk_hidden.float())
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-
-        task = torch.where(inputs.ce_weights != 0, inputs.ce_weights * ce, 0.0)
-        loss = task.sum() + (inputs.kl_weights * divergence).sum()
-        ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
-        ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
+        head, order = Head(weight, bias), inputs.selection.order
+        is_needed = [inputs.is_grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        grads = Gradients.zeros(hidden, head, len(order), is_needed)
+        statistics = run_chunks(hidden, head, inputs, grads)
+        if inputs.shard is not None:
+            inputs.shard.sum_hidden_grad(grads.hidden)
+        ce_weights, kl_weights = inputs.ce_weights[order], inputs.kl_weights[order]
+        active_ce = cross_entropy_of(statistics, inputs.ce_is_wanted[order])
+        active_divergence = divergence_of(statistics, kl_weights, inputs.formula.direction)
+        loss = weighted_sum(ce_weights, active_ce) + weighted_sum(kl_weights, active_divergence)
+        ce = statistics.new_zeros(len(hidden)).index_copy_(0, order, active_ce)
+        divergence = torch.zeros_like(ce).index_copy_(0, order, active_divergence)
+        ctx.save_for_backward(order, inputs.grad_scale, grads.hidden, grads.weight, grads.bias)
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         ctx.mark_non_differentiable(ce, divergence)
         return loss, ce, divergence
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            None if grad is None else (grad * upstream[0]).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None)
-
-
-def _project(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits in float32: rounding them to bfloat16 would drown a small divergence in noise."""
-    logits = hidden.float() @ head.float().T
-    return logits if bias is None else logits + bias.float()
-
-
-def _add_cross_entropy(
-    logits: Tensor, chunk: Tensor, inputs: _Inputs, ce: Tensor, grad: Tensor | None
-) -> None:
-    """Writes `ce` of the chunk's rows where it is wanted and adds their weighted gradient."""
-    weights = inputs.ce_weights[chunk]
-    local = inputs.ce_wanted[chunk].nonzero().squeeze(-1)
-    if local.numel() == 0:
-        return
-    value, row_grad = cross_entropy_and_grad(
-        logits[local], inputs.labels[chunk[local]], need_grad=grad is not None
-    )
-    ce[chunk[local]] = value
-    if grad is not None and row_grad is not None:
-        grad[local] += row_grad * weights[local, None]
-
-
-def _add_divergence(
-    logits: Tensor, chunk: Tensor, inputs: _Inputs, divergence: Tensor, grad: Tensor | None
-) -> None:
-    """Projects the reference for rows with a KL weight; adds value and weighted gradient."""
-    weights = inputs.kl_weights[chunk]
-    local = weights.nonzero().squeeze(-1)
-    if local.numel() == 0:
-        return
-    assert inputs.reference_hidden is not None
-    assert inputs.reference_head is not None
-    reference_logits = _project(
-        inputs.reference_hidden[chunk[local]], inputs.reference_head, inputs.reference_bias
-    )
-    value, row_grad = divergence_and_grad(
-        logits[local],
-        reference_logits,
-        direction=inputs.direction,
-        temperature=1.0,
-        need_grad=grad is not None,
-    )
-    divergence[chunk[local]] = value
-    if grad is not None and row_grad is not None:
-        grad[local] += row_grad * weights[local, None]
+        order, grad_scale, *grads = ctx.saved_tensors
+        scale = upstream[0] if grad_scale is None else upstream[0] * grad_scale
+        # Kept in float32 and rounded here, once: float16 would underflow before the upstream scale.
+        hidden, weight, bias = (
+            None if grad is None else scaled_to(ctx.dtype, grad, scale) for grad in grads
+        )
+        if hidden is not None:
+            hidden = hidden.new_zeros(ctx.shape).index_copy_(0, order, hidden)
+        return hidden, weight, bias, None

@@ -1,13 +1,21 @@
-"""`masked_kl`: weighted divergence between two sets of logits, gradient formed in the forward."""
+"""`masked_kl`: weighted divergence between two sets of logits.
 
-import os
+Forward reads both logits once and keeps six numbers per row; backward reads them once more and
+writes the gradient, the upstream scalar already in it: 10 bytes of traffic per bfloat16 element.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from safereg_kernels.eager import DIRECTIONS, divergence_and_grad
-from safereg_kernels.errors import ShapeError
+from safereg_kernels.block import Block, Formula
+from safereg_kernels.checks import check_formula, check_logits, check_vocab_size
+from safereg_kernels.path import path_for
+from safereg_kernels.results import divergence_of, weighted_sum
+from safereg_kernels.shard import VocabShard, local_columns
 
 
 def masked_kl(
@@ -17,6 +25,7 @@ def masked_kl(
     *,
     direction: str = "forward",
     temperature: float = 1.0,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of per-token divergences (float32 scalar) and the divergences [tokens].
 
@@ -24,96 +33,100 @@ def masked_kl(
     weight 0 are skipped, not multiplied: they are never read, so NaN there does no harm.
 
     Args:
-        policy_logits: [tokens, vocab], any float dtype; reduced in float32; differentiable.
-        reference_logits: [tokens, vocab]; no gradient flows here.
-        weights: [tokens] float32; 0 = the row is skipped.
+        policy_logits: [tokens, vocab], any float dtype and row stride; reduced in float32;
+            differentiable.
+        reference_logits: [tokens, vocab], of the same dtype; no gradient flows here.
+        weights: [tokens], finite and >= 0; 0 = the row is skipped.
         direction: `forward` KL(q||p), `reverse` KL(p||q), or `l2` of centred logits.
         temperature: divides both logits; no T^2 factor.
+        vocab_size: number of tokens; columns from there on are padding, with gradient exactly 0.
     Returns:
         (loss, divergence): `loss` is differentiable in `policy_logits` under one upstream scalar of
-        any value; `divergence` is float32 [tokens], detached, 0 on skipped rows.
+        any value; `divergence` is float32 [tokens], detached, 0 on skipped rows. A row whose policy
+        has a token that the reference suppresses has a `reverse` divergence of +inf.
     Raises:
-        ShapeError: the arguments disagree on `tokens` or `vocab`.
-    Collectives: none.
+        ShapeError, ValueError: see `checks`.
+    Collectives: none. Host synchronisations: none with Triton kernels.
     """
-    require_eager_path()
-    check_direction(direction)
-    _check_shapes(policy_logits, reference_logits, weights)
-    loss, divergence = _MaskedKL.apply(
+    check_vocab_size(vocab_size, policy_logits.shape[-1])
+    return run_masked_kl(
         policy_logits,
         reference_logits,
         weights,
-        direction,
-        float(temperature),
-        torch.is_grad_enabled(),
+        direction=direction,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        shard=None,
     )
-    return loss, divergence
 
 
-def require_eager_path() -> None:
-    """Raises where SAFEREG_KERNELS asks for Triton kernels, which this version does not have."""
-    choice = os.environ.get("SAFEREG_KERNELS", "auto")
-    if choice not in ("auto", "eager", "triton"):
-        raise ValueError(f"SAFEREG_KERNELS must be auto, eager or triton, got {choice!r}")
-    if choice == "triton":
-        raise NotImplementedError(
-            "SAFEREG_KERNELS=triton, but this version has no Triton kernels yet: use auto or eager"
-        )
+def run_masked_kl(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    weights: Tensor,
+    *,
+    direction: str,
+    temperature: float,
+    vocab_size: int | None,
+    shard: VocabShard | None,
+) -> tuple[Tensor, Tensor]:
+    """`masked_kl` of a whole vocabulary (`shard` None) or of a rank's part of it."""
+    check_formula(direction, temperature=temperature)
+    check_logits(policy_logits, reference_logits, weights)
+    inputs = _Inputs(
+        reference_logits=reference_logits.detach(),
+        weights=weights.detach().float(),
+        formula=Formula(
+            direction=direction,
+            temperature=float(temperature),
+            num_columns=local_columns(policy_logits.shape[1], vocab_size, shard),
+        ),
+        shard=shard,
+    )
+    return _MaskedKL.apply(policy_logits, inputs)
 
 
-def check_direction(direction: str) -> None:
-    """Raises ValueError unless `direction` is one of the three known ones."""
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """The arguments through which no gradient flows."""
 
-
-def _check_shapes(policy_logits: Tensor, reference_logits: Tensor, weights: Tensor) -> None:
-    if policy_logits.ndim != 2 or policy_logits.shape != reference_logits.shape:
-        raise ShapeError(
-            f"policy logits {tuple(policy_logits.shape)} and reference logits "
-            f"{tuple(reference_logits.shape)} must both be [tokens, vocab] and equal: both models "
-            "must use the same padded vocabulary"
-        )
-    if weights.shape != policy_logits.shape[:1]:
-        raise ShapeError(
-            f"weights {tuple(weights.shape)} must be [{policy_logits.shape[0]}], one per token"
-        )
+    reference_logits: Tensor
+    weights: Tensor
+    formula: Formula
+    shard: VocabShard | None
 
 
 class _MaskedKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        policy_logits: Tensor,
-        reference_logits: Tensor,
-        weights: Tensor,
-        direction: str,
-        temperature: float,
-        is_grad_enabled: bool,  # `needs_input_grad` is true under `no_grad` as well
-    ) -> tuple[Tensor, Tensor]:
-        need_grad = is_grad_enabled and ctx.needs_input_grad[0]
-        rows = weights.nonzero().squeeze(-1)
-        active = weights[rows].float()
-        value, grad = divergence_and_grad(
-            policy_logits[rows],
-            reference_logits[rows],
-            direction=direction,
-            temperature=temperature,
-            need_grad=need_grad,
+    def forward(ctx: Any, policy_logits: Tensor, inputs: _Inputs) -> tuple[Tensor, Tensor]:
+        path = path_for(policy_logits.device)
+        block = Block(
+            policy=policy_logits,
+            reference=inputs.reference_logits,
+            labels=None,
+            ce_weights=None,
+            kl_weights=inputs.weights,
         )
-        divergence = torch.zeros(weights.shape, dtype=torch.float32, device=weights.device)
-        divergence[rows] = value
-        if grad is not None:
-            # float16 would underflow before the upstream loss scale; bfloat16 has float32's range.
-            dtype = torch.bfloat16 if policy_logits.dtype == torch.bfloat16 else torch.float32
-            ctx.save_for_backward(rows, (grad * active[:, None]).to(dtype))
-        ctx.shape, ctx.dtype = policy_logits.shape, policy_logits.dtype
+        statistics = path.row_statistics(block, inputs.formula)
+        if inputs.shard is not None:
+            statistics = inputs.shard.merged(statistics, path, inputs.formula.direction)
+        divergence = divergence_of(statistics, inputs.weights, inputs.formula.direction)
+        ctx.save_for_backward(policy_logits, inputs.reference_logits, inputs.weights, statistics)
+        ctx.formula = inputs.formula
         ctx.mark_non_differentiable(divergence)
-        return (active * value).sum(), divergence
+        return weighted_sum(inputs.weights, divergence), divergence
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows, grad = ctx.saved_tensors
-        full = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
-        full[rows] = (grad.float() * upstream[0]).to(ctx.dtype)
-        return full, None, None, None, None, None
+        policy_logits, reference_logits, weights, statistics = ctx.saved_tensors
+        block = Block(
+            policy=policy_logits,
+            reference=reference_logits,
+            labels=None,
+            ce_weights=None,
+            kl_weights=torch.where(weights != 0, weights * upstream[0], 0.0),
+        )
+        grad = policy_logits.new_empty(policy_logits.shape)
+        path_for(grad.device).write_gradient(grad, block, ctx.formula, statistics)
+        return grad, None

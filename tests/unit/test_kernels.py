@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from safereg_kernels import ShapeError, linear_ce_kl, masked_kl
+from safereg_kernels import ShapeError, fused, linear_ce_kl, masked_kl
 
 TOKENS, VOCAB, HIDDEN, REFERENCE_HIDDEN = 37, 509, 24, 17
 GRADIENT = 4e-5
@@ -29,9 +29,12 @@ p (a - b - KL) is a difference of numbers as large."""
 DIRECTIONS = pytest.mark.parametrize("direction", oracles.DIRECTIONS)
 
 
-@pytest.fixture(autouse=True)
-def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAFEREG_KERNELS", "eager")
+@pytest.fixture(autouse=True, params=["eager", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test runs on both paths; blocks are small, so that a row spans several of them."""
+    monkeypatch.setenv("SAFEREG_KERNELS", request.param)
+    monkeypatch.setattr(fused, "BLOCK_COLUMNS", 256)
+    return request.param
 
 
 def as_truth(tensor: Tensor) -> np.ndarray:
@@ -554,15 +557,15 @@ def test_skipped_rows_change_nothing(
     [
         ({"policy_hidden": torch.zeros(TOKENS, HIDDEN + 1)}, "one H"),
         ({"policy_head": torch.zeros(0)}, "gathered"),
-        ({"labels": torch.zeros(TOKENS - 1, dtype=torch.int64)}, "labels .*one per hidden state"),
-        ({"ce_weights": torch.zeros(TOKENS, 1)}, "ce_weights .*one per hidden state"),
-        ({"kl_weights": torch.zeros(TOKENS + 1)}, "kl_weights .*one per hidden state"),
+        ({"labels": torch.zeros(TOKENS - 1, dtype=torch.int64)}, "labels .*one per token"),
+        ({"ce_weights": torch.zeros(TOKENS, 1)}, "ce_weights .*one per token"),
+        ({"kl_weights": torch.zeros(TOKENS + 1)}, "kl_weights .*one per token"),
         ({"reference_hidden": torch.zeros(3, REFERENCE_HIDDEN)}, "reference_hidden"),
-        ({"reference_hidden": torch.zeros(TOKENS, 5)}, "match reference_head"),
+        ({"reference_hidden": torch.zeros(TOKENS, 5)}, "reference_head .*one H"),
         ({"reference_head": torch.zeros(VOCAB + 3, REFERENCE_HIDDEN)}, "vocab 512 .*has 509"),
         ({"reference_hidden": None}, "pass both"),
         ({"reference_head": None}, "pass both"),
-        ({"ce_report": torch.ones(1, dtype=torch.bool)}, "ce_report .*one per hidden state"),
+        ({"ce_report": torch.ones(1, dtype=torch.bool)}, "ce_report .*one per token"),
         ({"policy_bias": torch.zeros(1)}, "policy_bias .*509"),
         ({"reference_bias": torch.zeros(VOCAB - 1)}, "reference_bias .*509"),
     ],

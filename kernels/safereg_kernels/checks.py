@@ -1,0 +1,185 @@
+"""Refuses bad input before anything is computed: expected, got, where, remedy.
+
+On CUDA only shapes, dtypes and devices are looked at, which costs no synchronisation. Values
+(weights, labels) are looked at on the CPU, and on CUDA with SAFEREG_KERNELS_CHECK=1.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from safereg_kernels.block import DIRECTIONS
+from safereg_kernels.errors import ShapeError
+
+
+def check_formula(direction: str, **positive: float | None) -> None:
+    """ValueError unless the direction is known and every other number is positive or None."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+    for name, value in positive.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_logits(policy_logits: Tensor, reference_logits: Tensor, weights: Tensor) -> None:
+    """ShapeError or ValueError unless the arguments of `masked_kl` fit together."""
+    if policy_logits.ndim != 2 or policy_logits.shape != reference_logits.shape:
+        raise ShapeError(
+            f"policy logits {tuple(policy_logits.shape)} and reference logits "
+            f"{tuple(reference_logits.shape)} must both be [tokens, vocab] and equal: both models "
+            "must use the same padded vocabulary (narrow the larger one to the smaller)"
+        )
+    _check_one_per_token("weights", weights, policy_logits.shape[0])
+    for name, logits in (("policy_logits", policy_logits), ("reference_logits", reference_logits)):
+        _check_unit_stride(name, logits)
+    _check_same("dtype", policy_logits=policy_logits.dtype, reference_logits=reference_logits.dtype)
+    _check_same(
+        "device",
+        policy_logits=policy_logits.device,
+        reference_logits=reference_logits.device,
+        weights=weights.device,
+    )
+    _check_floating("policy_logits", policy_logits)
+    check_weights("weights", weights)
+
+
+def check_policy(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, **per_token: Tensor | None
+) -> None:
+    """ShapeError or ValueError unless hidden states, head, labels and weights fit together."""
+    _check_projection("policy", hidden, head, bias)
+    _check_one_per_token("labels", labels, hidden.shape[0])
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 token ids, got {labels.dtype}: call .long()")
+    _check_same("device", policy_hidden=hidden.device, labels=labels.device)
+    for name, tensor in per_token.items():
+        if tensor is None:
+            continue
+        _check_one_per_token(name, tensor, hidden.shape[0])
+        if tensor.device not in (hidden.device, torch.device("cpu")):
+            raise ValueError(
+                f"{name} is on {tensor.device} but policy_hidden on {hidden.device}: put it there, "
+                "or on the CPU, where its rows are counted without waiting for the device"
+            )
+
+
+def check_reference(
+    hidden: Tensor, policy_head: Tensor, ref_hidden: Tensor, ref_head: Tensor, bias: Tensor | None
+) -> None:
+    """ShapeError or ValueError unless the reference fits the policy."""
+    if ref_hidden.shape[:1] != hidden.shape[:1]:
+        raise ShapeError(
+            f"reference_hidden {tuple(ref_hidden.shape)} must be [{hidden.shape[0]}, H_ref], one "
+            "row per policy hidden state (rows of KL weight 0 are never read)"
+        )
+    _check_projection("reference", ref_hidden, ref_head, bias)
+    if ref_head.shape[0] != policy_head.shape[0]:
+        raise ShapeError(
+            f"reference_head has vocab {ref_head.shape[0]} but policy_head has "
+            f"{policy_head.shape[0]}: both models must use the same padded vocabulary (narrow the "
+            "larger one to the smaller)"
+        )
+    _check_same("device", policy_hidden=hidden.device, reference_hidden=ref_hidden.device)
+
+
+def check_difference(
+    policy_head: Tensor, policy_bias: Tensor | None, ref_head: Tensor, ref_bias: Tensor | None
+) -> None:
+    """ValueError unless both models have one head, as `is_difference` requires."""
+    pairs = [("head", policy_head, ref_head)]
+    if policy_bias is not None or ref_bias is not None:
+        pairs.append(("bias", policy_bias, ref_bias))
+    for what, ours, theirs in pairs:
+        if ours is None or theirs is None or ours.data_ptr() != theirs.data_ptr():
+            raise ValueError(
+                f"is_difference needs one {what} for both models, but policy_{what} and "
+                f"reference_{what} are different tensors: pass the same tensor, or leave it off"
+            )
+
+
+def check_vocab_size(vocab_size: int | None, columns: int | None) -> None:
+    """ShapeError unless 1 <= vocab_size <= columns (None = no bound known here)."""
+    if vocab_size is None:
+        return
+    if vocab_size < 1 or (columns is not None and vocab_size > columns):
+        raise ShapeError(
+            f"vocab_size {vocab_size} must lie in [1, {columns or 'total columns'}]: it is the "
+            "number of tokens, without the padding of the vocabulary"
+        )
+
+
+def check_weights(name: str, weights: Tensor) -> None:
+    """ValueError unless the weights are finite and not negative, where values are looked at."""
+    if not weights.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {weights.dtype}: call .float()")
+    if not _looks_at_values(weights):
+        return
+    is_bad = ~(torch.isfinite(weights) & (weights >= 0))
+    if bool(is_bad.any()):
+        at = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"{name} must be finite and >= 0, got {weights[at].item()} at token {at}: a weight "
+            "says how much a token counts, 0 skips it"
+        )
+
+
+def check_labels(labels: Tensor, is_used: Tensor, vocab_size: int | None) -> None:
+    """ValueError unless every label in use is a token id, where values are looked at."""
+    if vocab_size is None or not _looks_at_values(labels):
+        return
+    is_bad = is_used.to(labels.device) & ((labels < 0) | (labels >= vocab_size))
+    if bool(is_bad.any()):
+        at = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, {vocab_size}), got {labels[at].item()} at token {at}: give "
+            "tokens that have no label a cross-entropy weight of 0"
+        )
+
+
+def _looks_at_values(tensor: Tensor) -> bool:
+    return not tensor.is_cuda or os.environ.get("SAFEREG_KERNELS_CHECK") == "1"
+
+
+def _check_projection(model: str, hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+        raise ShapeError(
+            f"{model}_hidden {tuple(hidden.shape)} and {model}_head {tuple(head.shape)} must be "
+            "[tokens, H] and [vocab, H] with one H (an empty head is a sharded one that was not "
+            "gathered: call inside the engine's forward)"
+        )
+    _check_floating(f"{model}_hidden", hidden)
+    tensors = {f"{model}_hidden": hidden, f"{model}_head": head}
+    if bias is not None:
+        if bias.shape != head.shape[:1]:
+            raise ShapeError(
+                f"{model}_bias {tuple(bias.shape)} must be [{head.shape[0]}], one per token id"
+            )
+        tensors[f"{model}_bias"] = bias
+    _check_same("device", **{name: tensor.device for name, tensor in tensors.items()})
+    _check_same("dtype", **{name: tensor.dtype for name, tensor in tensors.items()})
+
+
+def _check_one_per_token(name: str, tensor: Tensor, tokens: int) -> None:
+    if tensor.shape != (tokens,):
+        raise ShapeError(f"{name} {tuple(tensor.shape)} must be [{tokens}], one per token")
+
+
+def _check_unit_stride(name: str, logits: Tensor) -> None:
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        size = logits.numel() * logits.element_size() / 2**20
+        raise ShapeError(
+            f"{name} has strides {logits.stride()}, but a row of logits must lie in one piece "
+            f"(last stride 1): call .contiguous(), a copy of {size:.0f} MiB"
+        )
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {tensor.dtype}: call .float()")
+
+
+def _check_same(what: str, **values: object) -> None:
+    if len(set(values.values())) > 1:
+        listed = ", ".join(f"{name} {value}" for name, value in values.items())
+        raise ValueError(f"expected one {what}, got {listed}: convert them to the same {what}")
