@@ -469,6 +469,7 @@ def collate(rows: list[Row | None], *, pad_id: int, may_be_new: bool = True) -> 
         response_index=torch.tensor(response_index, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
         row_of_token=torch.tensor(row_of_token, dtype=torch.int64),
+        tokens_of_row=tuple(row_of_token.count(index) for index in range(len(filled))),
         prompt_rows=tuple(i for i, _ in pairs),
         prompt_ends=tuple(end for _, end in pairs),
         rows=filled,

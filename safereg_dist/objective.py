@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from safereg_dist.config import RegularizerConfig
-from safereg_dist.types import Head, MicroBatch
+from safereg_dist.types import NO_HEAD, Head, MicroBatch
 from safereg_kernels import linear_ce_kl
 
-NO_HEAD = Head(None, None)
 _DIRECTIONS = {"kl_forward": "forward", "kl_reverse": "reverse", "l2_logits": "l2"}
 
 
@@ -66,6 +65,8 @@ class Objective:
             chunk_tokens=self._chunk_tokens,
             policy_bias=head.bias,
             reference_bias=reference_head.bias,
+            policy_softcap=head.softcap,
+            reference_softcap=reference_head.softcap,
             # The task loss is logged for rows with b = 1 too, whose cross-entropy weighs nothing.
             ce_report=self._task_tokens(batch),
         )
@@ -78,14 +79,18 @@ class Objective:
     @staticmethod
     def _task_tokens(batch: MicroBatch) -> Tensor:
         task = torch.tensor([not row.is_anchor for row in batch.rows])
-        return task.to(batch.labels.device, non_blocking=True).index_select(0, batch.row_of_token)
+        return task.repeat_interleave(torch.tensor(batch.tokens_of_row))
 
     def token_weights(self, batch: MicroBatch, kl_coef: list[float]) -> tuple[Tensor, Tensor]:
-        """(ce_weights, kl_weights), each float32 [T], before division by N."""
+        """(ce_weights, kl_weights), each float32 [T], before division by N.
+
+        On the host, where the rows that reach a matrix product are counted without waiting for the
+        device.
+        """
         coef = torch.tensor(kl_coef, dtype=torch.float32)
         anchor = torch.tensor([row.is_anchor for row in batch.rows])
         task = torch.ones_like(coef) if self._additive else 1 - coef
         task = torch.where(anchor, 0.0, task)
-        per_row = torch.stack([task, coef]).to(batch.labels.device, non_blocking=True)
-        ce_weights, kl_weights = per_row.index_select(1, batch.row_of_token)
+        per_row = torch.stack([task, coef])
+        ce_weights, kl_weights = per_row.repeat_interleave(torch.tensor(batch.tokens_of_row), dim=1)
         return ce_weights, kl_weights

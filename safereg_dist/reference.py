@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from safereg_dist.architecture import decoder_layers
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
-from safereg_dist.types import Head, MicroBatch, head_of
+from safereg_dist.types import NO_HEAD, Head, MicroBatch, head_of
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm")
 
@@ -85,7 +85,7 @@ class NoReference:
     @contextmanager
     def gathered_head(self, *, passes: int) -> Iterator[Head]:
         """A block without a head."""
-        yield Head(None, None)
+        yield NO_HEAD
 
 
 class Reference:
@@ -147,10 +147,10 @@ class Reference:
         Collectives: one all-gather per head parameter, if `passes` > 0.
         """
         if passes == 0:
-            yield Head(None, None)
+            yield NO_HEAD
             return
         head = head_of(self.model)
-        with self._backend.gathered([p for p in head if p is not None]):
+        with self._backend.gathered(head.parameters):
             yield head
 
     def _run(self, batch: MicroBatch, rows: list[int]) -> Tensor:

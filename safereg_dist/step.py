@@ -67,7 +67,7 @@ class RegularizedStep(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters used here, outside their own module: engines must gather them for us."""
-        return [p for p in self.policy.head if p is not None]
+        return self.policy.head.parameters
 
     def _validate(self, batch: MicroBatch, hidden: Tensor, num_tokens: Tensor) -> StepOutput:
         unweighted = [0.0] * len(batch.rows)

@@ -42,7 +42,9 @@ class MicroBatch:
     labels: Tensor
     """[T] int64, the response tokens themselves."""
     row_of_token: Tensor
-    """[T] int64, row of each response token."""
+    """[T] int64, row of each response token, ascending."""
+    tokens_of_row: tuple[int, ...]
+    """[B] response tokens of each row: what the host knows of `row_of_token`."""
     prompt_rows: tuple[int, ...]
     """[P] row of each prompt end."""
     prompt_ends: tuple[int, ...]
@@ -73,18 +75,30 @@ class MicroBatch:
 
 
 class Head(NamedTuple):
-    """A language-model head, whole on this rank: logits = hidden @ weight.T + bias."""
+    """A language-model head, whole on this rank: logits = hidden @ weight.T + bias, soft-capped."""
 
     weight: nn.Parameter | None
     """[V, H]; None where no head was gathered, since nobody needs it."""
     bias: nn.Parameter | None
     """[V], or None."""
+    softcap: float | None
+    """c of logits c tanh(raw / c) (Gemma 2), or None."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weight and, where there is one, the bias."""
+        return [parameter for parameter in self[:2] if parameter is not None]
+
+
+NO_HEAD = Head(None, None, None)
 
 
 def head_of(model: nn.Module) -> Head:
     """The head of a Hugging Face causal language model, as it is on this rank at this moment."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return Head(head.weight, getattr(head, "bias", None))
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(head.weight, getattr(head, "bias", None), softcap)
 
 
 class StepOutput(NamedTuple):

@@ -87,10 +87,12 @@ def check_difference(
     policy_head: Tensor, policy_bias: Tensor | None, ref_head: Tensor, ref_bias: Tensor | None
 ) -> None:
     """ValueError unless both models have one head, as `is_difference` requires."""
-    pairs = [("head", policy_head, ref_head)]
-    if policy_bias is not None or ref_bias is not None:
-        pairs.append(("bias", policy_bias, ref_bias))
-    for what, ours, theirs in pairs:
+    for what, ours, theirs in (
+        ("head", policy_head, ref_head),
+        ("bias", policy_bias, ref_bias),
+    ):
+        if ours is None and theirs is None:
+            continue
         if ours is None or theirs is None or ours.data_ptr() != theirs.data_ptr():
             raise ValueError(
                 f"is_difference needs one {what} for both models, but policy_{what} and "

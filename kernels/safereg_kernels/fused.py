@@ -6,6 +6,7 @@ execute a kernel twice over a buffer that it overwrites.
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from safereg_kernels.block import DIRECTIONS, NUM_STATISTICS, Block, Formula
 BLOCK_COLUMNS = 4096
 """Columns a program holds at a time: 16 per thread with 8 warps, which leaves no register spilled
 (tests/unit/test_compile.py)."""
-NUM_WARPS = 8
 PROGRAMS_PER_PROCESSOR = 4
 """Programs wanted on each multiprocessor, so that one's reductions hide behind another's loads."""
 PROGRAMS_ON_CPU = 8
@@ -56,8 +56,7 @@ def merge_statistics(partials: Tensor, direction: str) -> Tensor:
                 partials.contiguous(),
                 merged,
                 parts,
-                DIRECTION=DIRECTIONS.index(direction),
-                num_warps=1,
+                **{"DIRECTION": DIRECTIONS.index(direction), **launch_options(1)},
             )
     return merged
 
@@ -91,7 +90,7 @@ def write_gradient(out: Tensor, block: Block, formula: Formula, statistics: Tens
         )
 
 
-def _settings(block: Block, formula: Formula) -> dict[str, float | int | bool]:
+def _settings(block: Block, formula: Formula) -> dict[str, Any]:
     """What both kernels share: the formula's numbers, and the constants they compile with."""
     return {
         "inv_temperature": 1.0 / formula.temperature,
@@ -103,8 +102,18 @@ def _settings(block: Block, formula: Formula) -> dict[str, float | int | bool]:
         "REFERENCE_CAPPED": formula.reference_softcap is not None,
         "IS_DIFFERENCE": formula.is_difference,
         "BLOCK": BLOCK_COLUMNS,
-        "num_warps": NUM_WARPS,
+        **launch_options(num_warps(formula)),
     }
+
+
+def num_warps(formula: Formula) -> int:
+    """8; 16 with soft caps, whose temporaries would spill."""
+    return 8 if formula.policy_softcap is None and formula.reference_softcap is None else 16
+
+
+def launch_options(warps: int) -> dict[str, Any]:
+    """Options of a launch. Fusion is Triton's default until 3.10; the figures depend on it."""
+    return {"num_warps": warps, "enable_fp_fusion": True}
 
 
 def _split(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
