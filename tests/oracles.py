@@ -141,6 +141,10 @@ class HeadResult(NamedTuple):
     grad_bias: Array
 
 
+def _capped(raw: Array, softcap: float | None) -> Array:
+    return raw if softcap is None else softcap * np.tanh(raw / softcap)
+
+
 def linear_ce_kl(
     hidden: Array,
     head: Array,
@@ -153,10 +157,15 @@ def linear_ce_kl(
     direction: str = "forward",
     bias: Array | float = 0.0,
     reference_bias: Array | float = 0.0,
+    softcap: float | None = None,
+    reference_softcap: float | None = None,
+    vocab_size: int | None = None,
 ) -> HeadResult:
     """sum_t ce_weights_t CE_t + kl_weights_t D_t from hidden states, one token at a time.
 
-    Rows with a weight of 0 are never looked at; their `ce` or `divergence` is 0.
+    Rows with a weight of 0 are never looked at; their `ce` or `divergence` is 0. With a soft cap c
+    logits are c tanh(raw / c), whose derivative is 1 - tanh^2. Columns from `vocab_size` on do not
+    exist: their gradient is 0.
     """
     hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
     ce, div = np.zeros(len(hidden)), np.zeros(len(hidden))
@@ -166,8 +175,8 @@ def linear_ce_kl(
     for t in range(len(hidden)):
         if ce_weights[t] == 0 and kl_weights[t] == 0:
             continue
-        logits = (head @ hidden[t] + bias)[None]
-        grad = np.zeros(len(head))
+        logits = _capped(head @ hidden[t] + bias, softcap)[None, :vocab_size]
+        grad = np.zeros(logits.shape[1])
         if ce_weights[t] != 0:
             label = np.asarray([labels[t]])
             ce[t] = cross_entropy(logits, label)[0]
@@ -177,10 +186,14 @@ def linear_ce_kl(
             if reference_hidden is None or reference_head is None:
                 raise ValueError("a row has a KL weight but there is no reference")
             state = np.asarray(reference_hidden[t], np.float64)
-            target = (np.asarray(reference_head, np.float64) @ state + reference_bias)[None]
+            raw = np.asarray(reference_head, np.float64) @ state + reference_bias
+            target = _capped(raw, reference_softcap)[None, :vocab_size]
             div[t] = divergence(logits, target, direction)[0]
             grad += kl_weights[t] * divergence_grad(logits, target, direction)[0]
             loss += kl_weights[t] * div[t]
+        if softcap is not None:
+            grad = grad * (1.0 - (logits[0] / softcap) ** 2)
+        grad = np.pad(grad, (0, len(head) - len(grad)))
         grad_hidden[t] = grad @ head
         grad_head += np.outer(grad, hidden[t])
         grad_bias += grad

@@ -43,7 +43,7 @@ from safereg_kernels.block import (
 
 def row_statistics(block: Block, formula: Formula) -> Tensor:
     """Statistics of every row over this block's columns, float32 [rows, 6]."""
-    statistics = _nothing_seen(block.policy)
+    statistics = _nothing_seen(block.policy, formula.direction)
     if formula.num_columns == 0:
         return statistics
     kl_rows = block.kl_weights.nonzero().squeeze(-1)
@@ -90,6 +90,9 @@ def write_gradient(out: Tensor, block: Block, formula: Formula, statistics: Tens
     rows whose weights are both 0.
     """
     n = formula.num_columns
+    if n == 0:
+        out.zero_()
+        return
     kl_rows = block.kl_weights.nonzero().squeeze(-1)
     rows = None if block.labels is not None else kl_rows
     x, y = _logits(block, formula, rows, kl_rows)
@@ -117,10 +120,12 @@ def write_gradient(out: Tensor, block: Block, formula: Formula, statistics: Tens
     out[:, n:] = 0
 
 
-def _nothing_seen(like: Tensor) -> Tensor:
+def _nothing_seen(like: Tensor, direction: str) -> Tensor:
     """The neutral element of `merge_statistics`, for every row."""
     statistics = torch.zeros(like.shape[0], NUM_STATISTICS, device=like.device)
-    statistics[:, [MAX_P, REF_A]] = LOGIT_FLOOR
+    statistics[:, MAX_P] = LOGIT_FLOOR
+    if direction != "l2":
+        statistics[:, REF_A] = LOGIT_FLOOR
     return statistics
 
 

@@ -38,6 +38,7 @@ from safereg_kernels.selection import select_rows
 from safereg_kernels.shard import VocabShard, local_columns, local_labels
 
 
+@torch.compiler.disable  # how many rows are active depends on the data: a break of the graph
 def linear_ce_kl(
     policy_hidden: Tensor,
     policy_head: Tensor,
@@ -91,7 +92,7 @@ def linear_ce_kl(
     Raises:
         ShapeError, ValueError: see `checks`.
     Collectives: none. Host synchronisations: none where the weights and `ce_report` are on the CPU,
-    else one, to count rows.
+    else one, to count rows. Under `torch.compile` the call is a break of the graph.
     """
     check_vocab_size(vocab_size, policy_head.shape[0])
     return run_linear_ce_kl(

@@ -18,6 +18,7 @@ from safereg_kernels.results import divergence_of, weighted_sum
 from safereg_kernels.shard import VocabShard, local_columns
 
 
+@torch.compiler.disable  # the kernels are launched as they are: a break of the graph
 def masked_kl(
     policy_logits: Tensor,
     reference_logits: Tensor,
@@ -46,7 +47,8 @@ def masked_kl(
         has a token that the reference suppresses has a `reverse` divergence of +inf.
     Raises:
         ShapeError, ValueError: see `checks`.
-    Collectives: none. Host synchronisations: none with Triton kernels.
+    Collectives: none. Host synchronisations: none with Triton kernels. Under `torch.compile` the
+    call is a break of the graph.
     """
     check_vocab_size(vocab_size, policy_logits.shape[-1])
     return run_masked_kl(

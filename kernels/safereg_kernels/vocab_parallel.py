@@ -18,6 +18,7 @@ CHUNK_TOKENS = 1024
 """Tokens per chunk: the same on every rank, however many columns each has."""
 
 
+@torch.compiler.disable
 def vocab_parallel_masked_kl(
     policy_logits: Tensor,
     reference_logits: Tensor,
@@ -57,6 +58,7 @@ def vocab_parallel_masked_kl(
     )
 
 
+@torch.compiler.disable
 def vocab_parallel_linear_ce_kl(
     policy_hidden: Tensor,
     policy_head: Tensor,

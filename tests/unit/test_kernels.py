@@ -29,12 +29,7 @@ p (a - b - KL) is a difference of numbers as large."""
 DIRECTIONS = pytest.mark.parametrize("direction", oracles.DIRECTIONS)
 
 
-@pytest.fixture(autouse=True, params=["eager", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each test runs on both paths; blocks are small, so that a row spans several of them."""
-    monkeypatch.setenv("SAFEREG_KERNELS", request.param)
-    monkeypatch.setattr(fused, "BLOCK_COLUMNS", 256)
-    return request.param
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def as_truth(tensor: Tensor) -> np.ndarray:
