@@ -143,11 +143,11 @@ make_venv() {
         rm -rf -- "$VENV"
     fi
     if [[ ! -e "$VENV" ]]; then
-        say "1/5 creating .venv with $BASE_PYTHON ($(python_version "$BASE_PYTHON"))"
+        say "1/4 creating .venv with $BASE_PYTHON ($(python_version "$BASE_PYTHON"))"
         "$BASE_PYTHON" -m venv "$VENV" </dev/null ||
             fail "creating .venv failed (see above): check that $PROJECT_ROOT is writable"
     else
-        say "1/5 completing the .venv that is there"
+        say "1/4 completing the .venv that is there"
     fi
 }
 
@@ -157,10 +157,10 @@ install_torch() {
     found="$("$VENV/bin/python" -c 'import torch; print(torch.__version__.split("+")[0])' \
         2>/dev/null </dev/null || true)"
     if [[ "$found" == "$wanted" ]]; then
-        say "3/5 torch $wanted is there already"
+        say "3/4 torch $wanted is there already"
         return
     fi
-    say "3/5 installing torch $wanted (200 MB for CPU, several GB with CUDA)"
+    say "3/4 installing torch $wanted (200 MB for CPU, several GB with CUDA)"
     if [[ -z "${SAFEREG_TORCH_INDEX:-}" ]] && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
         say "    no GPU found; SAFEREG_TORCH_INDEX=https://download.pytorch.org/whl/cpu would" \
             "fetch the small CPU wheel"
@@ -174,29 +174,11 @@ install_project() { # without build isolation: DeepSpeed's build would fetch a t
     local extra=()
     "$VENV/bin/python" -c 'import importlib.metadata as m; m.version("triton")' \
         2>/dev/null </dev/null || extra=("$TRITON_FOR_CPU; platform_system == 'Linux'")
-    say "4/5 installing the project and its pinned dependencies"
+    say "4/4 installing the project and its pinned dependencies"
     (cd "$PROJECT_ROOT" && DS_BUILD_OPS=0 pip_install --no-build-isolation \
         -c "$CONSTRAINTS" ${extra[@]+"${extra[@]}"} -e '.[dev]') ||
         fail "installing the dependencies failed (see above): check the package index and the" \
             "network, then run this again; it goes on where it stopped"
-}
-
-compile_cpu_op() { # what every CPU run would otherwise compile at its start
-    if has_cuda; then
-        say "5/5 GPU found, nothing to compile"
-        return
-    fi
-    say "5/5 compiling DeepSpeed's shared-memory op for CPU (about 40 s, once)"
-    local log="$VENV/compile_cpu_op.log"
-    # A killed compilation leaves a lock on which torch would wait for ever; we hold the set-up's.
-    rm -f -- "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/lock"
-    DS_ACCELERATOR=cpu "$VENV/bin/python" -c '
-from deepspeed.accelerator import get_accelerator
-get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
-' >"$log" 2>&1 </dev/null || {
-        tail -n 20 "$log" >&2
-        fail "compiling failed (see above, all of it in $log): check the C++ compiler"
-    }
 }
 
 build_environment() {
@@ -207,13 +189,12 @@ build_environment() {
     check_disk
     make_venv
     activate
-    say "2/5 installing the build tools"
+    say "2/4 installing the build tools"
     pip_install -q -U -c "$CONSTRAINTS" pip setuptools wheel ninja packaging ||
         fail "installing pip, setuptools, wheel failed (see above): check the package index and" \
             "the network"
     install_torch
     install_project
-    compile_cpu_op
     stamp_value >"$STAMP.tmp"
     mv -f -- "$STAMP.tmp" "$STAMP"
     say "environment ready in $((SECONDS - begin)) s"

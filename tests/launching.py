@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class Launcher:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",  # see dump_stacks
             "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",  # ninja, deepspeed
             **(env or {}),
         }
@@ -81,9 +83,17 @@ class Launcher:
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
+            dump_stacks(process)
             kill_session(process)
-            raise AssertionError(f"no end after {timeout_s} s:\n{tail(log)}") from None
+            raise AssertionError(f"no end after {timeout_s} s:\n{tail(log, 200)}") from None
         return Finished(status, log.read_text(errors="replace"))
+
+
+def dump_stacks(process: subprocess.Popen) -> None:
+    """Makes every process that hangs print where it is."""
+    for pid in descendants(process.pid):
+        with_ignored_missing(os.kill, pid, signal.SIGABRT)
+    time.sleep(5)
 
 
 def kill_session(process: subprocess.Popen) -> None:

@@ -44,6 +44,11 @@ from safereg_dist.types import MicroBatch, StepOutput
 
 _TAG = "engine"
 
+# DeepSpeed's all-reduce through shared memory on CPU serves inference engines, which we do not use.
+# Loading it would first compile it (40 s), and each run would leave 69 MB per rank in /dev/shm
+# (deepspeed 0.19 never unlinks them), until the machine has no memory left.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 # deepspeed 0.19 calls collectives by names that torch 2.13 has renamed; nothing a user can do.
 # Goes when the lower bound of deepspeed uses the new names.
 warnings.filterwarnings("ignore", message=r".*`torch\.distributed\..*` is deprecated.*")
