@@ -22,6 +22,8 @@ Each sum is written with non-negative terms, u log(u/w) - u + w, so that a diver
 keeps its digits and none is ever negative.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -40,23 +42,37 @@ from safereg_kernels.block import (
     Formula,
 )
 
+BLOCK_LOGITS = 1 << 23
+"""Logits worked on at a time, which bounds each temporary to 32 MiB. Blocks that fit a cache were
+slower: every operation on one starts and joins the threads again."""
+
 
 def row_statistics(block: Block, formula: Formula) -> Tensor:
     """Statistics of every row over this block's columns, float32 [rows, 6]."""
     statistics = _nothing_seen(block.policy, formula.direction)
-    if formula.num_columns == 0:
-        return statistics
+    if formula.num_columns > 0:
+        for rows in _blocks_of_rows(block):
+            _fill_statistics(statistics[rows], _rows_of(block, rows), formula)
+    return statistics
+
+
+def _fill_statistics(statistics: Tensor, block: Block, formula: Formula) -> None:
     kl_rows = block.kl_weights.nonzero().squeeze(-1)
     rows = None if block.labels is not None else kl_rows
     x, y = _logits(block, formula, rows, kl_rows)
     on_rows = slice(None) if rows is None else rows
-    statistics[on_rows, MAX_P], statistics[on_rows, SUM_P] = _max_and_sum(x)
+    statistics[on_rows, MAX_P], statistics[on_rows, SUM_P], scaled = _max_and_sum(x)
     if block.labels is not None:
         statistics[:, LABEL_LOGIT] = _label_logits(x, block.labels)
-        x = _take(x, kl_rows)
-    if y is not None:
-        statistics[kl_rows] = _with_divergence(statistics[kl_rows], x, y, formula.direction)
-    return statistics
+        x, scaled = _take(x, kl_rows), _take(scaled, kl_rows)
+    if y is None:
+        return
+    with_kl = statistics[kl_rows]
+    if formula.direction == "l2":
+        _fill_l2(with_kl, x, y)
+    else:
+        _fill_kl(with_kl, x, y, scaled, formula.direction)
+    statistics[kl_rows] = with_kl
 
 
 def merge_statistics(partials: Tensor, direction: str) -> Tensor:
@@ -90,34 +106,57 @@ def write_gradient(out: Tensor, block: Block, formula: Formula, statistics: Tens
     rows whose weights are both 0.
     """
     n = formula.num_columns
-    if n == 0:
-        out.zero_()
-        return
+    if n > 0:
+        for rows in _blocks_of_rows(block):
+            _fill_gradient(out[rows, :n], _rows_of(block, rows), formula, statistics[rows])
+    out[:, n:] = 0
+
+
+def _fill_gradient(out: Tensor, block: Block, formula: Formula, statistics: Tensor) -> None:
     kl_rows = block.kl_weights.nonzero().squeeze(-1)
     rows = None if block.labels is not None else kl_rows
     x, y = _logits(block, formula, rows, kl_rows)
-    row_statistics = statistics if rows is None else statistics[rows]
-    p = torch.exp(x - row_statistics[:, MAX_P, None]) / row_statistics[:, SUM_P, None]
-    if block.labels is None:
-        grad = torch.zeros_like(p)
-    else:
-        assert block.ce_weights is not None
-        grad = p * block.ce_weights[:, None]
-        _subtract_at_label(grad, block.labels, block.ce_weights)
+    own = _take(statistics, rows)
+    p = (x - own[:, MAX_P, None]).exp_().div_(own[:, SUM_P, None])
+    in_x = kl_rows if rows is None else None
+    of_divergence = None
     if y is not None:
-        on_rows = slice(None) if rows is not None else kl_rows
-        weights = block.kl_weights[kl_rows, None] / formula.temperature
-        grad[on_rows] += weights * _divergence_grad(
-            x[on_rows], y, p[on_rows], formula.direction, statistics[kl_rows]
-        )
+        of_divergence = _divergence_grad(
+            _take(x, in_x), _take(p, in_x), y, formula.direction, statistics[kl_rows]
+        ).mul_(block.kl_weights[kl_rows, None] / formula.temperature)
+    grad = p if of_divergence is None else of_divergence
+    if block.labels is not None:
+        assert block.ce_weights is not None
+        grad = p.mul_(block.ce_weights[:, None])
+        _subtract_at_label(grad, block.labels, block.ce_weights)
+        if of_divergence is not None:
+            grad[slice(None) if len(kl_rows) == len(grad) else kl_rows] += of_divergence
     if formula.policy_softcap is not None:  # d(c tanh(raw/c)) / d raw = 1 - (x/c)^2
         grad *= 1 - (x * formula.temperature / formula.policy_softcap) ** 2
     if rows is None:
-        out[:, :n] = grad
+        out.copy_(grad)
     else:
-        out[:, :n] = 0
-        out[rows, :n] = grad.to(out.dtype)
-    out[:, n:] = 0
+        out.zero_()
+        out[rows] = grad.to(out.dtype)
+
+
+def _blocks_of_rows(block: Block) -> Iterator[slice]:
+    rows, columns = block.policy.shape
+    step = max(1, BLOCK_LOGITS // max(columns, 1))
+    for begin in range(0, rows, step):
+        yield slice(begin, begin + step)
+
+
+def _rows_of(block: Block, rows: slice) -> Block:
+    """The same rows of everything; the reference has the first ones only, and may end sooner."""
+    reference = None if block.reference is None else block.reference[rows]
+    return Block(
+        policy=block.policy[rows],
+        reference=reference,
+        labels=None if block.labels is None else block.labels[rows],
+        ce_weights=None if block.ce_weights is None else block.ce_weights[rows],
+        kl_weights=block.kl_weights[rows],
+    )
 
 
 def _nothing_seen(like: Tensor, direction: str) -> Tensor:
@@ -147,7 +186,7 @@ def _logits(
 
 def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:
     """The rows named; without a copy where that is all of them, in order."""
-    if rows is None or rows.numel() == tensor.shape[0]:
+    if rows is None or len(rows) == len(tensor):
         return tensor
     return tensor[rows]
 
@@ -157,9 +196,11 @@ def _scaled(raw: Tensor, softcap: float | None, temperature: float) -> Tensor:
     return capped if temperature == 1.0 else capped / temperature
 
 
-def _max_and_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+def _max_and_sum(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(max, sum of exp(x - max), exp(x - max)) of every row."""
     largest = x.amax(-1).clamp_min(LOGIT_FLOOR)
-    return largest, (x - largest[:, None]).exp_().sum(-1)
+    scaled = (x - largest[:, None]).exp_()
+    return largest, scaled.sum(-1), scaled
 
 
 def _label_logits(x: Tensor, labels: Tensor) -> Tensor:
@@ -168,26 +209,38 @@ def _label_logits(x: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels == LABEL_INVALID, float("nan"), here)
 
 
-def _with_divergence(statistics: Tensor, x: Tensor, y: Tensor, direction: str) -> Tensor:
-    """The same rows' statistics, REF_A, REF_B and DIVERGENCE filled in."""
-    if direction == "l2":
-        gap, kept = _gap(x, y)
-        count = kept.sum(-1)
-        mean = gap.sum(-1) / count.clamp_min(1)
-        centred = torch.where(kept, gap - mean[:, None], 0.0)
-        statistics[:, REF_A], statistics[:, REF_B] = mean, count.float()
-        statistics[:, DIVERGENCE] = (centred * centred).sum(-1)
-        return statistics
+def _fill_l2(statistics: Tensor, x: Tensor, y: Tensor) -> None:
+    gap, kept = _gap(x, y)
+    count = kept.sum(-1)
+    mean = gap.sum(-1) / count.clamp_min(1)
+    centred = torch.where(kept, gap - mean[:, None], 0.0)
+    statistics[:, REF_A], statistics[:, REF_B] = mean, count.float()
+    statistics[:, DIVERGENCE] = (centred * centred).sum(-1)
+
+
+def _fill_kl(statistics: Tensor, x: Tensor, y: Tensor, scaled_p: Tensor, direction: str) -> None:
     max_p, sum_p = statistics[:, MAX_P], statistics[:, SUM_P]
-    max_q, sum_q = _max_and_sum(y)
-    a = x - (max_p + sum_p.log())[:, None]
-    b = y - (max_q + sum_q.log())[:, None]
-    log_u, log_w = _weighting_first(direction, a, b)
-    value = _kl_terms(log_u.exp(), log_w.exp(), log_u - log_w).sum(-1)
+    max_q, sum_q, scaled_q = _max_and_sum(y)
     statistics[:, REF_A], statistics[:, REF_B] = max_q, sum_q
+    shift = (max_p + sum_p.log()) - (max_q + sum_q.log())
+    log_ratio = (x - y).sub_(shift[:, None])  # log p/q
+    u, w = _weighting_first(direction, scaled_p, scaled_q)
+    sum_u, sum_w = _weighting_first(direction, sum_p, sum_q)
+    d = log_ratio.neg_() if direction == "forward" else log_ratio
+    value = _kl_of_tame_rows(u, d) / sum_u
+    if not bool((value < float("inf")).all()):
+        value = _kl_terms(u / sum_u[:, None], w / sum_w[:, None], d).sum(-1)
     # Without mass on both sides there is no conditional distribution: the merge sees to it.
     statistics[:, DIVERGENCE] = torch.where((sum_p != 0) & (sum_q != 0), value, 0.0)
-    return statistics
+
+
+def _kl_of_tame_rows(u: Tensor, d: Tensor) -> Tensor:
+    """Sum of u (d - 1 + exp(-d)), a third of the passes of `_kl_terms`; overwrites nothing.
+
+    NaN or inf where a token is suppressed, or w is so much larger than u that exp(-d) overflows.
+    A term is >= 0; where rounding of a tiny d makes it less, it is 0 to float32.
+    """
+    return torch.expm1(-d).add_(d).clamp_min_(0).mul_(u).sum(-1)
 
 
 def _weighting_first(direction: str, of_p: Tensor, of_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,18 +268,20 @@ def _merge_mass(largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return merged, summed, largest - merged[:, None] + total.log() - summed.log()[:, None]
 
 
-def _divergence_grad(x: Tensor, y: Tensor, p: Tensor, direction: str, statistics: Tensor) -> Tensor:
-    """d D / d x; without the factor 1/T."""
+def _divergence_grad(x: Tensor, p: Tensor, y: Tensor, direction: str, statistics: Tensor) -> Tensor:
+    """d D / d x in a new tensor; without the factor 1/T."""
     if direction == "l2":
         gap, kept = _gap(x, y)
         centred = torch.where(kept, gap - statistics[:, REF_A, None], 0.0)
-        return 2 * centred / statistics[:, REF_B, None].clamp_min(1)
+        return centred.mul_(2 / statistics[:, REF_B, None].clamp_min(1))
     max_q, sum_q = statistics[:, REF_A], statistics[:, REF_B]
     if direction == "forward":
-        return p - torch.exp(y - max_q[:, None]) / sum_q[:, None]
+        q = (y - max_q[:, None]).exp_().div_(sum_q[:, None])
+        return torch.sub(p, q, out=q)
     log_p_mass = statistics[:, MAX_P] + statistics[:, SUM_P].log()
     shift = log_p_mass - (max_q + sum_q.log()) + statistics[:, DIVERGENCE]
-    return torch.where(p > 0, p * ((x - y) - shift[:, None]), 0.0)
+    grad = (x - y).sub_(shift[:, None]).mul_(p)
+    return grad.masked_fill_(p == 0, 0.0)
 
 
 def _subtract_at_label(grad: Tensor, labels: Tensor, weights: Tensor) -> None:

@@ -38,7 +38,7 @@ from safereg_kernels.selection import select_rows
 from safereg_kernels.shard import VocabShard, local_columns, local_labels
 
 
-@torch.compiler.disable  # how many rows are active depends on the data: a break of the graph
+@torch.compiler.disable(reason="launches kernels for the rows that are active")
 def linear_ce_kl(
     policy_hidden: Tensor,
     policy_head: Tensor,

@@ -18,7 +18,7 @@ from safereg_kernels.results import divergence_of, weighted_sum
 from safereg_kernels.shard import VocabShard, local_columns
 
 
-@torch.compiler.disable  # the kernels are launched as they are: a break of the graph
+@torch.compiler.disable(reason="launches kernels for the rows that are active")
 def masked_kl(
     policy_logits: Tensor,
     reference_logits: Tensor,

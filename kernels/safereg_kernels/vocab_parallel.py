@@ -18,7 +18,7 @@ CHUNK_TOKENS = 1024
 """Tokens per chunk: the same on every rank, however many columns each has."""
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="launches kernels and a collective")
 def vocab_parallel_masked_kl(
     policy_logits: Tensor,
     reference_logits: Tensor,
@@ -58,7 +58,7 @@ def vocab_parallel_masked_kl(
     )
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="launches kernels and a collective")
 def vocab_parallel_linear_ce_kl(
     policy_hidden: Tensor,
     policy_head: Tensor,
