@@ -45,7 +45,14 @@ def check_logits(policy_logits: Tensor, reference_logits: Tensor, weights: Tenso
 
 
 def check_policy(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, **per_token: Tensor | None
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ce_weights: Tensor,
+    kl_weights: Tensor,
+    ce_report: Tensor | None,
 ) -> None:
     """ShapeError or ValueError unless hidden states, head, labels and weights fit together."""
     _check_projection("policy", hidden, head, bias)
@@ -53,15 +60,17 @@ def check_policy(
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 token ids, got {labels.dtype}: call .long()")
     _check_same("device", policy_hidden=hidden.device, labels=labels.device)
+    weights = {"ce_weights": ce_weights, "kl_weights": kl_weights}
+    per_token = weights if ce_report is None else {**weights, "ce_report": ce_report}
     for name, tensor in per_token.items():
-        if tensor is None:
-            continue
         _check_one_per_token(name, tensor, hidden.shape[0])
         if tensor.device not in (hidden.device, torch.device("cpu")):
             raise ValueError(
                 f"{name} is on {tensor.device} but policy_hidden on {hidden.device}: put it there, "
                 "or on the CPU, where its rows are counted without waiting for the device"
             )
+    for name, tensor in weights.items():
+        check_weights(name, tensor)
 
 
 def check_reference(
@@ -108,6 +117,14 @@ def check_vocab_size(vocab_size: int | None, columns: int | None) -> None:
         raise ShapeError(
             f"vocab_size {vocab_size} must lie in [1, {columns or 'total columns'}]: it is the "
             "number of tokens, without the padding of the vocabulary"
+        )
+
+
+def check_logits_dtype(logits_dtype: torch.dtype, head: Tensor) -> None:
+    """ValueError unless a chunk's logits can be kept in this dtype."""
+    if logits_dtype not in (torch.float32, head.dtype):
+        raise ValueError(
+            f"logits_dtype must be torch.float32 or the head's own {head.dtype}, got {logits_dtype}"
         )
 
 

@@ -17,10 +17,10 @@ from safereg_kernels.checks import (
     check_difference,
     check_formula,
     check_labels,
+    check_logits_dtype,
     check_policy,
     check_reference,
     check_vocab_size,
-    check_weights,
 )
 from safereg_kernels.chunks import (
     Gradients,
@@ -154,24 +154,20 @@ def run_linear_ce_kl(
         kl_weights=kl_weights,
         ce_report=ce_report,
     )
-    check_weights("ce_weights", ce_weights)
-    check_weights("kl_weights", kl_weights)
-    if logits_dtype not in (torch.float32, policy_head.dtype):
-        raise ValueError(
-            f"logits_dtype must be torch.float32 or the head's own {policy_head.dtype}, "
-            f"got {logits_dtype}"
-        )
+    check_logits_dtype(logits_dtype, policy_head)
+    columns, device = policy_head.shape[0], policy_hidden.device
     ce_is_wanted = ce_weights != 0
     if ce_report is not None:
         ce_is_wanted = ce_is_wanted.to(ce_report.device) | ce_report
-    columns = policy_head.shape[0]
     check_labels(labels, ce_is_wanted, columns if vocab_size is None and not shard else vocab_size)
-    selection = select_rows(ce_is_wanted, kl_weights.to(ce_is_wanted.device), policy_hidden.device)
+    selection = select_rows(ce_is_wanted, kl_weights.to(ce_is_wanted.device), device)
     reference = None
     if reference_hidden is not None and reference_head is not None:
         check_reference(
             policy_hidden, policy_head, reference_hidden, reference_head, reference_bias
         )
+        if is_difference:
+            check_difference(policy_head, policy_bias, reference_head, reference_bias)
         reference = Reference(
             reference_hidden.detach(), Head(reference_head.detach(), reference_bias)
         )
@@ -180,20 +176,16 @@ def run_linear_ce_kl(
             f"{selection.num_kl} kl_weights are not 0 but reference_hidden or reference_head is "
             "None: pass both"
         )
-    if is_difference and reference is not None:
-        check_difference(policy_head, policy_bias, reference.head.weight, reference_bias)
-    device = policy_hidden.device
-    ce_weights, kl_weights, ce_is_wanted = (
-        tensor.to(device, non_blocking=True)
-        for tensor in (ce_weights.detach().float(), kl_weights.detach().float(), ce_is_wanted)
+    ce_weights, kl_weights = (
+        weights.detach().float().to(device, non_blocking=True)
+        for weights in (ce_weights, kl_weights)
     )
-    dtype = operand_dtype(policy_head, logits_dtype)
     inputs = Inputs(
         labels=local_labels(labels, columns, vocab_size, shard),
         ce_weights=ce_weights,
-        ce_is_wanted=ce_is_wanted,
+        ce_is_wanted=ce_is_wanted.to(device, non_blocking=True),
         kl_weights=kl_weights,
-        grad_scale=grad_scale_for(dtype, ce_weights, kl_weights),
+        grad_scale=grad_scale_for(operand_dtype(policy_head, logits_dtype), ce_weights, kl_weights),
         selection=selection,
         reference=reference,
         formula=Formula(
