@@ -307,22 +307,26 @@ def _of_block(x, y, DIRECTION: tl.constexpr, NEEDS_MASS: tl.constexpr):
     m_p, s_p, e_p = _max_and_sum(x)
     m_q, s_q, e_q = _max_and_sum(y)
     has_both = (s_p != 0) & (s_q != 0)
-    p = e_p * (1.0 / tl.where(s_p != 0, s_p, 1.0))
-    q = e_q * (1.0 / tl.where(s_q != 0, s_q, 1.0))
-    gap = (x - y) - (_log_mass(m_p, s_p) - _log_mass(m_q, s_q))  # log p/q
+    some_s_p = tl.where(s_p != 0, s_p, 1.0)
+    some_s_q = tl.where(s_q != 0, s_q, 1.0)
+    shift = _log_mass(m_p, s_p) - _log_mass(m_q, s_q)
+    # Not normalised: sum u (d - 1) + w = 1/s_u sum e_u (d - 1) + e_w s_u/s_w.
     if DIRECTION == FORWARD:
-        terms = _kl_terms(q, p, -gap)
+        terms = _kl_terms(e_q, e_p * (some_s_q / some_s_p), (y - x) + shift)
+        divergence = tl.sum(terms, 0) / some_s_q
     else:
-        terms = _kl_terms(p, q, gap)
-    return m_p, s_p, m_q, s_q, tl.where(has_both, tl.sum(terms, 0), 0.0)
+        terms = _kl_terms(e_p, e_q * (some_s_p / some_s_q), (x - y) - shift)
+        divergence = tl.sum(terms, 0) / some_s_p
+    return m_p, s_p, m_q, s_q, tl.where(has_both, divergence, 0.0)
 
 
 @triton.jit
 def _kl_terms(u, w, d):
     """u d - u + w with d = log(u/w): each term >= 0, and 0 where u = 0 = w."""
-    series = u * d * d * (0.5 - d * (1.0 / 6.0) + d * d * (1.0 / 24.0))
-    literal = tl.where(u > 0, u * d, 0.0) - u + w
-    return tl.where((tl.abs(d) < _SERIES_BELOW) & (u > 0), series, literal)
+    d = tl.where(u > 0, d, 1.0)  # inf or nan there; 1 makes it literal, and that w
+    series = u * (d * d * (0.5 + d * (d * (1.0 / 24.0) - 1.0 / 6.0)))
+    literal = u * (d - 1.0) + w
+    return tl.where(tl.abs(d) < _SERIES_BELOW, series, literal)
 
 
 @triton.jit
