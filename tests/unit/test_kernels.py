@@ -246,7 +246,7 @@ def assert_head_matches(
 
 
 @pytest.mark.parametrize("scale", [0.25, 3.0])
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 1024])
+@pytest.mark.parametrize("chunk_tokens", [7, 1024])
 @DIRECTIONS
 def test_linear_value_and_gradient(direction: str, chunk_tokens: int, scale: float) -> None:
     assert_head_matches(head_inputs(), direction, scale=scale, chunk_tokens=chunk_tokens)
