@@ -453,6 +453,7 @@ def collate(rows: list[Row | None], *, pad_id: int, may_be_new: bool = True) -> 
     response_index: list[int] = []
     labels: list[int] = []
     row_of_token: list[int] = []
+    tokens_of_row: list[int] = []
     for index, row in enumerate(filled):
         length = len(row.input_ids)
         input_ids[index, :length] = torch.tensor(row.input_ids)
@@ -462,6 +463,7 @@ def collate(rows: list[Row | None], *, pad_id: int, may_be_new: bool = True) -> 
         response_index += [index * width + t - 1 for t in targets]
         labels += [row.input_ids[t] for t in targets]
         row_of_token += [index] * len(targets)
+        tokens_of_row.append(len(targets))
     pairs = [(i, end) for i, row in enumerate(filled) for end in row.prompt_ends]
     return MicroBatch(
         input_ids=input_ids,
@@ -469,7 +471,7 @@ def collate(rows: list[Row | None], *, pad_id: int, may_be_new: bool = True) -> 
         response_index=torch.tensor(response_index, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
         row_of_token=torch.tensor(row_of_token, dtype=torch.int64),
-        tokens_of_row=tuple(row_of_token.count(index) for index in range(len(filled))),
+        tokens_of_row=tuple(tokens_of_row),
         prompt_rows=tuple(i for i, _ in pairs),
         prompt_ends=tuple(end for _, end in pairs),
         rows=filled,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safereg_kernels.block import DIRECTIONS
 from safereg_kernels.errors import ShapeError
+from safereg_kernels.products import is_same_tensor
 
 
 def check_formula(direction: str, **positive: float | None) -> None:
@@ -102,7 +103,7 @@ def check_difference(
     ):
         if ours is None and theirs is None:
             continue
-        if ours is None or theirs is None or ours.data_ptr() != theirs.data_ptr():
+        if ours is None or theirs is None or not is_same_tensor(ours, theirs):
             raise ValueError(
                 f"is_difference needs one {what} for both models, but policy_{what} and "
                 f"reference_{what} are different tensors: pass the same tensor, or leave it off"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from safereg_kernels.block import NUM_STATISTICS, Block, Formula
 from safereg_kernels.path import path_for
-from safereg_kernels.products import multiply_into, operand_dtype, project_into
+from safereg_kernels.products import is_same_tensor, multiply_into, operand_dtype, project_into
 from safereg_kernels.selection import Selection
 from safereg_kernels.shard import VocabShard
 
@@ -188,11 +188,6 @@ def _with_operands(head: Head, inputs: Inputs) -> tuple[Head, Reference | None]:
     else:
         weight = theirs.to(operand_dtype(theirs, inputs.logits_dtype))
     return own, reference._replace(head=reference.head._replace(weight=weight))
-
-
-def is_same_tensor(a: Tensor, b: Tensor) -> bool:
-    """True where both look at the same memory in the same way."""
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _project(

@@ -12,6 +12,11 @@ from torch import Tensor
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
+def is_same_tensor(a: Tensor, b: Tensor) -> bool:
+    """True where both look at the same memory in the same way."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
 def operand_dtype(head: Tensor, logits_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the products of this head take their operands."""
     if head.dtype in _LOW_PRECISION and (head.is_cuda or logits_dtype == head.dtype):
