@@ -48,11 +48,6 @@ class Measurement:
     peak_extra_bytes: int
 
 
-def measure(fn: Call, device: torch.device) -> Measurement:
-    """Time and peak memory of one call, measured alone."""
-    return measure_interleaved({"": fn}, device)[""]
-
-
 def measure_interleaved(
     calls: Mapping[str, Call], device: torch.device, on_round: Callable[[], Any] = lambda: None
 ) -> dict[str, Measurement]:
