@@ -9,6 +9,7 @@ from safereg_kernels.errors import ShapeError
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "CriticUnavailable",
     "DataError",
     "GroupError",
     "LedgerError",
@@ -37,6 +38,10 @@ class ProbeError(SafeRegError):
     """A probe that is missing, unreadable, or belongs to another model."""
 
 
+class CriticUnavailable(SafeRegError):  # noqa: N818 - the condition is the name
+    """A judge that cannot be reached, refuses the key, or failed where `fail: stop` is asked for."""
+
+
 class CheckpointError(SafeRegError):
     """A run folder or a checkpoint that is incomplete, foreign, or cannot be written."""
 
@@ -61,6 +66,7 @@ _USER_ERRORS = (
     ConfigError,
     DataError,
     ProbeError,
+    CriticUnavailable,
     CheckpointError,
     LedgerError,
     GroupError,

@@ -25,7 +25,9 @@ LAYERS = {
     "safereg_dist.prompts": 2,
     "safereg_dist.fingerprint": 2,
     "safereg_dist.architecture": 2,
+    "safereg_dist.score_cache": 2,
     "safereg_dist.parallel": 3,
+    "safereg_dist.critic": 3,
     "safereg_dist.batch": 4,
     "safereg_dist.policy": 4,
     "safereg_dist.risk": 4,
@@ -43,6 +45,8 @@ LAYERS = {
     "safereg_dist.evaluate": 8,
     "safereg_dist.anchor": 9,
     "safereg_dist.probe_lab": 9,
+    "safereg_dist.score": 9,
+    "safereg_dist.audit": 9,
     "safereg_dist.integrations": 9,
     "safereg_dist.launcher": 10,
     "safereg_dist.cli": 11,
@@ -51,7 +55,7 @@ LAYERS = {
 }
 ONE_DOOR = {
     "deepspeed": {"parallel/deepspeed.py"},
-    "httpx": set(),
+    "httpx": {"critic/remote.py"},
     "megatron": set(),
 }
 
