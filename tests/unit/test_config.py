@@ -12,12 +12,14 @@ import yaml
 from safereg_dist.config import (
     PRESETS,
     Config,
+    CriticConfig,
     DataConfig,
     EngineConfig,
     OptimizerConfig,
     ReferenceConfig,
     RegularizerConfig,
     RiskConfig,
+    RiskPart,
     TrainConfig,
     config_from_dict,
     config_to_yaml,
@@ -192,7 +194,7 @@ NAN, INF = float("nan"), float("inf")
         ("data", "overlong", ["cut"]),
         ("data", "max_length", [1, 0, -5]),
         ("data", "anchor_fraction", [0, 1, -0.1, NAN]),
-        ("risk", "estimator", ["critic", "Probe"]),
+        ("risk", "estimator", ["judge", "Probe"]),
         ("risk", "source", ["both"]),
         ("regularizer", "objective", ["token_wise"]),
         ("regularizer", "divergence", ["kl"]),
@@ -331,21 +333,23 @@ def test_every_key_is_documented():
     import ast
     import inspect
 
-    from safereg_dist import config as module
+    from safereg_dist.config import risk, sections
 
-    tree = ast.parse(inspect.getsource(module))
+    trees = [ast.parse(inspect.getsource(module)) for module in (sections, risk)]
     classes = (
         Config,
+        CriticConfig,
         DataConfig,
         EngineConfig,
         OptimizerConfig,
         ReferenceConfig,
         RegularizerConfig,
         RiskConfig,
+        RiskPart,
         TrainConfig,
     )
     documented = {}
-    for node in ast.walk(tree):
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef):
             for before, after in zip(node.body, node.body[1:], strict=False):
                 is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
@@ -353,5 +357,61 @@ def test_every_key_is_documented():
                     documented.setdefault(node.name, set()).add(before.target.id)
     for cls in classes:
         names = {field.name for field in dataclasses.fields(cls)}
-        sections = {f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}
-        assert names - sections == documented[cls.__name__], cls.__name__
+        nested = {f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}
+        assert names - nested == documented[cls.__name__], cls.__name__
+
+
+# Several signals
+
+PROBE = {"estimator": "probe", "path": "DIR"}
+JUDGE = {"estimator": "critic", "critic": {"endpoint": "http://h/v1", "model": "m", "format": "f"}}
+
+
+def composite(*parts, estimator="max", **regularizer):
+    raw = {**LEAST, "risk": {"estimator": estimator, "parts": list(parts)}}
+    return {**raw, "regularizer": regularizer}
+
+
+def test_parts_are_sections():
+    raw = composite({"category": "acts", **PROBE}, {"category": "things", **JUDGE, "ceiling": 0.5})
+    config = config_from_dict(raw)
+    assert [type(part) for part in config.risk.parts] == [RiskPart, RiskPart]
+    assert config.risk.parts[1].critic.endpoint == "http://h/v1"
+    assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("raw", "names"),
+    [
+        (composite(), ["risk.parts", "0 parts"]),
+        (composite({"category": "a b", **PROBE}), ["category", "a b"]),
+        (composite({"category": "a", **PROBE, "weigth": 1}), ["risk.parts[0].weigth", "weight"]),
+        (composite({"category": "a", **PROBE, "weight": 0}), ["risk.parts[a].weight"]),
+        (composite({"category": "a", **PROBE}, {"category": "a", **JUDGE}), ["different"]),
+        (composite({"category": "a", "estimator": "probe"}), ["risk.parts[a].path", "probe fit"]),
+        (composite({"category": "a", "estimator": "critic"}), ["risk.parts[a].critic", "endpoint"]),
+        (composite({"category": "a", "estimator": "max"}), ["risk.parts[a].estimator"]),
+        (composite({"category": "a", **PROBE, "ceiling": 1.5}), ["risk.parts[a].ceiling"]),
+        (
+            composite({"category": "a", **PROBE, "ceiling": 0.5}, granularity="batch"),
+            ["granularity=sequence"],
+        ),
+        (
+            composite({"category": "a", **PROBE, "ceiling": 0.5}, estimator="weighted"),
+            ["risk.estimator=max"],
+        ),
+        (with_("risk", parts={"category": "a"}), ["risk.parts", "list"]),
+        (with_("risk", estimator="critic"), ["risk.critic", "endpoint"]),
+        (
+            with_("risk", estimator="critic", critic={"endpoint": "http://h/v1"}),
+            ["risk.critic.endpoint", "model"],
+        ),
+        (with_("risk", drift_recall=0), ["risk.drift_recall"]),
+        (with_("risk", max_held_back=1.5), ["risk.max_held_back"]),
+        (with_("data", declared_poison=2), ["data.declared_poison"]),
+    ],
+)
+def test_impossible_signals(raw, names):
+    text = refusal(raw)
+    for name in names:
+        assert name in text, text

@@ -1,25 +1,16 @@
-"""The configuration: what a run is, as frozen dataclasses with one sentence under each field.
+"""The sections of the configuration, and the whole: frozen dataclasses, a sentence a field."""
 
-`load_config` reads YAML, applies `key.sub=value` overrides, fills a preset, and refuses what it
-does not know. Everything else in the package receives these objects and never looks at a raw dict.
-"""
-
-import difflib
 import math
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
-import yaml
-
+from safereg_dist.config.checks import at_least, one_of, positive, within
+from safereg_dist.config.risk import RiskConfig, check_signal
 from safereg_dist.errors import ConfigError
 
 OBJECTIVES = ("convex", "additive", "static", "none")
 DIVERGENCES = ("kl_forward", "kl_reverse", "l2_logits")
 SCHEDULES = ("step", "threshold", "linear", "clamp", "sigmoid")
-ESTIMATORS = ("probe", "column", "none")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2602.17546: soft, linear in the risk of the batch, between 0.1 and 0.9.
@@ -57,11 +48,11 @@ class ReferenceConfig:
     """Rows in one reference forward, >= 1; null = `train.micro_batch_size`. Bounds memory."""
 
     def __post_init__(self) -> None:
-        _one_of("reference.offload", self.offload, ("none", "cpu"))
+        one_of("reference.offload", self.offload, ("none", "cpu"))
         if self.cache is not None:
             raise ConfigError("reference.cache must be null: stored states are not available yet")
         if self.rows_per_pass is not None:
-            _at_least("reference.rows_per_pass", self.rows_per_pass, 1)
+            at_least("reference.rows_per_pass", self.rows_per_pass, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,33 +73,18 @@ class DataConfig:
     """`drop`, `truncate` or `error` for longer sequences; always counted and reported."""
     chat_template: str | None = None
     """File with a Jinja chat template; null = the tokenizer's own."""
+    declared_poison: float = 0.0
+    """Share of risky rows that you know of and train on on purpose, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        _one_of("data.overlong", self.overlong, ("drop", "truncate", "error"))
-        _at_least("data.max_length", self.max_length, 2)
+        one_of("data.overlong", self.overlong, ("drop", "truncate", "error"))
+        at_least("data.max_length", self.max_length, 2)
+        within("data.declared_poison", self.declared_poison, 0.0, 1.0)
         if not 0 < self.anchor_fraction < 1:
             raise ConfigError(
                 f"data.anchor_fraction must lie in (0, 1), got {self.anchor_fraction}: "
                 "set data.anchor=null to train without anchor rows"
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RiskConfig:
-    """Where each row's risk in [0, 1] comes from."""
-
-    estimator: str = "probe"
-    """`probe` (activation probe), `column` (field `risk` of the data) or `none` (risk 0)."""
-    path: str | None = None
-    """Folder written by `safereg probe fit`; required by `probe`."""
-    source: str = "reference"
-    """`reference` (never drifts; cached) or `policy` (free, but drifts) hidden states."""
-    force: bool = False
-    """Accept a probe that was fitted on another model's weights."""
-
-    def __post_init__(self) -> None:
-        _one_of("risk.estimator", self.estimator, ESTIMATORS)
-        _one_of("risk.source", self.source, ("reference", "policy"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,14 +113,14 @@ class RegularizerConfig:
     """null, `paper` or `official`: fills the keys that are not given."""
 
     def __post_init__(self) -> None:
-        _one_of("regularizer.objective", self.objective, OBJECTIVES)
-        _one_of("regularizer.divergence", self.divergence, DIVERGENCES)
-        _one_of("regularizer.schedule", self.schedule, SCHEDULES)
-        _one_of("regularizer.granularity", self.granularity, ("sequence", "batch"))
+        one_of("regularizer.objective", self.objective, OBJECTIVES)
+        one_of("regularizer.divergence", self.divergence, DIVERGENCES)
+        one_of("regularizer.schedule", self.schedule, SCHEDULES)
+        one_of("regularizer.granularity", self.granularity, ("sequence", "batch"))
         if self.threshold is not None:
-            _within("regularizer.threshold", self.threshold, 0.0, 1.0)
-        _at_least("regularizer.floor", self.floor, 0.0)
-        _at_least("regularizer.ceiling", self.ceiling, 0.0)
+            within("regularizer.threshold", self.threshold, 0.0, 1.0)
+        at_least("regularizer.floor", self.floor, 0.0)
+        at_least("regularizer.ceiling", self.ceiling, 0.0)
         if self.ceiling < self.floor:
             raise ConfigError(
                 f"regularizer.ceiling {self.ceiling} is below regularizer.floor {self.floor}: "
@@ -155,7 +131,7 @@ class RegularizerConfig:
                 f"regularizer.ceiling must be at most 1 with objective {self.objective}, got "
                 f"{self.ceiling}: (1 - b) would be negative; use objective=additive for larger ones"
             )
-        _positive("regularizer.slope", self.slope)
+        positive("regularizer.slope", self.slope)
         if not 0 <= self.ema < 1:
             raise ConfigError(f"regularizer.ema must lie in [0, 1), got {self.ema}")
         if self.ema > 0 and self.granularity != "batch":
@@ -189,16 +165,16 @@ class OptimizerConfig:
     """AdamW's epsilon, > 0."""
 
     def __post_init__(self) -> None:
-        _positive("optimizer.lr", self.lr)
-        _positive("optimizer.eps", self.eps)
+        positive("optimizer.lr", self.lr)
+        positive("optimizer.eps", self.eps)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}")
-        _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
-        _at_least("optimizer.weight_decay", self.weight_decay, 0.0)
-        _at_least("optimizer.max_grad_norm", self.max_grad_norm, 0.0)
-        _within("optimizer.warmup_ratio", self.warmup_ratio, 0.0, 1.0)
-        _within("optimizer.min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
+        one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
+        at_least("optimizer.weight_decay", self.weight_decay, 0.0)
+        at_least("optimizer.max_grad_norm", self.max_grad_norm, 0.0)
+        within("optimizer.warmup_ratio", self.warmup_ratio, 0.0, 1.0)
+        within("optimizer.min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,18 +207,18 @@ class TrainConfig:
     """Largest safetensors shard of the exported model, in bytes."""
 
     def __post_init__(self) -> None:
-        _one_of("train.precision", self.precision, ("bf16", "fp32"))
+        one_of("train.precision", self.precision, ("bf16", "fp32"))
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("train.steps and train.epochs are both set: keep one of them")
         if self.steps is not None:
-            _at_least("train.steps", self.steps, 1)
+            at_least("train.steps", self.steps, 1)
         if self.epochs is not None:
-            _positive("train.epochs", self.epochs)
+            positive("train.epochs", self.epochs)
         for name in ("micro_batch_size", "grad_accum_steps", "keep_checkpoints", "chunk_tokens"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
+            at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("save_every", "eval_every", "seed"):
-            _at_least(f"train.{name}", getattr(self, name), 0)
-        _at_least("train.export_shard_bytes", self.export_shard_bytes, 1)
+            at_least(f"train.{name}", getattr(self, name), 0)
+        at_least("train.export_shard_bytes", self.export_shard_bytes, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,12 +239,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.name == "fsdp2":
             raise ConfigError("engine.name=fsdp2 is not available yet: use deepspeed or single")
-        _one_of("engine.name", self.name, ("deepspeed", "single"))
+        one_of("engine.name", self.name, ("deepspeed", "single"))
         if self.zero_stage != 3:
             raise ConfigError(f"engine.zero_stage must be 3, got {self.zero_stage}")
-        _one_of("engine.offload_optimizer", self.offload_optimizer, ("none", "cpu"))
-        _one_of("engine.offload_params", self.offload_params, ("none", "cpu"))
-        _positive("engine.timeout_s", self.timeout_s)
+        one_of("engine.offload_optimizer", self.offload_optimizer, ("none", "cpu"))
+        one_of("engine.offload_params", self.offload_params, ("none", "cpu"))
+        positive("engine.timeout_s", self.timeout_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,12 +266,9 @@ class Config:
     """Run folder: metrics, ledger, checkpoints, exported model."""
 
     def __post_init__(self) -> None:
-        uses_risk = self.regularizer.objective in ("convex", "additive")
-        if uses_risk and self.risk.estimator == "probe" and self.risk.path is None:
-            raise ConfigError(
-                "risk.estimator=probe needs risk.path, a folder written by `safereg probe fit`: "
-                "set risk.path, or risk.estimator=column"
-            )
+        if self.needs_risk:
+            check_signal(self.risk, "risk")
+            self._check_ceilings()
         if self.regularizer.objective == "none" and self.data.anchor is not None:
             raise ConfigError(
                 "data.anchor needs a reference, but regularizer.objective=none never runs one: "
@@ -303,6 +276,17 @@ class Config:
             )
         if self.train.eval_every and self.data.validation is None:
             raise ConfigError("train.eval_every needs data.validation: set it, or eval_every=0")
+
+    def _check_ceilings(self) -> None:
+        rule = self.regularizer
+        for part in self.risk.parts:
+            if part.ceiling is None:
+                continue
+            where = f"risk.parts[{part.category}].ceiling"
+            if rule.granularity == "batch":
+                raise ConfigError(f"{where} needs regularizer.granularity=sequence, not batch")
+            highest = math.inf if rule.objective == "additive" else 1.0
+            within(where, part.ceiling, rule.floor, highest)
 
     @property
     def needs_reference(self) -> bool:
@@ -313,138 +297,3 @@ class Config:
     def needs_risk(self) -> bool:
         """True where the coefficient depends on the row's risk."""
         return self.regularizer.objective in ("convex", "additive")
-
-
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file with `key.sub=value` overrides applied, in order.
-
-    Raises:
-        ConfigError: missing file, unknown key (the nearest valid name is suggested), wrong type,
-            value out of range, or an impossible combination.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"expected a configuration file, found none at {path}: check the path")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(err).split())}") from err
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold keys and values, found {type(raw).__name__}")
-    for override in overrides:
-        _apply_override(raw, override)
-    return config_from_dict(raw)
-
-
-def config_from_dict(raw: Mapping[str, Any]) -> Config:
-    """The configuration of a nested mapping; raises ConfigError like `load_config`."""
-    raw = dict(raw)
-    regularizer = raw.get("regularizer")
-    if isinstance(regularizer, dict) and regularizer.get("preset") is not None:
-        preset = regularizer["preset"]
-        _one_of("regularizer.preset", preset, tuple(PRESETS))
-        raw["regularizer"] = {**PRESETS[preset], **regularizer}
-    return _build(Config, raw, "")
-
-
-def config_to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML; `load_config` of it gives an equal object."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r} must read key=value, e.g. train.steps=100")
-    *parents, leaf = key.split(".")
-    node = raw
-    for parent in parents:
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as err:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from err
-
-
-def _build(cls: Any, raw: Any, where: str) -> Any:
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{where} must be a section of keys, got {raw!r}")
-    known = {f.name: f for f in fields(cls)}
-    hints = get_type_hints(cls)
-    for key in raw:
-        if key not in known:
-            raise ConfigError(_unknown_key(f"{where}.{key}".lstrip("."), str(key), list(known)))
-    values = {}
-    for key, value in raw.items():
-        hint = hints[key]
-        name = f"{where}.{key}".lstrip(".")
-        values[key] = _build(hint, value, name) if is_dataclass(hint) else _cast(hint, value, name)
-    missing = [f.name for f in known.values() if _is_required(f) and f.name not in values]
-    if missing:
-        names = ", ".join(f"{where}.{name}".lstrip(".") for name in missing)
-        raise ConfigError(f"missing key {names}: add it to the configuration")
-    return cls(**values)
-
-
-def _is_required(field_: Field) -> bool:
-    return field_.default is MISSING and field_.default_factory is MISSING
-
-
-def _unknown_key(full: str, key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"unknown key {full!r}: did you mean {near[0]!r}? (valid here: {', '.join(known)})"
-
-
-def _cast(hint: Any, value: Any, name: str) -> Any:
-    """The value as the annotated type; text like 1e-5, which YAML reads as a string, is a float."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None:
-        if type(None) in options or hint is None:
-            return None
-        raise ConfigError(f"{name} must not be null: give a {_type_name(hint)}")
-    if bool in options and isinstance(value, bool):
-        return value
-    if isinstance(value, bool):
-        raise ConfigError(f"{name} must be {_type_name(hint)}, got {value!r}")
-    if int in options and isinstance(value, int):
-        return value
-    if float in options:
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    if str in options and isinstance(value, str):
-        return value
-    raise ConfigError(f"{name} must be {_type_name(hint)}, got {value!r}")
-
-
-def _type_name(hint: Any) -> str:
-    return str(getattr(hint, "__name__", hint)).replace("NoneType", "null").replace("None", "null")
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
-
-
-def _at_least(name: str, value: float, low: float) -> None:
-    if not low <= value < math.inf:  # nan is refused as well
-        raise ConfigError(f"{name} must be finite and at least {low}, got {value}")
-
-
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be positive and finite, got {value}")
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{name} must lie in [{low}, {high}], got {value}")

@@ -1,0 +1,42 @@
+"""The configuration: what a run is, as frozen dataclasses with one sentence under each field.
+
+`load_config` reads YAML, applies `key.sub=value` overrides, fills a preset, and refuses what it
+does not know. Everything else in the package receives these objects and never looks at a raw dict.
+"""
+
+from safereg_dist.config.loading import config_from_dict, config_to_yaml, load_config
+from safereg_dist.config.risk import ESTIMATORS, CriticConfig, RiskConfig, RiskPart
+from safereg_dist.config.sections import (
+    DIVERGENCES,
+    OBJECTIVES,
+    PRESETS,
+    SCHEDULES,
+    Config,
+    DataConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    RegularizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DIVERGENCES",
+    "ESTIMATORS",
+    "OBJECTIVES",
+    "PRESETS",
+    "SCHEDULES",
+    "Config",
+    "CriticConfig",
+    "DataConfig",
+    "EngineConfig",
+    "OptimizerConfig",
+    "ReferenceConfig",
+    "RegularizerConfig",
+    "RiskConfig",
+    "RiskPart",
+    "TrainConfig",
+    "config_from_dict",
+    "config_to_yaml",
+    "load_config",
+]
