@@ -7,28 +7,25 @@ same sources, seed and libraries returns at once. On the command line:
 """
 
 import argparse
-import hashlib
 import json
-import os
-import platform
 import random
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safereg_dist.demo import grammar
+from safereg_dist.demo.built_once import build_once, made_of_sources
 from safereg_dist.demo.grammar import HELD_OUT_PHRASINGS, PHRASINGS, Exchange, Pair
-from safereg_dist.errors import CheckpointError, ConfigError, SafeRegError
+from safereg_dist.errors import SafeRegError
 
 MANIFEST = "world.json"
+GUARD_MANIFEST = "guard.json"
 BASE_STEPS = 400
-_SOURCES = ("grammar.py", "tokenizer.py", "base.py", "world.py")
-_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
+GUARD_STEPS = 400
+_BASE_SOURCES = ("grammar.py", "tokenizer.py", "training.py", "base.py", "world.py")
+_GUARD_SOURCES = ("grammar.py", "tokenizer.py", "training.py", "guard.py")
 
 Row = dict[str, Any]
 
@@ -52,6 +49,8 @@ class WorldPaths:
     """Labelled prompts for `safereg anchor build`."""
     eval: Path
     """Held-out prompts for `safereg eval`, each with the answer expected."""
+    guard: Path
+    """Hugging Face folder of the guard; there once `build_guard` was called."""
     manifest: Path
     """What the world was made of, and the SHA-256 (hex) of each file."""
 
@@ -59,7 +58,8 @@ class WorldPaths:
     def below(cls, root: Path) -> "WorldPaths":
         """The paths of a world in folder `root`."""
         files = {name: root / f"{name}.jsonl" for name in DATA_SETS}
-        return cls(root=root, base=root / "base", manifest=root / MANIFEST, **files)
+        folders = {"base": root / "base", "guard": root / "guard"}
+        return cls(root=root, manifest=root / MANIFEST, **folders, **files)
 
 
 def build_world(
@@ -75,108 +75,52 @@ def build_world(
         CheckpointError: `out` cannot be written.
     """
     out = Path(out).absolute()
-    made_of = _made_of(seed, base_steps)
-    if _is_up_to_date(out, made_of):
-        print(f"world: {out} is up to date (seed {seed}), nothing to build", flush=True)
-        return WorldPaths.below(out)
-    _refuse_foreign_files(out)
-    started = time.perf_counter()
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_world(partial, seed=seed, base_steps=base_steps, progress=progress)
-        manifest = {"made_of": made_of, "files": _hashes(partial)}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _take_place(partial, out)
-    except OSError as err:
-        raise CheckpointError(
-            f"cannot write a world to {out} ({err}): choose a writable place with free space"
-        ) from err
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"world: built {out} (seed {seed}) in {time.perf_counter() - started:.0f} s", flush=True)
+    build_once(
+        out,
+        made_of_sources(_BASE_SOURCES, seed=seed, base_steps=base_steps),
+        lambda folder: _write_world(folder, seed=seed, base_steps=base_steps, progress=progress),
+        manifest=MANIFEST,
+        parts=[f"guard/{GUARD_MANIFEST}"],
+    )
     return WorldPaths.below(out)
+
+
+def build_guard(
+    world: Path, *, seed: int = 0, progress: bool = True, steps: int = GUARD_STEPS
+) -> Path:
+    """The guard's folder in the world of this seed, built unless it is there already.
+
+    A plain Hugging Face folder whose chat template asks for the verdict on a conversation, in the
+    format of Llama Guard. It is no part of `build_world`, since most runs judge nothing.
+
+    Raises:
+        ConfigError: the folder holds files that are not of a guard.
+        CheckpointError: it cannot be written.
+    """
+    guard = WorldPaths.below(Path(world).absolute()).guard
+
+    def write(folder: Path) -> None:
+        from safereg_dist.demo.guard import write_guard
+
+        write_guard(folder, seed=seed, steps=steps, progress=progress)
+
+    made_of = made_of_sources(_GUARD_SOURCES, seed=seed, guard_steps=steps)
+    build_once(guard, made_of, write, manifest=GUARD_MANIFEST)
+    return guard
 
 
 def _write_world(folder: Path, *, seed: int, base_steps: int, progress: bool) -> None:
     # Here and not above: a world that is up to date is found without loading transformers.
-    from safereg_dist.demo.base import save_base, train_base
+    from safereg_dist.demo.base import train_base
     from safereg_dist.demo.tokenizer import build_tokenizer
+    from safereg_dist.demo.training import save_model
 
     for name, rows_of in DATA_SETS.items():
         text = "".join(json.dumps(row) + "\n" for row in rows_of(seed))
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     tokenizer = build_tokenizer()
     base = train_base(tokenizer, seed=seed, steps=base_steps, progress=progress)
-    save_base(base, tokenizer, folder / "base")
-
-
-def _made_of(seed: int, base_steps: int) -> Row:
-    """Everything that decides what the files hold."""
-    sources = hashlib.sha256()
-    for name in _SOURCES:
-        sources.update(Path(__file__).with_name(name).read_bytes())
-    return {
-        "seed": seed,
-        "base_steps": base_steps,
-        "sources_sha256": sources.hexdigest(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in _LIBRARIES},
-    }
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
-
-
-def _read_manifest(out: Path) -> Row | None:
-    try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    is_ours = isinstance(manifest, dict) and {"made_of", "files"} <= manifest.keys()
-    return manifest if is_ours else None
-
-
-def _is_up_to_date(out: Path, made_of: Row) -> bool:
-    manifest = _read_manifest(out)
-    return (
-        manifest is not None
-        and manifest["made_of"] == made_of
-        and manifest["files"].items() <= _hashes(out).items()
-    )
-
-
-def _refuse_foreign_files(out: Path) -> None:
-    """A world is replaced as a whole, so nothing else may lie in its folder."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"expected a folder for the world, found a file at {out}: choose another")
-    manifest = _read_manifest(out) or {"files": {}}
-    foreign = sorted(_hashes(out).keys() - manifest["files"].keys()) if out.is_dir() else []
-    if foreign:
-        raise ConfigError(
-            f"{out} holds {foreign[0]} (and {len(foreign) - 1} more), which is not part of a "
-            "world: choose a new or empty folder"
-        )
-
-
-def _take_place(partial: Path, out: Path) -> None:
-    """Renames `partial` to `out`; what was there before is removed after it."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    if out.exists():
-        os.replace(out, old)
-    try:
-        os.replace(partial, out)
-    except OSError:
-        if old.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    save_model(base, tokenizer, folder / "base")
 
 
 def probe_rows(seed: int) -> list[Row]:
