@@ -1,7 +1,8 @@
 """The demo: base model -> probe -> anchors -> four arms under the deepspeed launcher -> report.
 
 Each stage is a command that a user would type for a real model; it is printed before it runs.
-Stages that are done already are not done again.
+Stages that are done already are not done again. With `--estimators` three arms more, whose risk
+comes from a guard model: scored ahead of time, asked while training, and together with the probe.
 """
 
 import argparse
@@ -14,15 +15,24 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safereg_dist.cli import main as safereg
 from safereg_dist.demo.claims import check_claims
+from safereg_dist.demo.estimators import (
+    ESTIMATOR_ARMS,
+    FORMAT,
+    ROOT,
+    estimator_overrides,
+    served_guard,
+)
+from safereg_dist.demo.world import WorldPaths, build_guard, build_world
 from safereg_dist.errors import SafeRegError
 from safereg_dist.evaluate import write_atomically
 
-ROOT = Path(__file__).resolve().parents[2]
 FINETUNE = ROOT / "launch" / "finetune.py"
 CONFIG = ROOT / "launch" / "configs" / "demo.yaml"
 
@@ -47,50 +57,73 @@ class DemoError(SafeRegError):
     """A stage ended with an error of its own, printed above, or a claim does not hold."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What every stage needs to know."""
+
+    out: Path
+    world: WorldPaths
+    ranks: int
+    seed: int
+
+    @property
+    def probe(self) -> Path:
+        """Folder of the probe."""
+        return self.out / "probe"
+
+    @property
+    def anchor(self) -> Path:
+        """File of anchor rows."""
+        return self.out / "anchor.jsonl"
+
+    @property
+    def scored(self) -> Path:
+        """The training rows with the guard's risk."""
+        return self.out / "scored.jsonl"
+
+
 def main() -> int:
     """Runs the demo; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m safereg_dist.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--estimators", action="store_true", help="three arms more, with a guard")
     arguments = parser.parse_args()
     try:
-        run_demo(arguments.out, ranks=arguments.ranks, seed=arguments.seed)
+        run_demo(
+            arguments.out,
+            ranks=arguments.ranks,
+            seed=arguments.seed,
+            estimators=arguments.estimators,
+        )
     except SafeRegError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def run_demo(out: Path, *, ranks: int, seed: int) -> dict[str, Any]:
+def run_demo(out: Path, *, ranks: int, seed: int, estimators: bool = False) -> dict[str, Any]:
     """All stages below `out`; the content of `summary.json`.
 
     Raises:
         DemoError: a stage failed, or what was measured is not what the demo claims.
+        CriticUnavailable: the guard's server did not start.
     """
-    from safereg_dist.demo.world import build_world
-
     started = time.perf_counter()
     _say("1/5 the embedded world: grammar, data, an aligned base model trained from scratch")
     world = build_world(out / "world", seed=seed)
-    seconds = _begin_stages(out, world, ranks, round(time.perf_counter() - started, 1))
+    run = Run(out=out, world=world, ranks=ranks, seed=seed)
+    seconds = _begin_stages(run, round(time.perf_counter() - started, 1))
 
     _say("2/5 the probe, and anchor rows answered by the base")
-    probe, anchor = out / "probe", out / "anchor.jsonl"
-    if not (probe / "probe.json").is_file():
-        _command("probe", "fit", "--model", world.base, "--data", world.probe, "--out", probe)
-    if not anchor.is_file():
-        _command(
-            *("anchor", "build", "--model", world.base, "--prompts", world.anchor_prompts),
-            *("--out", anchor, "--max-new-tokens", 32),
-        )
+    _prepare(run)
 
     _say("3/5 the base before fine-tuning")
     base = {**_evaluate(world.base, world.eval, out / "base" / "eval.json"), "seconds": seconds}
-    arms = {}
-    for name, overrides in ARMS.items():
-        _say(f"4/5 arm {name}: {ranks} ranks, ZeRO-3")
-        arms[name] = _run_arm(out, name, overrides, world, probe, anchor, ranks=ranks, seed=seed)
+    arms = {name: _run_arm(run, name, overrides) for name, overrides in ARMS.items()}
+    if estimators:
+        arms |= _run_estimator_arms(run)
 
     _say("5/5 the report")
     summary = {
@@ -111,48 +144,77 @@ def run_demo(out: Path, *, ranks: int, seed: int) -> dict[str, Any]:
     return summary
 
 
-def _begin_stages(out: Path, world: Any, ranks: int, seconds: float) -> float:
+def _begin_stages(run: Run, seconds: float) -> float:
     """Forgets stages made from another world; the seconds that this world took to build."""
-    stamp = out / "stages.json"
-    made_of = hashlib.sha256(world.manifest.read_bytes() + CONFIG.read_bytes()).hexdigest()
+    made_of = [run.world.manifest.read_bytes(), CONFIG.read_bytes(), str(run.ranks).encode()]
+    stages = [run.probe, run.out / "base", run.anchor, *(run.out / arm for arm in ARMS)]
+    return _forget_stale(run.out / "stages.json", made_of, stages, seconds)
+
+
+def _forget_stale(
+    stamp: Path, made_of: Iterable[bytes], stages: Iterable[Path], seconds: float
+) -> float:
+    """Removes `stages` unless `stamp` says that they were made of the same; its seconds."""
+    digest = hashlib.sha256(b"".join(made_of)).hexdigest()
     known = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
-    if (known.get("made_of"), known.get("ranks")) != (made_of, ranks):
-        for name in ("probe", "base", *ARMS):
-            shutil.rmtree(out / name, ignore_errors=True)
-        (out / "anchor.jsonl").unlink(missing_ok=True)
-        known = {"made_of": made_of, "ranks": ranks, "world_seconds": seconds}
+    if known.get("made_of") != digest:
+        for stage in stages:
+            shutil.rmtree(stage) if stage.is_dir() else stage.unlink(missing_ok=True)
+        known = {"made_of": digest, "seconds": seconds}
         write_atomically(stamp, json.dumps(known) + "\n")
-    return known["world_seconds"]
+    return known["seconds"]
 
 
-def _run_arm(
-    out: Path,
-    name: str,
-    overrides: list[str],
-    world: Any,
-    probe: Path,
-    anchor: Path,
-    *,
-    ranks: int,
-    seed: int,
-) -> dict[str, Any]:
-    folder = out / name
+def _prepare(run: Run) -> None:
+    """The probe and the anchor rows."""
+    world = run.world
+    if not (run.probe / "probe.json").is_file():
+        _command("probe", "fit", "--model", world.base, "--data", world.probe, "--out", run.probe)
+    if not run.anchor.is_file():
+        _command(
+            *("anchor", "build", "--model", world.base, "--prompts", world.anchor_prompts),
+            *("--out", run.anchor, "--max-new-tokens", 32),
+        )
+
+
+def _run_arm(run: Run, name: str, overrides: list[str]) -> dict[str, Any]:
+    _say(f"4/5 arm {name}: {run.ranks} ranks, ZeRO-3")
+    folder = run.out / name
     seconds_file = folder / "seconds.json"
     if not (folder / "summary.json").is_file():
         began = time.perf_counter()
         _launch(
-            ranks,
-            f"model={world.base}",
-            f"data.train={world.train}",
-            f"data.anchor={anchor}",
-            f"risk.path={probe}",
-            f"train.seed={seed}",
+            run.ranks,
+            f"model={run.world.base}",
+            f"data.train={run.world.train}",
+            f"data.anchor={run.anchor}",
+            f"risk.path={run.probe}",
+            f"train.seed={run.seed}",
             f"output_dir={folder}",
             *overrides,
         )
         seconds_file.write_text(json.dumps(round(time.perf_counter() - began, 1)))
-    evaluation = _evaluate(folder / "model", world.eval, folder / "eval.json")
+    evaluation = _evaluate(folder / "model", run.world.eval, folder / "eval.json")
     return {**evaluation, "seconds": json.loads(seconds_file.read_text())}
+
+
+def _run_estimator_arms(run: Run) -> dict[str, dict[str, Any]]:
+    """The arms whose risk a guard gives, each with the figures of `_run_arm`."""
+    _say("4/5 the guard, trained from scratch and served")
+    guard = build_guard(run.world.root, seed=run.seed)
+    cache = run.out / "critic.sqlite"
+    made_of = [(run.out / "stages.json").read_bytes(), (guard / "guard.json").read_bytes()]
+    stages = [run.scored, cache, *(run.out / arm for arm in ESTIMATOR_ARMS)]
+    _forget_stale(run.out / "estimators.json", made_of, stages, 0.0)
+    with served_guard(guard) as served:
+        if not run.scored.is_file():
+            _command(
+                *("score", "--endpoint", served.endpoint, "--model", served.model),
+                *("--format", FORMAT, "--data", run.world.train, "--out", run.scored),
+                *("--cache", cache),
+            )
+        arms = estimator_overrides(served, scored=run.scored, probe=run.probe)
+        return {name: _run_arm(run, name, arms[name]) for name in ESTIMATOR_ARMS}
 
 
 def _evaluate(model: Path, prompts: Path, out: Path) -> dict[str, Any]:

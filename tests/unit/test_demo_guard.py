@@ -14,13 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from safereg_dist.config import load_config
 from safereg_dist.demo import grammar
+from safereg_dist.demo.estimators import (
+    ESTIMATOR_ARMS,
+    ServedGuard,
+    estimator_overrides,
+    served_guard,
+)
 from safereg_dist.demo.grammar import HELD_OUT_PHRASINGS, PHRASINGS, Exchange
 from safereg_dist.demo.guard import batch_source, build_guard_tokenizer, judged
 from safereg_dist.demo.world import WorldPaths, build_guard, build_world, eval_rows
-from safereg_dist.errors import ConfigError
+from safereg_dist.errors import ConfigError, CriticUnavailable
 
 VERB_KIND = {verb.word: verb.kind for verb in grammar.VERBS}
 THING_KIND = {thing.word: thing.kind for thing in grammar.THINGS}
@@ -178,6 +186,33 @@ def test_a_world_with_a_guard_is_up_to_date_and_a_new_one_starts_without(
     build_world(world.root, seed=1, base_steps=1, progress=False)
     assert not world.guard.exists()
     assert json.loads(world.manifest.read_text())["made_of"]["seed"] == 1
+
+
+def test_each_estimator_arm_is_a_valid_configuration(tmp_path: Path) -> None:
+    served = ServedGuard("a guard: {x}", "http://127.0.0.1:8000/v1")
+    scored, probe = tmp_path / "scored.jsonl", tmp_path / "probe, fitted"
+    arms = estimator_overrides(served, scored=scored, probe=probe)
+    assert tuple(arms) == ESTIMATOR_ARMS
+    configs = {
+        name: load_config(ROOT / "launch" / "configs" / "demo.yaml", ["risk.path=p", *overrides])
+        for name, overrides in arms.items()
+    }
+    assert configs["adaptive_column"].data.train == str(scored)
+    column, critic, both = (configs[name].risk for name in ESTIMATOR_ARMS)
+    assert (column.estimator, critic.estimator, both.estimator) == ("column", "critic", "max")
+    assert [part.estimator for part in both.parts] == ["probe", "critic"]
+    assert both.parts[0].path == str(probe)
+    for judge in (critic.critic, both.parts[1].critic):
+        assert (judge.model, judge.endpoint) == served
+        assert (judge.format, judge.fail) == ("llama_guard", "closed")
+
+
+def test_a_server_that_does_not_start_is_an_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CriticUnavailable, match="ended with status"),
+        served_guard(tmp_path / "no guard"),
+    ):
+        pass
 
 
 @pytest.mark.slow
