@@ -27,7 +27,7 @@ from safereg_dist.types import MicroBatch, Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
-_FORMAT = "1"  # part of the cache key: raise it when the tokenised form changes
+_FORMAT = "2"  # part of the cache key: raise it when the tokenised form changes
 
 _FEATURES = datasets.Features(
     {
@@ -37,6 +37,7 @@ _FEATURES = datasets.Features(
         "prompt_ends": datasets.List(datasets.Value("int32")),
         "risk": datasets.Value("float64"),
         "content_key": datasets.Value("string"),
+        "messages": datasets.Value("large_string"),
     }
 )
 
@@ -55,6 +56,14 @@ class RowStore:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def prompts(self) -> dict[str, str]:
+        """Text of every row by its id, without the assistant's turns."""
+        found = {}
+        for name, messages in zip(self.table["id"], self.table["messages"], strict=True):
+            said = (m["content"] for m in json.loads(messages) if m["role"] != "assistant")
+            found[name] = "\n".join(said)
+        return found
 
     def row(self, index: int, *, is_anchor: bool = False) -> Row:
         """Row `index`, read from the memory map."""
@@ -270,6 +279,7 @@ def tokenize_row(
         prompt_ends=prompt_ends,
         risk=_risk(raw, where),
         content_key=key.hexdigest(),
+        messages=json.dumps(messages),
     )
 
 
@@ -384,7 +394,7 @@ class RowStream:
         if anchor is not None:
             _enough(anchor, world_size, "data.anchor")
             self._own_anchor = _deal(len(anchor), rank, world_size, seed + 1)
-        self._most_rows = math.ceil(len(train) / world_size)
+        self.most_rows = math.ceil(len(train) / world_size)  # of any rank; this one may have fewer
         self._fraction = anchor_fraction if anchor is not None else 0.0
         self._seed = seed
         self._limit = None if epochs is None else _rows_of(epochs, len(self._own_train))
@@ -392,7 +402,22 @@ class RowStream:
 
     def may_be_new(self, position: int) -> bool:
         """True where some rank may see a row for the first time; the same on every rank."""
-        return position - math.floor(position * self._fraction) < self._most_rows
+        return self.rows_within(position) < self.most_rows
+
+    def first_rows(self, count: int) -> Iterator[Row | None]:
+        """The first `count` training rows of this rank, without anchors; None where it has fewer.
+
+        They are those that the run begins with, in its order.
+        """
+        for ordinal in range(count):
+            is_there = ordinal < len(self._own_train)
+            yield (
+                self._train.row(self._pick("train", ordinal, self._own_train)) if is_there else None
+            )
+
+    def rows_within(self, positions: int) -> int:
+        """Different training rows among so many positions of a rank; alike on all ranks."""
+        return min(positions - math.floor(positions * self._fraction), self.most_rows)
 
     def row(self, position: int) -> Row | None:
         """The row at a position of the stream; None after the last epoch's last row."""

@@ -57,6 +57,8 @@ def config_hash(config: Config) -> str:
     values = asdict(config)
     values.pop("output_dir")
     for section, keys in {
+        "data": ("declared_poison",),
+        "risk": ("max_held_back", "gate_rows", "cache"),
         "train": ("save_every", "keep_checkpoints", "export_shard_bytes"),
         "engine": ("timeout_s",),
     }.items():

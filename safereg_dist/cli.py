@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_probe(verbs)
     _add_anchor(verbs)
+    _add_audit(verbs)
     _add_eval(verbs)
     _add_report(verbs)
     _add_ledger(verbs)
@@ -167,6 +168,27 @@ def _anchor_build(arguments: argparse.Namespace) -> int:
         arguments.out,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+    )
+
+
+def _add_audit(verbs: argparse._SubParsersAction) -> None:
+    audit = verbs.add_parser("audit", help="what a run would hold back, before any training")
+    audit.add_argument("config", type=Path)
+    audit.add_argument("overrides", nargs="*", metavar="key=value")
+    audit.add_argument("--out", type=Path, help="folder of the report; default: OUTPUT_DIR.audit")
+    audit.add_argument("--show-text", action="store_true", help="print prompts of listed rows")
+    audit.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    audit.set_defaults(run=_audit)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from safereg_dist.launcher import run_audit
+
+    return run_audit(
+        arguments.config,
+        arguments.overrides,
+        out=arguments.out,
+        show_text=arguments.show_text,
     )
 
 

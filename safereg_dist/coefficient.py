@@ -1,12 +1,14 @@
 """Stage 4: from a row's risk to its coefficient b."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from safereg_dist.config import RegularizerConfig
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.types import Row
+from safereg_dist.types import Row, RowRisks
 
 DEFAULT_THRESHOLD = 0.5
 """Where neither the configuration nor a probe gives one."""
@@ -42,18 +44,31 @@ def scheduled(risk: float, config: RegularizerConfig, threshold: float) -> float
 class Coefficient:
     """Coefficients of the rows of a micro-batch; holds the moving average where there is one."""
 
-    def __init__(self, config: RegularizerConfig, *, threshold: float | None, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: RegularizerConfig,
+        *,
+        threshold: float | None,
+        ranks: Ranks,
+        ceilings: Mapping[str, float] | None = None,
+    ) -> None:
+        """`ceilings` holds the largest coefficient of categories that have one of their own."""
         if config.threshold is not None:
             threshold = config.threshold
         self.threshold = DEFAULT_THRESHOLD if threshold is None else threshold
         self._config = config
         self._ranks = ranks
+        self._by_category = {
+            category: replace(config, ceiling=ceiling)
+            for category, ceiling in (ceilings or {}).items()
+        }
         self._ema: float | None = None
 
-    def __call__(self, rows: tuple[Row, ...], risk: list[float | None] | Exception) -> list[float]:
+    def __call__(self, rows: tuple[Row, ...], risk: RowRisks | Exception) -> list[float]:
         """[B] coefficient b of every row: 1 on anchor rows, 0 on rows without response tokens.
 
-        A row whose risk could not be computed (nan) counts as risky: r = 1. An error in place of
+        Where categories have ceilings of their own, b = max_c schedule_c(r_c). A row whose risk
+        could not be computed (nan) counts as risky: r = 1. An error in place of
         risk is raised; with granularity `batch` on all ranks together.
         Collectives: none; with granularity `batch` one SUM all-reduce of 16 bytes.
         """
@@ -68,21 +83,29 @@ class Coefficient:
         if config.objective == "static":
             common: float | None = config.ceiling
         elif config.granularity == "batch":
-            common = scheduled(self._batch_risk(rows, risk), config, self.threshold)
+            common = scheduled(self._batch_risk(rows, risk.values), config, self.threshold)
         else:
             common = None
         return [
-            self._row_coefficient(row, value, common) for row, value in zip(rows, risk, strict=True)
+            self._row_coefficient(index, row, risk, common)
+            for (index, row), _ in zip(enumerate(rows), risk.values, strict=True)
         ]
 
-    def _row_coefficient(self, row: Row, risk: float | None, common: float | None) -> float:
+    def _row_coefficient(self, index: int, row: Row, risk: RowRisks, common: float | None) -> float:
         if row.is_anchor:
             return 1.0
         if not any(row.loss_mask):
             return 0.0
         if common is not None:
             return common
-        return scheduled(_known(risk), self._config, self.threshold)
+        if not self._by_category:
+            return scheduled(_known(risk.values[index]), self._config, self.threshold)
+        return max(
+            scheduled(
+                _known(values[index]), self._by_category.get(category, self._config), self.threshold
+            )
+            for category, values in risk.by_category.items()
+        )
 
     def _batch_risk(self, rows: tuple[Row, ...], risk: list[float | None]) -> float:
         """Mean risk of the micro-batch over all ranks, smoothed: s' = ema s' + (1 - ema) s."""

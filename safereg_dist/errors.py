@@ -39,7 +39,7 @@ class ProbeError(SafeRegError):
 
 
 class CriticUnavailable(SafeRegError):  # noqa: N818 - the condition is the name
-    """A judge that cannot be reached, refuses the key, or failed where `fail: stop` is asked for."""
+    """A judge that cannot be reached or refuses the key, or that failed under `fail: stop`."""
 
 
 class CheckpointError(SafeRegError):

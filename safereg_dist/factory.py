@@ -9,15 +9,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safereg_dist.batch import RowStore, RowStream, load_rows, load_tokenizer, steps_for
 from safereg_dist.coefficient import Coefficient
 from safereg_dist.config import Config
-from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.errors import ConfigError
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, PolicyEngine
 from safereg_dist.policy import Policy, enable_activation_checkpointing
 from safereg_dist.reference import NoReference, Reference
-from safereg_dist.risk.estimator import ColumnRisk, NoRisk, RiskEstimator
-from safereg_dist.risk.probe import Probe, check_model
-from safereg_dist.risk.probe_risk import PolicyProbeRisk, ReferenceProbeRisk
+from safereg_dist.risk.stage import RiskStage
+from safereg_dist.signals import (
+    build_risk,
+    category_ceilings,
+    policy_layer,
+    read_signals,
+    reads_column,
+    require_risk_column,
+)
 from safereg_dist.step import RegularizedStep
 
 DEFAULT_STEPS = 200
@@ -69,7 +75,8 @@ def build_run(config: Config, backend: Backend) -> Run:
     """All objects of a run, models loaded and wrapped.
 
     Raises:
-        ConfigError, DataError, ProbeError: what the configuration names is missing or does not fit.
+        ConfigError, DataError, ProbeError, CriticUnavailable: what the configuration names is
+            missing or does not fit.
     Collectives: those of loading and wrapping; every rank calls it.
     """
     ranks = backend.ranks
@@ -78,7 +85,7 @@ def build_run(config: Config, backend: Backend) -> Run:
     with ranks.together():
         tokenizer = load_tokenizer(str(policy_folder), config.data)
     sources = build_sources(config, tokenizer, ranks)
-    probe = _load_probe(config, ranks)
+    signals = read_signals(config, ranks)
 
     precision = config.train.precision
     model = backend.load_model(
@@ -92,16 +99,16 @@ def build_run(config: Config, backend: Backend) -> Run:
     reference = _build_reference(config, backend, policy_folder, model, tokenizer, fingerprints)
 
     with ranks.together():
-        risk = _build_risk(config, ranks, probe, reference, model, fingerprints)
-        policy = Policy(
-            model,
-            probed_layer=probe.layer if probe and config.risk.source == "policy" else None,
-        )
+        risk = build_risk(config, signals, backend, reference, model, fingerprints)
+        policy = Policy(model, probed_layer=policy_layer(config, signals))
         step = RegularizedStep(
             policy,
             risk=risk,
             coefficient=Coefficient(
-                config.regularizer, threshold=probe.threshold if probe else None, ranks=ranks
+                config.regularizer,
+                threshold=risk.threshold,
+                ranks=ranks,
+                ceilings=category_ceilings(signals),
             ),
             reference=reference,
             objective=Objective(config.regularizer, chunk_tokens=config.train.chunk_tokens),
@@ -119,6 +126,55 @@ def build_run(config: Config, backend: Backend) -> Run:
         engine=engine,
         pad_id=_pad_id(tokenizer),
         fingerprints=fingerprints,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screening:
+    """What is needed to know the risk of rows, without anything that trains."""
+
+    config: Config
+    ranks: Ranks
+    sources: RowSources
+    risk: RiskStage
+    threshold: float
+    pad_id: int
+    probed_share: float
+    """(k / L): layers that the deepest probe reads, of the reference's; 0 without a probe."""
+
+
+def build_screening(config: Config, backend: Backend) -> Screening:
+    """The data and the risk stage of a run; a reference only where a probe reads it.
+
+    Raises:
+        ConfigError, DataError, ProbeError, CriticUnavailable: as `build_run` does.
+    Collectives: those of loading; every rank calls it.
+    """
+    ranks = backend.ranks
+    folder = resolve_model(config.model, ranks)
+    with ranks.together():
+        tokenizer = load_tokenizer(str(folder), config.data)
+    sources = build_sources(config, tokenizer, ranks)
+    signals = read_signals(config, ranks)
+    fingerprints: dict[str, str] = {}
+    reference: Reference | NoReference = NoReference()
+    depths = [signal.probe.layer for signal in signals if signal.probe is not None]
+    num_layers = 1
+    if depths:
+        reference = _build_reference(config, backend, folder, None, tokenizer, fingerprints)
+        assert isinstance(reference, Reference)
+        num_layers = reference.model.config.get_text_config().num_hidden_layers
+    with ranks.together():
+        risk = build_risk(config, signals, backend, reference, None, fingerprints)
+    own = config.regularizer.threshold
+    return Screening(
+        config=config,
+        ranks=ranks,
+        sources=sources,
+        risk=risk,
+        threshold=risk.threshold if own is None else own,
+        pad_id=_pad_id(tokenizer),
+        probed_share=max(depths, default=0) / num_layers,
     )
 
 
@@ -161,9 +217,9 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
     train_rows = load(data.train)
     anchor_rows = load(data.anchor) if data.anchor is not None else None
     validation = load(data.validation) if data.validation is not None else None
-    if config.needs_risk and config.risk.estimator == "column":
+    if config.needs_risk and reads_column(config.risk):
         with ranks.together():
-            _require_risk_column(train_rows, data.train)
+            require_risk_column(train_rows, data.train)
 
     rows_per_step = train.micro_batch_size * train.grad_accum_steps
     total_steps = train.steps or DEFAULT_STEPS
@@ -205,26 +261,6 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
         )
 
 
-def _require_risk_column(rows: RowStore, path: str) -> None:
-    import numpy as np
-
-    missing = np.flatnonzero(np.isnan(np.asarray(rows.table.data.column("risk"))))
-    if missing.size:
-        first = rows.table[int(missing[0])]["id"]
-        raise DataError(
-            f"{path}: risk.estimator=column needs `risk` in every row, {missing.size} rows have "
-            f"none, the first is {first!r}: add it, or choose another estimator"
-        )
-
-
-def _load_probe(config: Config, ranks: Ranks) -> Probe | None:
-    if not config.needs_risk or config.risk.estimator != "probe":
-        return None
-    assert config.risk.path is not None
-    with ranks.together():
-        return Probe.load(Path(config.risk.path)).to(ranks.device)
-
-
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)  # `load_tokenizer` has seen to it
@@ -244,10 +280,11 @@ def _build_reference(
     config: Config,
     backend: Backend,
     policy_folder: Path,
-    policy: PreTrainedModel,
+    policy: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     fingerprints: dict[str, str],
 ) -> Reference | NoReference:
+    """The reference; held against the policy, where there is one."""
     if not config.needs_reference:
         return NoReference()
     ranks, settings = backend.ranks, config.reference
@@ -255,8 +292,9 @@ def _build_reference(
     model = backend.load_model(folder, precision=config.train.precision, offload=settings.offload)
     fingerprints["reference"] = backend.fingerprint(model)
     with ranks.together():
-        _check_same_vocabulary(model, policy, folder, policy_folder, tokenizer, config)
-        same = folder.resolve() == policy_folder.resolve()
+        if policy is not None:
+            _check_same_vocabulary(model, policy, folder, policy_folder, tokenizer, config)
+        same = policy is not None and folder.resolve() == policy_folder.resolve()
         if same and fingerprints["reference"] != fingerprints["policy"]:
             raise ConfigError(
                 f"policy and reference were both loaded from {folder}, but their weights differ "
@@ -293,36 +331,3 @@ def _check_same_vocabulary(
             f"the tokenizers of the reference {folder} and the policy {policy_folder} give tokens "
             "different numbers: choose a reference with the same tokenizer"
         )
-
-
-def _build_risk(
-    config: Config,
-    ranks: Ranks,
-    probe: Probe | None,
-    reference: Reference | NoReference,
-    model: PreTrainedModel,
-    fingerprints: dict[str, str],
-) -> RiskEstimator:
-    if not config.needs_risk or config.risk.estimator == "none":
-        return NoRisk()
-    if config.risk.estimator == "column":
-        return ColumnRisk()
-    assert probe is not None
-    assert isinstance(reference, Reference)
-    probed = reference.model if config.risk.source == "reference" else model
-    text_config = probed.config.get_text_config()
-    check_model(
-        probe,
-        fingerprint=fingerprints[config.risk.source],
-        hidden_size=text_config.hidden_size,
-        num_layers=text_config.num_hidden_layers,
-        force=config.risk.force,
-    )
-    if config.risk.source == "policy":
-        return PolicyProbeRisk(probe)
-    return ReferenceProbeRisk(
-        probe,
-        reference,
-        ranks=ranks,
-        rows_per_pass=config.reference.rows_per_pass or config.train.micro_batch_size,
-    )

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from safereg_dist.config import load_config
-from safereg_dist.factory import build_run, start_backend
+from safereg_dist.errors import ConfigError
+from safereg_dist.factory import Screening, build_run, build_screening, start_backend
+from safereg_dist.screening import Screened, refuse_too_many_held_back, screen_rows
 from safereg_dist.train import describe_run, is_complete, train
 
 
@@ -30,6 +32,7 @@ def run_training(config_file: Path, overrides: Sequence[str], *, dry_run: bool) 
         if ranks.is_main:
             _print_plan(run)
         if dry_run:
+            refuse_too_many_held_back(run)
             return 0
         status = train(run)
         if ranks.is_main and status == 0:
@@ -39,6 +42,58 @@ def run_training(config_file: Path, overrides: Sequence[str], *, dry_run: bool) 
         return status
     finally:
         _leave_group()
+
+
+def run_audit(
+    config_file: Path, overrides: Sequence[str], *, out: Path | None, show_text: bool
+) -> int:
+    """Screens the training rows as the configuration says; 0. See `audit` for what it writes."""
+    from safereg_dist.audit import AuditFacts, print_audit, write_audit, write_part
+
+    _share_cores()
+    config = load_config(config_file, overrides)
+    folder = Path(f"{config.output_dir}.audit") if out is None else out
+    if not config.needs_risk:
+        raise ConfigError(
+            f"regularizer.objective={config.regularizer.objective} asks for no risk: there is "
+            "nothing to audit; use convex or additive"
+        )
+    backend = start_backend(config)
+    ranks = backend.ranks
+    try:
+        screening = build_screening(config, backend)
+        rows = _screened(screening)
+        with ranks.together():
+            write_part(folder, ranks.rank, rows, screening.threshold)
+        with ranks.together():
+            if ranks.is_main:
+                facts = AuditFacts(
+                    config=config,
+                    threshold=screening.threshold,
+                    prompts=screening.sources.train.prompts(),
+                    probed_share=screening.probed_share,
+                )
+                report = write_audit(folder, ranks.world_size, facts)
+                print_audit(report, facts, folder, show_text=show_text)
+    finally:
+        _leave_group()
+    return 0
+
+
+def _screened(screening: Screening) -> list[Screened]:
+    """The risk of all of this rank's rows; a collective, so it is done before anything can fail."""
+    stream, risk, config = screening.sources.stream, screening.risk, screening.config
+    count = stream.most_rows
+    risk.prefetch(row for row in stream.first_rows(count) if row is not None)
+    screened = screen_rows(
+        stream,
+        risk,
+        count=count,
+        micro_batch_size=config.train.micro_batch_size,
+        pad_id=screening.pad_id,
+        ranks=screening.ranks,
+    )
+    return list(screened)
 
 
 def run_anchor_build(

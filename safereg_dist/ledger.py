@@ -59,11 +59,13 @@ class LedgerRow:
     risk: float | None
     """Risk in [0, 1]; None where no estimator ran (anchor rows, objective `none`)."""
     estimator: str
-    """What gave the risk, e.g. `probe:reference`, `column`, `critic`, `anchor`, `none`."""
+    """What gave the risk, e.g. `probe-reference`, `max:fraud`, `override`, `anchor`, `none`."""
     kl_coef: float
     """The coefficient b, dimensionless."""
     divergence: float | None
     """Mean divergence over the row's response tokens; None where the reference was not asked."""
+    note: str | None = None
+    """A reviewer's reason, or why a judgement failed; left out where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +247,8 @@ def _plain(row: LedgerRow) -> _Json:
         plain[name] = int(plain[name])
     for name in ("risk", "kl_coef", "divergence"):
         plain[name] = _number(plain[name])
+    if plain["note"] is None:
+        del plain["note"]
     return plain
 
 

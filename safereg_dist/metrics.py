@@ -44,7 +44,7 @@ class StepMetrics:
         sums = torch.stack([output.loss.detach(), output.ce.sum(), output.divergence.sum()])
         self._device_sums.append(sums.double())
         self._outputs.append((batch, output))
-        for row, risk, coef in zip(batch.rows, output.risk, output.kl_coef, strict=True):
+        for row, risk, coef in zip(batch.rows, output.risk.values, output.kl_coef, strict=True):
             if row.id:  # not a filler
                 self._add_row(row.is_anchor, sum(row.loss_mask), len(row.input_ids), risk, coef)
         self._host["reference_rows"] += output.reference_rows
@@ -68,18 +68,26 @@ class StepMetrics:
             host["risk_max"] = max(host["risk_max"], risk)
 
     def reduce(
-        self, ranks: Ranks, *, stop_requested: bool, log_failed: bool = False
+        self,
+        ranks: Ranks,
+        *,
+        stop_requested: bool,
+        log_failed: bool = False,
+        risk_sums: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
         """The step's values over all ranks; sums, and the largest of what cannot be summed.
 
-        Requests and failures of one rank travel with them, so that they cost no collective.
-        Collectives: one all-gather of 18 float64 per rank. One host synchronisation.
+        Requests and failures of one rank travel with them, so that they cost no collective; so do
+        the risk stage's counts of this rank, `risk_sums`.
+        Collectives: one all-gather of 18 float64 per rank, and one of each of `risk_sums`. One host
+        synchronisation.
         """
+        sums_of_risk = risk_sums or {}
         self._host["peak_memory_bytes"] = _peak_memory_bytes(ranks.device)
         self._host["stop_requested"] = float(stop_requested)
         self._host["log_failed"] = float(log_failed)
         own = torch.tensor(
-            [self._host[name] for name in (*_SUMMED, *_LARGEST)],
+            [*(self._host[n] for n in (*_SUMMED, *_LARGEST)), *sums_of_risk.values()],
             dtype=torch.float64,
             device=ranks.device,
         )
@@ -87,11 +95,13 @@ class StepMetrics:
         table = ranks.gather(own).cpu()
         sums = table[:, : len(_SUMMED)].sum(0).tolist()
         total: dict[str, float] = dict(zip(_SUMMED, sums, strict=True))
-        largest = table[:, len(_SUMMED) :].max(0).values.tolist()
+        end = len(_SUMMED) + len(_LARGEST)
+        largest = table[:, len(_SUMMED) : end].max(0).values.tolist()
         total.update(zip(_LARGEST, largest, strict=True))
+        total.update(zip(sums_of_risk, table[:, end:].sum(0).tolist(), strict=True))
         return total
 
-    def ledger_rows(self, *, step: int, rank: int, estimator: str) -> list[LedgerRow]:
+    def ledger_rows(self, *, step: int, rank: int) -> list[LedgerRow]:
         """One ledger row per sequence. One host synchronisation."""
         means = [_mean_divergence(batch, output) for batch, output in self._outputs]
         fetched = torch.stack(means).cpu().tolist() if means else []
@@ -108,10 +118,11 @@ class StepMetrics:
                         rank=rank,
                         row=index,
                         id=row.id,
-                        risk=output.risk[index],
-                        estimator="anchor" if row.is_anchor else estimator,
+                        risk=output.risk.values[index],
+                        estimator="anchor" if row.is_anchor else output.risk.sources[index],
                         kl_coef=coef,
                         divergence=fetched[micro_batch][index] if coef > 0 else None,
+                        note=output.risk.notes.get(index),
                     )
                 )
         return rows

@@ -14,8 +14,8 @@ from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import held
 from safereg_dist.policy import Policy
 from safereg_dist.reference import NoReference, Reference
-from safereg_dist.risk.estimator import RiskEstimator
-from safereg_dist.types import MicroBatch, StepOutput
+from safereg_dist.risk.stage import RiskStage
+from safereg_dist.types import MicroBatch, RowRisks, StepOutput
 
 
 class RegularizedStep(nn.Module):
@@ -25,7 +25,7 @@ class RegularizedStep(nn.Module):
         self,
         policy: Policy,
         *,
-        risk: RiskEstimator,
+        risk: RiskStage,
         coefficient: Coefficient,
         reference: Reference | NoReference,
         objective: Objective,
@@ -74,4 +74,5 @@ class RegularizedStep(nn.Module):
         loss, ce, divergence = self.objective(
             hidden, self.policy.head, batch, unweighted, num_tokens=num_tokens
         )
-        return StepOutput(loss, ce, divergence, [None] * len(batch.rows), unweighted, 0)
+        risk = RowRisks([None] * len(batch.rows), {}, ["none"] * len(batch.rows), {})
+        return StepOutput(loss, ce, divergence, risk, unweighted, 0)

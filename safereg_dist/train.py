@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safereg_dist import checkpoint as checkpoints
-from safereg_dist.batch import collate, micro_batches
+from safereg_dist.batch import RowStream, collate, micro_batches
 from safereg_dist.checkpoint import RunState, config_hash
 from safereg_dist.config import Config, config_to_yaml, load_config
 from safereg_dist.errors import CheckpointError, ConfigError, NonFiniteLoss
@@ -28,6 +28,8 @@ from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.optimizer import learning_rate
 from safereg_dist.run_log import RunLog
+from safereg_dist.screening import refuse_too_many_held_back
+from safereg_dist.types import Row
 
 MAX_NON_FINITE_IN_A_ROW = 3
 EXIT_REQUEUE = 75
@@ -105,10 +107,13 @@ def train(run: Run) -> int:
     exported model and `summary.json`.
 
     Raises:
+        ConfigError: more rows would be held back than `risk.max_held_back` allows.
         NonFiniteLoss: three steps in a row had a gradient that was not finite.
         CheckpointError: a checkpoint does not fit this run, or the disk is full.
     """
     folder = Path(run.config.output_dir)
+    if not checkpoints.complete_checkpoints(folder / "checkpoint"):
+        refuse_too_many_held_back(run)  # before the folder is claimed: it stays free to try again
     with run.ranks.together():
         if run.ranks.is_main:
             _claim_folder(folder, run.config)
@@ -147,6 +152,10 @@ def _optimizer_step(
         count=config.train.grad_accum_steps,
         pad_id=run.pad_id,
     )
+    risk = run.step.risk
+    risk.begin_step(step)
+    if risk.looks_ahead:
+        risk.prefetch(_coming_rows(sources.stream, step, sources.rows_per_step))
     num_tokens = _global_tokens(run, [batch.num_response_tokens for batch in batches])
     metrics = StepMetrics()
     for index, host_batch in enumerate(batches):
@@ -157,7 +166,10 @@ def _optimizer_step(
     lr = learning_rate(step, sources.total_steps, config.optimizer)
     update = run.engine.update(lr)
     total = metrics.reduce(
-        run.ranks, stop_requested=stop_requested[0], log_failed=log.error is not None
+        run.ranks,
+        stop_requested=stop_requested[0],
+        log_failed=log.error is not None,
+        risk_sums=risk.take_sums(),
     )
     if total["log_failed"]:
         run.ranks.raise_together(log.error)
@@ -166,12 +178,17 @@ def _optimizer_step(
     seconds = time.perf_counter() - started
     progress.seconds += seconds
     row = metrics_row(total, step=step, lr=lr, grad_norm=update.grad_norm, step_time_s=seconds)
-    row.update(validation)
-    log.write(
-        row, metrics.ledger_rows(step=step, rank=run.ranks.rank, estimator=run.step.risk.name)
-    )
+    row.update({**risk.end_step(total), **validation})
+    log.write(row, metrics.ledger_rows(step=step, rank=run.ranks.rank))
     _count_non_finite(progress, update)
     return row, bool(total["stop_requested"])
+
+
+def _coming_rows(stream: RowStream, step: int, rows_per_step: int) -> list[Row]:
+    """This rank's rows of the step that begins and of the next one."""
+    begin = step * rows_per_step
+    found = (stream.row(position) for position in range(begin, begin + 2 * rows_per_step))
+    return [row for row in found if row is not None]
 
 
 def _global_tokens(run: Run, counts: list[int]) -> Tensor:

@@ -24,6 +24,8 @@ class Row:
     """SHA-256 (hex) of the tokens up to the last prompt end: the key of the risk cache."""
     is_anchor: bool = False
     """True on anchor rows: they carry only the divergence."""
+    messages: str = ""
+    """The conversation as JSON (OpenAI chat format): what a judge reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,19 @@ class MicroBatch:
         return replace(self, **moved)
 
 
+class RowRisks(NamedTuple):
+    """The risk of the rows of a micro-batch, and where it came from; all on the host."""
+
+    values: list[float | None]
+    """[B] risk in [0, 1]; nan where it failed, None on anchor rows and without a source."""
+    by_category: dict[str, list[float | None]]
+    """[B] risk of each of several signals, scaled so that each sets in at 0.5; else empty."""
+    sources: list[str]
+    """[B] what gave the risk, e.g. `probe-reference`, `critic`, `max:fraud`, `override`."""
+    notes: dict[int, str]
+    """By row: a reviewer's reason, or why a judgement failed."""
+
+
 class Head(NamedTuple):
     """A language-model head, whole on this rank: logits = hidden @ weight.T + bias, soft-capped."""
 
@@ -113,8 +128,8 @@ class StepOutput(NamedTuple):
     """[T] float32 cross-entropy of every response token (0 on anchor tokens), detached."""
     divergence: Tensor
     """[T] float32 divergence of active tokens, else 0, detached."""
-    risk: list[float | None]
-    """[B] risk of each row; None where it was not estimated."""
+    risk: RowRisks
+    """Risk of each row, and where it came from."""
     kl_coef: list[float]
     """[B] coefficient of each row."""
     reference_rows: int

@@ -1,4 +1,4 @@
-"""Stage 3: the risk of every row, on the rank that owns it."""
+"""Stage 3: one signal of risk for every row, on the rank that owns it."""
 
 from typing import Protocol
 
@@ -11,10 +11,17 @@ Risk = list[float | None]
 
 
 class RiskEstimator(Protocol):
-    """What the step asks of an estimator."""
+    """What `stage.RiskStage` asks of a signal."""
 
-    name: str
-    """Goes to the ledger."""
+    @property
+    def name(self) -> str:
+        """Goes to the ledger."""
+        ...
+
+    @property
+    def notes(self) -> dict[int, str]:
+        """What the ledger shall say of rows of the last call, by row; mostly nothing."""
+        ...
 
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Risk of every row; `policy_states` is [B, S, H] of the probed layer, where asked for."""
@@ -25,6 +32,7 @@ class NoRisk:
     """Every row is harmless."""
 
     name = "none"
+    notes: dict[int, str] = {}  # noqa: RUF012 - never filled
 
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """None for every row. Collectives: none."""
@@ -35,6 +43,7 @@ class ColumnRisk:
     """The `risk` field of the data, checked when the data was read."""
 
     name = "column"
+    notes: dict[int, str] = {}  # noqa: RUF012 - never filled
 
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """The rows' own risk. Collectives: none."""

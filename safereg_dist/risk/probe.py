@@ -5,6 +5,7 @@ probability = sigmoid(weight . (pooled - mean) / scale + bias)
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from torch import Tensor
 from safereg_dist.errors import ProbeError
 
 POOLINGS = ("last_prompt_token", "mean_prompt")
+RESPONSE_POOLINGS = ("last_response_token", "mean_response")
 _FORMAT = 1
 _TENSORS = "probe.safetensors"
 _FACTS = "probe.json"
@@ -43,8 +45,18 @@ class Probe:
     """Probability from which a row counts as risky, in [0, 1]."""
     fingerprint: str
     """Weights of the model it was fitted on (`fingerprint.model_fingerprint`)."""
+    position: str = "prompt"
+    """`prompt` or `response`: which tokens of a row it reads."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """What the fit measured: metrics, data hash, recall asked for."""
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 (hex) of everything that its probabilities depend on."""
+        hasher = hashlib.sha256(f"{self.fingerprint} {self.layer} {self.pooling}".encode())
+        for tensor in (self.mean, self.scale, self.weight, torch.tensor(self.bias)):
+            hasher.update(tensor.float().cpu().numpy().tobytes())
+        return hasher.hexdigest()
 
     def to(self, device: torch.device) -> "Probe":
         """The same probe with its tensors on `device`."""
@@ -75,6 +87,7 @@ class Probe:
             "format": _FORMAT,
             "layer": self.layer,
             "pooling": self.pooling,
+            "position": self.position,
             "threshold": self.threshold,
             "fingerprint": self.fingerprint,
             "hidden_size": self.weight.numel(),
@@ -113,6 +126,7 @@ class Probe:
             probe = cls(
                 layer=int(facts["layer"]),
                 pooling=facts["pooling"],
+                position=facts.get("position", "prompt"),
                 mean=tensors["mean"],
                 scale=tensors["scale"],
                 weight=tensors["weight"],
@@ -134,7 +148,11 @@ class Probe:
             and all(t.is_floating_point() and t.isfinite().all() for t in tensors.values())
             and bool((probe.scale > 0).all())
         )
-        if not fits or probe.pooling not in POOLINGS or not 0 <= probe.threshold <= 1:
+        if (
+            not fits
+            or probe.pooling not in (*POOLINGS, *RESPONSE_POOLINGS)
+            or not 0 <= probe.threshold <= 1
+        ):
             raise ProbeError(
                 f"the files of the probe in {folder} do not belong together or are of another "
                 f"format than {_FORMAT}: fit it again"
@@ -192,11 +210,53 @@ def pool_prompt(
     if row_index is None:
         row_index = torch.arange(hidden.shape[0], device=hidden.device)
     first = attention_mask.to(torch.int32).argmax(dim=1).index_select(0, row_index)
-    last = first + prompt_ends - 1
-    if pooling == "last_prompt_token":
-        return hidden[row_index, last]
+    return pool_spans(
+        hidden, rows=row_index, first=first, last=first + prompt_ends - 1, pooling=pooling
+    )
+
+
+def pool_spans(
+    hidden: Tensor, *, rows: Tensor, first: Tensor, last: Tensor, pooling: str
+) -> Tensor:
+    """[N, H] pooled states of N spans; a padded or packed row may hold any number of them.
+
+    Args:
+        hidden: [B, S, H].
+        rows: [N] int64 row of each span.
+        first: [N] int64 its first position in the padded row.
+        last: [N] int64 its last position, included.
+        pooling: `last_*` takes the last position, `mean_*` the float32 mean over the span.
+    Collectives: none, and no host synchronisation.
+    """
+    if pooling.startswith("last_"):
+        return hidden[rows, last]
     position = torch.arange(hidden.shape[1], device=hidden.device)
     inside = (position >= first[:, None]) & (position <= last[:, None])
-    states = hidden.index_select(0, row_index).float()
+    states = hidden.index_select(0, rows).float()
     # Filled, not multiplied by 0: a state at a padded position may be nan.
-    return states.masked_fill(~inside[..., None], 0.0).sum(1) / prompt_ends[:, None]
+    return states.masked_fill(~inside[..., None], 0.0).sum(1) / (last - first + 1)[:, None]
+
+
+def rescale(risk: float, threshold: float) -> float:
+    """Risk on a scale on which every signal sets in at 0.5: piecewise linear, 0 and 1 stay.
+
+    0.5 r / t below the threshold t, 0.5 + 0.5 (r - t) / (1 - t) from t on.
+    """
+    if risk < threshold:
+        return min(0.5 * risk / threshold, _BELOW_HALF)
+    return 0.5 + 0.5 * (risk - threshold) / (1 - threshold) if threshold < 1 else 1.0
+
+
+_BELOW_HALF = math.nextafter(0.5, 0.0)  # rounding must not carry a row over the threshold
+
+
+def load_probes(folder: Path | str) -> list[Probe]:
+    """The probe of a folder, or the two of its folders `prompt` and `response`.
+
+    Raises:
+        ProbeError: neither is there, or one cannot be read.
+    """
+    both = [Path(folder) / position for position in ("prompt", "response")]
+    if any(part.is_dir() for part in both) and not (Path(folder) / _FACTS).is_file():
+        return [Probe.load(part) for part in both if part.is_dir()]
+    return [Probe.load(folder)]

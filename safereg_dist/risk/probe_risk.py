@@ -2,9 +2,11 @@
 
 import hashlib
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -13,14 +15,16 @@ from torch import Tensor
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.risk.estimator import Risk
-from safereg_dist.risk.probe import Probe, pool_prompt
-from safereg_dist.types import MicroBatch
+from safereg_dist.risk.probe import Probe, pool_spans
+from safereg_dist.score_cache import CachedScore, ScoreCache
+from safereg_dist.types import MicroBatch, Row
 
 
 class PolicyProbeRisk:
     """A probe on the policy's hidden states of this very forward: free, but it drifts."""
 
     name = "probe-policy"
+    notes: dict[int, str] = {}  # noqa: RUF012 - never filled
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
@@ -28,14 +32,12 @@ class PolicyProbeRisk:
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Largest probability over a row's assistant turns. Collectives: none; one host sync."""
         assert policy_states is not None
-        rows, ends = _scored_turns(batch, range(len(batch.rows)))
-        probability = _probe_turns(
-            self._probe, policy_states, batch.attention_mask, rows=rows, ends=ends
-        )
-        return _max_per_row(len(batch.rows), rows, probability)
+        turns = probed_turns(self._probe, batch.rows)
+        pooled = pooled_turns(self._probe, policy_states, batch.attention_mask, turns)
+        return turn_risks(self._probe, len(batch.rows), turns, pooled)
 
 
-class PromptTrunk(Protocol):
+class ReferenceTrunkPrefix(Protocol):
     """Runs the reference's first layers (`reference.Reference`)."""
 
     def prompt_states(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:
@@ -43,64 +45,118 @@ class PromptTrunk(Protocol):
         ...
 
 
-class ReferenceProbeRisk:
-    """A probe on the frozen reference, run over prompt tokens up to the probed layer only.
+class KnownRisks(NamedTuple):
+    """Risks on disk, which outlive a run: neither text nor reference nor probe changes."""
 
-    Neither text nor reference changes, so a row's risk is computed once and cached by its content.
+    cache: ScoreCache
+    scorer: str
+    """Names probe, reference weights and precision; see `scorer_name`."""
+
+
+def scorer_name(probe: Probe, reference_fingerprint: str, precision: str) -> str:
+    """Key of everything that a risk depends on besides the row."""
+    return f"probe {probe.identity} on {reference_fingerprint} {precision}"
+
+
+class ReferenceProbeRisk:
+    """A probe on the frozen reference, run up to the probed layer only.
+
+    A prompt-side probe reads prompt tokens and no others; a response-side one reads the answer that
+    the row teaches, teacher-forced. Neither text nor reference changes, so a row's risk is computed
+    once and cached by its content, in memory and on disk.
     """
 
     name = "probe-reference"
+    notes: dict[int, str] = {}  # noqa: RUF012 - never filled
 
     def __init__(
-        self, probe: Probe, reference: PromptTrunk, *, ranks: Ranks, rows_per_pass: int
+        self,
+        probe: Probe,
+        reference: ReferenceTrunkPrefix,
+        *,
+        ranks: Ranks,
+        rows_per_pass: int,
+        known: KnownRisks | None = None,
     ) -> None:
-        self._probe = probe
+        self.probe = probe
         self._reference = reference
         self._ranks = ranks
         self._rows_per_pass = rows_per_pass
+        self._known = known
         self.cache: dict[str, float] = {}
+        self.began_late = False
+        """True where rows went by before this estimator was asked: then any row may be missing."""
 
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Cached risk, computed first where it is missing.
 
-        Collectives: none once every rank has seen all its rows; before that one 8-byte MAX
+        Collectives: none once every rank has seen all its rows here; before that one 8-byte MAX
         all-reduce, and the reference's own for the layers run.
         """
-        if batch.may_be_new:
-            missing = self._missing(batch)
+        keys = self._keys(batch)
+        if batch.may_be_new or self.began_late:
+            missing = self._missing(keys)
             passes = self._ranks.agree_on_passes(-(-len(missing) // self._rows_per_pass))
             for i in range(passes):
-                self._score(batch, missing[i * self._rows_per_pass : (i + 1) * self._rows_per_pass])
+                group = missing[i * self._rows_per_pass : (i + 1) * self._rows_per_pass]
+                self._score(batch, group, keys)
+        return [None if key is None else self.cache[key] for key in keys]
+
+    def pooled(self, batch: MicroBatch, turns: "Turns") -> Tensor:
+        """[N, H] states of the turns of all rows, in order, without the cache.
+
+        Every rank runs as many passes as a micro-batch of this size takes, whatever its rows are.
+        """
+        pieces = []
+        for begin in range(0, len(batch.rows), self._rows_per_pass):
+            group = range(begin, min(begin + self._rows_per_pass, len(batch.rows)))
+            wanted = sorted({row for row in turns.rows if row in group})
+            pieces.append(self._run(batch, wanted)[1])
+        return torch.cat(pieces)
+
+    def _keys(self, batch: MicroBatch) -> list[str | None]:
+        """Key of each row's content; None on rows that have no risk."""
         return [
-            self.cache[row.content_key] if row.prompt_ends and not row.is_anchor else None
+            content_key(row, self.probe.position) if row.prompt_ends and not row.is_anchor else None
             for row in batch.rows
         ]
 
-    def _missing(self, batch: MicroBatch) -> list[int]:
-        """First row of each content that is not cached."""
+    def _missing(self, keys: list[str | None]) -> list[int]:
+        """First row of each content that is neither in memory nor on disk."""
         found: dict[str, int] = {}
-        for index, row in enumerate(batch.rows):
-            if row.prompt_ends and not row.is_anchor and row.content_key not in self.cache:
-                found.setdefault(row.content_key, index)
+        for index, key in enumerate(keys):
+            if key is not None and key not in self.cache:
+                found.setdefault(key, index)
+        if self._known is not None and found:
+            stored = self._known.cache.get_many(self._known.scorer, list(found))
+            self.cache.update({key: score.score for key, score in stored.items()})
+            found = {key: index for key, index in found.items() if key not in stored}
         return list(found.values())
 
-    def _score(self, batch: MicroBatch, group: list[int]) -> None:
+    def _score(self, batch: MicroBatch, group: list[int], keys: list[str | None]) -> None:
+        turns, pooled = self._run(batch, group)
+        risks = turn_risks(self.probe, len(group), turns, pooled)
+        new = {keys[i]: risk for i, risk in zip(group, risks, strict=True)}
+        self.cache.update(new)  # type: ignore[arg-type]
+        good = {k: CachedScore(r, None) for k, r in new.items() if r is not None and r == r}
+        if self._known is not None and good:  # a failed risk (nan) is computed again next time
+            self._known.cache.put_many(self._known.scorer, good)  # type: ignore[arg-type]
+
+    def _run(self, batch: MicroBatch, group: list[int]) -> tuple["Turns", Tensor]:
+        """The turns of these rows and their [N, H] states; one pass, of a dummy for no row."""
         device = batch.input_ids.device
         if not group:
             dummy = torch.zeros(1, 1, dtype=torch.int64, device=device)
-            self._reference.prompt_states(dummy, torch.ones_like(dummy), self._probe.layer)
-            return
-        width = max(batch.rows[index].prompt_ends[-1] for index in group)
+            states = self._reference.prompt_states(dummy, torch.ones_like(dummy), self.probe.layer)
+            return Turns([], [], []), states.new_zeros(0, states.shape[-1])
+        turns = probed_turns(self.probe, [batch.rows[index] for index in group])
+        width = max(turns.last) + 1
         index = torch.tensor(group).to(device, non_blocking=True)
         mask = batch.attention_mask.index_select(0, index)[:, :width]
         states = self._reference.prompt_states(
-            batch.input_ids.index_select(0, index)[:, :width], mask, self._probe.layer
+            batch.input_ids.index_select(0, index)[:, :width], mask, self.probe.layer
         )
-        rows, ends = _scored_turns(batch, group)
-        probability = _probe_turns(self._probe, states, mask, rows=rows, ends=ends)
-        for index_, value in zip(group, _max_per_row(len(group), rows, probability), strict=True):
-            assert value is not None
-            self.cache[batch.rows[index_].content_key] = value
+        return turns, pooled_turns(self.probe, states, mask, turns)
 
     def save_cache(self, path: Path) -> None:
         """Writes the cache as safetensors: keys uint8 [n, 32] and risk float64 [n]."""
@@ -109,7 +165,7 @@ class ReferenceProbeRisk:
             "keys": torch.tensor(keys, dtype=torch.uint8).reshape(-1, 32),
             "risk": torch.tensor(list(self.cache.values()), dtype=torch.float64),
         }
-        save_file(tensors, path, metadata={"probe": _identity(self._probe)})
+        save_file(tensors, path, metadata={"probe": self.probe.identity})
 
     def load_cache(self, path: Path) -> None:
         """Restores what `save_cache` wrote.
@@ -127,7 +183,7 @@ class ReferenceProbeRisk:
                 f"the risk cache {path} cannot be read ({err}): remove this checkpoint to resume "
                 "from an earlier one"
             ) from err
-        if written_by != _identity(self._probe):
+        if written_by != self.probe.identity:
             raise CheckpointError(
                 f"{path} holds risks of another probe than the one at risk.path: remove the "
                 "checkpoint or restore the probe"
@@ -135,49 +191,66 @@ class ReferenceProbeRisk:
         self.cache = {key.tobytes().hex(): value for key, value in zip(keys, risk, strict=True)}
 
 
-def _identity(probe: Probe) -> str:
-    """SHA-256 (hex) of everything that a probe's probabilities depend on."""
-    hasher = hashlib.sha256(f"{probe.fingerprint} {probe.layer} {probe.pooling}".encode())
-    for tensor in (probe.mean, probe.scale, probe.weight, torch.tensor(probe.bias)):
-        hasher.update(tensor.float().cpu().numpy().tobytes())
-    return hasher.hexdigest()
+def content_key(row: Row, position: str) -> str:
+    """SHA-256 (hex) of the tokens that a probe at this position reads, and of where turns lie."""
+    if position == "prompt":
+        return row.content_key
+    tokens = np.asarray([row.input_ids, row.loss_mask], dtype=np.int64)
+    return hashlib.sha256(tokens.tobytes()).hexdigest()
 
 
-class _Turns(NamedTuple):
+class Turns(NamedTuple):
+    """What a probe reads of some rows: N spans of real tokens, one for each assistant turn."""
+
     rows: list[int]
-    """Position of each turn's row among the rows asked for."""
-    ends: list[int]
-    """Tokens before each turn."""
+    """[N] place of each span's row among the rows asked for."""
+    first: list[int]
+    """[N] first token of the span, counted from the row's first real token."""
+    last: list[int]
+    """[N] its last token, included."""
 
 
-def _scored_turns(batch: MicroBatch, rows: "range | list[int]") -> _Turns:
-    turns = _Turns([], [])
-    for place, index in enumerate(rows):
-        row = batch.rows[index]
-        if not row.is_anchor:
-            turns.rows.extend([place] * len(row.prompt_ends))
-            turns.ends.extend(row.prompt_ends)
+def probed_turns(probe: Probe, rows: Iterable[Row]) -> Turns:
+    """The prompt before each assistant turn, or the turn itself; none on anchor rows."""
+    turns = Turns([], [], [])
+    for place, row in enumerate(rows):
+        if row.is_anchor:
+            continue
+        for end in row.prompt_ends:
+            first, last = (0, end - 1) if probe.position == "prompt" else (end, _turn_end(row, end))
+            turns.rows.append(place)
+            turns.first.append(first)
+            turns.last.append(last)
     return turns
 
 
-def _probe_turns(
-    probe: Probe, states: Tensor, attention_mask: Tensor, *, rows: list[int], ends: list[int]
-) -> list[float]:
-    if not rows:
-        return []
+def _turn_end(row: Row, begin: int) -> int:
+    """Last token of the assistant turn that begins at `begin`, end-of-turn token included."""
+    end = begin
+    while end + 1 < len(row.loss_mask) and row.loss_mask[end + 1]:
+        end += 1
+    return end
+
+
+def pooled_turns(probe: Probe, states: Tensor, attention_mask: Tensor, turns: Turns) -> Tensor:
+    """[N, H] pooled states of the turns; rows may be padded on either side."""
     device = states.device
-    pooled = pool_prompt(
-        states,
-        torch.tensor(ends).to(device, non_blocking=True),
-        pooling=probe.pooling,
-        attention_mask=attention_mask,
-        row_index=torch.tensor(rows).to(device, non_blocking=True),
+    rows, first, last = (
+        torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True) for values in turns
     )
-    return probe.probability(pooled).tolist()
+    begin = attention_mask.to(torch.int32).argmax(dim=1).index_select(0, rows)
+    return pool_spans(
+        states, rows=rows, first=begin + first, last=begin + last, pooling=probe.pooling
+    )
 
 
-def _max_per_row(num_rows: int, rows: list[int], probability: list[float]) -> Risk:
-    """The riskiest turn of each row; nan (a failed turn) wins over any number."""
+def turn_risks(probe: Probe, num_rows: int, turns: Turns, pooled: Tensor) -> Risk:
+    """The riskiest turn of each row; nan (a failed turn) wins over any number. One host sync."""
+    return max_per_row(num_rows, turns.rows, probe.probability(pooled).tolist())
+
+
+def max_per_row(num_rows: int, rows: Sequence[int], probability: Sequence[float]) -> Risk:
+    """[num_rows] largest of the values of each row; nan wins, None where a row has none."""
     risk: Risk = [None] * num_rows
     for row, value in zip(rows, probability, strict=True):
         known = risk[row]

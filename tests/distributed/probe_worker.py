@@ -29,12 +29,13 @@ def probed_training(folder, backend, source: str, steps: int) -> dict:
         )
         num_tokens = _global_tokens(run, [b.num_response_tokens for b in batches])
         output = run.engine(batches[0], num_tokens)
-        for row, value in zip(batches[0].rows, output.risk, strict=True):
+        for row, value in zip(batches[0].rows, output.risk.values, strict=True):
             risk.setdefault(row.id, value)
         run.engine.backward(output.loss, is_last=True)
         run.engine.update(0.0)  # weights stay: the policy's states stay those of the reference
         left.append(left_gathered(run))
-    found = {"risk": risk, "left": left, "cached": len(getattr(run.step.risk, "cache", {}))}
+    signal = run.step.risk.parts[0].estimator
+    found = {"risk": risk, "left": left, "cached": len(getattr(signal, "cache", {}))}
     run.engine.engine.destroy()
     return found
 

@@ -45,6 +45,7 @@ from safereg_dist.batch import collate  # noqa: E402
 from safereg_dist.config import load_config  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
 from safereg_dist.metrics import StepMetrics  # noqa: E402
+from safereg_dist.risk.stage import Part, RiskStage  # noqa: E402
 from safereg_dist.train import _global_tokens  # noqa: E402
 
 
@@ -141,10 +142,11 @@ def replace_risk(row, risk):
     return row if row.is_anchor else replace(row, risk=risk)
 
 
-class FailingRisk:
+class FailingSignal:
     """Fails on one rank only."""
 
     name = "failing"
+    notes = {}  # noqa: RUF012
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -164,7 +166,7 @@ def failing_rank(folder, backend) -> None:
         config = load_config(folder / "base.yaml", [f"regularizer.granularity={granularity}"])
         run = build_run(config, backend)
         rank = backend.ranks.rank
-        run.step.risk = FailingRisk(rank)
+        run.step.risk = RiskStage([Part("", FailingSignal(rank), 0.5)])
         batch = collate(micro_batch_rows(rank, 0), pad_id=0)
         caught = ""
         try:

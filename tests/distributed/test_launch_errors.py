@@ -23,7 +23,7 @@ def make_config(folder):
     config.write_text(
         f"model: {folder / 'model'}\n"
         f"data: {{train: {folder / 'bad.jsonl'}}}\n"
-        "risk: {estimator: column}\n"
+        "risk: {estimator: column, max_held_back: 1.0}\n"
         "train: {steps: 2, precision: fp32, micro_batch_size: 2}\n"
         f"output_dir: {folder / 'out'}\n"
     )

@@ -43,7 +43,7 @@ def make_run(folder):
     (folder / "base.yaml").write_text(
         f"model: {folder / 'model'}\n"
         f"data: {{train: {folder / 'train.jsonl'}}}\n"
-        f"risk: {{estimator: probe, path: {folder / 'probe'}}}\n"
+        f"risk: {{estimator: probe, path: {folder / 'probe'}, max_held_back: 1.0}}\n"
         "reference: {rows_per_pass: 2}\n"
         "train: {precision: fp32, micro_batch_size: 3}\n"
         f"output_dir: {folder / 'out'}\n"

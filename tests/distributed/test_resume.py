@@ -49,7 +49,7 @@ def config(tmp_path_factory):
         f"model: {folder / 'model'}\n"
         f"data: {{train: {folder / 'train.jsonl'}, anchor: {folder / 'anchor.jsonl'}, "
         "anchor_fraction: 0.2}\n"
-        f"risk: {{estimator: probe, path: {folder / 'probe'}}}\n"
+        f"risk: {{estimator: probe, path: {folder / 'probe'}, max_held_back: 1.0}}\n"
         "regularizer: {schedule: linear, granularity: batch, ema: 0.6}\n"
         "optimizer: {lr: 1.0e-3}\n"
         f"train: {{steps: {STEPS}, precision: fp32, micro_batch_size: 2, grad_accum_steps: 2, "

@@ -41,7 +41,7 @@ def make_run(folder, family="llama", **model_changes):
         f"reference: {{model: {folder / 'reference'}}}\n"
         f"data: {{train: {folder / 'train.jsonl'}, validation: {folder / 'train.jsonl'}, "
         f"anchor: {folder / 'anchor.jsonl'}, anchor_fraction: 0.25}}\n"
-        "risk: {estimator: column}\n"
+        "risk: {estimator: column, max_held_back: 1.0}\n"
         "regularizer: {schedule: threshold, threshold: 0.3, ceiling: 0.8}\n"
         "optimizer: {lr: 1.0e-3}\n"
         "train: {steps: 4, precision: fp32, micro_batch_size: 3, grad_accum_steps: 2, "

@@ -70,7 +70,7 @@ def world(models, tmp_path):
     config = {
         "model": str(models / "policy"),
         "data": {"train": str(tmp_path / "train.jsonl"), "max_length": 64},
-        "risk": {"estimator": "column"},
+        "risk": {"estimator": "column", "max_held_back": 1.0},
         "train": {"steps": 2, "precision": "fp32", "micro_batch_size": 2},
         "engine": {"name": "single"},
         "output_dir": str(tmp_path / "out"),

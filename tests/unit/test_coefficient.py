@@ -19,7 +19,7 @@ from safereg_dist.coefficient import Coefficient, scheduled
 from safereg_dist.config import SCHEDULES, RegularizerConfig
 from safereg_dist.errors import DataError
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.types import Row
+from safereg_dist.types import Row, RowRisks
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), dp_group=None)
 UNIT = st.floats(0, 1)
@@ -38,8 +38,13 @@ def row(*, anchor=False, tokens=2):
     )
 
 
-def coefficient(threshold=None, **changes):
-    return Coefficient(RegularizerConfig(**changes), threshold=threshold, ranks=ALONE)
+def coefficient(threshold=None, *, ceilings=None, **changes):
+    config = RegularizerConfig(**changes)
+    return Coefficient(config, threshold=threshold, ranks=ALONE, ceilings=ceilings)
+
+
+def risks(values, **by_category):
+    return RowRisks(list(values), by_category, ["test"] * len(values), {})
 
 
 def test_the_oracle_knows_the_same_schedules():
@@ -107,7 +112,7 @@ def test_which_threshold_counts():
 def test_special_rows(objective, granularity):
     b = coefficient(objective=objective, granularity=granularity, floor=0.25, ceiling=0.75)
     rows = (row(), row(anchor=True), row(tokens=0), row(), row(), row(anchor=True, tokens=0))
-    got = b(rows, [0.9, None, 0.9, math.nan, None, None])
+    got = b(rows, risks([0.9, None, 0.9, math.nan, None, None]))
     if granularity == "sequence":
         assert got == [0.75, 1.0, 0.0, 0.75, 0.25, 1.0]
     else:  # mean of 0.9, 1 and 0 over the rows with response tokens that are no anchors
@@ -116,15 +121,15 @@ def test_special_rows(objective, granularity):
 
 def test_static_and_none():
     rows = (row(), row(anchor=True), row(tokens=0))
-    assert coefficient(objective="static", ceiling=0.3)(rows, [None] * 3) == [0.3, 1.0, 0.0]
-    assert coefficient(objective="none")(rows, [None] * 3) == [0.0] * 3
+    assert coefficient(objective="static", ceiling=0.3)(rows, risks([None] * 3)) == [0.3, 1.0, 0.0]
+    assert coefficient(objective="none")(rows, risks([None] * 3)) == [0.0] * 3
     batch = coefficient(objective="static", ceiling=0.3, granularity="batch")
-    assert batch(rows, [None] * 3) == [0.3, 1.0, 0.0]
+    assert batch(rows, risks([None] * 3)) == [0.3, 1.0, 0.0]
 
 
 def test_unknown_risk_is_full_risk():
     b = coefficient(schedule="linear")
-    assert b((row(), row(), row()), [math.nan, None, 1.0]) == [1.0, 0.0, 1.0]
+    assert b((row(), row(), row()), risks([math.nan, None, 1.0])) == [1.0, 0.0, 1.0]
 
 
 @settings(deadline=None, max_examples=50)
@@ -135,30 +140,30 @@ def test_unknown_risk_is_full_risk():
 def test_batch_mean_and_moving_average(batches, ema):
     b = coefficient(schedule="linear", granularity="batch", ema=ema)
     smooth = None
-    for risks in batches:
-        mean = np.mean(risks)
+    for values in batches:
+        mean = np.mean(values)
         smooth = mean if smooth is None else ema * smooth + (1 - ema) * mean
-        got = b(tuple(row() for _ in risks), list(risks))
-        assert got == pytest.approx([smooth] * len(risks), rel=1e-12, abs=1e-15)
+        got = b(tuple(row() for _ in values), risks(values))
+        assert got == pytest.approx([smooth] * len(values), rel=1e-12, abs=1e-15)
 
 
 def test_a_batch_without_rows_leaves_the_average_alone():
     b = coefficient(schedule="linear", granularity="batch", ema=0.5)
-    assert b((row(anchor=True), row(tokens=0)), [None, None]) == [1.0, 0.0]
-    assert b((row(),), [0.8]) == [0.8]  # the first observation begins the average
-    assert b((row(anchor=True),), [None]) == [1.0]
-    assert b((row(),), [0.4]) == pytest.approx([0.6])
+    assert b((row(anchor=True), row(tokens=0)), risks([None, None])) == [1.0, 0.0]
+    assert b((row(),), risks([0.8])) == [0.8]  # the first observation begins the average
+    assert b((row(anchor=True),), risks([None])) == [1.0]
+    assert b((row(),), risks([0.4])) == pytest.approx([0.6])
 
 
 def test_state_goes_through_a_checkpoint():
     before = coefficient(schedule="linear", granularity="batch", ema=0.9)
     assert before.state_dict() == {"ema": None}
-    before((row(), row()), [0.2, 0.7])
+    before((row(), row()), risks([0.2, 0.7]))
     state = before.state_dict()
     assert state == {"ema": pytest.approx(0.45)}
     fresh = coefficient(schedule="linear", granularity="batch", ema=0.9)
     fresh.load_state_dict(state)
-    assert fresh((row(),), [0.1]) == before((row(),), [0.1])
+    assert fresh((row(),), risks([0.1])) == before((row(),), risks([0.1]))
 
 
 @pytest.mark.parametrize("granularity", ["sequence", "batch"])
@@ -169,4 +174,18 @@ def test_an_error_in_place_of_risk_is_raised(granularity):
 
 def test_lists_that_do_not_match():
     with pytest.raises(ValueError, match="zip"):
-        coefficient()((row(), row()), [0.5])
+        coefficient()((row(), row()), risks([0.5]))
+
+
+def test_categories_with_ceilings_of_their_own():
+    b = coefficient(ceilings={"mild": 0.4}, floor=0.1, ceiling=0.9)
+    rows = tuple(row() for _ in range(5))
+    found = risks(
+        [0.7, 0.7, 0.9, 0.2, math.nan],
+        mild=[0.7, 0.2, 0.6, 0.2, 0.1],
+        grave=[0.3, 0.7, 0.9, 0.1, math.nan],
+    )
+    assert b(rows, found) == [0.4, 0.9, 0.9, 0.1, 0.9]
+    line = coefficient(ceilings={"mild": 0.4}, schedule="linear")
+    expected = [max(0.4 * m, g) for m, g in zip([0.7, 0.2, 0.6, 0.2], [0.3, 0.7, 0.9, 0.1], strict=True)]
+    assert line(rows, found)[:4] == pytest.approx(expected, rel=1e-12)

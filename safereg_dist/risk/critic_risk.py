@@ -1,0 +1,79 @@
+"""Stage 3, with a judge model: it scores training pairs in the background, ahead of the step."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+
+from torch import Tensor
+
+from safereg_dist.critic.critic import Critic, Verdict
+from safereg_dist.risk.estimator import Risk
+from safereg_dist.types import MicroBatch, Row
+
+
+class CriticRisk:
+    """Asks this rank's judge about this rank's rows; no other rank takes part.
+
+    `prefetch` sends the rows of coming steps, so that the step seldom waits; a judgement that does
+    not come within the critic's deadline has failed, so no rank waits longer than that.
+    """
+
+    name = "critic"
+    sum_names = ("risk_failed",)
+
+    def __init__(self, critic: Critic) -> None:
+        self._critic = critic
+        self._asked: dict[bytes, Future[Verdict]] = {}
+        self._judged: dict[bytes, Verdict] = {}
+        self._failed = 0
+        self.notes: dict[int, str] = {}
+
+    def prefetch(self, rows: Iterable[Row]) -> None:
+        """Sends rows that are not judged yet; returns at once."""
+        for row in rows:
+            key = _key(row)
+            if key is not None and key not in self._judged and key not in self._asked:
+                self._asked[key] = self._critic.submit(json.loads(row.messages))
+
+    def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
+        """The judge's score of every row, as its fail mode says where it failed. Collectives: none.
+
+        Raises:
+            CriticUnavailable: a judgement failed and the fail mode is `stop`.
+        """
+        self.prefetch(batch.rows)
+        keys = [_key(row) for row in batch.rows]
+        verdicts = {key: self._verdict(key) for key in keys if key is not None}
+        self.notes = {}
+        for index, key in enumerate(keys):
+            if key is not None and verdicts[key].failed:
+                self.notes[index] = f"judge failed: {verdicts[key].reason}"
+            elif key is not None and verdicts[key].category:
+                self.notes[index] = f"judge: {verdicts[key].category}"
+        self._failed += sum(key is not None and verdicts[key].failed for key in keys)
+        return [None if key is None else verdicts[key].score for key in keys]
+
+    def _verdict(self, key: bytes) -> Verdict:
+        if key in self._judged:
+            return self._judged[key]
+        verdict = self._asked.pop(key).result()
+        if not verdict.failed:  # a failed one is asked again when the row comes back
+            self._judged[key] = verdict
+        return verdict
+
+    def take_sums(self) -> dict[str, float]:
+        """Rows of this rank whose judgement failed, since the last call."""
+        failed, self._failed = self._failed, 0
+        return {"risk_failed": float(failed)}
+
+    def end_step(self, total: Mapping[str, float]) -> dict[str, float | int]:
+        """The rows of the step whose judgement failed, over all ranks."""
+        return {"risk_failed": int(total["risk_failed"])}
+
+
+def _key(row: Row) -> bytes | None:
+    """Names the conversation; None where there is nothing to judge."""
+    if row.is_anchor or not row.messages:
+        return None
+    return hashlib.sha256(row.messages.encode()).digest()

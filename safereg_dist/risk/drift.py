@@ -1,0 +1,197 @@
+"""A watched probe on the policy: every few steps the reference is asked about the same rows.
+
+While a policy trains, its states move away from those that its probe was fitted on; risk falls,
+protection goes with it, and AUROC hides it. So recall at the threshold is measured against the
+reference side, on the rows of the step itself, and one of three things is done about it:
+
+    warn       it is said, and written to the metrics
+    fallback   from then on the reference side gives the risk
+    realign    the policy's states are mapped back onto the reference's mean and covariance
+"""
+
+import sys
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.risk.estimator import Risk
+from safereg_dist.risk.probe import Probe
+from safereg_dist.risk.probe_risk import (
+    ReferenceProbeRisk,
+    pooled_turns,
+    probed_turns,
+    turn_risks,
+)
+from safereg_dist.risk.realign import Moments, Realignment
+from safereg_dist.types import MicroBatch
+
+MIN_FLAGGED = 8
+"""Rows that the reference side must have flagged before their recall is acted upon."""
+
+
+class DriftSettings(Protocol):
+    """The keys of `config.RiskConfig` that are read here."""
+
+    @property
+    def drift(self) -> str:
+        """`warn`, `fallback` or `realign`."""
+        ...
+
+    @property
+    def drift_every(self) -> int:
+        """Optimizer steps between comparisons."""
+        ...
+
+    @property
+    def drift_recall(self) -> float:
+        """The least recall that is accepted."""
+        ...
+
+
+class WatchedPolicyProbe:
+    """`PolicyProbeRisk` with its drift monitor."""
+
+    sum_names = ("drift_flagged", "drift_found", "drift_rows", "drift_gap")
+    notes: dict[int, str] = {}  # noqa: RUF012 - never filled
+
+    def __init__(
+        self,
+        probe: Probe,
+        reference: ReferenceProbeRisk,
+        *,
+        settings: DriftSettings,
+        threshold: float,
+        ranks: Ranks,
+    ) -> None:
+        self._probe = probe
+        self._reference = reference
+        self._settings = settings
+        self._threshold = threshold
+        self._ranks = ranks
+        self._is_due = False
+        self._sums: dict[str, float] = dict.fromkeys(self.sum_names, 0.0)
+        self._checks: deque[tuple[float, float]] = deque()
+        self._moments = Moments(probe.mean) if settings.drift == "realign" else None
+        self._realignment: Realignment | None = None
+        self.has_fallen_back = False
+
+    @property
+    def name(self) -> str:
+        """Which side gives the risk at present."""
+        if self.has_fallen_back:
+            return self._reference.name
+        return "probe-policy" if self._realignment is None else "probe-policy-realigned"
+
+    def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
+        """Risk of every row from the policy's states; from the reference's after a fall-back.
+
+        Without policy states (before training) the reference answers too.
+        Collectives: none; in a step that compares both sides, the reference's for the layers run.
+        """
+        if policy_states is None or self.has_fallen_back:
+            return self._reference(batch, None)
+        turns = probed_turns(self._probe, batch.rows)
+        pooled = pooled_turns(self._probe, policy_states, batch.attention_mask, turns)
+        mapped = pooled if self._realignment is None else self._realignment(pooled)
+        risk = turn_risks(self._probe, len(batch.rows), turns, mapped)
+        if self._is_due:
+            frozen = self._reference.pooled(batch, turns)
+            self._compare(risk, turn_risks(self._probe, len(batch.rows), turns, frozen))
+            if self._moments is not None:
+                self._moments.add(pooled, frozen)
+        return risk
+
+    def _compare(self, own: Risk, frozen: Risk) -> None:
+        for a, b in zip(own, frozen, strict=True):
+            if a is None or b is None:
+                continue
+            is_flagged = not b < self._threshold  # nan counts as flagged, on either side
+            self._sums["drift_flagged"] += is_flagged
+            self._sums["drift_found"] += is_flagged and not a < self._threshold
+            self._sums["drift_rows"] += 1
+            self._sums["drift_gap"] += abs(a - b) if a == a and b == b else 1.0
+
+    def begin_step(self, step: int) -> None:
+        """Decides whether this step compares both sides; the same on every rank."""
+        self._is_due = not self.has_fallen_back and step % self._settings.drift_every == 0
+
+    def take_sums(self) -> dict[str, float]:
+        """This rank's counts of the step."""
+        sums = dict(self._sums)
+        self._sums.update(dict.fromkeys(self.sum_names, 0.0))
+        return sums
+
+    def end_step(self, total: Mapping[str, float]) -> dict[str, float | int]:
+        """`probe_recall` (of the last checks with enough rows) and `probe_gap` (mean |difference|).
+
+        Acts on them as `drift` says. Empty in a step that did not compare.
+        Collectives: with `realign` one SUM of 2 H^2 + 2 H + 1 float32 in a step that compares.
+        """
+        if not self._is_due:
+            return {}
+        if self._moments is not None:
+            self._realignment = self._moments.realignment(self._ranks)
+        self._checks.append((total["drift_flagged"], total["drift_found"]))
+        while sum(flagged for flagged, _ in list(self._checks)[1:]) >= MIN_FLAGGED:
+            self._checks.popleft()  # the newest checks that hold enough rows, and no older ones
+        flagged = sum(flagged for flagged, _ in self._checks)
+        found = sum(found for _, found in self._checks)
+        gap = total["drift_gap"] / max(total["drift_rows"], 1)
+        row: dict[str, float | int] = {"probe_gap": gap}
+        if flagged:
+            row["probe_recall"] = found / flagged
+        if flagged >= MIN_FLAGGED and found / flagged < self._settings.drift_recall:
+            self._act(found / flagged)
+        return row
+
+    def _act(self, recall: float) -> None:
+        if self._settings.drift == "fallback":
+            self._fall_back()
+            remedy = "the reference side gives the risk from now on"
+        elif self._settings.drift == "realign":
+            remedy = "realigning its states does not hold it; set risk.source=reference"
+        else:
+            remedy = "protection goes with it; set risk.source=reference, or risk.drift=fallback"
+        if self._ranks.is_main:
+            print(
+                f"safereg: the policy-side probe finds {recall:.0%} of what the reference side "
+                f"flags (risk.drift_recall asks for {self._settings.drift_recall:.0%}): {remedy}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _fall_back(self) -> None:
+        self.has_fallen_back = True
+        self._reference.began_late = True
+
+    def save_cache(self, path: Path) -> None:
+        """Writes the reference side's cache and, beside it, what the monitor knows."""
+        self._reference.save_cache(path)
+        tensors = {
+            "has_fallen_back": torch.tensor([self.has_fallen_back]),
+            "checks": torch.tensor(list(self._checks), dtype=torch.float64).reshape(-1, 2),
+        }
+        if self._moments is not None:
+            tensors.update(self._moments.state())
+        save_file(tensors, path.with_stem(f"{path.stem}-drift"))
+
+    def load_cache(self, path: Path) -> None:
+        """Restores what `save_cache` wrote.
+
+        Raises:
+            CheckpointError: the reference side's cache belongs to another probe.
+        """
+        self._reference.load_cache(path)
+        tensors = load_file(path.with_stem(f"{path.stem}-drift"))
+        if tensors["has_fallen_back"].item():
+            self._fall_back()
+        self._checks = deque((a, b) for a, b in tensors["checks"].tolist())
+        if self._moments is not None:
+            self._moments.load_state(tensors)
+            self._realignment = self._moments.map()

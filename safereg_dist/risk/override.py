@@ -1,0 +1,37 @@
+"""Rows that a person has reviewed: their risk is what the reviewer said."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from safereg_dist.errors import DataError
+from safereg_dist.prompts import read_rows
+
+_RISK = {"allow": 0.0, "hold": 1.0}
+
+
+class Override(NamedTuple):
+    """A reviewer's decision about one row."""
+
+    risk: float
+    """0 where the row is allowed to train freely, 1 where it is held back."""
+    reason: str
+
+
+def read_overrides(path: Path | str) -> dict[str, Override]:
+    """Decisions by row id, from JSONL rows with `id`, `action` (allow or hold) and `reason`.
+
+    Raises:
+        DataError: a row lacks a field, has another action, or an id occurs twice.
+    """
+    overrides: dict[str, Override] = {}
+    for where, row in read_rows(path):
+        name, action, reason = (row.get(key) for key in ("id", "action", "reason"))
+        if name in (None, "") or action not in _RISK or not isinstance(reason, str) or not reason:
+            raise DataError(
+                f"{where}: an override needs `id`, `action` (allow or hold) and a `reason`, got "
+                f"{ {key: row.get(key) for key in ('id', 'action', 'reason')} }: complete the row"
+            )
+        if str(name) in overrides:
+            raise DataError(f"{where}: id {name!r} is overridden twice: keep one decision")
+        overrides[str(name)] = Override(_RISK[action], f"{action}: {reason}")
+    return overrides

@@ -1,0 +1,125 @@
+"""The risk of rows before any training: what would be held back, and whether that is too much.
+
+Where the risk is the frozen reference's, the rows screened are those that the run begins with, and
+what is found here is not computed again: the first epoch's cost is paid earlier, not twice.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from safereg_dist.batch import RowStream, collate
+from safereg_dist.errors import ConfigError
+from safereg_dist.factory import Run
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.risk.stage import RiskStage
+
+_CONFIDENCE = 0.95  # of the bound from a sample; a whole data set needs none
+
+
+class Screened(NamedTuple):
+    """What the risk stage says of one training row."""
+
+    id: str
+    risk: float | None
+    """nan where it failed."""
+    by_category: dict[str, float | None]
+    source: str
+    note: str | None
+    prompt_tokens: int
+    num_tokens: int
+
+
+def screen_rows(
+    stream: RowStream,
+    risk: RiskStage,
+    *,
+    count: int,
+    micro_batch_size: int,
+    pad_id: int,
+    ranks: Ranks,
+) -> Iterator[Screened]:
+    """The risk of the first `count` training rows of this rank, one after the other.
+
+    Collectives: those of the risk stage, for ceil(count / micro_batch_size) batches; every rank
+    passes the same `count` and takes every item.
+    """
+    rows = stream.first_rows(count)
+    with tqdm(total=count, desc="screen rows", unit=" rows", disable=not ranks.is_main) as bar:
+        for begin in range(0, count, micro_batch_size):
+            chosen = [next(rows) for _ in range(min(micro_batch_size, count - begin))]
+            batch = collate(chosen, pad_id=pad_id).to(ranks.device)
+            found = risk(batch, None)
+            for index, row in enumerate(batch.rows):
+                if row.id:  # not a filler
+                    yield Screened(
+                        row.id,
+                        found.values[index],
+                        {name: values[index] for name, values in found.by_category.items()},
+                        found.sources[index],
+                        found.notes.get(index),
+                        row.prompt_ends[-1] if row.prompt_ends else 0,
+                        len(row.input_ids),
+                    )
+            bar.update(len(chosen))
+    risk.take_sums()  # the metrics of step 0 are its own
+
+
+def is_held_back(risk: float | None, threshold: float) -> bool:
+    """True from the threshold on, and where the risk failed."""
+    return risk is not None and not risk < threshold
+
+
+def refuse_too_many_held_back(run: Run) -> None:
+    """Raises where more rows would be held back than the configuration allows.
+
+    Counted over the rows that the run will see (all rows of a column), or over its first
+    `risk.gate_rows` where a critic judges them. Where these are not all rows of the data, too much
+    is what the exact one-sided 95 % bound below the share exceeds.
+
+    Raises:
+        ConfigError: too many rows at or above the threshold.
+    Collectives: those of `screen_rows`, one SUM of 16 bytes, one gather of texts.
+    """
+    config, ranks, sources = run.config, run.ranks, run.sources
+    limit = config.risk.max_held_back + config.data.declared_poison
+    if not config.needs_risk or limit >= 1:
+        return
+    positions = sources.total_steps * sources.rows_per_step
+    count = sources.stream.rows_within(positions)
+    if config.risk.estimator == "column":
+        count = sources.stream.most_rows  # known without any work
+    elif run.step.risk.looks_ahead:
+        count = min(count, -(-config.risk.gate_rows // ranks.world_size))
+        run.step.risk.prefetch(row for row in sources.stream.first_rows(count) if row is not None)
+    screened = screen_rows(
+        sources.stream,
+        run.step.risk,
+        count=count,
+        micro_batch_size=config.train.micro_batch_size,
+        pad_id=run.pad_id,
+        ranks=ranks,
+    )
+    held = [is_held_back(row.risk, run.step.coefficient.threshold) for row in screened]
+    total = ranks.sum_(torch.tensor([sum(held), len(held)], device=ranks.device)).tolist()
+    with ranks.together():
+        _check_share(*total, limit=limit, is_sample=len(sources.train) > total[1])
+
+
+def _check_share(held: int, rows: int, *, limit: float, is_sample: bool) -> None:
+    share = held / max(rows, 1)
+    if is_sample and rows:
+        from scipy.stats import binomtest
+
+        share = binomtest(held, rows).proportion_ci(2 * _CONFIDENCE - 1, method="exact").low
+    if share > limit:
+        kind = "rows looked at" if is_sample else "rows"
+        raise ConfigError(
+            f"{held} of {rows} {kind} ({held / rows:.1%}) would be held back, more than "
+            f"risk.max_held_back + data.declared_poison = {limit:.1%}: look at them with `safereg "
+            "audit CONFIG.yaml`; then mend the data or the probe, allow rows one by one "
+            "(risk.override), say what share is known to be risky (data.declared_poison), or "
+            "accept it (risk.max_held_back=1)"
+        )

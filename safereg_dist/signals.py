@@ -1,0 +1,233 @@
+"""From the section `risk` of the configuration to the stage that gives every row its risk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from safereg_dist.batch import RowStore
+from safereg_dist.coefficient import DEFAULT_THRESHOLD
+from safereg_dist.config import Config, CriticConfig, RiskConfig, RiskPart
+from safereg_dist.critic.critic import build_critic
+from safereg_dist.errors import ConfigError, DataError, ProbeError
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.engine import Backend
+from safereg_dist.reference import NoReference, Reference
+from safereg_dist.risk.critic_risk import CriticRisk
+from safereg_dist.risk.drift import WatchedPolicyProbe
+from safereg_dist.risk.estimator import ColumnRisk, NoRisk, RiskEstimator
+from safereg_dist.risk.override import read_overrides
+from safereg_dist.risk.probe import Probe, check_model, load_probes
+from safereg_dist.risk.probe_risk import KnownRisks, ReferenceProbeRisk, scorer_name
+from safereg_dist.risk.stage import Part, RiskStage
+from safereg_dist.score_cache import ScoreCache, default_cache_path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """One signal as configured, with its probe read and nothing else built."""
+
+    category: str
+    estimator: str
+    probe: Probe | None
+    critic: CriticConfig
+    force: bool
+    threshold: float
+    weight: float
+    ceiling: float | None
+
+
+def read_signals(config: Config, ranks: Ranks) -> list[Signal]:
+    """The configured signals; probes are read before any model is, so that a wrong path is told.
+
+    A probe for prompts and one for responses in one folder are two signals.
+
+    Raises:
+        ProbeError: a folder without the probe that is asked for.
+    Collectives: one gather of texts.
+    """
+    risk = config.risk
+    if not config.needs_risk:
+        return []
+    with ranks.together():
+        if not risk.is_composite:
+            signals = _signals_of(risk, "", ranks)
+        else:
+            signals = [s for part in risk.parts for s in _signals_of(part, part.category, ranks)]
+        if risk.estimator == "probe" and risk.source == "policy" and len(signals) > 1:
+            raise ConfigError(
+                f"risk.source=policy reads one layer, {risk.path} holds two probes: set "
+                "risk.position=prompt or response"
+            )
+    return signals
+
+
+def _signals_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[Signal]:
+    own_threshold = part.threshold if isinstance(part, RiskPart) else None
+
+    def signal(category: str, probe: Probe | None) -> Signal:
+        default = DEFAULT_THRESHOLD if probe is None else probe.threshold
+        return Signal(
+            category=category,
+            estimator=part.estimator,
+            probe=probe,
+            critic=part.critic,
+            force=part.force,
+            threshold=default if own_threshold is None else own_threshold,
+            weight=part.weight if isinstance(part, RiskPart) else 1.0,
+            ceiling=part.ceiling if isinstance(part, RiskPart) else None,
+        )
+
+    if part.estimator != "probe":
+        return [signal(category, None)]
+    assert part.path is not None
+    probes = [probe.to(ranks.device) for probe in _wanted_probes(part.path, part.position)]
+    if len(probes) == 1:
+        return [signal(category, probes[0])]
+    return [signal(f"{category}-{p.position}".lstrip("-"), p) for p in probes]
+
+
+def _wanted_probes(path: str, position: str | None) -> list[Probe]:
+    found = load_probes(Path(path))
+    wanted = [p for p in found if position in (None, "both", p.position)]
+    if not wanted or (position == "both" and len(wanted) < 2):
+        raise ProbeError(
+            f"{path} holds a probe for the {' and '.join(p.position for p in found)}, the "
+            f"configuration asks for position={position}: run `safereg probe fit --position "
+            f"{position}`"
+        )
+    return wanted
+
+
+def policy_layer(config: Config, signals: list[Signal]) -> int | None:
+    """The decoder layer of the policy that a probe reads, if one does."""
+    reads = config.needs_risk and config.risk.estimator == "probe"
+    if not reads or config.risk.source != "policy":
+        return None
+    assert signals[0].probe is not None
+    return signals[0].probe.layer
+
+
+def category_ceilings(signals: list[Signal]) -> dict[str, float]:
+    """The largest coefficient of each category that has one of its own."""
+    return {s.category: s.ceiling for s in signals if s.ceiling is not None}
+
+
+def build_risk(
+    config: Config,
+    signals: list[Signal],
+    backend: Backend,
+    reference: Reference | NoReference,
+    policy: PreTrainedModel | None,
+    fingerprints: dict[str, str],
+) -> RiskStage:
+    """The risk stage of a run; `policy` may be None where nothing trains (audit).
+
+    Raises:
+        ProbeError: a probe belongs to another model.
+        CriticUnavailable: an endpoint does not answer.
+        ConfigError, DataError: a judge or an override file that cannot be used.
+    Collectives: none.
+    """
+    if not config.needs_risk:
+        return RiskStage([Part("", NoRisk(), DEFAULT_THRESHOLD)])
+    build = _Builder(config, backend, reference, policy, fingerprints)
+    parts = [Part(s.category, build(s), s.threshold, s.weight) for s in signals]
+    rule = config.risk.estimator if config.risk.is_composite else "max"
+    overrides = read_overrides(config.risk.override) if config.risk.override else {}
+    return RiskStage(
+        parts,
+        rule=rule if config.risk.is_composite or len(parts) > 1 else "single",
+        overrides=overrides,
+    )
+
+
+class _Builder:
+    """Makes the estimator of a signal."""
+
+    def __init__(
+        self,
+        config: Config,
+        backend: Backend,
+        reference: Reference | NoReference,
+        policy: PreTrainedModel | None,
+        fingerprints: dict[str, str],
+    ) -> None:
+        self._config = config
+        self._backend = backend
+        self._reference = reference
+        self._policy = policy
+        self._fingerprints = fingerprints
+        self._cache: ScoreCache | None = None
+
+    def __call__(self, signal: Signal) -> RiskEstimator:
+        match signal.estimator:
+            case "none":
+                return NoRisk()
+            case "column":
+                return ColumnRisk()
+            case "critic":
+                return CriticRisk(build_critic(signal.critic, device=self._backend.ranks.device))
+        return self._probe_risk(signal)
+
+    def _probe_risk(self, signal: Signal) -> RiskEstimator:
+        assert signal.probe is not None
+        assert isinstance(self._reference, Reference)
+        risk = self._config.risk
+        self._check(signal, self._reference.model, "reference", force=signal.force)
+        frozen = ReferenceProbeRisk(
+            signal.probe,
+            self._reference,
+            ranks=self._backend.ranks,
+            rows_per_pass=self._config.reference.rows_per_pass
+            or self._config.train.micro_batch_size,
+            known=self._known_risks(signal.probe),
+        )
+        if risk.is_composite or risk.source == "reference":
+            return frozen
+        if self._policy is not None:
+            self._check(signal, self._policy, "policy", force=signal.force)
+        return WatchedPolicyProbe(
+            signal.probe,
+            frozen,
+            settings=risk,
+            threshold=self._config.regularizer.threshold or signal.threshold,
+            ranks=self._backend.ranks,
+        )
+
+    def _check(self, signal: Signal, model: PreTrainedModel, side: str, *, force: bool) -> None:
+        assert signal.probe is not None
+        text_config = model.config.get_text_config()
+        check_model(
+            signal.probe,
+            fingerprint=self._fingerprints[side],
+            hidden_size=text_config.hidden_size,
+            num_layers=text_config.num_hidden_layers,
+            force=force,
+        )
+
+    def _known_risks(self, probe: Probe) -> KnownRisks | None:
+        path = self._config.risk.cache
+        if path == "none":
+            return None
+        if self._cache is None:
+            self._cache = ScoreCache(default_cache_path() if path is None else Path(path))
+        name = scorer_name(probe, self._fingerprints["reference"], self._config.train.precision)
+        return KnownRisks(self._cache, name)
+
+
+def reads_column(risk: RiskConfig) -> bool:
+    """True where a signal is the data's own `risk`."""
+    return "column" in (risk.estimator, *(part.estimator for part in risk.parts))
+
+
+def require_risk_column(rows: RowStore, path: str) -> None:
+    """Raises DataError where a row has no `risk`."""
+    missing = np.flatnonzero(np.isnan(np.asarray(rows.table.data.column("risk"))))
+    if missing.size:
+        first = rows.table[int(missing[0])]["id"]
+        raise DataError(
+            f"{path}: risk.estimator=column needs `risk` in every row, {missing.size} rows have "
+            f"none, the first is {first!r}: add it, or choose another estimator"
+        )

@@ -1,0 +1,183 @@
+"""Claimed: `safereg audit` counts what training would do with the rows, training refuses to start
+where too many would be held back and leaves no trace then, and a reviewer's decisions are honoured
+and entered in the ledger.
+
+The judge counts over the data file. Exact.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from builders import random_rows, save_model, tiny_model, write_jsonl
+from scipy.stats import beta
+
+from safereg_dist.cli import main
+from safereg_dist.errors import ConfigError
+from safereg_dist.ledger import verify_ledger
+from safereg_dist.screening import _check_share
+
+WORDS_SAFE, WORDS_RISKY = "w1 w2 w3 w4 w5", "w50 w51 w52 w53 w54"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("audit") / "model", tiny_model())
+
+
+def rows_like(model_free_risks, words=WORDS_SAFE):
+    raws = random_rows(len(model_free_risks), seed=4, risk=False)
+    return [
+        {**raw, "prompt": f"{words} {raw['prompt']}", "risk": risk}
+        for raw, risk in zip(raws, model_free_risks, strict=True)
+    ]
+
+
+def config(folder, model, rows, **extra):
+    write_jsonl(folder / "train.jsonl", rows)
+    risk = {"estimator": "column", **extra.pop("risk", {})}
+    text = {
+        "model": str(model),
+        "data": {"train": str(folder / "train.jsonl"), **extra.pop("data", {})},
+        "risk": risk,
+        "train": {"steps": 2, "precision": "fp32", "micro_batch_size": 4},
+        "engine": {"name": "single"},
+        "output_dir": str(folder / "out"),
+        **extra,
+    }
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(text))  # JSON is YAML
+    return path
+
+
+def audit(folder, path, *arguments):
+    assert main(["audit", str(path), *arguments]) == 0
+    return json.loads((folder / "out.audit" / "audit.json").read_text())
+
+
+def test_counts_are_those_of_the_data(tmp_path, model, capsys):
+    risks = [0.0, 0.1, 0.46, 0.5, 0.52, 0.9, 1.0, 0.2, 0.3, 0.35, 0.05]
+    rows = rows_like(risks)
+    report = audit(tmp_path, config(tmp_path, model, rows))
+    held = [r for r in risks if r >= 0.5]
+    assert (report["rows"], report["held_back"]) == (len(risks), len(held))
+    assert report["held_by_source"] == {"column": len(held)}
+    assert list(report["rows_by_risk"].values()) == np.histogram(risks, 10, (0, 1))[0].tolist()
+    near = [r for r in risks if abs(r - 0.5) <= 0.05]
+    assert report["near_threshold"] == len(near)
+    assert [row["risk"] for row in report["nearest_threshold"]] == sorted(
+        near, key=lambda r: abs(r - 0.5)
+    )
+    assert report["predicted_refusal_factor"] == 1.0
+    assert not report["training_would_start"]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "out.audit" / "rows.jsonl").read_text().splitlines()
+    ]
+    assert [line["risk"] for line in lines] == sorted(risks, reverse=True)
+    tokens = {line["id"]: line["tokens"] for line in lines}
+    active = sum(tokens[row["id"]] for row in rows if row["risk"] >= 0.5)
+    assert report["reference_flops_share"] == pytest.approx(active / sum(tokens.values()) / 3)
+    assert (tmp_path / "out.audit" / "audit.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "out").exists()
+    assert "w1 w2" not in capsys.readouterr().out
+
+
+def test_text_is_shown_only_on_demand(tmp_path, model, capsys):
+    path = config(tmp_path, model, rows_like([0.49, 0.51, *[0.0] * 9]))
+    audit(tmp_path, path, "--show-text")
+    assert "w1 w2" in capsys.readouterr().out
+    assert not any(b"w1 w2" in f.read_bytes() for f in (tmp_path / "out.audit").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rule", "factor"),
+    [
+        ({"ceiling": 0.9}, 0.9),
+        ({"schedule": "linear"}, (0.6 + 0.8) / 2),
+        ({"objective": "additive", "ceiling": 4.0}, 4 / 5),
+        ({"divergence": "kl_reverse"}, None),
+    ],
+)
+def test_the_mixture_law(tmp_path, model, rule, factor):
+    path = config(tmp_path, model, rows_like([0.6, 0.8, *[0.0] * 9]), regularizer=rule)
+    found = audit(tmp_path, path)["predicted_refusal_factor"]
+    assert found == factor if factor is None else found == pytest.approx(factor)
+
+
+def test_held_rows_that_read_like_free_ones_are_listed(tmp_path, model):
+    risky, safe = rows_like([0.9] * 15, WORDS_RISKY), rows_like([0.1] * 15, WORDS_SAFE)
+    odd = [{**safe[0], "id": "odd", "risk": 0.95}]
+    rows = [{**row, "id": f"{kind}-{i}"} for kind, part in (("risky", risky), ("safe", safe))
+            for i, row in enumerate(part)] + odd  # fmt: skip
+    report = audit(tmp_path, config(tmp_path, model, rows, risk={"max_held_back": 1.0}))
+    assert [row["id"] for row in report["for_review"]] == ["odd"]
+    assert report["training_would_start"]
+
+
+# The gate
+
+
+def test_training_refuses_and_leaves_no_trace(tmp_path, model, capsys):
+    path = config(tmp_path, model, rows_like([0.9] * 6 + [0.1] * 14))
+    assert main(["train", str(path)]) == 2
+    text = capsys.readouterr().err
+    for part in ("6 of 20 rows (30.0%)", "20.0%", "safereg audit", "data.declared_poison",
+                 "risk.max_held_back=1", "risk.override"):  # fmt: skip
+        assert part in text
+    assert not (tmp_path / "out").exists()
+    assert main(["train", str(path), "--dry-run"]) == 2
+    assert main(["train", str(path), "data.declared_poison=0.1"]) == 0
+
+
+def test_the_sample_bound_is_clopper_pearson():
+    """20 % is refused from a sample only where 20 % is hardly possible."""
+    for held, rows in ((9, 30), (10, 30), (11, 30), (60, 256), (64, 256), (256, 256)):
+        low = beta.ppf(0.05, held, rows - held + 1)
+        if low > 0.2:
+            with pytest.raises(ConfigError, match=f"{held} of {rows} rows looked at"):
+                _check_share(held, rows, limit=0.2, is_sample=True)
+        else:
+            _check_share(held, rows, limit=0.2, is_sample=True)
+    with pytest.raises(ConfigError, match="7 of 30 rows"):
+        _check_share(7, 30, limit=0.2, is_sample=False)
+    _check_share(6, 30, limit=0.2, is_sample=False)
+    _check_share(0, 0, limit=0.2, is_sample=True)
+
+
+# Overrides
+
+
+def test_reviewed_rows_are_honoured_and_entered(tmp_path, model):
+    rows = rows_like([0.9, 0.9, *[0.1] * 6])
+    decisions = [
+        {"id": rows[0]["id"], "action": "allow", "reason": "a quotation"},
+        {"id": rows[5]["id"], "action": "hold", "reason": "seen by hand"},
+    ]
+    write_jsonl(tmp_path / "override.jsonl", decisions)
+    path = config(
+        tmp_path,
+        model,
+        rows,
+        risk={"override": str(tmp_path / "override.jsonl"), "max_held_back": 0.3},
+    )
+    report = audit(tmp_path, path)
+    assert (report["held_back"], report["overridden"]) == (2, 2)
+    assert report["held_by_source"] == {"override": 1, "column": 1}
+    assert main(["train", str(path), "train.epochs=1", "train.steps=null"]) == 0
+    verify_ledger(tmp_path / "out")
+    lines = (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()
+    ledger = {entry["id"]: entry for entry in map(json.loads, lines)}
+    assert len(ledger) == len(rows)
+    allowed, held = ledger[rows[0]["id"]], ledger[rows[5]["id"]]
+    assert (allowed["risk"], allowed["kl_coef"], allowed["estimator"]) == (0.0, 0.0, "override")
+    assert allowed["note"] == "allow: a quotation"
+    assert (held["risk"], held["kl_coef"], held["note"]) == (1.0, 1.0, "hold: seen by hand")
+    assert ledger[rows[1]["id"]]["kl_coef"] == 1.0
+    assert "note" not in ledger[rows[1]["id"]]
+
+
+def test_an_objective_without_risk_has_nothing_to_audit(tmp_path, model, capsys):
+    path = config(tmp_path, model, rows_like([0.1] * 5))
+    assert main(["audit", str(path), "regularizer.objective=none"]) == 2
+    assert "nothing to audit" in capsys.readouterr().err

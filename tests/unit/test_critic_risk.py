@@ -1,0 +1,121 @@
+"""Claimed: in training each row is judged once, ahead of its step where it can be; a failure counts
+as its mode says, is noted for the ledger and counted, and is tried again when the row comes back.
+
+Exact. The judge here is a table with a thread behind it; real endpoints are in test_critic_*.py, and
+training with a served judge is in tests/distributed.
+"""
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from builders import random_rows, word_tokenizer
+
+from safereg_dist.batch import collate, tokenize_row
+from safereg_dist.critic.critic import Verdict
+from safereg_dist.errors import CriticUnavailable
+from safereg_dist.risk.critic_risk import CriticRisk
+
+TOKENIZER = word_tokenizer()
+
+
+class TableCritic:
+    """Scores by the number of words; fails on conversations that a test names."""
+
+    identity = "table"
+
+    def __init__(self):
+        self.asked = []
+        self.failing = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self._pool = ThreadPoolExecutor(2)
+
+    def submit(self, messages) -> Future:
+        """A future of the verdict, from another thread."""
+        self.asked.append(messages[-1]["content"])
+        return self._pool.submit(self._judge, messages[-1]["content"])
+
+    def _judge(self, answer):
+        self.gate.wait(10)
+        if answer in self.failing:
+            return Verdict(1.0, None, True, "deadline")
+        if answer == "stop":
+            raise CriticUnavailable("the judge is gone")
+        return Verdict(
+            len(answer.split()) / 10, "S1" if len(answer.split()) > 5 else None, False, None
+        )
+
+    def close(self):
+        """Ends the threads."""
+        self._pool.shutdown()
+
+
+def rows_of(raws):
+    rows = [tokenize_row(raw, "", TOKENIZER, default_id=f"r{i}") for i, raw in enumerate(raws)]
+    return rows
+
+
+RAWS = random_rows(6, risk=False)
+
+
+def expected(raw):
+    return len(raw["response"].split()) / 10
+
+
+def test_each_conversation_is_judged_once():
+    critic = TableCritic()
+    risk = CriticRisk(critic)
+    rows = rows_of([*RAWS, {**RAWS[0], "id": "again"}])
+    batch = collate([*rows, None], pad_id=0)
+    for _ in range(3):  # epochs
+        assert risk(batch, None) == [*map(expected, RAWS), expected(RAWS[0]), None]
+    assert sorted(critic.asked) == sorted(raw["response"] for raw in RAWS)
+    notes = {i: "judge: S1" for i, r in enumerate(rows) if r.loss_mask.count(1) - 1 > 5}
+    assert risk.notes == notes
+    assert risk.take_sums() == {"risk_failed": 0.0}
+
+
+def test_coming_rows_are_asked_without_waiting():
+    critic = TableCritic()
+    critic.gate.clear()
+    risk = CriticRisk(critic)
+    rows = rows_of(RAWS)
+    risk.prefetch(rows)  # returns although nothing can be answered yet
+    risk.prefetch(rows)
+    assert len(critic.asked) == len(RAWS)
+    critic.gate.set()
+    assert risk(collate([*rows], pad_id=0), None) == [*map(expected, RAWS)]
+    assert len(critic.asked) == len(RAWS)
+
+
+def test_anchors_are_not_judged():
+    critic = TableCritic()
+    rows = rows_of(RAWS[:2])
+    rows[0] = replace(rows[0], is_anchor=True)
+    assert CriticRisk(critic)(collate([*rows], pad_id=0), None) == [None, expected(RAWS[1])]
+    assert len(critic.asked) == 1
+
+
+def test_a_failure_is_noted_counted_and_tried_again():
+    critic = TableCritic()
+    critic.failing = {RAWS[2]["response"]}
+    risk = CriticRisk(critic)
+    batch = collate([*rows_of(RAWS)], pad_id=0)
+    assert risk(batch, None)[2] == 1.0
+    assert risk.notes[2] == "judge failed: deadline"
+    sums = risk.take_sums()
+    assert sums == {"risk_failed": 1.0}
+    assert risk.end_step(sums) == {"risk_failed": 1}
+    critic.failing = set()
+    assert risk(batch, None)[2] == expected(RAWS[2])
+    assert not risk.notes.get(2, "").startswith("judge failed")
+    assert len(critic.asked) == len(RAWS) + 1
+
+
+def test_stop_ends_the_run():
+    critic = TableCritic()
+    rows = rows_of([*RAWS[:1], {"prompt": "w1", "response": "stop"}])
+    with pytest.raises(CriticUnavailable, match="gone"):
+        CriticRisk(critic)(collate([*rows], pad_id=0), None)

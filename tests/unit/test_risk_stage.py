@@ -1,0 +1,187 @@
+"""Claimed: several signals combine by the written rules, a reviewer's decision stands above all of
+them, a failed signal counts in full, and the counts add up to the metrics.
+
+The judge is NumPy from the equations in `risk.stage`. Rounds: 1e-12 relative; decisions are exact.
+The signals here are columns of numbers; real ones are tested in files of their own.
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from builders import random_rows, word_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safereg_dist.batch import collate, tokenize_row
+from safereg_dist.errors import DataError
+from safereg_dist.risk.override import Override, read_overrides
+from safereg_dist.risk.stage import COMMON_THRESHOLD, Part, RiskStage
+
+TOKENIZER = word_tokenizer()
+UNIT = st.floats(0, 1)
+NAN = math.nan
+
+
+class Numbers:
+    """A signal that says what it was told to."""
+
+    name = "numbers"
+
+    def __init__(self, *values, notes=None):
+        self.values = list(values)
+        self.notes = notes or {}
+
+    def __call__(self, batch, policy_states):
+        """The numbers, one a row."""
+        return list(self.values)
+
+
+def batch_of(count):
+    raws = random_rows(count, risk=False)
+    rows = [
+        tokenize_row({**raw, "id": f"r{i}"}, "", TOKENIZER, default_id="")
+        for i, raw in enumerate(raws)
+    ]
+    return collate(list(rows), pad_id=0)
+
+
+def stage(rule, *parts, overrides=None):
+    """Parts are (values, threshold, weight)."""
+    built = [Part(f"c{i}", Numbers(*v), t, w) for i, (v, t, w) in enumerate(parts)]
+    return RiskStage(built, rule=rule, overrides=overrides)
+
+
+def scaled(risk, threshold):
+    """The piecewise line through (0, 0), (threshold, 0.5), (1, 1), by NumPy."""
+    if threshold in (0.0, 1.0):
+        return risk if threshold == 1.0 and risk == 1 else (0.5 + 0.5 * risk) * (threshold == 0)
+    return float(np.interp(risk, [0, threshold, 1], [0, 0.5, 1]))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    values=st.lists(st.tuples(UNIT, UNIT, UNIT), min_size=1, max_size=4),
+    thresholds=st.tuples(*[st.floats(0.01, 0.99)] * 3),
+    weights=st.tuples(*[st.floats(0.1, 5)] * 3),
+)
+def test_rules_are_the_equations(values, thresholds, weights):
+    columns = list(zip(*values, strict=True))
+    parts = list(zip(columns, thresholds, weights, strict=True))
+    batch = batch_of(len(values))
+    table = np.array([[scaled(r, t) for r, t in zip(v, thresholds, strict=True)] for v in values])
+    largest = stage("max", *parts)(batch, None)
+    assert largest.values == pytest.approx(table.max(1), rel=1e-9, abs=1e-12)
+    mean = stage("weighted", *parts)(batch, None)
+    assert mean.values == pytest.approx(table @ weights / np.sum(weights), rel=1e-9, abs=1e-12)
+    for place, name in enumerate(("c0", "c1", "c2")):
+        assert mean.by_category[name] == pytest.approx(table[:, place], rel=1e-9, abs=1e-12)
+    leaders = [source.removeprefix("max:c") for source in largest.sources]
+    for row, leader in zip(table, leaders, strict=True):
+        assert row[int(leader)] == row.max()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.3, 0.5, 0.997, 1.0])
+def test_a_signal_sets_in_where_it_did(threshold):
+    risks = sorted({*np.linspace(0, 1, 101), threshold, np.nextafter(threshold, 2)} - {1 + 1e-16})
+    risks = [float(r) for r in risks if 0 <= r <= 1]
+    found = stage("max", (risks, threshold, 1.0))(batch_of(len(risks)), None).values
+    assert found == sorted(found)
+    for risk, value in zip(risks, found, strict=True):
+        assert (value >= COMMON_THRESHOLD) == (risk >= threshold), (risk, value)
+        assert 0 <= value <= 1
+
+
+def test_a_single_signal_is_left_as_it_is():
+    single = RiskStage([Part("", Numbers(0.25, None, NAN), 0.3)])
+    found = single(batch_of(3), None)
+    assert found.values[:2] == [0.25, None]
+    assert math.isnan(found.values[2])
+    assert found.by_category == {}
+    assert found.sources == ["numbers"] * 3
+    assert (single.name, single.threshold) == ("numbers", 0.3)
+    assert single.take_sums() == {}
+    assert single.end_step({}) == {}
+    assert not single.looks_ahead
+
+
+def test_failed_and_missing_signals():
+    parts = [((0.9, NAN, None, None), 0.5, 1.0), ((NAN, 0.2, 0.4, None), 0.5, 3.0)]
+    largest = stage("max", *parts)(batch_of(4), None)
+    assert math.isnan(largest.values[0])  # full risk, and still recognisable as failed
+    assert math.isnan(largest.values[1])
+    assert largest.values[2:] == [0.4, None]
+    mean = stage("weighted", *parts)(batch_of(4), None)
+    assert mean.values[0] == pytest.approx((0.9 + 3 * 1) / 4)
+    assert mean.values[1] == pytest.approx((1 + 3 * 0.2) / 4)
+    assert mean.values[2] == pytest.approx(0.4)
+    assert mean.values[3] is None
+
+
+def test_a_reviewer_has_the_last_word():
+    batch = batch_of(4)
+    overrides = {"r0": Override(0.0, "allow: a quote"), "r2": Override(1.0, "hold: seen")}
+    found = stage("max", ((0.9, 0.9, 0.1, NAN), 0.5, 1.0), overrides=overrides)(batch, None)
+    assert found.values[:3] == [0.0, 0.9, 1.0]
+    assert found.by_category["c0"][:3] == [0.0, 0.9, 1.0]
+    assert found.sources == ["override", "max:c0", "override", "max:c0"]
+    assert found.notes == {0: "allow: a quote", 2: "hold: seen"}
+
+
+def test_counts_become_metrics():
+    parts = [((0.9, 0.1, None), 0.5, 1.0), ((0.2, 0.6, NAN), 0.5, 1.0)]
+    batch = batch_of(3)
+    several = stage("max", *parts)
+    several(batch, None)
+    several(batch, None)
+    sums = several.take_sums()
+    assert list(sums) == list(several.sum_names)
+    assert sums["risk_rows/c0"] == 4
+    assert sums["risk_sum/c1"] == pytest.approx(2 * (0.2 + 0.6 + 1))
+    row = several.end_step(sums)
+    assert row["risk_mean/c0"] == pytest.approx(0.5)
+    assert row["risk_mean/c1"] == pytest.approx(0.6)
+    assert (row["risky_rows/c0"], row["risky_rows/c1"]) == (2, 4)
+    assert set(several.take_sums().values()) == {0.0}
+
+
+# Overrides
+
+
+def test_overrides_are_read(tmp_path):
+    path = tmp_path / "override.jsonl"
+    rows = [
+        {"id": "a", "action": "allow", "reason": "a quote"},
+        {"id": 7, "action": "hold", "reason": "seen"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_overrides(path) == {"a": (0.0, "allow: a quote"), "7": (1.0, "hold: seen")}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": "a", "action": "allow"},
+        {"id": "a", "action": "allow", "reason": ""},
+        {"id": "a", "action": "alow", "reason": "x"},
+        {"action": "hold", "reason": "x"},
+        {"id": "", "action": "hold", "reason": "x"},
+    ],
+)
+def test_an_override_without_a_field_is_refused(tmp_path, row):
+    path = tmp_path / "override.jsonl"
+    good = {"id": "b", "action": "hold", "reason": "x"}
+    path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"override.jsonl:2.*action"):
+        read_overrides(path)
+    path.write_text(2 * (json.dumps(good) + "\n"))
+    with pytest.raises(DataError, match="twice"):
+        read_overrides(path)
+
+
+def test_torch_is_not_needed_for_a_risk():
+    """Risk is a matter of the host: nothing here is a tensor."""
+    found = stage("max", ((0.9, 0.1), 0.5, 1.0))(batch_of(2), None)
+    assert not any(torch.is_tensor(value) for value in found.values)
