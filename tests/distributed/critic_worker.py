@@ -46,7 +46,7 @@ def main() -> None:
         "broken": trained(folder, backend, url, "broken", "risk.critic.fail=closed"),
         "stop": trained(
             folder, backend, url, "broken", "risk.critic.fail=stop", f"output_dir={folder / 'stop'}"
-        ),  # fmt: skip
+        ),
     }
     (folder / f"found.rank{backend.ranks.rank}.json").write_text(json.dumps(found))
     sys.stdout.flush()

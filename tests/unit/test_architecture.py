@@ -47,7 +47,7 @@ LAYERS = {
     "safereg_dist.evaluate": 8,
     "safereg_dist.anchor": 9,
     "safereg_dist.probe_lab": 9,
-    "safereg_dist.score": 9,
+    "safereg_dist.score": 10,
     "safereg_dist.audit": 9,
     "safereg_dist.integrations": 9,
     "safereg_dist.launcher": 10,

@@ -187,5 +187,7 @@ def test_categories_with_ceilings_of_their_own():
     )
     assert b(rows, found) == [0.4, 0.9, 0.9, 0.1, 0.9]
     line = coefficient(ceilings={"mild": 0.4}, schedule="linear")
-    expected = [max(0.4 * m, g) for m, g in zip([0.7, 0.2, 0.6, 0.2], [0.3, 0.7, 0.9, 0.1], strict=True)]
+    expected = [
+        max(0.4 * m, g) for m, g in zip([0.7, 0.2, 0.6, 0.2], [0.3, 0.7, 0.9, 0.1], strict=True)
+    ]
     assert line(rows, found)[:4] == pytest.approx(expected, rel=1e-12)

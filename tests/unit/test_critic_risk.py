@@ -1,7 +1,7 @@
 """Claimed: in training each row is judged once, ahead of its step where it can be; a failure counts
 as its mode says, is noted for the ledger and counted, and is tried again when the row comes back.
 
-Exact. The judge here is a table with a thread behind it; real endpoints are in test_critic_*.py, and
+Exact. The judge here is a table with threads behind it; real endpoints are in test_critic_*.py,
 training with a served judge is in tests/distributed.
 """
 
