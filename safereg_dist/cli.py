@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_probe(verbs)
     _add_anchor(verbs)
+    _add_score(verbs)
     _add_audit(verbs)
     _add_eval(verbs)
     _add_report(verbs)
@@ -169,6 +170,48 @@ def _anchor_build(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
     )
+
+
+def _add_score(verbs: argparse._SubParsersAction) -> None:
+    score = verbs.add_parser("score", help="the risk of every row of a data set, ahead of time")
+    judge = score.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--endpoint", metavar="URL", help="of an OpenAI-compatible server")
+    judge.add_argument("--local", metavar="MODEL", help="folder of a classifier or a guard")
+    judge.add_argument("--probe", type=Path, metavar="DIR", help="written by `safereg probe fit`")
+    score.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
+    score.add_argument("--format", help="how the judge is asked, e.g. llama_guard")
+    score.add_argument("--model-path", type=Path, metavar="M", help="the model the probe reads")
+    score.add_argument("--data", type=Path, required=True)
+    score.add_argument("--out", type=Path, required=True)
+    score.add_argument("--fail", choices=("closed", "open", "stop"), default="closed")
+    score.add_argument("--concurrency", type=_at_least(1), default=16)
+    score.add_argument("--timeout-s", type=float, default=30.0, help="of one judgement")
+    score.add_argument("--cache", metavar="FILE", help="of known scores; `none` for no cache")
+    score.set_defaults(run=_score)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from safereg_dist.config.risk import CriticConfig
+    from safereg_dist.errors import ConfigError
+    from safereg_dist.score import score_with_critic, score_with_probe
+
+    if arguments.probe is not None:
+        if arguments.model_path is None:
+            raise ConfigError("--probe needs --model-path, the model whose states it reads")
+        score_with_probe(arguments.probe, arguments.model_path, arguments.data, arguments.out)
+        return 0
+    settings = CriticConfig(
+        endpoint=arguments.endpoint,
+        model=arguments.model,
+        format=arguments.format,
+        local=arguments.local,
+        fail=arguments.fail,
+        concurrency=arguments.concurrency,
+        timeout_s=arguments.timeout_s,
+        cache=arguments.cache,
+    )
+    score_with_critic(settings, arguments.data, arguments.out)
+    return 0
 
 
 def _add_audit(verbs: argparse._SubParsersAction) -> None:

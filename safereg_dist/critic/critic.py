@@ -1,0 +1,235 @@
+"""What a judge is to the rest: conversations in, verdicts out, each conversation judged once.
+
+A judgement that fails is a verdict too: risk 1 under `closed`, risk 0 under `open`, both marked; or
+`CriticUnavailable` under `stop`. Failures are never cached. Collectives: none.
+"""
+
+import hashlib
+import json
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from tqdm import tqdm
+
+from safereg_dist.config.risk import CriticConfig
+from safereg_dist.errors import CriticUnavailable
+from safereg_dist.score_cache import CachedScore, ScoreCache, default_cache_path
+
+if TYPE_CHECKING:
+    import torch
+
+Messages = list[dict[str, str]]
+
+_IN_FLIGHT = 4096  # futures, not requests: enough that one slow verdict stalls nobody behind it
+
+
+class Verdict(NamedTuple):
+    """What a judge says of one conversation."""
+
+    score: float
+    """Risk in [0, 1]."""
+    category: str | None = None
+    """Kind of harm in the judge's own words (S1, Violent, ...), where it names one."""
+    failed: bool = False
+    """True where there was no judgement; the score then follows the fail mode."""
+    reason: str | None = None
+    """Why it failed, in a few words, none of them from the data."""
+
+
+class JudgementFailed(Exception):  # noqa: N818 - it passes between a judge and its fail mode only
+    """One judgement did not come about; the message is short and holds nothing of the data."""
+
+
+class Critic(Protocol):
+    """Scores conversations in the background."""
+
+    identity: str
+    """Everything that a score depends on, but for the conversation; names it in the cache."""
+
+    def submit(self, messages: Messages) -> Future[Verdict]:
+        """The verdict to come; may be called from any thread, returns at once.
+
+        A failed judgement is a verdict; under `stop` the future carries CriticUnavailable. It
+        carries ConfigError where no judgement can succeed (an unknown model, a refused key).
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives up what is under way and frees threads and connections."""
+        ...
+
+
+def content_key(messages: Messages) -> str:
+    """SHA-256 (hex) of the conversation as canonical JSON of its roles and contents."""
+    turns = [[message["role"], message["content"]] for message in messages]
+    return hashlib.sha256(json.dumps(turns, separators=(",", ":")).encode()).hexdigest()
+
+
+def failed_verdict(fail: str, reason: str) -> Verdict:
+    """What a failed judgement means under `fail`: closed, open or stop.
+
+    Raises:
+        CriticUnavailable: under `stop`.
+    """
+    if fail == "stop":
+        raise CriticUnavailable(
+            f"a judgement failed ({reason}) and `fail` is `stop`: mend the judge and run the same "
+            "command again (what was judged is cached), or choose fail=closed"
+        )
+    return Verdict(1.0 if fail == "closed" else 0.0, None, True, reason)
+
+
+def score_conversations(
+    critic: Critic,
+    conversations: Iterable[Messages],
+    *,
+    progress: bool,
+    description: str,
+    total: int | None = None,
+) -> Iterator[Verdict]:
+    """Verdicts in input order; equal conversations are judged once, a bounded number is waiting.
+
+    Args:
+        total: how many conversations there are, for the progress bar; None if nobody knows.
+    Raises:
+        CriticUnavailable, ConfigError: as the futures of `Critic.submit`.
+    """
+    failed = 0
+    with tqdm(total=total, desc=description, unit=" rows", disable=not progress) as bar:
+        for future in _asked_ahead(critic, conversations):
+            verdict = future.result()
+            failed += verdict.failed
+            bar.set_postfix(failed=failed, refresh=False)
+            bar.update()
+            yield verdict
+
+
+def _asked_ahead(critic: Critic, conversations: Iterable[Messages]) -> Iterator[Future[Verdict]]:
+    """Futures in input order, each handed out when it is done or when too many are waiting."""
+    asked: dict[str, Future[Verdict]] = {}
+    waiting: deque[Future[Verdict]] = deque()
+    for messages in conversations:
+        key = content_key(messages)
+        if key not in asked:
+            asked[key] = critic.submit(messages)
+        waiting.append(asked[key])
+        while waiting and (waiting[0].done() or len(waiting) >= _IN_FLIGHT):
+            yield waiting.popleft()
+    yield from waiting
+
+
+class CachedCritic:
+    """A judge with its score cache: nothing that is known, or under way, is asked again.
+
+    A verdict is stored before it is told, so whoever has seen one finds it again after a crash. A
+    thread of its own writes what has arrived in one transaction; nobody else waits for the disk.
+    """
+
+    def __init__(self, critic: Critic, cache: ScoreCache) -> None:
+        self.identity = critic.identity
+        self._critic, self._cache = critic, cache
+        self._lock = threading.Lock()
+        self._under_way: dict[str, Future[Verdict]] = {}
+        self._arrived: queue.SimpleQueue[tuple[str, Future[Verdict]] | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="critic cache", daemon=True)
+        self._writer.start()
+
+    def submit(self, messages: Messages) -> Future[Verdict]:
+        """As `Critic.submit`; concurrent calls with the same content share one request.
+
+        Raises:
+            CheckpointError: the cache cannot be read; the future carries it where it is the write.
+        """
+        key = content_key(messages)
+        with self._lock:
+            if key in self._under_way:
+                return self._under_way[key]
+            future: Future[Verdict] = Future()
+            future.set_running_or_notify_cancel()  # shared: no caller may cancel it for the others
+            known = self._cache.get_many(self.identity, [key]).get(key)
+            if known is not None:
+                future.set_result(Verdict(known.score, known.category))
+                return future
+            self._under_way[key] = future
+        asked = self._critic.submit(messages)
+        asked.add_done_callback(lambda done: self._arrived.put((key, done)))
+        return future
+
+    def close(self) -> None:
+        """Closes the judge, stores what has come, and closes the cache."""
+        self._critic.close()
+        self._arrived.put(None)
+        self._writer.join()
+        self._cache.close()
+
+    def _write(self) -> None:
+        """Stores verdicts as they come, all that are there at once, then tells them."""
+        is_open = True
+        while is_open:
+            batch = [self._arrived.get()]
+            while not self._arrived.empty():
+                batch.append(self._arrived.get())
+            is_open = None not in batch
+            self._store([entry for entry in batch if entry is not None])
+        with self._lock:
+            left, self._under_way = list(self._under_way.values()), {}
+        for future in left:
+            future.set_exception(CriticUnavailable("the judge was closed before it answered"))
+
+    def _store(self, batch: list[tuple[str, Future[Verdict]]]) -> None:
+        answered = {key: done for key, done in batch if not done.cancelled()}
+        good = {
+            key: CachedScore(done.result().score, done.result().category)
+            for key, done in answered.items()
+            if done.exception() is None and not done.result().failed
+        }
+        problem: BaseException | None = None
+        try:
+            if good:
+                self._cache.put_many(self.identity, good)
+        except Exception as err:  # whatever it is, it belongs to who waits for these verdicts
+            problem = err
+        for key, done in answered.items():
+            with self._lock:
+                future = self._under_way.pop(key)
+            error = done.exception() or (problem if key in good else None)
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(done.result())
+
+
+def build_critic(
+    settings: CriticConfig, *, device: "torch.device | str | None" = None, where: str = "critic"
+) -> Critic:
+    """The judge that `settings` describe, with its cache, ready to be asked.
+
+    Args:
+        device: of a local judge; None takes the first GPU where there is one.
+        where: how errors name the settings.
+    Raises:
+        ConfigError: the settings describe no judge, or one that cannot be loaded.
+        CriticUnavailable: nobody answers at the endpoint, or it refuses the key.
+        CheckpointError: the cache cannot be opened.
+    """
+    settings.check(where)
+    # Imported here: one kind of judge needs no torch, the other no HTTP client.
+    if settings.endpoint is not None:
+        from safereg_dist.critic.remote import RemoteCritic
+
+        critic: Critic = RemoteCritic(settings)
+    else:
+        from safereg_dist.critic.local import load_local_critic
+
+        critic = load_local_critic(settings, device=device)
+    if settings.cache == "none":
+        return critic
+    try:
+        return CachedCritic(critic, ScoreCache(settings.cache or default_cache_path()))
+    except BaseException:
+        critic.close()
+        raise

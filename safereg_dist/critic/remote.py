@@ -1,0 +1,339 @@
+"""A judge behind an OpenAI-compatible server: an asynchronous client in a thread of its own.
+
+One judgement, all of its requests and retries, has `timeout_s` from the moment it may begin; a body
+that drips in slowly is cut off by it as well. At most `concurrency` judgements are under way. What
+is tried again, with exponential backoff and full jitter: 408, 425, 5xx, lost connections, attempts
+that take more than half of the deadline, malformed answers; and 429, after what its Retry-After
+asks for, as often as the deadline allows.
+
+A verdict that the server has sent and that does not arrive (a connection lost at the last moment,
+an attempt given up) is asked for again: the client cannot know that it was given. This is the one
+way in which a conversation is judged twice.
+
+Nothing of the data and no key is in any log or error. Collectives: none.
+"""
+
+import asyncio
+import contextlib
+import email.utils
+import ipaddress
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from typing import Any
+
+import httpx
+
+from safereg_dist.config.risk import CriticConfig
+from safereg_dist.critic.answers import Judgement, MalformedAnswer, read_reply
+from safereg_dist.critic.breaker import CircuitBreaker
+from safereg_dist.critic.critic import JudgementFailed, Messages, Verdict, failed_verdict
+from safereg_dist.critic.formats import FORMATS, VERSION, Format, Question
+from safereg_dist.errors import ConfigError, CriticUnavailable
+
+_log = logging.getLogger(__name__)
+
+_BACKOFF_S = 0.25  # mean wait before the first retry is half of it; doubles with every attempt
+_BACKOFF_CAP_S = 10.0
+_ATTEMPT_SHARE = 0.5  # of the deadline, so that a server that hangs once can be asked once more
+_CONNECT_S = 5.0
+_RETRIED = {408, 425}
+_REFUSED_ROW = {400, 413, 422}  # this conversation is too long or otherwise not for this judge
+
+
+class _Retry(Exception):  # noqa: N818 - it never leaves this module
+    """An attempt failed in a way that another one may mend."""
+
+    def __init__(self, reason: str, *, wait_s: float = 0.0, is_counted: bool = True) -> None:
+        super().__init__(reason)
+        self.wait_s, self.is_counted = wait_s, is_counted
+
+
+class RemoteCritic:
+    """The judge at `settings.endpoint`, checked once on the way in.
+
+    Raises:
+        ConfigError: an unknown format, an endpoint that is no URL, a key that is no header value.
+        CriticUnavailable: nobody answers, or the key is refused.
+    """
+
+    def __init__(self, settings: CriticConfig) -> None:
+        self._format = _format(settings.format)
+        self.identity = f"remote {self._format.name}.{VERSION} {settings.model}"
+        self._settings = settings
+        self._base, self._shown = _base_url(settings.endpoint or "")
+        self._headers = _headers(settings.api_key_env)
+        self._breaker = CircuitBreaker()
+        self._has_succeeded = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="critic client", daemon=True)
+        self._thread.start()
+        try:
+            self._call(self._open())
+            self.check()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, messages: Messages) -> Future[Verdict]:
+        """See `Critic.submit`."""
+        return asyncio.run_coroutine_threadsafe(self._judge(messages), self._loop)
+
+    def check(self) -> None:
+        """One cheap request, the list of models: is somebody there who takes our key?
+
+        Whether the answers are good is left to the fail mode.
+
+        Raises:
+            CriticUnavailable: nobody answers within the deadline, or the key is refused.
+        """
+        try:
+            self._call(self._check())
+        except (TimeoutError, JudgementFailed) as err:
+            reason = str(err) or f"no answer within {self._settings.timeout_s:g} s"
+            raise CriticUnavailable(
+                f"expected a judge at {self._shown}, found none ({reason}): start the server "
+                "(launch/serve_critic.py serves a local guard), or correct the endpoint"
+            ) from err
+
+    def close(self) -> None:
+        """Cancels what is under way, closes the connections, ends the thread."""
+        if not self._thread.is_alive():
+            return
+        self._call(self._shut())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+    def _call(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _open(self) -> None:
+        concurrency = self._settings.concurrency
+        self._slots = asyncio.Semaphore(concurrency)
+        self._client = httpx.AsyncClient(
+            headers=self._headers,
+            # Deadlines are set around whole requests: these limits would start anew at every byte.
+            timeout=httpx.Timeout(None, connect=_CONNECT_S),
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            # A proxy of the environment must not be asked for what is on this machine.
+            trust_env=not _is_loopback(self._base.host),
+        )
+
+    async def _shut(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if hasattr(self, "_client"):
+            await self._client.aclose()
+
+    async def _check(self) -> None:
+        async with asyncio.timeout(self._settings.timeout_s):
+            for attempt in range(self._settings.retries + 1):
+                try:
+                    async with self._sent("GET", "models", None) as response:
+                        if response.status_code in (401, 403):
+                            raise CriticUnavailable(self._refusal(response.status_code))
+                        return
+                except _Retry as err:
+                    problem = err
+                await asyncio.sleep(_backoff_s(attempt))
+        raise JudgementFailed(str(problem))
+
+    async def _judge(self, messages: Messages) -> Verdict:
+        async with self._slots:
+            deadline = self._loop.time() + self._settings.timeout_s
+            try:
+                judgements = [
+                    await self._ask(question, deadline)
+                    for question in self._format.questions(messages)
+                ]
+            except JudgementFailed as err:
+                return failed_verdict(self._settings.fail, str(err))
+        self._has_succeeded = True
+        return Verdict(*max(judgements, key=lambda judgement: judgement.score))
+
+    async def _ask(self, question: Question, deadline: float) -> Judgement:
+        """The answer to one question, however many attempts it takes until the deadline."""
+        attempt = rate_limits = 0
+        while True:
+            try:
+                return await self._attempt(question, deadline)
+            except _Retry as err:
+                problem = err
+            attempt += problem.is_counted
+            rate_limits += not problem.is_counted
+            wait_s = max(problem.wait_s, _backoff_s(attempt + rate_limits - 1))
+            if attempt > self._settings.retries:
+                raise JudgementFailed(str(problem)) from problem
+            if self._loop.time() + wait_s >= deadline:
+                raise JudgementFailed(f"{problem}, no time left") from problem
+            await asyncio.sleep(wait_s)
+
+    async def _attempt(self, question: Question, deadline: float) -> Judgement:
+        now = self._loop.time()
+        limit_s = min(self._settings.timeout_s * _ATTEMPT_SHARE, deadline - now)
+        is_chat = not isinstance(question.input, str)
+        body = {
+            "model": self._settings.model,
+            "messages" if is_chat else "prompt": question.input,
+            "temperature": 0,
+            **self._format.options(),
+        }
+        try:
+            async with asyncio.timeout(limit_s):
+                path = "chat/completions" if is_chat else "completions"
+                async with self._sent("POST", path, body) as response:
+                    content = await _content(response)
+        except TimeoutError as err:
+            raise _Retry(f"no answer within {limit_s:.3g} s") from err
+        self._check_status(response)
+        try:
+            answer = read_reply(json.loads(content), is_chat=is_chat)
+            return self._format.read(answer, question)
+        except (ValueError, RecursionError) as err:
+            raise _Retry("malformed answer: not JSON") from err
+        except MalformedAnswer as err:
+            raise _Retry(f"malformed answer: {err}") from err
+
+    @contextlib.asynccontextmanager
+    async def _sent(self, method: str, path: str, body: Any) -> AsyncIterator[httpx.Response]:
+        """A request up to the head of its response; a body is escaped to ASCII by us.
+
+        Raises:
+            _Retry: the connection failed; the circuit breaker has been told.
+            JudgementFailed: the breaker is open.
+        """
+        if not self._breaker.lets_through():
+            raise JudgementFailed("the endpoint is down")
+        request = self._client.build_request(
+            method,
+            self._base.copy_with(path=f"{self._base.path}/{path}"),
+            content=None if body is None else json.dumps(body).encode(),
+            headers={} if body is None else {"Content-Type": "application/json"},
+        )
+        try:
+            response = await self._client.send(request, stream=True)
+        except httpx.TransportError as err:
+            self._breaker.failed()
+            raise _Retry(f"connection failed: {type(err).__name__}") from err
+        except BaseException:
+            self._breaker.abandoned()
+            raise
+        self._breaker.answered()
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
+    def _check_status(self, response: httpx.Response) -> None:
+        status = response.status_code
+        if status == 200:
+            return
+        if status == 429:
+            wait_s = _retry_after_s(response.headers.get("retry-after"))
+            raise _Retry("HTTP 429", wait_s=wait_s, is_counted=False)
+        if status >= 500 or status in _RETRIED:
+            raise _Retry(f"HTTP {status}")
+        if status in _REFUSED_ROW or self._has_succeeded:
+            # Once a judgement has come about the configuration is right, and a gateway in trouble
+            # shall not end a run: the fail mode decides.
+            raise JudgementFailed(f"HTTP {status}")
+        raise ConfigError(self._refusal(status))
+
+    def _refusal(self, status: int) -> str:
+        if status in (401, 403):
+            key = self._settings.api_key_env
+            state = "holds a key that it does not accept" if os.environ.get(key) else "is not set"
+            return (
+                f"the judge at {self._shown} wants a key (HTTP {status}) and the environment "
+                f"variable {key} {state}: export the right key in it"
+            )
+        return (
+            f"the judge at {self._shown} answers HTTP {status} to requests for the model "
+            f"{self._settings.model!r} in the format {self._format.name}: check the endpoint "
+            "(it ends in /v1 as a rule), the model's name there, and the format"
+        )
+
+
+def _format(name: str | None) -> Format:
+    if name not in FORMATS:
+        raise ConfigError(
+            f"the format of the judge must be one of {', '.join(sorted(FORMATS))}, got {name!r}"
+        )
+    return FORMATS[name]()
+
+
+def _base_url(endpoint: str) -> tuple[httpx.URL, str]:
+    """The URL that paths are appended to, and the same as it may be shown."""
+    try:
+        url = httpx.URL(endpoint)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(
+            "expected the endpoint as a URL such as http://127.0.0.1:8000/v1, got something else"
+        )
+    if url.userinfo or url.query:
+        raise ConfigError(
+            "the endpoint must be a URL without user, password or query: a key belongs into the "
+            "environment variable that `api_key_env` names"
+        )
+    path = url.path.rstrip("/") or "/v1"
+    base = url.copy_with(path=path, fragment=None)
+    return base, str(base)
+
+
+def _headers(key_name: str) -> dict[str, str]:
+    key = os.environ.get(key_name, "").strip()
+    if not key:
+        return {}
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"the environment variable {key_name} holds characters that no key has: export the "
+            "key alone, on one line"
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _backoff_s(attempt: int) -> float:
+    """Seconds before attempt + 1: full jitter below a bound that doubles."""
+    return random.uniform(0.0, min(_BACKOFF_CAP_S, _BACKOFF_S * 2.0**attempt))
+
+
+def _retry_after_s(value: str | None) -> float:
+    """Seconds that a Retry-After header asks for, given as a number or as an HTTP date; else 0."""
+    if value is None:
+        return 0.0
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+async def _content(response: httpx.Response) -> bytes:
+    """The whole body; half of it is a malformed answer, since the endpoint is not down."""
+    try:
+        return await response.aread()
+    except (httpx.TransportError, httpx.DecodingError) as err:
+        raise _Retry("malformed answer: half of it") from err

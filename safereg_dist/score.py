@@ -1,0 +1,135 @@
+"""The risk of every row of a data file, ahead of time: training then reads it as a column.
+
+The rows come out in their order with all their fields, with `risk`, and with `risk_failed: true`
+where the judge failed. Judgements are cached as they come, so a run that was killed goes on where
+it was when the same command is given again, and one that had failures asks for those alone.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from safereg_dist.config.risk import CriticConfig
+from safereg_dist.critic.critic import Verdict, build_critic, score_conversations
+from safereg_dist.errors import CheckpointError, DataError
+from safereg_dist.prompts import chat_messages, read_rows
+
+
+def score_with_critic(
+    settings: CriticConfig, data: Path, out: Path, *, progress: bool = True
+) -> Counter[str]:
+    """Scores with a judge model and writes `out`; how many rows failed, by reason.
+
+    Raises:
+        ConfigError, CriticUnavailable: no such judge; or, under `stop`, a judgement failed.
+        DataError: a row that is no conversation; all rows are read before the first is judged.
+        CheckpointError: `out` or the cache cannot be written.
+    """
+    count = sum(1 for _ in _conversations(data))
+    critic = build_critic(settings)
+    try:
+        verdicts = score_conversations(
+            critic,
+            (messages for _, messages in _conversations(data)),
+            progress=progress,
+            description=f"score {data.name}",
+            total=count,
+        )
+        failures = _write(out, data, verdicts)
+    finally:
+        critic.close()
+    print(_summary(count, failures, settings.fail, out))
+    return failures
+
+
+def score_with_probe(probe: Path, model: Path, data: Path, out: Path) -> None:
+    """Scores with a fitted probe on the model's hidden states and writes `out`.
+
+    Raises:
+        ProbeError, ConfigError: the probe or the model does not load, or they do not belong
+            together.
+        DataError, CheckpointError: as `score_with_critic`.
+    """
+    from safereg_dist.probe_lab.apply import score_rows
+
+    rows = [{**row, "messages": messages} for row, messages in _conversations(data)]
+    risks = score_rows(probe, model, rows)
+    _write(out, data, (Verdict(risk) for risk in risks))
+    print(_summary(len(rows), Counter(), "closed", out))
+
+
+def _conversations(data: Path) -> Iterator[tuple[dict, list[dict[str, str]]]]:
+    """Each row of the file with its conversation, which has an assistant turn."""
+    count = 0
+    for where, row in read_rows(data):
+        yield row, _conversation(row, where)
+        count += 1
+    if count == 0:
+        raise DataError(f"{data} holds no row: give at least one")
+
+
+def _conversation(row: dict, where: str) -> list[dict[str, str]]:
+    if row.get("messages") is not None:
+        messages = chat_messages(row, where)
+    elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+    else:
+        raise DataError(
+            f"{where}: expected `messages`, or `prompt` and `response` as text, found keys "
+            f"{sorted(row)}: add them"
+        )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(
+            f"{where}: the conversation has no assistant turn: there is no answer to judge"
+        )
+    return messages
+
+
+def _write(out: Path, data: Path, verdicts: Iterable[Verdict]) -> Counter[str]:
+    """Writes the rows with their verdicts; how many failed, by reason."""
+    failures: Counter[str] = Counter()
+    with _whole_file(out) as file:
+        for (_, row), verdict in zip(read_rows(data), verdicts, strict=True):
+            row = {k: v for k, v in row.items() if k != "risk_failed"} | {"risk": verdict.score}
+            if verdict.failed:
+                row["risk_failed"] = True
+                failures[verdict.reason or "unknown"] += 1
+            file.write(json.dumps(row) + "\n")
+    return failures
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[TextIO]:
+    """A file that appears under its name when the block ends well; never half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                yield file
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as err:
+        raise CheckpointError(
+            f"cannot write {path}: {err.strerror or err}: choose a writable place with free space"
+        ) from err
+
+
+def _summary(count: int, failures: Counter[str], fail: str, out: Path) -> str:
+    failed = failures.total()
+    if not failed:
+        return f"score: {count} rows, 0 failed judgements, written to {out}"
+    reasons = ", ".join(f"{number} x {reason}" for reason, number in failures.most_common(4))
+    meaning = "risk 1" if fail == "closed" else "risk 0"
+    return (
+        f"score: {count} rows, {failed} failed judgements that count as {meaning} ({reasons}); the "
+        f"same command asks for those again; written to {out}"
+    )
