@@ -108,10 +108,13 @@ def test_a_failure_is_noted_counted_and_tried_again():
     sums = risk.take_sums()
     assert sums == {"risk_failed": 1.0}
     assert risk.end_step(sums) == {"risk_failed": 1}
+    twice = collate([*rows_of([RAWS[2], RAWS[2]])], pad_id=0)  # one question, two rows
+    assert risk(twice, None) == [1.0, 1.0]
+    assert risk.take_sums() == {"risk_failed": 2.0}
     critic.failing = set()
     assert risk(batch, None)[2] == expected(RAWS[2])
     assert not risk.notes.get(2, "").startswith("judge failed")
-    assert len(critic.asked) == len(RAWS) + 1
+    assert len(critic.asked) == len(RAWS) + 2
 
 
 def test_stop_ends_the_run():
