@@ -6,6 +6,7 @@ The judges are NumPy loops and the `hidden_states` of plain transformers. Exact:
 pooling of the last token. Rounds: means and whole forwards in float32 (1e-5).
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -17,12 +18,13 @@ import torch
 from builders import FAMILIES, random_rows, save_model, tiny_model, word_tokenizer
 from safetensors.torch import load_file, save_file
 
+from safereg_dist.architecture import decoder_layers
 from safereg_dist.batch import collate, tokenize_row
 from safereg_dist.errors import CheckpointError, ProbeError
 from safereg_dist.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.single import SingleBackend, single_ranks
-from safereg_dist.policy import Policy
+from safereg_dist.policy import Policy, enable_activation_checkpointing
 from safereg_dist.reference import Reference
 from safereg_dist.risk.probe import POOLINGS, Probe, check_model, pool_prompt
 from safereg_dist.risk.probe_risk import PolicyProbeRisk, ReferenceProbeRisk
@@ -295,6 +297,29 @@ def test_policy_and_reference_give_the_same_risk(loaded, layer, pooling):
             probe, reference, ranks=backend.ranks, rows_per_pass=rows_per_pass
         )
         close(estimator(batch, None), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probed_states_under_activation_checkpointing(loaded, dtype):
+    """Recomputed layers change nothing of what the probe reads, and it reads each layer once."""
+    plain, folder, backend = loaded
+    batch, probe = batch_of(ROWS), make_probe(layer=2)
+    model = backend.load_model(folder, precision="fp32", offload="none").to(dtype).train()
+    enable_activation_checkpointing(model)
+    policy = Policy(model, probed_layer=2)
+    fired = []
+    decoder_layers(model)[1][1].register_forward_hook(lambda *_: fired.append(1))
+    hidden, probed = policy(batch)
+    hidden.float().sum().backward()
+    assert len(fired) == 1
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    got = PolicyProbeRisk(probe)(batch, probed)
+    # In bfloat16 the judge runs the same model in bfloat16, on each prompt alone.
+    expected = expected_risk(copy.deepcopy(plain).to(dtype), batch, probe)
+    for mine, other in zip(got, expected, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            assert mine == pytest.approx(other, abs=1e-5 if dtype == torch.float32 else 0.05)
 
 
 class CountingTrunk:
