@@ -70,6 +70,7 @@ class RemoteCritic:
         self._headers = _headers(settings.api_key_env)
         self._breaker = CircuitBreaker()
         self._has_succeeded = False
+        self._clients: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="critic client", daemon=True)
         self._thread.start()
@@ -117,30 +118,43 @@ class RemoteCritic:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _open(self) -> None:
-        concurrency = self._settings.concurrency
-        self._slots = asyncio.Semaphore(concurrency)
-        self._client = httpx.AsyncClient(
-            headers=self._headers,
-            # Deadlines are set around whole requests: these limits would start anew at every byte.
-            timeout=httpx.Timeout(None, connect=_CONNECT_S),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            # A proxy of the environment must not be asked for what is on this machine.
-            trust_env=not _is_loopback(self._base.host),
-        )
+        # One client for each judgement under way, with one connection that is kept alive: the
+        # work of a pool grows with its size (64 connections: twice the time of a request).
+        trusted = httpx.create_ssl_context()
+        for _ in range(self._settings.concurrency):
+            client = httpx.AsyncClient(
+                headers=self._headers,
+                verify=trusted,
+                # Deadlines are set around whole requests: these would start anew at every byte.
+                timeout=httpx.Timeout(None, connect=_CONNECT_S),
+                limits=httpx.Limits(max_connections=1),
+                # A proxy of the environment must not be asked for what is on this machine.
+                trust_env=not _is_loopback(self._base.host),
+            )
+            self._clients.put_nowait(client)
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[httpx.AsyncClient]:
+        """A client of its own for the block, once one of the `concurrency` is free."""
+        client = await self._clients.get()
+        try:
+            yield client
+        finally:
+            self._clients.put_nowait(client)
 
     async def _shut(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if hasattr(self, "_client"):
-            await self._client.aclose()
+        while not self._clients.empty():
+            await self._clients.get_nowait().aclose()
 
     async def _check(self) -> None:
-        async with asyncio.timeout(self._settings.timeout_s):
+        async with asyncio.timeout(self._settings.timeout_s), self._slot() as client:
             for attempt in range(self._settings.retries + 1):
                 try:
-                    async with self._sent("GET", "models", None) as response:
+                    async with self._sent(client, "GET", "models", None) as response:
                         if response.status_code in (401, 403):
                             raise CriticUnavailable(self._refusal(response.status_code))
                         return
@@ -150,11 +164,11 @@ class RemoteCritic:
         raise JudgementFailed(str(problem))
 
     async def _judge(self, messages: Messages) -> Verdict:
-        async with self._slots:
+        async with self._slot() as client:
             deadline = self._loop.time() + self._settings.timeout_s
             try:
                 judgements = [
-                    await self._ask(question, deadline)
+                    await self._ask(client, question, deadline)
                     for question in self._format.questions(messages)
                 ]
             except JudgementFailed as err:
@@ -162,12 +176,14 @@ class RemoteCritic:
         self._has_succeeded = True
         return Verdict(*max(judgements, key=lambda judgement: judgement.score))
 
-    async def _ask(self, question: Question, deadline: float) -> Judgement:
+    async def _ask(
+        self, client: httpx.AsyncClient, question: Question, deadline: float
+    ) -> Judgement:
         """The answer to one question, however many attempts it takes until the deadline."""
         attempt = rate_limits = 0
         while True:
             try:
-                return await self._attempt(question, deadline)
+                return await self._attempt(client, question, deadline)
             except _Retry as err:
                 problem = err
             attempt += problem.is_counted
@@ -179,7 +195,9 @@ class RemoteCritic:
                 raise JudgementFailed(f"{problem}, no time left") from problem
             await asyncio.sleep(wait_s)
 
-    async def _attempt(self, question: Question, deadline: float) -> Judgement:
+    async def _attempt(
+        self, client: httpx.AsyncClient, question: Question, deadline: float
+    ) -> Judgement:
         now = self._loop.time()
         limit_s = min(self._settings.timeout_s * _ATTEMPT_SHARE, deadline - now)
         is_chat = not isinstance(question.input, str)
@@ -192,7 +210,7 @@ class RemoteCritic:
         try:
             async with asyncio.timeout(limit_s):
                 path = "chat/completions" if is_chat else "completions"
-                async with self._sent("POST", path, body) as response:
+                async with self._sent(client, "POST", path, body) as response:
                     content = await _content(response)
         except TimeoutError as err:
             raise _Retry(f"no answer within {limit_s:.3g} s") from err
@@ -206,7 +224,9 @@ class RemoteCritic:
             raise _Retry(f"malformed answer: {err}") from err
 
     @contextlib.asynccontextmanager
-    async def _sent(self, method: str, path: str, body: Any) -> AsyncIterator[httpx.Response]:
+    async def _sent(
+        self, client: httpx.AsyncClient, method: str, path: str, body: Any
+    ) -> AsyncIterator[httpx.Response]:
         """A request up to the head of its response; a body is escaped to ASCII by us.
 
         Raises:
@@ -215,14 +235,14 @@ class RemoteCritic:
         """
         if not self._breaker.lets_through():
             raise JudgementFailed("the endpoint is down")
-        request = self._client.build_request(
+        request = client.build_request(
             method,
             self._base.copy_with(path=f"{self._base.path}/{path}"),
             content=None if body is None else json.dumps(body).encode(),
             headers={} if body is None else {"Content-Type": "application/json"},
         )
         try:
-            response = await self._client.send(request, stream=True)
+            response = await client.send(request, stream=True)
         except httpx.TransportError as err:
             self._breaker.failed()
             raise _Retry(f"connection failed: {type(err).__name__}") from err
