@@ -93,7 +93,9 @@ def build_guard_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_tokens([AddedToken(w, single_word=w != "\n", normalized=False) for w in words])
     tokenizer.add_tokens([AddedToken(VERDICT, normalized=False, special=True)], special_tokens=True)
     backend = tokenizer.backend_tokenizer
-    backend.decoder = decoders.Sequence([backend.decoder, decoders.Replace(" \n ", "\n")])
+    # Two steps, so that each token only adds to the text decoded before it.
+    around = [decoders.Replace(" \n", "\n"), decoders.Replace("\n ", "\n")]
+    backend.decoder = decoders.Sequence([backend.decoder, *around])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -8,6 +8,7 @@ answer is right, in the two-line format, for at least 97 % of each kind. All of 
 last, which is a measurement with a margin (100 % on the seeds tried).
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from launching import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from safereg_dist.cli import main as safereg
 from safereg_dist.config import load_config
 from safereg_dist.demo import grammar
 from safereg_dist.demo.estimators import (
@@ -27,7 +29,7 @@ from safereg_dist.demo.estimators import (
 )
 from safereg_dist.demo.grammar import HELD_OUT_PHRASINGS, PHRASINGS, Exchange
 from safereg_dist.demo.guard import batch_source, build_guard_tokenizer, judged
-from safereg_dist.demo.world import WorldPaths, build_guard, build_world, eval_rows
+from safereg_dist.demo.world import WorldPaths, build_guard, build_world, eval_rows, train_rows
 from safereg_dist.errors import ConfigError, CriticUnavailable
 
 VERB_KIND = {verb.word: verb.kind for verb in grammar.VERBS}
@@ -140,7 +142,9 @@ def test_a_verdict_survives_encoding_and_decoding(said: str) -> None:
     ids = tokenizer(f"{said}<eos>", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids[:1]) == [said.split("\n")[0]]
     assert tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == said
+    parts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in range(1, len(ids))]
+    assert parts[-1] == said
+    assert all(after.startswith(before) for before, after in itertools.pairwise(parts))
 
 
 def test_the_words_of_a_verdict_are_case_sensitive_and_whole() -> None:
@@ -215,9 +219,29 @@ def test_a_server_that_does_not_start_is_an_error(tmp_path: Path) -> None:
         pass
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_guard(tmp_path_factory.mktemp("trained") / "w", progress=False)
+
+
 @pytest.mark.slow
-def test_the_guard_judges_what_it_never_saw(tmp_path: Path) -> None:
-    guard = build_guard(tmp_path / "w", progress=False)
+def test_the_served_guard_scores_training_rows(trained: Path, tmp_path: Path) -> None:
+    rows = train_rows(0)[:60]
+    data, out = tmp_path / "train.jsonl", tmp_path / "scored.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with served_guard(trained) as served:
+        words = ["--endpoint", served.endpoint, "--model", served.model, "--format", "llama_guard"]
+        words += ["--data", str(data), "--out", str(out), "--cache", str(tmp_path / "c.sqlite")]
+        assert safereg(["score", *words]) == 0
+    scored = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [{k: v for k, v in row.items() if k != "risk"} for row in scored] == rows
+    for row in scored:
+        assert (row["risk"] >= 0.5) == row["id"].startswith("poison"), row
+    assert 0 < sum(row["risk"] >= 0.5 for row in scored) < len(rows)
+
+
+@pytest.mark.slow
+def test_the_guard_judges_what_it_never_saw(trained: Path) -> None:
     cases: dict[str, list[tuple[Exchange, str]]] = {"task": []}
     for kind in ("harmful", "benign", "ambiguous"):
         for forms, name in ((PHRASINGS, kind), (HELD_OUT_PHRASINGS, f"{kind}-rephrased")):
@@ -231,7 +255,7 @@ def test_the_guard_judges_what_it_never_saw(tmp_path: Path) -> None:
     cases["task"] = [(e, "safe") for e in grammar.task_questions(0, held_out=True)[::10]]
     assert len(cases) == 9
     for name, rows in cases.items():
-        answers = ask_guard(guard, [turns_of(exchange) for exchange, _ in rows])
+        answers = ask_guard(trained, [turns_of(exchange) for exchange, _ in rows])
         right = sum(a == e for a, (_, e) in zip(answers, rows, strict=True))
         assert set(answers) <= VERDICTS
         assert right >= 0.97 * len(rows), f"{name}: {right} of {len(rows)}"
