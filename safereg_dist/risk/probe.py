@@ -1,6 +1,12 @@
-"""An activation probe: logistic regression on one layer's hidden states, and its file format.
+"""An activation probe: a small classifier on one layer's hidden states, and its file format.
 
-probability = sigmoid(weight . (pooled - mean) / scale + bias)
+z = (pooled - mean) / scale, and
+
+    linear, direction    logit = weight . z + bias
+    mlp                  logit = weight . relu(hidden_weight z + hidden_bias) + bias
+
+probability = sigmoid(logit), or where the probe was calibrated by isotonic regression the piecewise
+linear function through its knots (logit, probability).
 """
 
 import hashlib
@@ -21,25 +27,30 @@ from safereg_dist.errors import ProbeError
 
 POOLINGS = ("last_prompt_token", "mean_prompt")
 RESPONSE_POOLINGS = ("last_response_token", "mean_response")
-_FORMAT = 1
+POOLINGS_OF = {"prompt": POOLINGS, "response": RESPONSE_POOLINGS}
+"""By position: the poolings that read it; the first is the default."""
+KINDS = ("linear", "mlp", "direction")
+_FORMAT = 2
+_READABLE = (1, 2)  # format 1 knew the prompt side and linear probes only
 _TENSORS = "probe.safetensors"
 _FACTS = "probe.json"
+_TENSOR_FIELDS = ("mean", "scale", "weight", "hidden_weight", "hidden_bias", "knots_x", "knots_y")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A fitted probe with the threshold it was calibrated for."""
+    """A fitted probe with the threshold it was calibrated for. H features, M hidden units."""
 
     layer: int
     """Index into Hugging Face's `hidden_states`: 0 = embeddings, L = after the final norm."""
     pooling: str
-    """`last_prompt_token` or `mean_prompt`."""
+    """One of `POOLINGS_OF[position]`."""
     mean: Tensor
     """[H] float32."""
     scale: Tensor
     """[H] float32, all positive."""
     weight: Tensor
-    """[H] float32."""
+    """[H] float32; of an mlp [M]."""
     bias: float
     threshold: float
     """Probability from which a row counts as risky, in [0, 1]."""
@@ -47,28 +58,56 @@ class Probe:
     """Weights of the model it was fitted on (`fingerprint.model_fingerprint`)."""
     position: str = "prompt"
     """`prompt` or `response`: which tokens of a row it reads."""
+    kind: str = "linear"
+    """`linear`, `mlp`, or `direction` (difference of class means, no weights fitted)."""
+    hidden_weight: Tensor | None = None
+    """[M, H] float32 of an mlp."""
+    hidden_bias: Tensor | None = None
+    """[M] float32 of an mlp."""
+    knots_x: Tensor | None = None
+    """[K] float32 logits, ascending, of an isotonic calibration; None = the sigmoid."""
+    knots_y: Tensor | None = None
+    """[K] float32 probabilities at the knots, never falling."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """What the fit measured: metrics, data hash, recall asked for."""
+    """What the fit measured: model, template and data hashes, metrics, the recall's guarantee."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that this kind of probe has, by name."""
+        named = {name: getattr(self, name) for name in _TENSOR_FIELDS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def identity(self) -> str:
         """SHA-256 (hex) of everything that its probabilities depend on."""
-        hasher = hashlib.sha256(f"{self.fingerprint} {self.layer} {self.pooling}".encode())
-        for tensor in (self.mean, self.scale, self.weight, torch.tensor(self.bias)):
-            hasher.update(tensor.float().cpu().numpy().tobytes())
+        reads = (self.fingerprint, self.layer, self.pooling, self.position, self.kind)
+        hasher = hashlib.sha256(" ".join(map(str, reads)).encode())
+        for name, tensor in {**self.tensors, "bias": torch.tensor(self.bias)}.items():
+            hasher.update(name.encode() + tensor.float().cpu().numpy().tobytes())
         return hasher.hexdigest()
 
     def to(self, device: torch.device) -> "Probe":
         """The same probe with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("mean", "scale", "weight")}
-        return replace(self, **moved)
+        return replace(self, **{name: t.to(device) for name, t in self.tensors.items()})
+
+    def logit(self, pooled: Tensor) -> Tensor:
+        """[rows] float32 score before the calibration by knots, of pooled states [rows, H]."""
+        features = (pooled.float() - self.mean) / self.scale
+        if self.hidden_weight is not None and self.hidden_bias is not None:
+            # float64: autocast and TF32 lower the precision of a matmul in float32.
+            hidden = features.double() @ self.hidden_weight.double().T + self.hidden_bias
+            features = torch.relu(hidden).float()
+        return (features * self.weight).sum(-1) + self.bias  # not `@`: see above
 
     def probability(self, pooled: Tensor) -> Tensor:
-        """[rows] float32 probability of harm for pooled states [rows, H] of any float dtype."""
-        standardised = (pooled.float() - self.mean) / self.scale
-        # A product and a sum, not `@`: autocast and TF32 would lower the precision of a matmul.
-        logits = (standardised * self.weight).sum(-1) + self.bias
-        return torch.sigmoid(logits)
+        """[rows] float32 probability of harm for pooled states [rows, H] of any float dtype.
+
+        Collectives: none, and no host synchronisation.
+        """
+        logit = self.logit(pooled)
+        if self.knots_x is None or self.knots_y is None:
+            return torch.sigmoid(logit)
+        return _interpolate(logit, self.knots_x, self.knots_y)
 
     def save(self, folder: Path | str) -> None:
         """Writes `probe.safetensors` and, last, `probe.json`, each aside and renamed.
@@ -77,20 +116,18 @@ class Probe:
             ProbeError: the folder cannot be written; an older probe in it is not half replaced
                 unnoticed, since `probe.json` holds the hash of its tensors.
         """
-        tensors = {
-            name: getattr(self, name).float().cpu().contiguous()
-            for name in ("mean", "scale", "weight")
-        }
+        tensors = {name: t.float().cpu().contiguous() for name, t in self.tensors.items()}
         tensors["bias"] = torch.tensor([self.bias], dtype=torch.float32)
         packed = save(tensors)
         facts = {
             "format": _FORMAT,
+            "kind": self.kind,
+            "position": self.position,
             "layer": self.layer,
             "pooling": self.pooling,
-            "position": self.position,
             "threshold": self.threshold,
             "fingerprint": self.fingerprint,
-            "hidden_size": self.weight.numel(),
+            "hidden_size": self.mean.numel(),
             "tensors_sha256": hashlib.sha256(packed).hexdigest(),
             "meta": dict(self.meta),
         }
@@ -108,7 +145,7 @@ class Probe:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Probe":
-        """The probe of a folder that `save` wrote.
+        """The probe of a folder that `save` wrote, of this format or of format 1.
 
         Raises:
             ProbeError: missing or unreadable files, or files that do not belong together.
@@ -127,37 +164,65 @@ class Probe:
                 layer=int(facts["layer"]),
                 pooling=facts["pooling"],
                 position=facts.get("position", "prompt"),
-                mean=tensors["mean"],
-                scale=tensors["scale"],
-                weight=tensors["weight"],
-                bias=float(tensors["bias"]),
+                kind=facts.get("kind", "linear"),
+                bias=float(tensors.pop("bias")),
                 threshold=float(facts["threshold"]),
                 fingerprint=facts["fingerprint"],
                 meta=facts["meta"],
+                **tensors,
+            )
+            fits = (
+                facts.get("format") in _READABLE
+                and facts.get("hidden_size") == probe.mean.numel()
+                and facts.get("tensors_sha256") in (None, hashlib.sha256(packed).hexdigest())
+                and _is_whole(probe)
             )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
             raise ProbeError(f"the probe in {folder} cannot be read ({err}): fit it again") from err
-        shapes = {tuple(t.shape) for t in (probe.mean, probe.scale, probe.weight)}
-        digest = hashlib.sha256(packed).hexdigest()
-        fits = (
-            facts.get("format") == _FORMAT
-            and shapes == {(facts.get("hidden_size"),)}
-            and facts.get("tensors_sha256", digest) == digest
-            and isinstance(probe.fingerprint, str)
-            and isinstance(probe.meta, dict)
-            and all(t.is_floating_point() and t.isfinite().all() for t in tensors.values())
-            and bool((probe.scale > 0).all())
-        )
-        if (
-            not fits
-            or probe.pooling not in (*POOLINGS, *RESPONSE_POOLINGS)
-            or not 0 <= probe.threshold <= 1
-        ):
+        if not fits:
             raise ProbeError(
                 f"the files of the probe in {folder} do not belong together or are of another "
                 f"format than {_FORMAT}: fit it again"
             )
         return probe
+
+
+def _is_whole(probe: Probe) -> bool:
+    """Whether shapes and values are those of a probe of its kind."""
+    size, units = probe.mean.numel(), probe.weight.numel()
+    shapes = {"mean": (size,), "scale": (size,), "weight": (size,)}
+    if probe.kind == "mlp":
+        shapes |= {"weight": (units,), "hidden_weight": (units, size), "hidden_bias": (units,)}
+    if probe.knots_x is not None:
+        shapes |= dict.fromkeys(("knots_x", "knots_y"), (probe.knots_x.numel(),))
+    tensors = probe.tensors
+    return (
+        {name: tuple(t.shape) for name, t in tensors.items()} == shapes
+        and all(t.is_floating_point() and bool(t.isfinite().all()) for t in tensors.values())
+        and math.isfinite(probe.bias)
+        and bool((probe.scale > 0).all())
+        and _are_knots(probe.knots_x, probe.knots_y)
+        and probe.kind in KINDS
+        and probe.pooling in POOLINGS_OF.get(probe.position, ())
+        and isinstance(probe.fingerprint, str)
+        and isinstance(probe.meta, dict)
+        and 0 <= probe.threshold <= 1
+    )
+
+
+def _are_knots(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return x is y
+    in_range = bool(((y >= 0) & (y <= 1)).all())
+    return x.numel() > 0 and in_range and all(bool((k.diff() >= 0).all()) for k in (x, y))
+
+
+def _interpolate(value: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """[n] y at the values, linear between the knots and level outside them; nan stays nan."""
+    right = torch.searchsorted(x, value.contiguous()).clamp(max=x.numel() - 1)
+    left = (right - 1).clamp(min=0)
+    width = (x[right] - x[left]).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.lerp(y[left], y[right], ((value - x[left]) / width).clamp(0, 1))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -177,15 +242,16 @@ def check_model(
 
     Hidden size and layer must fit even when forced.
     """
-    if probe.weight.numel() != hidden_size or not 1 <= probe.layer <= num_layers:
+    if probe.mean.numel() != hidden_size or not 1 <= probe.layer <= num_layers:
         raise ProbeError(
-            f"the probe reads {probe.weight.numel()} features of layer {probe.layer}, the model "
+            f"the probe reads {probe.mean.numel()} features of layer {probe.layer}, the model "
             f"has {hidden_size} and layers 1 to {num_layers}: fit a probe on this model"
         )
     if probe.fingerprint != fingerprint and not force:
         raise ProbeError(
             f"the probe was fitted on a model with fingerprint {probe.fingerprint[:12]}, this one "
-            f"has {fingerprint[:12]}: fit a probe on this model, or set risk.force=true"
+            f"has {fingerprint[:12]}: fit a probe on this model, or set risk.force=true (of "
+            "`safereg probe evaluate`: --force)"
         )
 
 
