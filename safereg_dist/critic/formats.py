@@ -283,13 +283,13 @@ class GptOssSafeguard:
             raise MalformedAnswer("cut off")
         try:
             said = json.loads(answer.text, object_pairs_hook=_once)
-        except ValueError as err:  # also a key that occurs twice
+        except (ValueError, RecursionError) as err:  # also a key that occurs twice
             raise MalformedAnswer("not one JSON verdict") from err
         if not isinstance(said, dict):
             said = {"violation": said}
         violation, category = said.get("violation"), said.get("policy_category")
         if type(violation) is not int or violation not in (0, 1):
-            raise MalformedAnswer("violation is neither 0 nor 1")
+            raise MalformedAnswer("not a verdict of this format")
         if not said.keys() <= {"violation", "policy_category", "rationale"}:
             raise MalformedAnswer("keys that were not asked for")
         is_named = isinstance(category, str) and self._CATEGORY.fullmatch(category)
