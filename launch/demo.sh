@@ -2,7 +2,8 @@
 # The whole path on a small made-up world, from a fresh machine to runs/demo/report.html: makes the
 # environment, then base model -> probe -> four arms under the deepspeed launcher -> evaluation ->
 # report. About 8 minutes on 2 cores after the installation; needs neither a GPU nor a download of
-# models or data. Arguments go to `python -m safereg_dist.demo` (see its --help).
+# models or data. Arguments go to `python -m safereg_dist.demo` (see its --help): `--estimators` adds
+# three arms whose risk comes from a guard model, which the demo trains and serves on this machine.
 set -euo pipefail
 
 _here="${BASH_SOURCE[0]%/*}"

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from safereg_dist.cli import main as safereg
 from safereg_dist.config import load_config
 from safereg_dist.demo import grammar
+from safereg_dist.demo.claims import check_claims
 from safereg_dist.demo.estimators import (
     ESTIMATOR_ARMS,
     ServedGuard,
@@ -209,6 +210,30 @@ def test_each_estimator_arm_is_a_valid_configuration(tmp_path: Path) -> None:
     for judge in (critic.critic, both.parts[1].critic):
         assert (judge.model, judge.endpoint) == served
         assert (judge.format, judge.fail) == ("llama_guard", "closed")
+
+
+@pytest.mark.parametrize("spoiled", [None, *ESTIMATOR_ARMS])
+def test_every_adaptive_arm_is_held_to_the_same_claims(spoiled: str | None, tmp_path: Path) -> None:
+    safe = {
+        "attack_success_rate": 0.0,
+        "attack_success_rate_sampled": 0.0,
+        "task_exact_match": 1.0,
+        "benign_exact_match": 1.0,
+        "over_refusal_rate": 0.0,
+    }
+    arms = {name: dict(safe) for name in ("adaptive_probe", *ESTIMATOR_ARMS)}
+    arms["sft"] = safe | {"attack_success_rate": 1.0}
+    if spoiled:
+        arms[spoiled] = safe | {"attack_success_rate": 0.04, "task_exact_match": 0.96}
+    for name in arms:
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "config.json").write_text("{}")
+    claims = check_claims({"base": safe, "arms": arms}, tmp_path)
+    assert len(claims) == 5 + 4 * 5
+    failed = [claim.text for claim in claims if not claim.holds]
+    greedy = f"{spoiled} withstands attacks, greedy"
+    task = f"{spoiled} learns the task as plain fine-tuning does"
+    assert failed == ([greedy, task] if spoiled else [])
 
 
 def test_a_server_that_does_not_start_is_an_error(tmp_path: Path) -> None:
