@@ -13,14 +13,14 @@ from launching import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))  # scripts that import one another by their bare names
 
-from bench_probe_flops import Rows, epoch_costs, llama, start_run, write_run_folder
+from step_flops import Rows, epoch_costs, llama, start_run, write_run_folder
 
 LAYERS, H, VOCAB = 4, 256, 256
 SHAPE = llama(LAYERS, H, vocab=VOCAB)
 CASES = [
     Rows.equal(0.5, length=32, count=3),
-    Rows.ragged(0.4, longest=36, count=3, rows_per_batch=3),
-    Rows.ragged(0.6, longest=36, count=3, rows_per_batch=1),
+    Rows.ragged(longest=36, count=3, rows_per_batch=3),
+    Rows.ragged(longest=36, count=3, rows_per_batch=1),
 ]
 
 
