@@ -80,7 +80,7 @@ def measure(out: Path, seed: int) -> list[Row]:
                 *("--position", signal),
             )
             judge = ["--probe", probe, "--model-path", world.base]
-        run_verb("score", *judge, "--data", conversations, "--out", scored)
+        run_verb("score", *judge, "--data", conversations, "--out", scored, "--cache", "none")
         lines = scored.read_text(encoding="utf-8").splitlines()
         risk = {row["id"]: row["risk"] for row in map(json.loads, lines)}
         rows += [
