@@ -28,7 +28,7 @@ TRANSIENT = (
     *("delay", "rate_limit", "rate_limit_date", "error", "half", "wrong_json", "not_json"),
     *("garbage", "refusal", "cut", "two_verdicts", "reset", "drop", "empty"),
 )
-HOPELESS = ("error", "half", "wrong_json", "garbage", "reset", "too_long", "drip")
+HOPELESS = ("error", "half", "wrong_json", "garbage", "reset", "too_long")
 RETRIES = 4
 DRIP_S = 0.25  # between two bytes: a whole answer would take minutes
 
@@ -42,9 +42,9 @@ def plan_of(number: int) -> list[str]:
     """What the first attempts at a pair meet; one that holds 99 things never gets a verdict."""
     if number % 89 == 0:
         return [HOPELESS[number // 89 % len(HOPELESS)]] * 99
-    chance = random.Random(number)
-    if chance.random() < 0.004:
+    if number < 600 and number % 60 == 7:  # early: one takes half of the deadline
         return ["drip"]
+    chance = random.Random(number)
     if chance.random() < 0.85:
         return []
     return [chance.choice(TRANSIENT) for _ in range(chance.randint(1, RETRIES))]
