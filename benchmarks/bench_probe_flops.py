@@ -13,7 +13,7 @@ What is claimed, and how it is counted:
   the trunk dominates. Embeddings cost no product; the head costs 3 products of its own, over
   response tokens alone, and attention grows with the square of a row: both make a step dearer than
   the formula thinks, and so the share smaller.
-- Policy side: no product at all, so every element that any operator writes, and that reductions
+- Policy side: hardly a product, so every element that any operator writes, and that reductions
   read, counts as one operation.
 - A policy-side probe is watched by default (`risk.drift`): in one step of `risk.drift_every` the
   reference reads the same rows, which costs that share of the formula, in every epoch.
@@ -55,7 +55,17 @@ EPOCHS = (1, 3, 5)
 DRIFT_EVERY = RiskConfig(estimator="none").drift_every
 COLUMNS = [
     *("date", "hardware", "commit", "torch", "transformers", "kind", "model", "L", "H", "V"),
-    *("rows", "rows_per_batch", "side", "pooling", "k", "epochs", "tokens", "padded_tokens"),
+    *(
+        "rows",
+        "rows_per_batch",
+        "side",
+        "probe",
+        "pooling",
+        "k",
+        "epochs",
+        "tokens",
+        "padded_tokens",
+    ),
     *("prompt_share", "padded_prompt_share", "probe_flops", "probe_elements", "step_flops"),
     *("head_share", "share", "formula", "padded_formula", "ratio_to_padded_formula"),
 ]
@@ -113,9 +123,10 @@ def _sides(
             found = shares(costs[:epochs], plain, tokens, k / layers)
             yield {"side": "reference", "pooling": POOLINGS[0], "k": k, **found}
     k = depths[0]
-    for pooling in POOLINGS:
-        found = shares(extra(1, side="policy", k=k, pooling=pooling), plain, tokens, None)
-        yield {"side": "policy", "pooling": pooling, "k": k, **found}
+    for pooling, kind in ((POOLINGS[0], "linear"), (POOLINGS[1], "linear"), (POOLINGS[1], "mlp")):
+        costs = extra(1, side="policy", k=k, pooling=pooling, kind=kind)
+        found = shares(costs, plain, tokens, None)
+        yield {"side": "policy", "probe": kind, "pooling": pooling, "k": k, **found}
     if rows.rows_per_batch == len(rows.prompts):  # an epoch is a step: one in DRIFT_EVERY compares
         costs = extra(DRIFT_EVERY, side="policy", k=k, is_watched=True)
         found = shares(costs, plain, tokens, k / layers)
@@ -141,7 +152,7 @@ def shares(
 ) -> dict[str, Any]:
     """Columns of one side over as many epochs as `probe` has; `depth` is k / L, None = no formula.
 
-    On the policy side, where no product is, elements count as operations.
+    On the policy side, where hardly a product is, elements count as operations.
     """
     epochs = len(probe)
     flops, elements = (sum(getattr(cost, name) for cost in probe) for name in Cost._fields)

@@ -1,14 +1,16 @@
-"""Draws the figures of results/kernels from its CSV files, and from nothing else.
+"""Draws the figures of results/kernels and results/probe from their CSV files, from nothing else.
 
-    python benchmarks/plot.py [FOLDER]
+    python benchmarks/plot.py [FOLDER ...]
 
 kernels.png/.svg: time as a multiple of ours, and peak memory, of each implementation (cuda.csv, or
 cpu.csv where there is none). logits_error.png/.svg: error of the gradient against how far the two
-models are apart. Each title is worked out from the rows that are drawn.
+models are apart. Those of probes are in `plot_probe`. Each title is worked out from the rows that
+are drawn.
 """
 
 import csv
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).resolve().parent / "results" / "kernels"
+RESULTS = [Path(__file__).resolve().parent / "results" / name for name in ("kernels", "probe")]
 Row = dict[str, str]
 
 OURS = "ours"
@@ -171,21 +173,30 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     print(f"written: {folder / name}.png and .svg")
 
 
-def main() -> int:
-    """Draws what the folder has results for; the exit status."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+def figures_of(folder: Path) -> Iterator[tuple[str, Figure]]:
+    """Name and figure of what the folder holds results for."""
+    from plot_probe import figures_of as probe_figures  # which imports this module
+
     kernels = [path for name in ("cuda", "cpu") if (path := folder / f"{name}.csv").is_file()]
-    errors = folder / "logits_error.csv"
-    if not kernels and not errors.is_file():
-        print(f"{folder} holds no results: run bench_kernels.py or bench_logits_error.py first")
-        return 1
+    if kernels:
+        yield "kernels", draw_kernels(read_csv(kernels[0]), kernels[0].stem.upper())
+    if (errors := folder / "logits_error.csv").is_file():
+        yield "logits_error", draw_logits_error(read_csv(errors))
+    yield from probe_figures(folder)
+
+
+def main() -> int:
+    """Draws what the folders have results for; the exit status."""
+    drawn = 0
+    folders = [Path(name) for name in sys.argv[1:]] or RESULTS
     with plt.rc_context(STYLE):
-        if kernels:
-            figure = draw_kernels(read_csv(kernels[0]), kernels[0].stem.upper())
-            save(figure, folder, "kernels")
-        if errors.is_file():
-            save(draw_logits_error(read_csv(errors)), folder, "logits_error")
-    return 0
+        for folder in folders:
+            for name, figure in figures_of(folder):
+                save(figure, folder, name)
+                drawn += 1
+    if not drawn:
+        print(f"{', '.join(map(str, folders))}: no results: run a bench_*.py first")
+    return 0 if drawn else 1
 
 
 if __name__ == "__main__":

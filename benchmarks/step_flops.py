@@ -32,7 +32,8 @@ from safereg_dist.config import (
 from safereg_dist.demo.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from safereg_dist.factory import Run, build_run, start_backend
 from safereg_dist.fingerprint import model_fingerprint
-from safereg_dist.risk.probe import Probe
+from safereg_dist.probe_lab.mlp import UNITS
+from safereg_dist.risk.probe import POOLINGS, Probe
 from safereg_dist.types import MicroBatch
 
 MAX_EPOCHS = 10
@@ -174,14 +175,20 @@ def write_run_folder(folder: Path, shape: LlamaConfig, rows: Rows) -> None:
 
 
 def start_run(
-    folder: Path, rows: Rows, *, side: str, k: int = 1, pooling: str = "last_prompt_token"
+    folder: Path,
+    rows: Rows,
+    *,
+    side: str,
+    k: int = 1,
+    pooling: str = POOLINGS[0],
+    kind: str = "linear",
 ) -> Run:
     """A run of one process on what `write_run_folder` wrote; `side` none has no probe.
 
     The threshold is 1, so that no row is active and the reference runs for the probe alone.
     """
     if side != "none":
-        _random_probe(folder / "model", k, pooling).save(folder / "probe")
+        _random_probe(folder / "model", k, pooling, kind).save(folder / "probe")
     config = Config(
         model=str(folder / "model"),
         data=DataConfig(train=str(folder / "rows.jsonl")),
@@ -198,18 +205,25 @@ def start_run(
     return build_run(config, start_backend(config))
 
 
-def _random_probe(model_folder: Path, k: int, pooling: str) -> Probe:
+def _random_probe(model_folder: Path, k: int, pooling: str, kind: str) -> Probe:
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     size = model.config.hidden_size
+    hidden = (
+        {"hidden_weight": torch.randn(UNITS, size), "hidden_bias": torch.zeros(UNITS)}
+        if kind == "mlp"
+        else {}
+    )
     return Probe(
         layer=k,
         pooling=pooling,
+        kind=kind,
         mean=torch.zeros(size),
         scale=torch.ones(size),
-        weight=torch.randn(size) / size,
+        weight=torch.randn(UNITS if kind == "mlp" else size) / size,
         bias=0.0,
         threshold=0.5,
         fingerprint=model_fingerprint(model),
+        **hidden,
     )
 
 

@@ -15,6 +15,8 @@ sys.path.append(str(ROOT / "benchmarks"))  # scripts that import one another by 
 
 from step_flops import Rows, epoch_costs, llama, start_run, write_run_folder
 
+from safereg_dist.probe_lab.mlp import UNITS
+
 LAYERS, H, VOCAB = 4, 256, 256
 SHAPE = llama(LAYERS, H, vocab=VOCAB)
 CASES = [
@@ -73,12 +75,12 @@ def test_reference_side_costs_the_formula_once(case, k):
     assert first / plain.flops == pytest.approx(formula, rel=0.1)
 
 
-@pytest.mark.parametrize("pooling", ["last_prompt_token", "mean_prompt"])
-@pytest.mark.parametrize("k", [2, LAYERS])
-def test_policy_side_is_free(case, k, pooling):
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize(("k", "pooling"), [(2, "last_prompt_token"), (LAYERS, "mean_prompt")])
+def test_policy_side_is_nearly_free(case, k, pooling, kind):
     rows, folder, plain, _ = case
-    run = start_run(folder, rows, side="policy", k=k, pooling=pooling)
+    run = start_run(folder, rows, side="policy", k=k, pooling=pooling, kind=kind)
     ((cost, _),) = epoch_costs(run, 1)
     extra = cost - plain
-    assert extra.flops == 0
-    assert 0 < extra.elements <= 0.0005 * plain.flops
+    assert extra.flops == (2 * len(rows.prompts) * UNITS * H if kind == "mlp" else 0)
+    assert 0 < extra.flops + extra.elements <= 0.0005 * plain.flops
