@@ -3,7 +3,7 @@
 `build_world` writes them all; `world.json` says what they were made of, so a second call with the
 same sources, seed and libraries returns at once. On the command line:
 
-    python -m safereg_dist.demo.world --out DIR [--seed 0]
+    python -m safereg_dist.demo.world --out DIR [--seed 0] [--guard]
 """
 
 import argparse
@@ -290,9 +290,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guard", action="store_true", help="and its guard model, in DIR/guard")
     arguments = parser.parse_args(argv)
     try:
         build_world(arguments.out, seed=arguments.seed)
+        if arguments.guard:
+            build_guard(arguments.out, seed=arguments.seed)
     except SafeRegError as error:
         print(f"world: {error}", file=sys.stderr, flush=True)
         return 2
