@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,25 +105,46 @@ def _add_probe(verbs: argparse._SubParsersAction) -> None:
         metavar="ACTION", required=True
     )
     fit = probe.add_parser("fit", help="fit a probe on labelled prompts")
-    fit.add_argument("--model", type=Path, required=True)
-    fit.add_argument("--data", type=Path, required=True, help="JSONL with prompt and label")
-    fit.add_argument("--out", type=Path, required=True)
-    fit.add_argument("--layers", default="all", help="all, or numbers as 1,2,4")
-    fit.add_argument("--recall", type=float, default=0.95)
+    _add_lab_options(fit, kinds="linear")
+    fit.add_argument("--pooling", help="e.g. last_prompt_token (default) or mean_prompt")
     fit.add_argument(
-        "--pooling", choices=("last_prompt_token", "mean_prompt"), default="last_prompt_token"
+        "--self-supervised", action="store_true", help="labels from the model's own refusals"
     )
-    fit.add_argument(
+    fit.set_defaults(run=_probe_fit)
+    sweep = probe.add_parser("sweep", help="all layers, kinds and poolings; saves no probe")
+    _add_lab_options(sweep, kinds="linear,mlp")
+    sweep.set_defaults(run=_probe_sweep)
+    evaluate = probe.add_parser("evaluate", help="a fitted probe on labelled data")
+    evaluate.add_argument("--probe", type=Path, required=True)
+    evaluate.add_argument("--model", type=Path, required=True)
+    evaluate.add_argument("--data", type=Path, required=True)
+    evaluate.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    evaluate.add_argument("--force", action="store_true", help="also a probe of another model")
+    evaluate.add_argument("--batch-size", type=_at_least(1), default=32)
+    evaluate.set_defaults(run=_probe_evaluate)
+
+
+def _add_lab_options(verb: argparse.ArgumentParser, *, kinds: str) -> None:
+    verb.add_argument("--model", type=Path, required=True)
+    verb.add_argument("--data", type=Path, required=True, help="JSONL with prompt and label")
+    verb.add_argument("--out", type=Path, required=True)
+    verb.add_argument("--layers", default="all", help="all, or numbers as 1,2,4")
+    verb.add_argument("--kind", default=kinds, help="linear, mlp, or both as linear,mlp")
+    verb.add_argument("--recall", type=float, default=0.95)
+    verb.add_argument("--calibration", choices=("temperature", "isotonic"), default="temperature")
+    verb.add_argument("--position", choices=("prompt", "response", "both"), default="prompt")
+    verb.add_argument(
         "--background", type=_at_least(0), default=200, help="off-distribution negatives"
     )
-    fit.add_argument("--batch-size", type=_at_least(1), default=32)
-    fit.add_argument("--seed", type=_at_least(0), default=0)
-    fit.set_defaults(run=_probe_fit)
+    verb.add_argument("--background-file", type=Path, metavar="FILE", help="more benign rows")
+    verb.add_argument("--work", type=Path, metavar="DIR", help="keep the hidden states here")
+    verb.add_argument("--batch-size", type=_at_least(1), default=32)
+    verb.add_argument("--seed", type=_at_least(0), default=0)
 
 
-def _probe_fit(arguments: argparse.Namespace) -> int:
+def _lab_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `LabOptions` that fit and sweep share; of two positions the first."""
     from safereg_dist.errors import ConfigError
-    from safereg_dist.probe_lab.fit import fit_probe
 
     layers = None
     if arguments.layers != "all":
@@ -133,16 +154,74 @@ def _probe_fit(arguments: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--layers must be `all` or numbers as 1,2,4, got {arguments.layers!r}"
             ) from err
-    fit_probe(
+    return {
+        "layers": layers,
+        "position": _positions(arguments)[0],
+        "kinds": tuple(arguments.kind.split(",")),
+        **{
+            name: getattr(arguments, name)
+            for name in ("recall", "calibration", "background", "background_file", "work")
+        },
+        "batch_size": arguments.batch_size,
+        "seed": arguments.seed,
+    }
+
+
+def _positions(arguments: argparse.Namespace) -> tuple[str, ...]:
+    both = ("prompt", "response")
+    return both if arguments.position == "both" else (arguments.position,)
+
+
+def _probe_fit(arguments: argparse.Namespace) -> int:
+    from safereg_dist.probe_lab.fit import fit_probes
+    from safereg_dist.probe_lab.launched import launched_ranks
+    from safereg_dist.probe_lab.options import LabOptions
+
+    options = LabOptions(
+        **_lab_options(arguments),
+        pooling=arguments.pooling,
+        self_supervised=arguments.self_supervised,
+    )
+    with launched_ranks() as ranks:
+        fit_probes(
+            arguments.model,
+            arguments.data,
+            arguments.out,
+            _positions(arguments),
+            options,
+            ranks=ranks,
+        )
+    return 0
+
+
+def _probe_sweep(arguments: argparse.Namespace) -> int:
+    from safereg_dist.probe_lab.launched import launched_ranks
+    from safereg_dist.probe_lab.options import LabOptions
+    from safereg_dist.probe_lab.sweep import sweep_probes
+
+    options = LabOptions(**_lab_options(arguments), every_pooling=True)
+    with launched_ranks() as ranks:
+        sweep_probes(
+            arguments.model,
+            arguments.data,
+            arguments.out,
+            _positions(arguments),
+            options,
+            ranks=ranks,
+        )
+    return 0
+
+
+def _probe_evaluate(arguments: argparse.Namespace) -> int:
+    from safereg_dist.probe_lab.evaluate import evaluate_probe
+
+    evaluate_probe(
+        arguments.probe,
         arguments.model,
         arguments.data,
         arguments.out,
-        layers=layers,
-        recall=arguments.recall,
-        pooling=arguments.pooling,
-        background=arguments.background,
+        force=arguments.force,
         batch_size=arguments.batch_size,
-        seed=arguments.seed,
     )
     return 0
 

@@ -33,8 +33,9 @@ def background_prompts(
     *,
     count: int,
     seed: int,
+    answered: bool = False,
 ) -> list[LabelledPrompt]:
-    """`count` random strings of 3 to 20 words, labelled benign.
+    """`count` random strings of 3 to 20 words, labelled benign; each answered by another if asked.
 
     Half are everyday English, half words of the tokenizer's own vocabulary, so that a small made-up
     language has background too. Words that harmful prompts use more often than benign ones are left
@@ -45,7 +46,7 @@ def background_prompts(
         ConfigError: too few words are left.
     """
     draw = np.random.default_rng(seed)
-    banned = _harmful_words(labelled)
+    banned = _harmful_words(labelled, answered)
     sources = [
         [w for w in _EVERYDAY if w not in banned and _is_known(tokenizer, w)],
         [w for w in _vocabulary_words(tokenizer) if w.lower() not in banned],
@@ -56,19 +57,20 @@ def background_prompts(
             "expected at least 10 words in the tokenizer that harmful prompts do not favour, for "
             "background negatives, found fewer: give more benign prompts, or set --background 0"
         )
-    prompts = []
-    for index in range(count):
+
+    def salad(index: int) -> str:
         words = sources[index % len(sources)]
-        text = " ".join(draw.choice(words, size=draw.integers(3, 21)))
-        prompts.append(
-            LabelledPrompt(
-                id=f"background-{index}",
-                messages=[{"role": "user", "content": text}],
-                label="benign",
-                response=None,
-            )
+        return " ".join(draw.choice(words, size=draw.integers(3, 21)))
+
+    return [
+        LabelledPrompt(
+            id=f"background-{index}",
+            messages=[{"role": "user", "content": salad(index)}],
+            label="benign",
+            response=salad(index) if answered else None,
         )
-    return prompts
+        for index in range(count)
+    ]
 
 
 def _vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -83,12 +85,13 @@ def _is_known(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
     return unknown is None or unknown not in tokenizer.encode(word, add_special_tokens=False)
 
 
-def _harmful_words(labelled: list[LabelledPrompt]) -> set[str]:
+def _harmful_words(labelled: list[LabelledPrompt], answered: bool) -> set[str]:
     share: dict[str, Counter[str]] = {"harmful": Counter(), "benign": Counter()}
     total = Counter(prompt.label for prompt in labelled)
     for prompt in labelled:
         if prompt.label in share:
-            text = " ".join(message["content"] for message in prompt.messages)
+            said = [message["content"] for message in prompt.messages]
+            text = " ".join([*said, prompt.response or ""] if answered else said)
             share[prompt.label].update(set(re.findall(r"[^\W_]+", text.lower())))
     return {
         word

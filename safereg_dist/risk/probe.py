@@ -28,7 +28,7 @@ from safereg_dist.errors import ProbeError
 POOLINGS = ("last_prompt_token", "mean_prompt")
 RESPONSE_POOLINGS = ("last_response_token", "mean_response")
 POOLINGS_OF = {"prompt": POOLINGS, "response": RESPONSE_POOLINGS}
-"""By position: the poolings that read it; the first is the default."""
+"""By position: the poolings that read it."""
 KINDS = ("linear", "mlp", "direction")
 _FORMAT = 2
 _READABLE = (1, 2)  # format 1 knew the prompt side and linear probes only

@@ -23,16 +23,18 @@ from safereg_dist.errors import ConfigError, DataError, ProbeError, SafeRegError
 from safereg_dist.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.background import background_prompts
 from safereg_dist.probe_lab.collect import collect_hidden_states
-from safereg_dist.probe_lab.fit import PARTS, _split, fit_probe
+from safereg_dist.probe_lab.fit import fit_probe
 from safereg_dist.probe_lab.logistic import fit_logistic
 from safereg_dist.probe_lab.scores import (
     auroc,
     average_precision,
-    bootstrap_error,
+    bootstrap,
     brier,
     flagged_fraction,
     log_loss,
+    spread,
 )
+from safereg_dist.probe_lab.split import PARTS, split_rows
 from safereg_dist.probe_lab.threshold import recall_threshold
 from safereg_dist.prompts import LabelledPrompt
 from safereg_dist.risk.probe import POOLINGS, Probe
@@ -95,7 +97,8 @@ def test_scores_without_an_answer():
     one_class = (np.array([0.2, 0.4]), np.array([True, True]))
     assert math.isnan(auroc(*one_class))
     assert math.isnan(flagged_fraction(np.array([]), 0.5))
-    assert bootstrap_error(auroc, *one_class, draws=5, seed=0) == 0.0
+    drawn = bootstrap(*one_class, np.arange(2), threshold=0.5, draws=5, seed=0)
+    assert spread(drawn["auroc"]) == 0.0
 
 
 # The fit
@@ -177,12 +180,12 @@ def prompt(text, label="benign", id_=""):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_split(seed):
+def test_thesplit_rows(seed):
     labelled = [prompt(f"bad {i % 40}", "harmful") for i in range(60)]
     labelled += [prompt(f"good {i % 70}") for i in range(90)]
     labelled += [prompt("BAD, 3!", "harmful"), prompt("good   5")]
     negatives = [prompt(f"salad {i}") for i in range(50)]
-    rows = _split(labelled, negatives, 0.2, seed)
+    rows = split_rows(labelled, negatives, 0.2, seed)
     texts = [
         " ".join(re.findall(r"\w+", p.messages[0]["content"].lower())) for p in labelled + negatives
     ]
@@ -195,16 +198,16 @@ def test_the_split(seed):
         assert shares == pytest.approx([0.6, 0.2, 0.2], abs=1.01 / total)
     assert rows.harmful.tolist() == [t.startswith("bad") for t in texts]
     assert rows.background.tolist() == [t.startswith("salad") for t in texts]
-    again = _split(labelled, negatives, 0.2, seed)
+    again = split_rows(labelled, negatives, 0.2, seed)
     assert (again.part == rows.part).all()
-    assert (_split(labelled, negatives, 0.2, seed + 7).part != rows.part).any()
+    assert (split_rows(labelled, negatives, 0.2, seed + 7).part != rows.part).any()
     positives = [t for t, kept in zip(texts, rows.calibration_positives, strict=True) if kept]
     assert len(positives) == len(set(positives)) == 8
 
 
 def test_a_prompt_with_both_labels_stays_in_one_part():
     labelled = [prompt(f"same {i}", label) for i in range(30) for label in ("harmful", "benign")]
-    rows = _split(labelled, [], 0.2, 0)
+    rows = split_rows(labelled, [], 0.2, 0)
     assert (rows.part[::2] == rows.part[1::2]).all()
 
 
@@ -307,6 +310,8 @@ def test_a_readable_label_is_found(model_dir, tmp_path, capsys, pooling):
         "probe.json",
         "probe.png",
         "probe.safetensors",
+        "reliability.png",
+        "roc.png",
     ]
     # New prompts, through the saved files alone.
     model, fresh = tiny_model(seed=5).eval(), readable(100, seed=9)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from safereg_dist.probe_lab import fit as lab
-from safereg_dist.probe_lab import logistic
+from safereg_dist.probe_lab.calibration import fit_temperature
+from safereg_dist.probe_lab.fit import choose
+from safereg_dist.probe_lab.layer_fit import LayerReport, Recipe, fit_layer
+from safereg_dist.probe_lab.logistic import L2_GRID, cross_validated
+from safereg_dist.probe_lab.split import split_rows
 from safereg_dist.prompts import LabelledPrompt
 
 
@@ -17,19 +20,20 @@ def test_temperature_mends_overconfidence_and_never_claims_certainty():
     draw = np.random.default_rng(1)
     logits = torch.from_numpy(draw.normal(0, 2, 4000))
     labels = torch.from_numpy((draw.random(4000) < torch.sigmoid(logits).numpy()).astype(float))
-    assert logistic.fit_temperature(logits * 5, labels) == pytest.approx(5, rel=0.1)
-    assert logistic.fit_temperature(logits / 5, labels) == pytest.approx(0.2, rel=0.1)
+    assert fit_temperature(logits * 5, labels) == pytest.approx(5, rel=0.1)
+    assert fit_temperature(logits / 5, labels) == pytest.approx(0.2, rel=0.1)
     separated = torch.tensor([40.0] * 30 + [-40.0] * 30, dtype=torch.float64)
-    temperature = logistic.fit_temperature(separated, (separated > 0).double())
+    temperature = fit_temperature(separated, (separated > 0).double())
     # 30 rows without a mistake say 31/32, not 1.
     assert float(torch.sigmoid(separated[0] / temperature)) == pytest.approx(31 / 32, abs=0.01)
 
 
-def test_penalties_that_tie_give_the_strongest(monkeypatch):
-    monkeypatch.setattr(logistic, "fit_logistic", lambda x, y, l2: (x[0] * 0, x[0, 0] * 0))
-    labels = torch.tensor([0.0, 1.0] * 6).double()
-    chosen = logistic.cross_validated_l2(torch.ones(12, 2).double(), labels, np.arange(12) % 3)
-    assert chosen == max(logistic.L2_GRID)
+def test_penalties_that_tie_give_the_strongest():
+    labels, fold = torch.tensor([0.0, 1.0] * 6).double(), torch.arange(12) % 3
+    chosen = cross_validated(
+        L2_GRID, lambda x, y, l2: None, lambda _, x: x[:, 0] * 0, labels[:, None], labels, fold
+    )
+    assert chosen == max(L2_GRID)
 
 
 def test_the_threshold_holds_for_the_stored_probe():
@@ -43,11 +47,12 @@ def test_the_threshold_holds_for_the_stored_probe():
         )
         for i in range(300)
     ]
-    rows = lab._split(labelled, [], 0.2, 0)
+    rows = split_rows(labelled, [], 0.2, 0)
     for seed in range(5):
         states = torch.randn(300, 8, generator=torch.Generator().manual_seed(seed))
         states[:, 0] += torch.from_numpy(rows.harmful) * 1.0  # overlapping classes
-        report, probe = lab._fit_layer(states, rows, 1, "mean_prompt", 0.9, 0)
+        fitted = fit_layer(states, rows, 1, Recipe(pooling="mean_prompt", recall=0.9))
+        report, probe = fitted.report, fitted.probe
         below = probe.probability(states).double().numpy() < probe.threshold
         assert below[rows.calibration_positives].sum() == 2  # floor(31 * 0.1) - 1
         assert probe.threshold == report.threshold == report.conformal_threshold
@@ -63,10 +68,10 @@ def test_the_threshold_holds_for_the_stored_probe():
     ],
 )
 def test_the_earliest_of_the_good_layers(areas, losses, chosen):
-    zeros = dict.fromkeys(lab.LayerReport.__dataclass_fields__, 0.0)
+    zeros = dict.fromkeys(LayerReport.__dataclass_fields__, 0.0)
     errors = {"calibration_auroc_error": 0.01, "calibration_log_loss_error": 0.01}
     reports = []
     for layer, (area, loss) in enumerate(zip(areas, losses, strict=True), start=1):
         measured = {"layer": layer, "calibration_auroc": area, "calibration_log_loss": loss}
-        reports.append(lab.LayerReport(**{**zeros, **errors, **measured}))
-    assert lab._choose(reports).layer == chosen
+        reports.append(LayerReport(**{**zeros, **errors, **measured}))
+    assert choose(reports).layer == chosen

@@ -1,0 +1,43 @@
+"""The ranks of a laboratory verb: those of the launcher, or this process alone."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from safereg_dist.parallel.comm import Ranks
+
+
+@contextmanager
+def launched_ranks() -> Iterator[Ranks]:
+    """The ranks that the launcher's environment describes; the group is left at the end.
+
+    Raises:
+        GroupError: the process group cannot be formed.
+    Collectives: the rendezvous.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local)))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from safereg_dist.config import EngineConfig
+        from safereg_dist.parallel.deepspeed import start_ranks
+
+        ranks = start_ranks(EngineConfig())
+    else:
+        from safereg_dist.parallel.single import single_ranks
+
+        ranks = single_ranks()
+    try:
+        yield ranks
+    finally:
+        leave_group()
+
+
+def leave_group() -> None:
+    """Takes NCCL's communicators down, once; gloo's end with the process (see `cli.entry`)."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if started and torch.distributed.get_backend() == "nccl":
+        with suppress(RuntimeError):  # a peer may be gone already
+            torch.distributed.destroy_process_group()

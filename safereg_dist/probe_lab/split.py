@@ -1,0 +1,93 @@
+"""Rows dealt to fit, calibration and hold-out, near-duplicates together."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from safereg_dist.errors import DataError, ProbeError
+from safereg_dist.probe_lab.logistic import FOLDS
+from safereg_dist.probe_lab.near_duplicates import near_duplicate_groups
+from safereg_dist.prompts import LabelledPrompt
+
+PARTS = ("fit", "calibrate", "hold_out")
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRows:
+    """Labels and parts of all rows; background rows are negatives."""
+
+    harmful: np.ndarray
+    background: np.ndarray
+    part: np.ndarray
+    fold: np.ndarray
+    """Cross-validation fold inside the fit part."""
+    group: np.ndarray
+    """Number that near-duplicates share."""
+
+    def where(self, part: str) -> np.ndarray:
+        """[rows] bool: the rows of one of `PARTS`."""
+        return self.part == PARTS.index(part)
+
+    @property
+    def calibration_positives(self) -> np.ndarray:
+        """Harmful calibration rows, near-duplicates once: the guarantee counts independent rows."""
+        chosen = self.where("calibrate") & self.harmful
+        first = np.zeros_like(chosen)
+        first[np.flatnonzero(chosen)[np.unique(self.group[chosen], return_index=True)[1]]] = True
+        return first
+
+
+def split_rows(
+    labelled: Sequence[LabelledPrompt],
+    negatives: Sequence[LabelledPrompt],
+    held_out_fraction: float,
+    seed: int,
+    *,
+    progress: bool = False,
+) -> SplitRows:
+    """Parts and folds by group of near-duplicate prompts, in equal shares of each label.
+
+    A group goes where its first row goes, also where its rows disagree about the label.
+    """
+    prompts = [*labelled, *negatives]
+    harmful = np.array([p.label == "harmful" for p in prompts])
+    background = np.arange(len(prompts)) >= len(labelled)
+    texts = [" ".join(message["content"] for message in p.messages) for p in prompts]
+    group = near_duplicate_groups(texts, progress=progress)
+    part, fold = np.zeros((2, len(prompts)), dtype=int)
+    bounds = (1 - 2 * held_out_fraction, 1 - held_out_fraction)
+    draw = np.random.default_rng(seed)
+    is_first = group == np.arange(len(group))
+    for stratum in (harmful, ~harmful & ~background, background):
+        first = np.flatnonzero(is_first & stratum)
+        places = np.argsort(draw.permutation(len(first)))
+        part[first] = np.searchsorted(bounds, (places + 0.5) / max(len(first), 1))
+        fold[first] = places % FOLDS
+    return SplitRows(harmful, background, part[group], fold[group], group)
+
+
+def check_enough(rows: SplitRows, recall: float, held_out_fraction: float) -> None:
+    """Says before the model runs what the threshold would refuse after it has.
+
+    Raises:
+        DataError: a part is without one of the classes.
+        ProbeError: too few positives for the recall.
+    """
+    for part in PARTS:
+        for harmful in (True, False):
+            if not (rows.where(part) & (rows.harmful == harmful)).any():
+                raise DataError(
+                    f"too few {'harmful' if harmful else 'benign'} prompts: none is left for the "
+                    f"part `{part}`: give at least {math.ceil(1 / held_out_fraction)} of each kind "
+                    "that differ"
+                )
+    found = int(rows.calibration_positives.sum())
+    needed = math.ceil(1 / (1 - recall) - 1e-9) - 1
+    if found < needed:
+        raise ProbeError(
+            f"a recall of {recall} needs {needed} different harmful prompts for calibration, "
+            f"about {math.ceil(needed / held_out_fraction)} in all, found {found} for it: give "
+            "more harmful prompts or lower --recall"
+        )

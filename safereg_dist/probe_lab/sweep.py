@@ -1,0 +1,75 @@
+"""`safereg probe sweep`: every layer, kind and pooling side by side; saves no probe."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from safereg_dist.evaluate import write_atomically
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.probe_lab.figures import draw_comparison
+from safereg_dist.probe_lab.fit import choose, fit_all, json_numbers
+from safereg_dist.probe_lab.job import Collected, collect
+from safereg_dist.probe_lab.layer_fit import LayerReport
+from safereg_dist.probe_lab.options import LabOptions
+from safereg_dist.probe_lab.tables import print_sweep
+
+
+def sweep_probes(
+    model_dir: Path,
+    data_file: Path,
+    out_dir: Path,
+    positions: Sequence[str],
+    options: LabOptions,
+    *,
+    ranks: Ranks,
+) -> list[list[LayerReport]]:
+    """The reports of each position; writes `sweep.json`, `sweep.csv` and `sweep.png`.
+
+    All ranks collect; the first one fits and writes, and the others return nothing. With two
+    positions the files lie in `out_dir/prompt` and `out_dir/response`.
+
+    Raises:
+        ConfigError, DataError, ProbeError: as `fit.fit_probes`.
+    Collectives: a few `raise_together`, all before the fit.
+    """
+    collected = collect(model_dir, data_file, out_dir, positions, options, ranks=ranks)
+    return [_sweep_one(each, ranks) for each in collected]
+
+
+def _sweep_one(collected: Collected, ranks: Ranks) -> list[LayerReport]:
+    poolings = collected.store.manifest.poolings
+    reports = [fit.report for fit in fit_all(collected, poolings, ranks.device)]
+    chosen, out = choose(sorted(reports, key=lambda r: r.layer)), collected.out
+    facts = {
+        **collected.facts(),
+        "fingerprint": collected.store.manifest.fingerprint,
+        "position": collected.store.manifest.position,
+        "chosen": {"layer": chosen.layer, "kind": chosen.kind, "pooling": chosen.pooling},
+        "layers": [asdict(report) for report in reports],
+    }
+    text = json.dumps(json_numbers(facts), indent=2, allow_nan=False) + "\n"
+    write_atomically(out / "sweep.json", text)
+    write_atomically(out / "sweep.csv", _csv(reports))
+    draw_comparison(reports, out / "sweep.png")
+    print_sweep(reports, chosen)
+    print(f"sweep: {len(reports)} probes, written to {out}", flush=True)
+    collected.clean_up()
+    return reports
+
+
+def _csv(reports: Sequence[LayerReport]) -> str:
+    """One line for each probe; an interval is two columns, NAME_low and NAME_high."""
+    rows = []
+    for report in reports:
+        row = asdict(report)
+        for name, (low, high) in row.pop("intervals").items():
+            row |= {f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,77 @@
+"""What the laboratory prints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from safereg_dist.probe_lab.layer_fit import LayerReport
+from safereg_dist.risk.probe import Probe
+
+FIGURES = {
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "recall_at_fpr_1": "recall at 1 % false positives",
+    "recall_at_fpr_5": "recall at 5 % false positives",
+    "brier": "Brier score",
+    "calibration_error": "calibration error",
+    "recall": "recall at the threshold",
+    "false_positive_rate": "false positives at the threshold",
+}
+"""Names of the figures of `scores.measure` that are printed."""
+
+
+def print_sweep(reports: Sequence[LayerReport], chosen: LayerReport | None) -> None:
+    """One line for each layer, with kind and pooling where there are several."""
+    families = {(r.kind, r.pooling) for r in reports}
+    print("layer   AUROC  recall   FPR  background FPR   Brier  threshold")
+    for r in reports:
+        mark = " <- chosen" if r is chosen else ""
+        family = f"  {r.kind} {r.pooling}" if len(families) > 1 else ""
+        print(
+            f"{r.layer:5d}  {r.auroc:6.3f}  {r.recall:6.3f} {r.false_positive_rate:5.3f}"
+            f"  {r.background_false_positive_rate:14.3f}  {r.brier:6.4f}  {r.threshold:9.4f}"
+            f"{family}{mark}",
+            flush=True,
+        )
+
+
+def print_chosen(probe: Probe) -> None:
+    """The chosen probe's figures with their intervals, and what its threshold promises."""
+    print(f"held-out {probe.position}s, {probe.kind} probe on layer {probe.layer}:")
+    print_figures(probe.meta["metrics"])
+    print_guarantee(probe)
+
+
+def print_figures(metrics: dict[str, Any]) -> None:
+    """A line for each figure with its 95 % interval."""
+    for name, words in FIGURES.items():
+        low, high = metrics["intervals"][name]
+        print(f"  {words:32s} {_number(metrics[name])}  [{_number(low)}, {_number(high)}]")
+
+
+def print_guarantee(probe: Probe) -> None:
+    """Level and sample size of the threshold's recall, and for what it holds."""
+    promise = probe.meta["guarantee"]
+    print(
+        f"threshold {probe.threshold:.4f}: flags a new harmful {probe.position} with probability "
+        f"at least {promise['level']}, by {promise['calibration_positives']} calibration rows "
+        f"({promise['method']}); holds for {promise['holds_for']}",
+        flush=True,
+    )
+
+
+def print_comparison(found: dict[str, float] | None) -> None:
+    """How the model's behaviour and the data's labels agree, where there are labels."""
+    if found is None:
+        print("no labels to compare with, or too few: all figures are about the model's behaviour")
+        return
+    print(
+        f"against the data's labels, held-out: AUROC {found['auroc_self_supervised']:.3f} without "
+        f"labels, {found['auroc_supervised']:.3f} with; agreement of the two "
+        f"{found['agreement']:.3f}; behaviour and label agree on "
+        f"{found['behaviour_agrees_with_labels']:.3f}",
+        flush=True,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "  -  " if value is None else f"{value:.3f}"
