@@ -86,7 +86,7 @@ class Guard:
         with self._lock:
             while len(said) < limit:
                 inputs = torch.tensor([new], device=self._model.device)
-                out = self._model(inputs, past_key_values=past, use_cache=True)
+                out = self._model(inputs, past_key_values=past, use_cache=True, logits_to_keep=1)
                 past, logprobs = out.past_key_values, out.logits[0, -1].float().log_softmax(-1)
                 token = int(logprobs.argmax())
                 if token in self._ends:

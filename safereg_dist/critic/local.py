@@ -8,6 +8,7 @@ comes with a model is run. Collectives: none; every rank holds its own copy of t
 import json
 import queue
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from safereg_dist.errors import ConfigError, CriticUnavailable
 from safereg_dist.fingerprint import model_fingerprint
 
 _BATCH = 32  # conversations taken at once, and texts in one forward pass
+_TOKENS = 1 << 14  # in one forward pass, padding included: bounds its memory
 
 
 class LocalCritic:
@@ -76,26 +78,28 @@ class LocalCritic:
                 return
 
     def _judge(self, asked: list[tuple[Messages, Future[Verdict]]]) -> None:
-        """Sets every future: a model or a template that raises fails what it was given."""
-        parts: list[tuple[int, list[int]]] = []
+        """Sets every future: what raises fails its own conversations, and nobody waits for ever."""
+        texts: list[tuple[int, list[int]]] = []
         reasons: dict[int, str] = {}
+        worst: dict[int, float] = {}
         for index, (messages, _) in enumerate(asked):
             try:
-                parts += [(index, text) for text in self._model.texts(messages)]
+                texts += [(index, text) for text in self._model.texts(messages)]
             except JudgementFailed as err:
                 reasons[index] = str(err)
-        worst: dict[int, float] = {}
-        try:
-            for start in range(0, len(parts), _BATCH):
-                some = parts[start : start + _BATCH]
-                scores = self._model.scores([text for _, text in some])
-                for (index, _), score in zip(some, scores, strict=True):
-                    if score is None:
-                        reasons[index] = "malformed answer: not a label of the format"
-                    else:
-                        worst[index] = max(score, worst.get(index, 0.0))
-        except Exception as err:  # out of memory, a lost device: nobody may wait for ever
-            reasons = dict.fromkeys(range(len(asked)), f"the model failed: {type(err).__name__}")
+            except Exception as err:  # a tokenizer on what is no text
+                reasons[index] = f"the judge cannot read it: {type(err).__name__}"
+        for batch in _batches(texts):
+            try:
+                scores = self._model.scores([text for _, text in batch])
+            except Exception as err:  # out of memory, a lost device
+                reasons |= {i: f"the model failed: {type(err).__name__}" for i, _ in batch}
+                continue
+            for (index, _), score in zip(batch, scores, strict=True):
+                if score is None:
+                    reasons[index] = "malformed answer: not a label of the format"
+                else:
+                    worst[index] = max(score, worst.get(index, 0.0))
         for index, (_, future) in enumerate(asked):
             self._answer(future, worst.get(index), reasons.get(index))
 
@@ -107,6 +111,21 @@ class LocalCritic:
                 future.set_result(Verdict(score))
         except CriticUnavailable as err:
             future.set_exception(err)
+
+
+def _batches(texts: list[tuple[int, list[int]]]) -> Iterator[list[tuple[int, list[int]]]]:
+    """Texts of like length together, so many that a padded batch keeps within its bounds."""
+    batch: list[tuple[int, list[int]]] = []
+    for entry in sorted(texts, key=lambda entry: len(entry[1])):
+        if batch and (len(batch) + 1) * len(entry[1]) > _TOKENS:
+            yield batch
+            batch = []
+        batch.append(entry)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def load_local_critic(

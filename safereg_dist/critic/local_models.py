@@ -132,9 +132,11 @@ class CausalGuard:
     def _next(self, texts: list[list[int]]) -> tuple[list[int], list[float]]:
         """The likeliest next token of each text, and the risk that the labels' tokens give."""
         inputs = _padded(texts, self._tokenizer, self._model.device)
-        hidden = self._model(**inputs).logits
-        last = torch.tensor([len(text) - 1 for text in texts], device=hidden.device)
-        logits = hidden[torch.arange(len(texts), device=hidden.device), last].float()
+        device = inputs["input_ids"].device
+        # Logits where texts end, and nowhere else: all of them would be gigabytes.
+        ends, place = torch.tensor([len(text) - 1 for text in texts]).unique(return_inverse=True)
+        found = self._model(**inputs, logits_to_keep=ends.to(device)).logits
+        logits = found[torch.arange(len(texts), device=device), place.to(device)].float()
         by_label = torch.stack([logits[:, ids].logsumexp(-1) for _, ids in self._tokens], dim=-1)
         risks = by_label.softmax(-1) @ self._values.to(logits.device)
         return logits.argmax(-1).tolist(), risks.clamp(0.0, 1.0).tolist()

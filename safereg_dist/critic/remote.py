@@ -4,7 +4,7 @@ One judgement, all of its requests and retries, has `timeout_s` from the moment 
 that drips in slowly is cut off by it as well. At most `concurrency` judgements are under way. What
 is tried again, with exponential backoff and full jitter: 408, 425, 5xx, lost connections, attempts
 that take more than half of the deadline, malformed answers; and 429, after what its Retry-After
-asks for, as often as the deadline allows.
+asks for (so is a 5xx that says it), as often as the deadline allows.
 
 A verdict that the server has sent and that does not arrive (a connection lost at the last moment,
 an attempt given up) is asked for again: the client cannot know that it was given. This is the one
@@ -15,14 +15,8 @@ Nothing of the data and no key is in any log or error. Collectives: none.
 
 import asyncio
 import contextlib
-import email.utils
-import ipaddress
 import json
-import logging
-import os
-import random
 import threading
-import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from typing import Any
@@ -31,18 +25,16 @@ import httpx
 
 from safereg_dist.config.risk import CriticConfig
 from safereg_dist.critic.answers import Judgement, MalformedAnswer, read_reply
-from safereg_dist.critic.breaker import CircuitBreaker
 from safereg_dist.critic.critic import JudgementFailed, Messages, Verdict, failed_verdict
+from safereg_dist.critic.endpoint import base_url, is_loopback, key_headers
 from safereg_dist.critic.formats import FORMATS, VERSION, Format, Question
+from safereg_dist.critic.retrying import CircuitBreaker, backoff_s, retry_after_s
 from safereg_dist.errors import ConfigError, CriticUnavailable
 
-_log = logging.getLogger(__name__)
-
-_BACKOFF_S = 0.25  # mean wait before the first retry is half of it; doubles with every attempt
-_BACKOFF_CAP_S = 10.0
 _ATTEMPT_SHARE = 0.5  # of the deadline, so that a server that hangs once can be asked once more
 _CONNECT_S = 5.0
 _RETRIED = {408, 425}
+_KEY_REFUSED = {401, 403}
 _REFUSED_ROW = {400, 413, 422}  # this conversation is too long or otherwise not for this judge
 
 
@@ -66,8 +58,8 @@ class RemoteCritic:
         self._format = _format(settings.format)
         self.identity = f"remote {self._format.name}.{VERSION} {settings.model}"
         self._settings = settings
-        self._base, self._shown = _base_url(settings.endpoint or "")
-        self._headers = _headers(settings.api_key_env)
+        self._url = base_url(settings.endpoint or "")
+        self._headers = key_headers(settings.api_key_env)
         self._breaker = CircuitBreaker()
         self._has_succeeded = False
         self._clients: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
@@ -98,7 +90,7 @@ class RemoteCritic:
         except (TimeoutError, JudgementFailed) as err:
             reason = str(err) or f"no answer within {self._settings.timeout_s:g} s"
             raise CriticUnavailable(
-                f"expected a judge at {self._shown}, found none ({reason}): start the server "
+                f"expected a judge at {self._url}, found none ({reason}): start the server "
                 "(launch/serve_critic.py serves a local guard), or correct the endpoint"
             ) from err
 
@@ -129,7 +121,7 @@ class RemoteCritic:
                 timeout=httpx.Timeout(None, connect=_CONNECT_S),
                 limits=httpx.Limits(max_connections=1),
                 # A proxy of the environment must not be asked for what is on this machine.
-                trust_env=not _is_loopback(self._base.host),
+                trust_env=not is_loopback(self._url),
             )
             self._clients.put_nowait(client)
 
@@ -155,12 +147,12 @@ class RemoteCritic:
             for attempt in range(self._settings.retries + 1):
                 try:
                     async with self._sent(client, "GET", "models", None) as response:
-                        if response.status_code in (401, 403):
-                            raise CriticUnavailable(self._refusal(response.status_code))
+                        if response.status_code in _KEY_REFUSED:
+                            raise self._refused(response.status_code)
                         return
                 except _Retry as err:
                     problem = err
-                await asyncio.sleep(_backoff_s(attempt))
+                await asyncio.sleep(backoff_s(attempt + 1))
         raise JudgementFailed(str(problem))
 
     async def _judge(self, messages: Messages) -> Verdict:
@@ -188,7 +180,7 @@ class RemoteCritic:
                 problem = err
             attempt += problem.is_counted
             rate_limits += not problem.is_counted
-            wait_s = max(problem.wait_s, _backoff_s(attempt + rate_limits - 1))
+            wait_s = problem.wait_s + backoff_s(attempt + rate_limits)
             if attempt > self._settings.retries:
                 raise JudgementFailed(str(problem)) from problem
             if self._loop.time() + wait_s >= deadline:
@@ -237,7 +229,7 @@ class RemoteCritic:
             raise JudgementFailed("the endpoint is down")
         request = client.build_request(
             method,
-            self._base.copy_with(path=f"{self._base.path}/{path}"),
+            f"{self._url}/{path}",
             content=None if body is None else json.dumps(body).encode(),
             headers={} if body is None else {"Content-Type": "application/json"},
         )
@@ -259,27 +251,25 @@ class RemoteCritic:
         status = response.status_code
         if status == 200:
             return
-        if status == 429:
-            wait_s = _retry_after_s(response.headers.get("retry-after"))
-            raise _Retry("HTTP 429", wait_s=wait_s, is_counted=False)
-        if status >= 500 or status in _RETRIED:
-            raise _Retry(f"HTTP {status}")
+        wait_s = retry_after_s(response.headers.get("retry-after"))
+        if status == 429 or status >= 500 or status in _RETRIED:
+            raise _Retry(f"HTTP {status}", wait_s=wait_s, is_counted=status != 429)
         if status in _REFUSED_ROW or self._has_succeeded:
             # Once a judgement has come about the configuration is right, and a gateway in trouble
             # shall not end a run: the fail mode decides.
             raise JudgementFailed(f"HTTP {status}")
-        raise ConfigError(self._refusal(status))
+        raise self._refused(status)
 
-    def _refusal(self, status: int) -> str:
-        if status in (401, 403):
+    def _refused(self, status: int) -> ConfigError | CriticUnavailable:
+        if status in _KEY_REFUSED:
             key = self._settings.api_key_env
-            state = "holds a key that it does not accept" if os.environ.get(key) else "is not set"
-            return (
-                f"the judge at {self._shown} wants a key (HTTP {status}) and the environment "
+            state = "holds a key that it does not accept" if self._headers else "is not set"
+            return CriticUnavailable(
+                f"the judge at {self._url} wants a key (HTTP {status}) and the environment "
                 f"variable {key} {state}: export the right key in it"
             )
-        return (
-            f"the judge at {self._shown} answers HTTP {status} to requests for the model "
+        return ConfigError(
+            f"the judge at {self._url} answers HTTP {status} to requests for the model "
             f"{self._settings.model!r} in the format {self._format.name}: check the endpoint "
             "(it ends in /v1 as a rule), the model's name there, and the format"
         )
@@ -291,64 +281,6 @@ def _format(name: str | None) -> Format:
             f"the format of the judge must be one of {', '.join(sorted(FORMATS))}, got {name!r}"
         )
     return FORMATS[name]()
-
-
-def _base_url(endpoint: str) -> tuple[httpx.URL, str]:
-    """The URL that paths are appended to, and the same as it may be shown."""
-    try:
-        url = httpx.URL(endpoint)
-    except httpx.InvalidURL:
-        url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError(
-            "expected the endpoint as a URL such as http://127.0.0.1:8000/v1, got something else"
-        )
-    if url.userinfo or url.query:
-        raise ConfigError(
-            "the endpoint must be a URL without user, password or query: a key belongs into the "
-            "environment variable that `api_key_env` names"
-        )
-    path = url.path.rstrip("/") or "/v1"
-    base = url.copy_with(path=path, fragment=None)
-    return base, str(base)
-
-
-def _headers(key_name: str) -> dict[str, str]:
-    key = os.environ.get(key_name, "").strip()
-    if not key:
-        return {}
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(
-            f"the environment variable {key_name} holds characters that no key has: export the "
-            "key alone, on one line"
-        )
-    return {"Authorization": f"Bearer {key}"}
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
-def _backoff_s(attempt: int) -> float:
-    """Seconds before attempt + 1: full jitter below a bound that doubles."""
-    return random.uniform(0.0, min(_BACKOFF_CAP_S, _BACKOFF_S * 2.0**attempt))
-
-
-def _retry_after_s(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for, given as a number or as an HTTP date; else 0."""
-    if value is None:
-        return 0.0
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return 0.0
 
 
 async def _content(response: httpx.Response) -> bytes:

@@ -103,6 +103,60 @@ def test_a_guards_risk_is_the_first_tokens(guard: Path) -> None:
     assert max(expected) > 0.8
 
 
+def test_batches_of_any_size_give_the_same_risks(guard: Path, monkeypatch) -> None:
+    asked = conversations()
+    expected = [v.score for v in judge(local(guard), asked)]
+    monkeypatch.setattr("safereg_dist.critic.local._TOKENS", 70)  # a text or two at a time
+    assert [v.score for v in judge(local(guard), asked)] == pytest.approx(expected, abs=TOLERANCE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", ["qwen3guard", "shieldgemma", "harmbench", "rubric"])
+def test_other_formats_are_read_at_their_deciding_token(tmp_path: Path, form: str) -> None:
+    """A random model whose label logits are large, against one question at a time."""
+    kind = FORMATS[form]()
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens([*kind.labels, "Safety:", "#thescore:"])
+    ids = tokenizer.convert_tokens_to_ids(list(kind.labels))
+    model = tiny_model("llama", vocab=len(tokenizer), max_position_embeddings=1024)
+    model.lm_head.weight[ids] *= 4
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    asked = [turns(row["prompt"], row["response"]) for row in random_rows(60, longest=20)]
+    verdicts = judge(local(tmp_path / "m", form), asked)
+    values = torch.tensor(list(kind.labels.values()))
+    for messages, verdict in zip(asked, verdicts, strict=True):
+        risks = []
+        for question in kind.questions(messages):
+            text = question.input
+            if not isinstance(text, str):
+                text = tokenizer.apply_chat_template(
+                    text, add_generation_prompt=True, tokenize=False
+                )
+            prompt = tokenizer(f"{text} {kind.local_prefix}", return_tensors="pt").input_ids
+            logits = model(prompt).logits[0, -1]
+            risks.append(float(logits[ids].softmax(-1) @ values) if logits.argmax() in ids else -1)
+        if min(risks) < 0:
+            assert verdict[:3] == (1.0, None, True)
+        else:
+            assert verdict.score == pytest.approx(max(risks), abs=TOLERANCE)
+    assert 2 < sum(v.failed for v in verdicts) < 58
+
+
+def test_what_a_tokenizer_cannot_read_fails_alone(guard: Path, monkeypatch) -> None:
+    asked = [*conversations()[:2], turns("hello \ud800", "first push."), conversations()[2]]
+    verdicts = judge(local(guard), asked)
+    assert [v.failed for v in verdicts] == [False, False, True, False]
+    assert "\ud800" not in (verdicts[2].reason or "")
+    monkeypatch.setattr(torch.Tensor, "argmax", _no_memory)
+    reasons = {v.reason for v in judge(local(guard), conversations()[:2])}
+    assert reasons == {"the model failed: RuntimeError"}
+
+
+def _no_memory(*_: object) -> None:
+    raise RuntimeError("out of memory")
+
+
 def test_a_conversation_that_is_too_long_is_a_failed_judgement(guard: Path) -> None:
     asked = [*conversations()[:3], turns("hello", "first push the train. " * 400)]
     *good, too_long = judge(local(guard), asked)

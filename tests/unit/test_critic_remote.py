@@ -22,9 +22,17 @@ import pytest
 from critic_server import is_hopeless, plan_of, risk_of, running_server
 
 from safereg_dist.config.risk import CriticConfig
-from safereg_dist.critic.breaker import COOL_DOWN_S, FAILURES, SPAN_S, CircuitBreaker
 from safereg_dist.critic.critic import Messages, Verdict, build_critic, score_conversations
-from safereg_dist.critic.remote import _retry_after_s
+from safereg_dist.critic.retrying import (
+    BACKOFF_CAP_S,
+    BACKOFF_S,
+    COOL_DOWN_S,
+    FAILURES,
+    SPAN_S,
+    CircuitBreaker,
+    backoff_s,
+    retry_after_s,
+)
 from safereg_dist.errors import ConfigError, CriticUnavailable
 
 PAIRS = 10_000
@@ -115,18 +123,28 @@ def test_a_rate_limit_is_honoured_within_the_deadline() -> None:
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:
-    assert _retry_after_s("7") == 7.0
-    assert _retry_after_s("0.5") == 0.5
-    assert _retry_after_s(formatdate(time.time() + 100, usegmt=True)) == pytest.approx(100, abs=3)
+    assert retry_after_s("7") == 7.0
+    assert retry_after_s("0.5") == 0.5
+    assert retry_after_s(formatdate(time.time() + 100, usegmt=True)) == pytest.approx(100, abs=3)
     for nothing in (None, "-5", "soon", "", "nan", formatdate(0, usegmt=True), "9" * 400 + "x"):
-        assert _retry_after_s(nothing) == 0.0
+        assert retry_after_s(nothing) == 0.0
+
+
+def test_the_backoff_has_full_jitter_below_a_bound_that_doubles() -> None:
+    for failures in range(1, 12):
+        bound = min(BACKOFF_CAP_S, BACKOFF_S * 2 ** (failures - 1))
+        waits = [backoff_s(failures) for _ in range(2000)]
+        assert 0 <= min(waits) < 0.1 * bound
+        assert 0.9 * bound < max(waits) <= bound
+    assert backoff_s(10**4) <= BACKOFF_CAP_S
 
 
 @pytest.mark.parametrize(("mode", "said"), [("no_key", "SAFEREG_API_KEY"), ("no_model", "'guard'")])
 @pytest.mark.parametrize("fail", ["closed", "open"])
 def test_a_wrong_configuration_is_no_failed_judgement(mode: str, said: str, fail: str) -> None:
     with running_server(mode) as server:
-        with pytest.raises(ConfigError, match=said):
+        error = CriticUnavailable if mode == "no_key" else ConfigError
+        with pytest.raises(error, match=said):
             judge(server.url, [1], fail=fail)
         assert server.counts()["met"] == {mode: 1}
 
@@ -155,6 +173,8 @@ def test_a_server_that_never_answers_is_down() -> None:
         ({"format": "llamaguard"}, "llama_guard"),
         ({"endpoint": "127.0.0.1:8000"}, "as a URL"),
         ({"endpoint": "ftp://host/v1"}, "as a URL"),
+        ({"endpoint": "http://[::1/v1"}, "as a URL"),
+        ({"endpoint": "http://host:99999/v1"}, "as a URL"),
         ({"endpoint": f"http://me:{SECRET}@127.0.0.1/v1"}, "api_key_env"),
         ({"endpoint": f"http://127.0.0.1/v1?key={SECRET}"}, "api_key_env"),
         ({"model": None}, "needs `model` and `format`"),
@@ -306,8 +326,8 @@ def test_the_breaker_lets_one_request_try_after_its_cool_down() -> None:
 
 
 def test_an_open_breaker_fails_fast_and_asks_nobody(monkeypatch) -> None:
-    monkeypatch.setattr("safereg_dist.critic.breaker.SPAN_S", 0.0)
-    monkeypatch.setattr("safereg_dist.critic.breaker.FAILURES", 3)
+    monkeypatch.setattr("safereg_dist.critic.retrying.SPAN_S", 0.0)
+    monkeypatch.setattr("safereg_dist.critic.retrying.FAILURES", 3)
     with running_server("reset") as server:
         first, *others = judge(server.url, range(20), concurrency=1, retries=2)
         assert first.reason == "connection failed: ReadError"

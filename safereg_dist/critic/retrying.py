@@ -1,18 +1,43 @@
-"""The circuit breaker: after an endpoint has gone, nobody waits for it in vain.
+"""When to try again, and when not: backoff, Retry-After, and the circuit breaker.
 
 closed --(failures in a row over some time)--> open --(cool-down)--> half open: one request tries;
 its answer closes the circuit, its failure opens it for another cool-down. Any answer at all, good
 or bad, counts as life: malformed ones never open it.
 """
 
+import email.utils
+import random
 import time
 from collections.abc import Callable
 
+BACKOFF_S = 0.25
+"""Bound of the wait before the second attempt; it doubles with every one."""
+BACKOFF_CAP_S = 10.0
 FAILURES = 8
 """Connection failures in a row that open the circuit, if they also last for `SPAN_S`."""
 SPAN_S = 2.0
 """Seconds from the first to the last of them: many requests under way fail at once in a blip."""
 COOL_DOWN_S = 10.0
+
+
+def backoff_s(failures: int) -> float:
+    """Seconds to wait after so many failures, from 1: full jitter below a bound that doubles."""
+    doublings = min(failures - 1, 32)  # far beyond the cap, and still a float
+    return random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2.0**doublings))
+
+
+def retry_after_s(value: str | None) -> float:
+    """Seconds that a Retry-After header asks for, given as a number or as an HTTP date; else 0."""
+    if value is None:
+        return 0.0
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 class CircuitBreaker:
