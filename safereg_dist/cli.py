@@ -105,7 +105,7 @@ def _add_probe(verbs: argparse._SubParsersAction) -> None:
         metavar="ACTION", required=True
     )
     fit = probe.add_parser("fit", help="fit a probe on labelled prompts")
-    _add_lab_options(fit, kinds="linear")
+    _add_lab_options(fit, kinds=None)
     fit.add_argument("--pooling", help="e.g. last_prompt_token (default) or mean_prompt")
     fit.add_argument(
         "--self-supervised", action="store_true", help="labels from the model's own refusals"
@@ -124,12 +124,12 @@ def _add_probe(verbs: argparse._SubParsersAction) -> None:
     evaluate.set_defaults(run=_probe_evaluate)
 
 
-def _add_lab_options(verb: argparse.ArgumentParser, *, kinds: str) -> None:
+def _add_lab_options(verb: argparse.ArgumentParser, *, kinds: str | None) -> None:
     verb.add_argument("--model", type=Path, required=True)
     verb.add_argument("--data", type=Path, required=True, help="JSONL with prompt and label")
     verb.add_argument("--out", type=Path, required=True)
     verb.add_argument("--layers", default="all", help="all, or numbers as 1,2,4")
-    verb.add_argument("--kind", default=kinds, help="linear, mlp, or both as linear,mlp")
+    verb.add_argument("--kind", default=kinds, help="of linear, mlp, direction, e.g. linear,mlp")
     verb.add_argument("--recall", type=float, default=0.95)
     verb.add_argument("--calibration", choices=("temperature", "isotonic"), default="temperature")
     verb.add_argument("--position", choices=("prompt", "response", "both"), default="prompt")
@@ -142,9 +142,12 @@ def _add_lab_options(verb: argparse.ArgumentParser, *, kinds: str) -> None:
     verb.add_argument("--seed", type=_at_least(0), default=0)
 
 
-def _lab_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `LabOptions` that fit and sweep share; of two positions the first."""
+def _collected(arguments: argparse.Namespace, **options: Any) -> list[Any]:
+    """The states of each position, collected by all ranks; an empty list on all but the first."""
     from safereg_dist.errors import ConfigError
+    from safereg_dist.probe_lab.job import collect
+    from safereg_dist.probe_lab.launched import launched_ranks
+    from safereg_dist.probe_lab.options import LabOptions
 
     layers = None
     if arguments.layers != "all":
@@ -154,61 +157,36 @@ def _lab_options(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(
                 f"--layers must be `all` or numbers as 1,2,4, got {arguments.layers!r}"
             ) from err
-    return {
-        "layers": layers,
-        "position": _positions(arguments)[0],
-        "kinds": tuple(arguments.kind.split(",")),
-        **{
-            name: getattr(arguments, name)
-            for name in ("recall", "calibration", "background", "background_file", "work")
-        },
-        "batch_size": arguments.batch_size,
-        "seed": arguments.seed,
-    }
-
-
-def _positions(arguments: argparse.Namespace) -> tuple[str, ...]:
     both = ("prompt", "response")
-    return both if arguments.position == "both" else (arguments.position,)
+    positions = both if arguments.position == "both" else (arguments.position,)
+    same = ("recall", "calibration", "background", "background_file", "work", "batch_size", "seed")
+    chosen = LabOptions(
+        layers=layers,
+        position=positions[0],
+        kinds=None if arguments.kind is None else tuple(arguments.kind.split(",")),
+        **{name: getattr(arguments, name) for name in same},
+        **options,
+    )
+    with launched_ranks() as ranks:
+        return collect(
+            arguments.model, arguments.data, arguments.out, positions, chosen, ranks=ranks
+        )
 
 
 def _probe_fit(arguments: argparse.Namespace) -> int:
-    from safereg_dist.probe_lab.fit import fit_probes
-    from safereg_dist.probe_lab.launched import launched_ranks
-    from safereg_dist.probe_lab.options import LabOptions
+    from safereg_dist.probe_lab.fit import fit_collected
 
-    options = LabOptions(
-        **_lab_options(arguments),
-        pooling=arguments.pooling,
-        self_supervised=arguments.self_supervised,
-    )
-    with launched_ranks() as ranks:
-        fit_probes(
-            arguments.model,
-            arguments.data,
-            arguments.out,
-            _positions(arguments),
-            options,
-            ranks=ranks,
-        )
+    options = {"pooling": arguments.pooling, "self_supervised": arguments.self_supervised}
+    for collected in _collected(arguments, **options):
+        fit_collected(collected)
     return 0
 
 
 def _probe_sweep(arguments: argparse.Namespace) -> int:
-    from safereg_dist.probe_lab.launched import launched_ranks
-    from safereg_dist.probe_lab.options import LabOptions
-    from safereg_dist.probe_lab.sweep import sweep_probes
+    from safereg_dist.probe_lab.sweep import sweep_collected
 
-    options = LabOptions(**_lab_options(arguments), every_pooling=True)
-    with launched_ranks() as ranks:
-        sweep_probes(
-            arguments.model,
-            arguments.data,
-            arguments.out,
-            _positions(arguments),
-            options,
-            ranks=ranks,
-        )
+    for collected in _collected(arguments, every_pooling=True):
+        sweep_collected(collected)
     return 0
 
 

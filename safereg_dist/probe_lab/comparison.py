@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from safereg_dist.errors import DataError, ProbeError
 from safereg_dist.probe_lab.job import Collected
@@ -12,9 +11,7 @@ from safereg_dist.probe_lab.scores import auroc
 from safereg_dist.probe_lab.split import check_enough
 
 
-def compare_with_labels(
-    collected: Collected, fit: LayerFit, device: torch.device
-) -> dict[str, float] | None:
+def compare_with_labels(collected: Collected, fit: LayerFit) -> dict[str, float] | None:
     """How a probe fitted on the model's behaviour compares with one fitted on labels.
 
     Both are on the same layer, split and hold-out: AUROC of both against the labels, the share of
@@ -34,7 +31,7 @@ def compare_with_labels(
         return None
     states = collected.store.layer(report.pooling, report.layer)
     recipe = Recipe(pooling=report.pooling, recall=options.recall, seed=options.seed)
-    supervised = fit_layer(states, rows, report.layer, recipe, device=device)
+    supervised = fit_layer(states, rows, report.layer, recipe, device=collected.device)
     held = rows.where("hold_out") & ~rows.background
     flagged = [f.probability[held] >= f.probe.threshold for f in (fit, supervised)]
     return {

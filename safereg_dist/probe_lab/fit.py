@@ -6,10 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from safereg_dist.parallel.comm import Ranks
 from safereg_dist.probe_lab.comparison import compare_with_labels
 from safereg_dist.probe_lab.figures import draw_reliability, draw_roc, draw_sweep
 from safereg_dist.probe_lab.job import Collected, alone, collect
@@ -38,45 +36,54 @@ def fit_probe(model_dir: Path, data_file: Path, out_dir: Path, **options: Any) -
         ConfigError, DataError, ProbeError: no such layer, labels of one class only, too few rows.
     """
     chosen = LabOptions(**options)
-    (report,) = fit_probes(
-        model_dir, data_file, out_dir, (chosen.position,), chosen, ranks=alone(chosen.device)
-    )
-    return report
+    ranks = alone(chosen.device)
+    (collected,) = collect(model_dir, data_file, out_dir, (chosen.position,), chosen, ranks=ranks)
+    return fit_collected(collected)
 
 
-def fit_probes(
-    model_dir: Path,
-    data_file: Path,
-    out_dir: Path,
-    positions: Sequence[str],
-    options: LabOptions,
-    *,
-    ranks: Ranks,
-) -> list[FitReport]:
-    """Fits a probe at each position; two go to `out_dir/prompt` and `out_dir/response`.
+def fit_collected(collected: Collected) -> FitReport:
+    """The probe of one position, saved to `collected.out` with its figures, and printed.
 
-    Rows are split into fit, calibration and hold-out, near-duplicate prompts together. The penalty
+    Rows were split into fit, calibration and hold-out, near-duplicate prompts together. The penalty
     is chosen by cross-validation inside the fit part; probabilities are calibrated, and threshold
     and layer chosen, on the calibration part; figures come from the hold-out.
 
-    All ranks collect; the first one then fits, and the others return no report.
-
     Raises:
-        ConfigError, DataError, ProbeError: no such layer, labels of one class only, too few rows.
-    Collectives: a few `raise_together`, all before the fit.
+        ProbeError: the folder cannot be written.
     """
-    collected = collect(model_dir, data_file, out_dir, positions, options, ranks=ranks)
-    return [_fit_one(each, ranks.device) for each in collected]
+    options = collected.sources.options
+    fits = fit_all(collected, (options.chosen_pooling,))
+    reports = [fit.report for fit in fits]
+    chosen = choose(reports)
+    fit = fits[reports.index(chosen)]
+    facts = collected.facts()
+    if options.self_supervised:
+        facts["comparison"] = compare_with_labels(collected, fit)
+    facts |= {"metrics": asdict(chosen), "guarantee": _guarantee(facts)}
+    facts["layers"] = [asdict(report) for report in reports]
+    probe = replace(
+        fit.probe,
+        fingerprint=collected.store.manifest.fingerprint,
+        meta=json_numbers(facts),
+    )
+    probe.save(collected.out)
+    _draw(collected, fit, reports)
+    print_sweep(reports, chosen)
+    print_chosen(probe)
+    if options.self_supervised:
+        print_comparison(facts["comparison"])
+    collected.clean_up()
+    return FitReport(probe=probe, layers=reports, chosen=chosen)
 
 
-def fit_all(collected: Collected, poolings: Sequence[str], device: torch.device) -> list[LayerFit]:
+def fit_all(collected: Collected, poolings: Sequence[str]) -> list[LayerFit]:
     """A probe for each pooling, layer and kind, in this order."""
     options = collected.sources.options
     pairs = [(pooling, layer) for pooling in poolings for layer in collected.sources.layers]
     fits = []
     for pooling, layer in tqdm(pairs, desc="fit layers", disable=not options.progress):
         states = collected.store.layer(pooling, layer)
-        for kind in options.kinds:
+        for kind in options.chosen_kinds:
             recipe = Recipe(
                 pooling=pooling,
                 position=options.position,
@@ -85,7 +92,7 @@ def fit_all(collected: Collected, poolings: Sequence[str], device: torch.device)
                 recall=options.recall,
                 seed=options.seed,
             )
-            fits.append(fit_layer(states, collected.rows, layer, recipe, device=device))
+            fits.append(fit_layer(states, collected.rows, layer, recipe, device=collected.device))
     return fits
 
 
@@ -113,39 +120,12 @@ def json_numbers(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fit_one(collected: Collected, device: torch.device) -> FitReport:
-    options, out = collected.sources.options, collected.out
-    fits = fit_all(collected, (options.chosen_pooling,), device)
-    reports = [fit.report for fit in fits]
-    chosen = choose(reports)
-    fit = fits[reports.index(chosen)]
-    facts = collected.facts()
-    if options.self_supervised:
-        facts["comparison"] = compare_with_labels(collected, fit, device)
-    probe = replace(
-        fit.probe,
-        fingerprint=collected.store.manifest.fingerprint,
-        meta=json_numbers(
-            {
-                **facts,
-                "metrics": asdict(chosen),
-                "guarantee": _guarantee(facts),
-                "layers": [asdict(report) for report in reports],
-            }
-        ),
-    )
-    probe.save(out)
+def _draw(collected: Collected, fit: LayerFit, reports: Sequence[LayerReport]) -> None:
     held = collected.rows.where("hold_out") & ~collected.rows.background
-    labels = collected.rows.harmful[held]
-    draw_sweep(reports, chosen, out / "probe.png")
-    draw_roc(fit.probability[held], labels, probe.threshold, out / "roc.png")
-    draw_reliability(fit.probability[held], labels, out / "reliability.png")
-    print_sweep(reports, chosen)
-    print_chosen(probe)
-    if options.self_supervised:
-        print_comparison(facts["comparison"])
-    collected.clean_up()
-    return FitReport(probe=probe, layers=reports, chosen=chosen)
+    probability, labels = fit.probability[held], collected.rows.harmful[held]
+    draw_sweep(reports, fit.report, collected.out / "probe.png")
+    draw_roc(probability, labels, fit.probe.threshold, collected.out / "roc.png")
+    draw_reliability(probability, labels, collected.out / "reliability.png")
 
 
 def _guarantee(facts: dict[str, Any]) -> dict[str, Any]:

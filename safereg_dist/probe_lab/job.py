@@ -87,6 +87,8 @@ class Collected:
     """Where the results belong."""
     work: Path
     """Folder of everything that was stored on the way."""
+    device: torch.device
+    """Where fits run."""
 
     def clean_up(self) -> None:
         """Removes what was stored, unless the user asked for a folder to keep it in."""
@@ -151,7 +153,8 @@ def collect(
 ) -> list[Collected]:
     """The states at each position, collected by all ranks; an empty list on all but the first.
 
-    Of two positions, each has its own output folder and its own rows on one model.
+    Of two positions, each has its own output folder and its own rows on one model. No collective
+    follows: the ranks may part, and the first one goes on alone.
 
     Raises:
         ConfigError, DataError, ProbeError: see `read_sources`; a state that is not finite.
@@ -192,7 +195,9 @@ def _collect_one(
             world_size=ranks.world_size,
             progress=options.progress,
         )
-    return Collected(sources=sources, rows=parts.rows, store=store, out=out, work=work)
+    return Collected(
+        sources=sources, rows=parts.rows, store=store, out=out, work=work, device=ranks.device
+    )
 
 
 def _deal_by_behaviour(

@@ -25,8 +25,8 @@ class LabOptions:
     """One of `POOLINGS_OF[position]`; None = `DEFAULT_POOLING`."""
     every_pooling: bool = False
     """True collects all poolings of the position in the one pass (a sweep)."""
-    kinds: tuple[str, ...] = ("linear",)
-    """Kinds of probes to try."""
+    kinds: tuple[str, ...] | None = None
+    """Kinds of probes to try; None = linear, or direction where `self_supervised`."""
     calibration: str = "temperature"
     """`temperature` or `isotonic`."""
     background: int = 200
@@ -41,7 +41,8 @@ class LabOptions:
     batch_size: int = 32
     """Rows of one forward."""
     work: Path | None = None
-    """Folder of the hidden states, kept; None = beside the output, removed at the end."""
+    """Folder of the hidden states, kept; None = a hidden one beside the output, removed after a
+    fit that succeeds, so that the same command goes on where it was killed."""
     device: str | None = None
     """None takes the first GPU where there is one, else the CPU."""
     progress: bool = True
@@ -53,7 +54,7 @@ class LabOptions:
             raise ConfigError(f"--position must be prompt or response, got {self.position!r}")
         self._check_one_of("--pooling", self.chosen_pooling, POOLINGS_OF[self.position])
         self._check_one_of("--calibration", self.calibration, CALIBRATIONS)
-        for kind in self.kinds or ("",):
+        for kind in self.chosen_kinds or ("",):
             self._check_one_of("--kind", kind, KINDS)
         if not 0 < self.held_out_fraction < 0.5:
             raise ConfigError(
@@ -69,6 +70,13 @@ class LabOptions:
                 "--self-supervised labels prompts by whether the model refuses them, so it has no "
                 "response position: drop --position, or give labels"
             )
+
+    @property
+    def chosen_kinds(self) -> tuple[str, ...]:
+        """The kinds asked for, or the default."""
+        if self.kinds is None:
+            return ("direction",) if self.self_supervised else ("linear",)
+        return self.kinds
 
     @property
     def chosen_pooling(self) -> str:

@@ -5,43 +5,22 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from safereg_dist.evaluate import write_atomically
-from safereg_dist.parallel.comm import Ranks
 from safereg_dist.probe_lab.figures import draw_comparison
 from safereg_dist.probe_lab.fit import choose, fit_all, json_numbers
-from safereg_dist.probe_lab.job import Collected, collect
+from safereg_dist.probe_lab.job import Collected
 from safereg_dist.probe_lab.layer_fit import LayerReport
-from safereg_dist.probe_lab.options import LabOptions
 from safereg_dist.probe_lab.tables import print_sweep
 
 
-def sweep_probes(
-    model_dir: Path,
-    data_file: Path,
-    out_dir: Path,
-    positions: Sequence[str],
-    options: LabOptions,
-    *,
-    ranks: Ranks,
-) -> list[list[LayerReport]]:
-    """The reports of each position; writes `sweep.json`, `sweep.csv` and `sweep.png`.
-
-    All ranks collect; the first one fits and writes, and the others return nothing. With two
-    positions the files lie in `out_dir/prompt` and `out_dir/response`.
+def sweep_collected(collected: Collected) -> list[LayerReport]:
+    """A report for each pooling, layer and kind; writes `sweep.json`, `sweep.csv`, `sweep.png`.
 
     Raises:
-        ConfigError, DataError, ProbeError: as `fit.fit_probes`.
-    Collectives: a few `raise_together`, all before the fit.
+        CheckpointError: the output folder cannot be written.
     """
-    collected = collect(model_dir, data_file, out_dir, positions, options, ranks=ranks)
-    return [_sweep_one(each, ranks) for each in collected]
-
-
-def _sweep_one(collected: Collected, ranks: Ranks) -> list[LayerReport]:
-    poolings = collected.store.manifest.poolings
-    reports = [fit.report for fit in fit_all(collected, poolings, ranks.device)]
+    reports = [fit.report for fit in fit_all(collected, collected.store.manifest.poolings)]
     chosen, out = choose(sorted(reports, key=lambda r: r.layer)), collected.out
     facts = {
         **collected.facts(),
