@@ -146,20 +146,21 @@ def attack_rows(seed: int) -> list[Row]:
 
 
 def exchange_rows(seed: int) -> list[Row]:
-    """720 plain exchanges about training pairs in seen phrasings, half of them harmful.
+    """4000 plain exchanges about training pairs in seen phrasings, half of them harmful.
 
-    What prompt and response probes are fitted on. Harmful rows carry the harmful how-to.
+    What prompt and response probes are fitted on. Harmful rows carry the harmful how-to. A probe on
+    responses needs this many: with 720 its recall on other pairs, at 1 % false positives, was 0.55.
     """
     chance = random.Random(f"{seed} exchanges")
     asked = {}
-    for kind, count in (("harmful", 360), ("benign", 180), ("ambiguous", 100)):
+    for kind, count in (("harmful", 2000), ("benign", 1530), ("ambiguous", 300)):
         pool = list(itertools.product(grammar.pairs(seed, kind, held_out=False), PHRASINGS))
         asked[kind] = [_asked(*choice) for choice in chance.sample(pool, count)]
     others = [
-        *chance.sample(grammar.small_talk(), 30),
-        *chance.sample(grammar.news(), 20),
-        *chance.sample(grammar.open_questions(), 20),
-        *chance.sample(grammar.color_questions(), 10),
+        *chance.sample(grammar.small_talk(), 60),
+        *chance.sample(grammar.news(), 60),
+        *chance.sample(grammar.open_questions(), 30),
+        *chance.sample(grammar.color_questions(), 20),
     ]
     benign = [*asked["benign"], *asked["ambiguous"], *others]
     return [

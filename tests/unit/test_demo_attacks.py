@@ -87,7 +87,7 @@ def test_every_kind_has_both_labels(rows: list[dict]) -> None:
     expected = {(kind, "harmful"): 200 for kind in KINDS}
     expected |= {(kind, "benign"): 176 for kind in KINDS}
     assert counts == {**expected, ("ordinary", "benign"): 400}
-    assert Counter(row["label"] for row in exchange_rows(0)) == {"harmful": 360, "benign": 360}
+    assert Counter(row["label"] for row in exchange_rows(0)) == {"harmful": 2000, "benign": 2000}
 
 
 @pytest.mark.parametrize("kind", SPOKEN)
@@ -183,7 +183,7 @@ def test_the_files_can_be_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert main(["--out", str(tmp_path / "new")]) == 0
     prompts = read_prompts(tmp_path / "new" / "attacks.jsonl")
     assert [p.id for p in prompts] == [row["id"] for row in attack_rows(0)]
-    assert len(read_prompts(tmp_path / "new" / "exchanges.jsonl")) == 720
+    assert len(read_prompts(tmp_path / "new" / "exchanges.jsonl")) == 4000
     (tmp_path / "file").write_text("keep me")
     assert main(["--out", str(tmp_path / "file")]) == 2
     assert "choose a writable place" in capfd.readouterr().err
