@@ -59,7 +59,7 @@ def fit_collected(collected: Collected) -> FitReport:
     facts = collected.facts()
     if options.self_supervised:
         facts["comparison"] = compare_with_labels(collected, fit)
-    facts |= {"metrics": asdict(chosen), "guarantee": _guarantee(facts)}
+    facts |= {"metrics": asdict(chosen), "guarantee": _guarantee(facts, options)}
     facts["layers"] = [asdict(report) for report in reports]
     probe = replace(
         fit.probe,
@@ -128,8 +128,10 @@ def _draw(collected: Collected, fit: LayerFit, reports: Sequence[LayerReport]) -
     draw_reliability(probability, labels, collected.out / "reliability.png")
 
 
-def _guarantee(facts: dict[str, Any]) -> dict[str, Any]:
+def _guarantee(facts: dict[str, Any], options: LabOptions) -> dict[str, Any]:
+    refused = "prompt that the model refuses"
     return {
+        "of": refused if options.self_supervised else f"harmful {options.position}",
         "level": facts["required_recall"],
         "calibration_positives": facts["calibration_positives"],
         "method": "split conformal",

@@ -52,7 +52,7 @@ def print_guarantee(probe: Probe) -> None:
     """Level and sample size of the threshold's recall, and for what it holds."""
     promise = probe.meta["guarantee"]
     print(
-        f"threshold {probe.threshold:.4f}: flags a new harmful {probe.position} with probability "
+        f"threshold {probe.threshold:.4f}: flags a new {promise['of']} with probability "
         f"at least {promise['level']}, by {promise['calibration_positives']} calibration rows "
         f"({promise['method']}); holds for {promise['holds_for']}",
         flush=True,

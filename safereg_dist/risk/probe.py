@@ -286,6 +286,9 @@ def pool_spans(
 ) -> Tensor:
     """[N, H] pooled states of N spans; a padded or packed row may hold any number of them.
 
+    In a packed row, pieces are kept apart by the forward, not here: transformers does so where
+    position ids start again at each piece, without an attention mask and with use_cache=False.
+
     Args:
         hidden: [B, S, H].
         rows: [N] int64 row of each span.
