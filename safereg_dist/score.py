@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from safereg_dist.config.risk import CriticConfig
-from safereg_dist.critic.critic import Verdict, build_critic, score_conversations
+from safereg_dist.critic.critic import Messages, Verdict, build_critic, score_conversations
 from safereg_dist.errors import CheckpointError, DataError
 from safereg_dist.prompts import chat_messages, read_rows
 
@@ -34,7 +34,7 @@ def score_with_critic(
     try:
         verdicts = score_conversations(
             critic,
-            (messages for _, messages in _conversations(data)),
+            _conversations(data),
             progress=progress,
             description=f"score {data.name}",
             total=count,
@@ -46,7 +46,9 @@ def score_with_critic(
     return failures
 
 
-def score_with_probe(probe: Path, model: Path, data: Path, out: Path) -> None:
+def score_with_probe(
+    probe: Path, model: Path, data: Path, out: Path, *, progress: bool = True
+) -> None:
     """Scores with a fitted probe on the model's hidden states and writes `out`.
 
     Raises:
@@ -56,23 +58,23 @@ def score_with_probe(probe: Path, model: Path, data: Path, out: Path) -> None:
     """
     from safereg_dist.probe_lab.apply import score_rows
 
-    rows = [{**row, "messages": messages} for row, messages in _conversations(data)]
-    risks = score_rows(probe, model, rows)
+    rows = [{"messages": messages} for messages in _conversations(data)]
+    risks = score_rows(probe, model, rows, progress=progress)
     _write(out, data, (Verdict(risk) for risk in risks))
     print(_summary(len(rows), Counter(), "closed", out))
 
 
-def _conversations(data: Path) -> Iterator[tuple[dict, list[dict[str, str]]]]:
-    """Each row of the file with its conversation, which has an assistant turn."""
-    count = 0
+def _conversations(data: Path) -> Iterator[Messages]:
+    """The conversation of each row of the file; each has an assistant turn."""
+    is_empty = True
     for where, row in read_rows(data):
-        yield row, _conversation(row, where)
-        count += 1
-    if count == 0:
+        yield _conversation(row, where)
+        is_empty = False
+    if is_empty:
         raise DataError(f"{data} holds no row: give at least one")
 
 
-def _conversation(row: dict, where: str) -> list[dict[str, str]]:
+def _conversation(row: dict, where: str) -> Messages:
     if row.get("messages") is not None:
         messages = chat_messages(row, where)
     elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):

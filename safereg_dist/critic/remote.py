@@ -135,7 +135,9 @@ class RemoteCritic:
             self._clients.put_nowait(client)
 
     async def _shut(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        # Judgements only: they end the tasks that the client has started for them.
+        judging = self._judge.__qualname__
+        tasks = [t for t in asyncio.all_tasks() if t.get_coro().__qualname__ == judging]  # type: ignore[union-attr]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

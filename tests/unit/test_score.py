@@ -15,14 +15,17 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import write_jsonl
+import torch
+from builders import random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
 from critic_server import RunningServer, is_hopeless, risk_of, running_server
 
 from safereg_dist.cli import main
 from safereg_dist.critic.critic import content_key
 from safereg_dist.critic.formats import VERSION
 from safereg_dist.demo.guard import write_guard
+from safereg_dist.fingerprint import model_fingerprint
 from safereg_dist.prompts import read_rows
+from safereg_dist.risk.probe import Probe
 from safereg_dist.score_cache import ScoreCache
 
 IDENTITY = f"remote llama_guard.{VERSION} guard"
@@ -245,6 +248,37 @@ def test_a_local_guard_scores_too(tmp_path: Path, capsys) -> None:
     assert (long["risk"], long["risk_failed"]) == (1.0, True)
     assert main(command) == 0
     assert out.read_bytes() == first
+
+
+def test_a_probe_scores_too(tmp_path: Path, capsys) -> None:
+    """Against a plain forward pass: hidden state 2 at the last token of each prompt."""
+    model = tiny_model("llama")
+    folder = save_model(tmp_path / "m", model)
+    torch.manual_seed(5)
+    probe = Probe(
+        **{"layer": 2, "pooling": "last_prompt_token", "bias": 0.1, "threshold": 0.4},
+        **{"mean": torch.randn(32), "scale": torch.rand(32) + 0.5, "weight": torch.randn(32) / 4},
+        fingerprint=model_fingerprint(model),
+    )
+    probe.save(tmp_path / "p")
+    given = random_rows(21)
+    data, out = write_jsonl(tmp_path / "in.jsonl", given), tmp_path / "out.jsonl"
+    judge = ["score", "--probe", str(tmp_path / "p"), "--model-path", str(folder)]
+    assert main([*judge, "--data", str(data), "--out", str(out)]) == 0
+    assert "score: 21 rows, 0 failed judgements" in capsys.readouterr().out
+    tokenizer = word_tokenizer()
+    for row, result in zip(given, written(out), strict=True):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}],
+            **{"add_generation_prompt": True, "return_tensors": "pt", "return_dict": False},
+        )
+        with torch.inference_mode():
+            state = model(ids, output_hidden_states=True).hidden_states[2][0, -1]
+        logit = (state - probe.mean) / probe.scale @ probe.weight + probe.bias
+        assert result == {**row, "risk": pytest.approx(float(logit.sigmoid()), abs=1e-5)}
+    save_model(tmp_path / "other", tiny_model("llama", seed=9))
+    other = ["score", "--probe", str(tmp_path / "p"), "--model-path", str(tmp_path / "other")]
+    assert main([*other, "--data", str(data), "--out", str(out)]) == 2
 
 
 def test_several_processes_may_score_at_once(tmp_path: Path) -> None:
