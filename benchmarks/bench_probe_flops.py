@@ -219,25 +219,24 @@ def world_rows(world: Path) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The first epoch of each case, as people read it."""
-    print("model           side       k  prompt  head   share of a step  formula  ratio")
+    """The first epoch of each case, and the mean step of a watched policy side."""
+    print(
+        "model           tokens  prompt  head   side                       k  share      of formula"
+    )
     for row in rows:
-        if row["epochs"] == 1:
-            formula = (
-                f"{row['formula']:8.4%}  {row['ratio_to_padded_formula']:.3f}"
-                if ("formula" in row)
-                else ""
-            )
-            print(
-                f"{row['model']:14s}  {row['side']:9s} {row.get('k', ''):>2}  "
-                f"{row['prompt_share']:.0%}   {row['head_share']:5.1%}  {row['share']:12.5%}  "
-                f"{formula}  {row['rows']}, {row['rows_per_batch']} a batch"
-            )
+        if row["side"] == "reference" and row["epochs"] > 1:
+            continue
+        ratio = row.get("ratio_to_padded_formula")
+        print(
+            f"{row['model']:14s} {row['tokens']:>7}  {row['padded_prompt_share']:6.0%} "
+            f"{row['head_share']:5.1%}   {row['side']:26s} {row.get('k', ''):>2}  "
+            f"{row['share']:9.5%}  {'' if ratio is None else f'{ratio:.3f}'}"
+        )
 
 
 def main() -> None:
     """Counts and writes `flops_share.csv`, and with --world `flops_layers.csv`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--world", type=Path, help="folder of safereg_dist.demo.world")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()

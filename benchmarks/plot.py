@@ -12,6 +12,7 @@ import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -41,7 +42,7 @@ VARIANTS = {
     ("bfloat16", "False"): ("bfloat16", "#0072B2", "-.", "D"),
 }
 """By logits_dtype and is_difference: label, colour, dashes, marker."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

