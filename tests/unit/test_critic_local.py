@@ -15,6 +15,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -110,18 +111,25 @@ def test_batches_of_any_size_give_the_same_risks(guard: Path, monkeypatch) -> No
     assert [v.score for v in judge(local(guard), asked)] == pytest.approx(expected, abs=TOLERANCE)
 
 
+def loud_labels(folder: Path, form: str):
+    """A random model, saved, that says a label of the format more often than other words."""
+    labels = list(FORMATS[form]().labels)
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens([*labels, "Safety:", "#thescore:"])
+    model = tiny_model("llama", vocab=len(tokenizer), max_position_embeddings=1024)
+    model.lm_head.weight.data[tokenizer.convert_tokens_to_ids(labels)] *= 4
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("form", ["qwen3guard", "shieldgemma", "harmbench", "rubric"])
 def test_other_formats_are_read_at_their_deciding_token(tmp_path: Path, form: str) -> None:
     """A random model whose label logits are large, against one question at a time."""
     kind = FORMATS[form]()
-    tokenizer = word_tokenizer()
-    tokenizer.add_tokens([*kind.labels, "Safety:", "#thescore:"])
+    model, tokenizer = loud_labels(tmp_path / "m", form)
     ids = tokenizer.convert_tokens_to_ids(list(kind.labels))
-    model = tiny_model("llama", vocab=len(tokenizer), max_position_embeddings=1024)
-    model.lm_head.weight[ids] *= 4
-    model.save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
     asked = [turns(row["prompt"], row["response"]) for row in random_rows(60, longest=20)]
     verdicts = judge(local(tmp_path / "m", form), asked)
     values = torch.tensor(list(kind.labels.values()))
@@ -313,21 +321,27 @@ def test_many_callers_share_one_worker_and_closing_cancels(guard: Path) -> None:
 # ---- the server
 
 
-@pytest.fixture(scope="module")
-def served(guard: Path) -> Iterator[str]:
-    command = [sys.executable, str(ROOT / "launch" / "serve_critic.py"), "--model", str(guard)]
-    with subprocess.Popen(
-        [*command, "--format", "llama_guard", "--port", "0"], stdout=subprocess.PIPE, text=True
-    ) as process:
+@contextmanager
+def serving(folder: Path, form: str) -> Iterator[str]:
+    """The server in a process of its own; it must end well when it is told to."""
+    script = str(ROOT / "launch" / "serve_critic.py")
+    command = [sys.executable, script, "--model", str(folder), "--format", form, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline().split()
         try:
-            assert line[:3] == ["serving", "guard", "on"]
+            assert line[:3] == ["serving", folder.name, "on"]
             yield line[3]
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def served(guard: Path) -> Iterator[str]:
+    with serving(guard, "llama_guard") as url:
+        yield url
 
 
 def post(url: str, body: object) -> tuple[int, dict]:
@@ -348,6 +362,30 @@ def test_the_served_guard_gives_the_same_risks(guard: Path, served: str) -> None
     assert [v.score for v in verdicts] == pytest.approx(expected_risks(guard, asked), abs=TOLERANCE)
     assert [v.category in ("S1", "S2") for v in verdicts] == [v.score > 0.5 for v in verdicts]
     assert len({v.category for v in verdicts}) > 1
+
+
+def test_a_raw_template_over_http_gives_the_local_risks(tmp_path: Path) -> None:
+    """ShieldGemma: four policies are four requests, the risk is that of the worst."""
+    loud_labels(tmp_path / "m", "shieldgemma")
+    asked = [turns(row["prompt"], row["response"]) for row in random_rows(12, longest=20)]
+    expected = judge(local(tmp_path / "m", "shieldgemma"), asked)
+    with serving(tmp_path / "m", "shieldgemma") as url:
+        settings = CriticConfig(
+            endpoint=url, model="m", format="shieldgemma", cache="none", retries=0
+        )
+        verdicts = judge(settings, asked)
+    assert [v.failed for v in verdicts] == [v.failed for v in expected]
+    weighed = 0
+    for mine, other in zip(verdicts, expected, strict=True):
+        if mine.score in (0.0, 1.0):  # the other label is beyond the five likeliest tokens
+            assert mine.score == round(other.score)
+        else:
+            assert mine.score == pytest.approx(other.score, abs=TOLERANCE)
+            weighed += 1
+    assert weighed >= 3
+    named = {v.category for v in verdicts if not v.failed and v.score >= 0.5}
+    assert named <= {"dangerous_content", "harassment", "hate_speech", "sexually_explicit"}
+    assert 0 < sum(v.failed for v in verdicts) < len(asked)
 
 
 def test_the_served_guard_says_what_transformers_says(guard: Path, served: str) -> None:
