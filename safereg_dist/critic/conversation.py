@@ -2,9 +2,9 @@
 
 Two defences. Text goes where the format puts text: the content of its own turn, or one JSON string.
 And marks are broken: a space is put behind every `<` that begins a tag or a control token
-(`<|im_end|>` becomes `< |im_end|>`), behind the `[` of `[INST]`, and behind the `#` of `#the...`;
-nothing is removed, so nothing can be assembled out of what is left. Servers render chat templates
-to text before they tokenise, so without it `<|im_end|>` in the data would end the turn.
+(`<|im_end|>` becomes `< |im_end|>`), behind the `[` of `[INST]` and `[End ...]`, and behind the `#`
+of `#the...`; nothing is removed, so nothing can be assembled out of what is left. Servers render
+chat templates to text before they tokenise, so otherwise `<|im_end|>` in the data ended the turn.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from safereg_dist.critic.critic import Messages
 
 # U+FF5C is the bar in the control tokens of some model families.
-_MARK = re.compile(r"<(?=[^\s=<\d])|\[(?=/?\s*INST)|#(?=the)", re.IGNORECASE)
+_MARK = re.compile(r"<(?=[^\s=<\d])|\[(?=/?\s*INST|(?:Start|End) )|#(?=the)", re.IGNORECASE)
 _FIELD = re.compile(r"^(?=(?:-{3}|={3}|[A-Z][A-Za-z]*(?: [A-Za-z]+){0,2} ?:))", re.MULTILINE)
 
 

@@ -154,8 +154,8 @@ class CachedCritic:
             if known is not None:
                 future.set_result(Verdict(known.score, known.category))
                 return future
+            asked = self._critic.submit(messages)
             self._under_way[key] = future
-        asked = self._critic.submit(messages)
         asked.add_done_callback(lambda done: self._arrived.put((key, done)))
         return future
 

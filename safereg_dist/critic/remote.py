@@ -135,9 +135,8 @@ class RemoteCritic:
             self._clients.put_nowait(client)
 
     async def _shut(self) -> None:
-        # Judgements only: they end the tasks that the client has started for them.
-        judging = self._judge.__qualname__
-        tasks = [t for t in asyncio.all_tasks() if t.get_coro().__qualname__ == judging]  # type: ignore[union-attr]
+        # Judgements only: they end the tasks that the library has started for them.
+        tasks = [task for task in asyncio.all_tasks() if _is_judgement(task)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -275,6 +274,11 @@ class RemoteCritic:
             f"{self._settings.model!r} in the format {self._format.name}: check the endpoint "
             "(it ends in /v1 as a rule), the model's name there, and the format"
         )
+
+
+def _is_judgement(task: asyncio.Task[Any]) -> bool:
+    name = getattr(task.get_coro(), "__qualname__", "")
+    return name == RemoteCritic._judge.__qualname__
 
 
 def _format(name: str | None) -> Format:
