@@ -121,7 +121,7 @@ def _share_message(rows: list[Row]) -> str:
         if float(row["head_share"]) <= HEAVY_HEAD and int(row["tokens"]) <= LONG_ROW
     ]
     off = max(abs(1 - ratio) for ratio in _column(rows, "ratio_to_padded_formula"))
-    return f"Where the trunk dominates the probe costs its formula within {off:.0%}, and once"
+    return f"Light head, short rows: the probe costs its formula within {off:.0%}, and once"
 
 
 def draw_real_text(rows: list[Row]) -> Figure:
