@@ -315,7 +315,7 @@ def print_arms(arms: Iterable[Row]) -> None:
 
 
 def draw(arms: list[Row], steps: list[Row], layers: list[Row]) -> Figure:
-    """Recall and AUROC over the steps, with anchor rows and without; attack success of each arm."""
+    """Recall and AUROC over the steps, a line a seed, with and without anchor rows; attacks."""
     figure, (with_anchors, without, last) = plt.subplots(
         1, 3, figsize=(12, 4.2), layout="constrained"
     )
@@ -323,7 +323,8 @@ def draw(arms: list[Row], steps: list[Row], layers: list[Row]) -> Figure:
         chosen = ([row for row in rows if row["anchors"] is anchors] for rows in (steps, layers))
         _draw_steps(axes, *chosen, title="with anchor rows" if anchors else "without anchor rows")
     with_anchors.set_ylabel("recall at the threshold; AUROC (held-out phrasings)")
-    with_anchors.legend(frameon=False, fontsize=7)
+    handles, labels = with_anchors.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8)
     _draw_arms(last, arms)
     return figure
 
@@ -331,16 +332,16 @@ def draw(arms: list[Row], steps: list[Row], layers: list[Row]) -> Figure:
 def _draw_steps(axes: Axes, steps: list[Row], layers: list[Row], *, title: str) -> None:
     for arm, colour in COLOURS.items():
         seen = [r for r in steps if r["arm"] == arm and r["probe_recall"] != ""]
-        _mean_line(axes, seen, "probe_recall", color=colour, label=f"recall, {arm}")
+        _lines(axes, seen, "probe_recall", color=colour, label=f"recall, {arm}")
     warned = [r for r in layers if r["arm"] == "policy, warn" and r["held_out"] == "phrasings"]
-    _mean_line(axes, warned, "auroc", color="#999999", linestyle="--", label="AUROC, policy, warn")
+    _lines(axes, warned, "auroc", color="#999999", linestyle="--", label="AUROC, policy, warn")
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("optimizer step")
     axes.grid(axis="y")
     seen = [r for r in steps if r["arm"] == "policy, warn" and r["probe_recall"] != ""]
     if seen and warned:
         recall, ranking = (
-            min(_mean_by_step(rows, key).values())
+            min(min(line.values()) for line in _by_seed(rows, key))
             for rows, key in ((seen, "probe_recall"), (warned, "auroc"))
         )
         axes.set_title(
@@ -351,18 +352,22 @@ def _draw_steps(axes: Axes, steps: list[Row], layers: list[Row], *, title: str) 
         )
 
 
-def _mean_by_step(rows: list[Row], key: str) -> dict[int, float]:
-    """Mean over seeds and layers at each step."""
-    return {
-        step: float(np.mean([r[key] for r in rows if r["step"] == step]))
-        for step in sorted({r["step"] for r in rows})
-    }
+def _by_seed(rows: list[Row], key: str) -> list[dict[int, float]]:
+    """For each seed the value at each step, a mean over the layers where there are several."""
+    return [
+        {
+            step: float(np.mean([r[key] for r in rows if (r["seed"], r["step"]) == (seed, step)]))
+            for step in sorted({r["step"] for r in rows if r["seed"] == seed})
+        }
+        for seed in sorted({r["seed"] for r in rows})
+    ]
 
 
-def _mean_line(axes: Axes, rows: list[Row], key: str, **style: Any) -> None:
-    if rows:
-        mean = _mean_by_step(rows, key)
-        axes.plot(list(mean), list(mean.values()), **style)
+def _lines(axes: Axes, rows: list[Row], key: str, *, label: str, **style: Any) -> None:
+    """One line a seed; where the reference side took over, it ends."""
+    for index, line in enumerate(_by_seed(rows, key)):
+        named = label if index == 0 else None
+        axes.plot(list(line), list(line.values()), label=named, linewidth=1.2, **style)
 
 
 def _draw_arms(axes: Axes, arms: list[Row]) -> None:
