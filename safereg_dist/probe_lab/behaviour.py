@@ -64,7 +64,11 @@ class Behaviour:
                 batch_size=batch_size,
                 progress=False,
             )
-            refused = [judge.is_refusal(p, a.text) for p, a in zip(chunk, answers, strict=True)]
+            # Who says nothing has not refused: the judge counts that, a label must not.
+            refused = [
+                bool(answer.text) and judge.is_refusal(prompt, answer.text)
+                for prompt, answer in zip(chunk, answers, strict=True)
+            ]
             content = json.dumps({"key": self._key, "refused": refused})
             write_atomically(self._path(number), content)
 
