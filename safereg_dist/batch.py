@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.config import DataConfig
 from safereg_dist.errors import ConfigError, DataError
-from safereg_dist.prompts import chat_messages, read_rows
+from safereg_dist.prompts import answered_conversation, read_rows
 from safereg_dist.types import MicroBatch, Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -254,9 +254,7 @@ def tokenize_row(
             [0, 1], or a conversation that the chat template refuses; the message begins with
             `where`.
     """
-    messages = _messages(raw, where)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: the conversation has no assistant turn: add one to learn from")
+    messages = answered_conversation(raw, where)
     try:
         input_ids, loss_mask = _mask_by_template(messages, tokenizer)
         if not any(loss_mask):
@@ -280,21 +278,6 @@ def tokenize_row(
         risk=_risk(raw, where),
         content_key=key.hexdigest(),
         messages=json.dumps(messages),
-    )
-
-
-def _messages(raw: dict, where: str) -> list[dict[str, str]]:
-    if raw.get("messages") is not None:
-        return chat_messages(raw, where)
-    prompt, response = raw.get("prompt"), raw.get("response")
-    if isinstance(prompt, str) and isinstance(response, str):
-        return [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": response},
-        ]
-    raise DataError(
-        f"{where}: expected `messages`, or `prompt` and `response` as text, found keys "
-        f"{sorted(raw)}: add them"
     )
 
 

@@ -101,6 +101,29 @@ def chat_messages(row: dict, where: str) -> list[dict[str, str]]:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
+def answered_conversation(row: dict, where: str) -> list[dict[str, str]]:
+    """The turns of a row with `messages`, or with `prompt` and `response`; one is an answer.
+
+    Raises:
+        DataError: neither of them, or no assistant turn.
+    """
+    if row.get("messages") is not None:
+        messages = chat_messages(row, where)
+    elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+    else:
+        raise DataError(
+            f"{where}: expected `messages`, or `prompt` and `response` as text, found keys "
+            f"{sorted(row)}: add them"
+        )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where}: the conversation has no assistant turn: add one, the answer")
+    return messages
+
+
 def read_prompts(path: Path | str) -> list[LabelledPrompt]:
     """All prompts of a JSONL or CSV file, in order.
 

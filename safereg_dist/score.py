@@ -16,7 +16,7 @@ from typing import TextIO
 from safereg_dist.config.risk import CriticConfig
 from safereg_dist.critic.critic import Messages, Verdict, build_critic, score_conversations
 from safereg_dist.errors import CheckpointError, DataError
-from safereg_dist.prompts import chat_messages, read_rows
+from safereg_dist.prompts import answered_conversation, read_rows
 
 
 def score_with_critic(
@@ -68,30 +68,10 @@ def _conversations(data: Path) -> Iterator[Messages]:
     """The conversation of each row of the file; each has an assistant turn."""
     is_empty = True
     for where, row in read_rows(data):
-        yield _conversation(row, where)
+        yield answered_conversation(row, where)
         is_empty = False
     if is_empty:
         raise DataError(f"{data} holds no row: give at least one")
-
-
-def _conversation(row: dict, where: str) -> Messages:
-    if row.get("messages") is not None:
-        messages = chat_messages(row, where)
-    elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["response"]},
-        ]
-    else:
-        raise DataError(
-            f"{where}: expected `messages`, or `prompt` and `response` as text, found keys "
-            f"{sorted(row)}: add them"
-        )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(
-            f"{where}: the conversation has no assistant turn: there is no answer to judge"
-        )
-    return messages
 
 
 def _write(out: Path, data: Path, verdicts: Iterable[Verdict]) -> Counter[str]:

@@ -76,8 +76,8 @@ def refuse_too_many_held_back(run: Run) -> None:
     """Raises where more rows would be held back than the configuration allows.
 
     Counted over the rows that the run will see (all rows of a column), or over its first
-    `risk.gate_rows` where a critic judges them. Where these are not all rows of the data, too much
-    is what the exact one-sided 95 % bound below the share exceeds.
+    `risk.gate_rows` where a critic judges them or a probe reads the policy. Where these are not all
+    rows of the data, too much is what the exact one-sided 95 % bound below the share exceeds.
 
     Raises:
         ConfigError: too many rows at or above the threshold.
@@ -91,7 +91,7 @@ def refuse_too_many_held_back(run: Run) -> None:
     count = sources.stream.rows_within(positions)
     if config.risk.estimator == "column":
         count = sources.stream.most_rows  # known without any work
-    elif run.step.risk.looks_ahead:
+    elif run.step.risk.looks_ahead or config.risk.source == "policy":
         count = min(count, -(-config.risk.gate_rows // ranks.world_size))
         run.step.risk.prefetch(row for row in sources.stream.first_rows(count) if row is not None)
     screened = screen_rows(

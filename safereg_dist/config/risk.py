@@ -28,7 +28,8 @@ class CriticConfig:
     concurrency: int = 16
     """Judgements in flight per rank, >= 1."""
     timeout_s: float = 30.0
-    """Seconds for one judgement with all its retries, > 0; then it has failed."""
+    """Seconds for one judgement from when it may begin, with all its retries (one attempt may take
+    half of it), > 0; then it has failed. Not for local judges."""
     retries: int = 4
     """Attempts after the first, >= 0."""
     cache: str | None = None
@@ -110,7 +111,7 @@ class RiskConfig:
     drift: str = "warn"
     """What to do when the policy-side probe loses recall: `warn`, `fallback` or `realign`."""
     drift_every: int = 5
-    """Optimizer steps between comparisons of both sides, >= 1; read with source `policy`."""
+    """Optimizer steps between comparisons of both sides on a micro-batch, >= 1; source `policy`."""
     drift_recall: float = 0.9
     """Share of what the reference side flags that the policy side must flag too, in (0, 1]."""
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -121,7 +122,7 @@ class RiskConfig:
     max_held_back: float = 0.2
     """Share of rows at or above the threshold from which training refuses to start, in [0, 1]."""
     gate_rows: int = 256
-    """Rows that a critic scores before the first step to estimate that share, >= 0."""
+    """Rows screened for that share where a critic or the policy side gives the risk, >= 0."""
 
     def __post_init__(self) -> None:
         one_of("risk.estimator", self.estimator, ESTIMATORS)

@@ -16,7 +16,8 @@ class CriticRisk:
     """Asks this rank's judge about this rank's rows; no other rank takes part.
 
     `prefetch` sends the rows of coming steps, so that the step seldom waits; a judgement that does
-    not come within the critic's deadline has failed, so no rank waits longer than that.
+    not come within the critic's deadline has failed, so a rank's wait is bounded: by
+    ceil(queued / concurrency) deadlines.
     """
 
     name = "critic"

@@ -2,7 +2,7 @@
 
 While a policy trains, its states move away from those that its probe was fitted on; risk falls,
 protection goes with it, and AUROC hides it. So recall at the threshold is measured against the
-reference side, on the rows of the step itself, and one of three things is done about it:
+reference side, on a micro-batch of the step itself, and one of three things is done about it:
 
     warn       it is said, and written to the metrics
     fallback   from then on the reference side gives the risk
@@ -24,6 +24,7 @@ from safereg_dist.risk.estimator import Risk
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import (
     ReferenceProbeRisk,
+    Turns,
     pooled_turns,
     probed_turns,
     turn_risks,
@@ -71,10 +72,11 @@ class WatchedPolicyProbe:
     ) -> None:
         self._probe = probe
         self._reference = reference
+        reference.began_late = True  # it is asked now and then: any row may be new to it
         self._settings = settings
         self._threshold = threshold
         self._ranks = ranks
-        self._is_due = False
+        self._is_due = self._compares_next = False
         self._sums: dict[str, float] = dict.fromkeys(self.sum_names, 0.0)
         self._checks: deque[tuple[float, float]] = deque()
         self._moments = Moments(probe.mean) if settings.drift == "realign" else None
@@ -92,7 +94,8 @@ class WatchedPolicyProbe:
         """Risk of every row from the policy's states; from the reference's after a fall-back.
 
         Without policy states (before training) the reference answers too.
-        Collectives: none; in a step that compares both sides, the reference's for the layers run.
+        Collectives: none; in the first micro-batch of a step that compares both sides, those of
+        `ReferenceProbeRisk` (whose cache `realign` cannot use: it needs states, not risks).
         """
         if policy_states is None or self.has_fallen_back:
             return self._reference(batch, None)
@@ -100,12 +103,17 @@ class WatchedPolicyProbe:
         pooled = pooled_turns(self._probe, policy_states, batch.attention_mask, turns)
         mapped = pooled if self._realignment is None else self._realignment(pooled)
         risk = turn_risks(self._probe, len(batch.rows), turns, mapped)
-        if self._is_due:
-            frozen = self._reference.pooled(batch, turns)
-            self._compare(risk, turn_risks(self._probe, len(batch.rows), turns, frozen))
-            if self._moments is not None:
-                self._moments.add(pooled, frozen)
+        if self._compares_next:
+            self._compares_next = False
+            self._compare(risk, self._frozen_risk(batch, turns, pooled))
         return risk
+
+    def _frozen_risk(self, batch: MicroBatch, turns: Turns, pooled: Tensor) -> Risk:
+        if self._moments is None:
+            return self._reference(batch, None)
+        frozen = self._reference.pooled(batch, turns)
+        self._moments.add(pooled, frozen)
+        return turn_risks(self._probe, len(batch.rows), turns, frozen)
 
     def _compare(self, own: Risk, frozen: Risk) -> None:
         for a, b in zip(own, frozen, strict=True):
@@ -120,6 +128,7 @@ class WatchedPolicyProbe:
     def begin_step(self, step: int) -> None:
         """Decides whether this step compares both sides; the same on every rank."""
         self._is_due = not self.has_fallen_back and step % self._settings.drift_every == 0
+        self._compares_next = self._is_due
 
     def take_sums(self) -> dict[str, float]:
         """This rank's counts of the step."""
@@ -152,7 +161,7 @@ class WatchedPolicyProbe:
 
     def _act(self, recall: float) -> None:
         if self._settings.drift == "fallback":
-            self._fall_back()
+            self.has_fallen_back = True
             remedy = "the reference side gives the risk from now on"
         elif self._settings.drift == "realign":
             remedy = "realigning its states does not hold it; set risk.source=reference"
@@ -165,10 +174,6 @@ class WatchedPolicyProbe:
                 file=sys.stderr,
                 flush=True,
             )
-
-    def _fall_back(self) -> None:
-        self.has_fallen_back = True
-        self._reference.began_late = True
 
     def save_cache(self, path: Path) -> None:
         """Writes the reference side's cache and, beside it, what the monitor knows."""
@@ -189,8 +194,7 @@ class WatchedPolicyProbe:
         """
         self._reference.load_cache(path)
         tensors = load_file(path.with_stem(f"{path.stem}-drift"))
-        if tensors["has_fallen_back"].item():
-            self._fall_back()
+        self.has_fallen_back = bool(tensors["has_fallen_back"].item())
         self._checks = deque((a, b) for a, b in tensors["checks"].tolist())
         if self._moments is not None:
             self._moments.load_state(tensors)

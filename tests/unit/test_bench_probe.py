@@ -20,7 +20,6 @@ from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.probe_lab.split import PARTS, split_rows
 from safereg_dist.prompts import LabelledPrompt
 
-sys.path.append(str(ROOT / "benchmarks"))  # scripts that import one another by their bare names
 
 import bench_probe
 import prompt_features

@@ -25,7 +25,6 @@ from safereg_dist.demo.tokenizer import MAX_TOKENS, build_tokenizer
 from safereg_dist.demo.world import DATA_SETS
 from safereg_dist.prompts import read_prompts
 
-sys.path.append(str(ROOT / "benchmarks"))  # scripts that import one another by their bare names
 
 from bench_response_risk import recall_of, threshold_at
 

@@ -11,7 +11,6 @@ import sys
 import pytest
 from launching import ROOT
 
-sys.path.append(str(ROOT / "benchmarks"))  # scripts that import one another by their bare names
 
 from step_flops import Rows, epoch_costs, llama, start_run, write_run_folder
 
