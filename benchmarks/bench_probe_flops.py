@@ -16,7 +16,7 @@ What is claimed, and how it is counted:
 - Policy side: hardly a product, so every element that any operator writes, and that reductions
   read, counts as one operation.
 - A policy-side probe is watched by default (`risk.drift`): in one step of `risk.drift_every` the
-  reference reads the same rows, which costs that share of the formula, in every epoch.
+  reference reads the same rows, unless it knows them; in all it pays no more than the formula once.
 - Real shapes (`kind` meta) have no memory: the trunks run on the meta device; the head, whose loss
   needs values, is its formula, which the real steps confirm to the last FLOP.
 
