@@ -9,13 +9,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from safereg_dist.evaluate import write_atomically
 from safereg_dist.probe_lab.layer_fit import LayerReport
 from safereg_dist.probe_lab.scores import auroc, calibration_error, curve_of
 
 BLUE, ORANGE, GREY = "#0072B2", "#E07B00", "#7A7A7A"  # told apart by colour-blind readers too
-_LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "P"))
+_COLOURS = {"linear": BLUE, "mlp": ORANGE, "direction": GREY}
+_LINES = (("-", "o"), ("--", "s"))  # by pooling
 _BINS = 10
 
 
@@ -35,33 +37,33 @@ def draw_sweep(reports: Sequence[LayerReport], chosen: LayerReport, path: Path) 
         label="background false positives",
     )
     axes.axvline(chosen.layer, color="black", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="layer", ylabel="share of held-out rows", ylim=(-0.03, 1.03))
+    _layer_axis(axes)
+    axes.set(ylabel="share of held-out rows", ylim=(-0.03, 1.03))
     axes.set_title(f"Layer {chosen.layer} is the earliest that separates as well as the best")
     axes.legend(frameon=False)
     _write(figure, path)
 
 
-def draw_comparison(reports: Sequence[LayerReport], path: Path) -> None:
-    """AUROC over layers of each kind and pooling, with 95 % intervals."""
+def draw_comparison(reports: Sequence[LayerReport], chosen: LayerReport, path: Path) -> None:
+    """AUROC over layers of each kind (colour) and pooling (line), with 95 % intervals."""
     figure, axes = _figure()
-    families = sorted({(r.kind, r.pooling) for r in reports})
-    for place, family in enumerate(families):
-        shown = [r for r in reports if (r.kind, r.pooling) == family]
-        colour = (BLUE, ORANGE, GREY)[place % 3]
-        dash, marker = _LINES[place % len(_LINES)]
+    poolings = sorted({r.pooling for r in reports})
+    for kind, pooling in sorted({(r.kind, r.pooling) for r in reports}):
+        shown = [r for r in reports if (r.kind, r.pooling) == (kind, pooling)]
+        dash, marker = _LINES[poolings.index(pooling) % len(_LINES)]
         layer = [r.layer for r in shown]
-        _band(axes, layer, [r.intervals["auroc"] for r in shown], colour)
+        _band(axes, layer, [r.intervals["auroc"] for r in shown], _COLOURS[kind])
         axes.plot(
             layer,
             [r.auroc for r in shown],
             linestyle=dash,
             marker=marker,
-            color=colour,
-            label=", ".join(family),
+            color=_COLOURS[kind],
+            label=f"{kind}, {pooling}",
         )
-    best = max(reports, key=lambda r: r.auroc)
-    axes.set(xlabel="layer", ylabel="AUROC on held-out rows")
-    axes.set_title(f"Best: {best.kind} on {best.pooling} at layer {best.layer}, {best.auroc:.3f}")
+    _layer_axis(axes)
+    axes.set_ylabel("AUROC on held-out rows")
+    axes.set_title(f"The {chosen.kind} probe on {chosen.pooling} of layer {chosen.layer} is enough")
     axes.legend(frameon=False)
     _write(figure, path)
 
@@ -110,6 +112,11 @@ def _figure() -> tuple[Figure, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.title.set_fontsize(10)
     return figure, axes
+
+
+def _layer_axis(axes: Axes) -> None:
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _band(axes: Axes, layer: list[int], intervals: Sequence[Any], colour: str) -> None:

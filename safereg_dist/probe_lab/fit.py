@@ -44,9 +44,9 @@ def fit_probe(model_dir: Path, data_file: Path, out_dir: Path, **options: Any) -
 def fit_collected(collected: Collected) -> FitReport:
     """The probe of one position, saved to `collected.out` with its figures, and printed.
 
-    Rows were split into fit, calibration and hold-out, near-duplicate prompts together. The penalty
-    is chosen by cross-validation inside the fit part; probabilities are calibrated, and threshold
-    and layer chosen, on the calibration part; figures come from the hold-out.
+    Rows were split into fit, calibration and hold-out, near-duplicate prompts together. Penalty and
+    layer are chosen by cross-validation inside the fit part; probabilities are calibrated and the
+    threshold set on the calibration part; figures come from the hold-out.
 
     Raises:
         ProbeError: the folder cannot be written.
@@ -99,16 +99,16 @@ def fit_all(collected: Collected, poolings: Sequence[str]) -> list[LayerFit]:
 def choose(reports: Sequence[LayerReport]) -> LayerReport:
     """The earliest layer within one bootstrap error of the best: early layers cost less to run.
 
-    First by AUROC over real prompts, then by log loss over background rows too, both of the
-    calibration part, so that the hold-out stays untouched by the choice. Of the kinds on one layer,
-    the first that was asked for.
+    First by AUROC over real prompts, then by log loss over background rows too, both out-of-fold in
+    the fit part, so that calibration and hold-out stay untouched by the choice. Of the kinds on one
+    layer, the first that was asked for.
     """
-    best = max(reports, key=lambda r: r.calibration_auroc)
-    bar = best.calibration_auroc - best.calibration_auroc_error
-    good = [r for r in reports if r.calibration_auroc >= bar]
-    best = min(good, key=lambda r: r.calibration_log_loss)
-    bar = best.calibration_log_loss + best.calibration_log_loss_error
-    return next(r for r in good if r.calibration_log_loss <= bar)
+    best = max(reports, key=lambda r: r.choice_auroc)
+    bar = best.choice_auroc - best.choice_auroc_error
+    good = [r for r in reports if r.choice_auroc >= bar]
+    best = min(good, key=lambda r: r.choice_log_loss)
+    bar = best.choice_log_loss + best.choice_log_loss_error
+    return next(r for r in good if r.choice_log_loss <= bar)
 
 
 def json_numbers(value: Any) -> Any:

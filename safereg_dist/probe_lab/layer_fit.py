@@ -1,8 +1,6 @@
 """One probe on one layer: fitted, calibrated, given a threshold, and measured on the hold-out."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,8 +8,7 @@ import torch
 from torch import Tensor
 
 from safereg_dist.probe_lab.calibration import fit_isotonic, fit_temperature
-from safereg_dist.probe_lab.logistic import L2_GRID, cross_validated, fit_logistic
-from safereg_dist.probe_lab.mlp import PENALTY_GRID, Mlp, fit_mlp
+from safereg_dist.probe_lab.classifiers import cross_validated, fit_weights
 from safereg_dist.probe_lab.scores import bootstrap, flagged_fraction, interval, measure, spread
 from safereg_dist.probe_lab.split import SplitRows
 from safereg_dist.probe_lab.threshold import recall_threshold
@@ -24,8 +21,9 @@ _CHOICE_DRAWS, _INTERVAL_DRAWS = 200, 1000
 class LayerReport:
     """What one probe does on rows that took no part in its fit.
 
-    Figures are over real prompts of the hold-out; those named `background` over background rows,
-    those named `calibration` over the calibration part.
+    Figures are over real prompts of the hold-out; that named `background` over background rows, and
+    those named `choice` over the fit part out-of-fold. So the layer is chosen without a look at the
+    calibration rows, and the threshold's guarantee stands whatever the number of layers tried.
     """
 
     layer: int
@@ -35,10 +33,10 @@ class LayerReport:
     """Penalty chosen by cross-validation; 0 for a direction, which has none."""
     threshold: float
     conformal_threshold: float
-    calibration_auroc: float
-    calibration_auroc_error: float
-    calibration_log_loss: float
-    calibration_log_loss_error: float
+    choice_auroc: float
+    choice_auroc_error: float
+    choice_log_loss: float
+    choice_log_loss_error: float
     temperature: float
     """1 where knots calibrate."""
     recall: float
@@ -94,10 +92,16 @@ def fit_layer(
     fit, calibrate = (torch.from_numpy(rows.where(part)) for part in ("fit", "calibrate"))
     labels = torch.from_numpy(rows.harmful).double()
     mean, scale = _standardisation(states[fit])
-    features = ((states[fit].double() - mean) / scale).to(device)
-    l2, weights = _FITTERS[recipe.kind](
-        features, labels[fit].to(device), torch.from_numpy(rows.fold)[fit].to(device), recipe.seed
+    features, fit_labels, fold = (
+        part.to(device)
+        for part in (
+            (states[fit].double() - mean) / scale,
+            labels[fit],
+            torch.from_numpy(rows.fold)[fit],
+        )
     )
+    seen = cross_validated(recipe.kind, features, fit_labels, fold, recipe.seed)
+    weights = fit_weights(recipe.kind, features, fit_labels, seen.penalty, recipe.seed)
     raw = Probe(
         layer=layer,
         pooling=recipe.pooling,
@@ -105,14 +109,13 @@ def fit_layer(
         kind=recipe.kind,
         mean=mean.float(),
         scale=scale.float(),
+        weight=weights.weight.float().cpu(),
+        bias=float(weights.bias),
+        hidden_weight=None if weights.hidden_weight is None else weights.hidden_weight.cpu(),
+        hidden_bias=None if weights.hidden_bias is None else weights.hidden_bias.cpu(),
         threshold=0.5,
         fingerprint="",
-        weight=weights["weight"].float().cpu(),
-        bias=float(weights["bias"]),
     )
-    if "hidden_weight" in weights:
-        hidden = {name: weights[name].cpu() for name in ("hidden_weight", "hidden_bias")}
-        raw = replace(raw, **hidden)
     temperature, probe = _calibrated(raw, states[calibrate], labels[calibrate], recipe.calibration)
     # Calibrated on what the stored float32 probe says, so that rounding cannot cost a row.
     probability = probe.probability(states).double().numpy()
@@ -126,11 +129,11 @@ def fit_layer(
         layer=layer,
         kind=recipe.kind,
         pooling=recipe.pooling,
-        l2=l2,
+        l2=seen.penalty,
         temperature=temperature,
         threshold=probe.threshold,
         conformal_threshold=conformal,
-        **_choice_figures(probability, rows, recipe.seed),
+        **_choice_figures(seen.logits.cpu(), rows, recipe.seed),
         **_held_out_figures(probability, rows, probe.threshold, recipe.seed),
     )
     return LayerFit(report=report, probe=probe, probability=probability)
@@ -140,37 +143,6 @@ def _standardisation(states: Tensor) -> tuple[Tensor, Tensor]:
     states = states.double()
     # A feature that never moves says nothing; without the floor it would divide by zero.
     return states.mean(0), states.std(0).clamp_min(1e-6)
-
-
-Weights = dict[str, Tensor]
-
-
-def _linear(features: Tensor, labels: Tensor, fold: Tensor, seed: int) -> tuple[float, Weights]:
-    l2 = cross_validated(
-        L2_GRID, fit_logistic, lambda wb, x: x @ wb[0] + wb[1], features, labels, fold
-    )
-    weight, bias = fit_logistic(features, labels, l2)
-    return l2, {"weight": weight, "bias": bias}
-
-
-def _mlp(features: Tensor, labels: Tensor, fold: Tensor, seed: int) -> tuple[float, Weights]:
-    fit = partial(fit_mlp, seed=seed)
-    l2 = cross_validated(PENALTY_GRID, fit, Mlp.logits, features, labels.float(), fold)
-    return l2, fit(features, labels, l2)._asdict()
-
-
-def _direction(features: Tensor, labels: Tensor, fold: Tensor, seed: int) -> tuple[float, Weights]:
-    """Unit difference of the class means; logit 0 lies half-way between them."""
-    harmful, benign = (features[labels == value].mean(0) for value in (1, 0))
-    weight = torch.nn.functional.normalize(harmful - benign, dim=0)
-    return 0.0, {"weight": weight, "bias": -weight @ (harmful + benign) / 2}
-
-
-_FITTERS: dict[str, Callable[[Tensor, Tensor, Tensor, int], tuple[float, Weights]]] = {
-    "linear": _linear,
-    "mlp": _mlp,
-    "direction": _direction,
-}
 
 
 def _calibrated(
@@ -187,17 +159,18 @@ def _calibrated(
     )
 
 
-def _choice_figures(probability: np.ndarray, rows: SplitRows, seed: int) -> dict[str, float]:
+def _choice_figures(logits: Tensor, rows: SplitRows, seed: int) -> dict[str, float]:
     """What the layer is chosen by: ranking over real prompts, log loss over background too."""
+    fit = rows.where("fit")
+    labels, group, real = rows.harmful[fit], rows.group[fit], ~rows.background[fit]
+    temperature = fit_temperature(logits, torch.from_numpy(labels).double())
+    probability = torch.sigmoid(logits / temperature).numpy()
     found = {}
-    part = rows.where("calibrate")
-    for name, chosen in (("auroc", part & ~rows.background), ("log_loss", part)):
-        p, labels = probability[chosen], rows.harmful[chosen]
-        drawn = bootstrap(
-            p, labels, rows.group[chosen], threshold=0.5, draws=_CHOICE_DRAWS, seed=seed
-        )
-        found[f"calibration_{name}"] = float(measure(p, labels, threshold=0.5)[name][0])
-        found[f"calibration_{name}_error"] = spread(drawn[name])
+    for name, chosen in (("auroc", real), ("log_loss", np.ones_like(real))):
+        given = probability[chosen], labels[chosen]
+        drawn = bootstrap(*given, group[chosen], threshold=0.5, draws=_CHOICE_DRAWS, seed=seed)
+        found[f"choice_{name}"] = float(measure(*given, threshold=0.5)[name][0])
+        found[f"choice_{name}_error"] = spread(drawn[name])
     return found
 
 

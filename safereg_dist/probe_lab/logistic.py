@@ -1,7 +1,4 @@
-"""Logistic regression in float64: the fit, and its penalty by cross-validation."""
-
-from collections.abc import Callable
-from typing import TypeVar
+"""Logistic regression in float64."""
 
 import torch
 from torch import Tensor
@@ -9,8 +6,6 @@ from torch import Tensor
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the L2 penalty on standardised features, chosen by cross-validation."""
 FOLDS = 3
-
-Fitted = TypeVar("Fitted")
 
 
 def fit_logistic(features: Tensor, labels: Tensor, l2: float) -> tuple[Tensor, Tensor]:
@@ -48,34 +43,3 @@ def class_weights(labels: Tensor) -> Tensor:
     """[rows] weights of mean 1 under which both classes weigh the same."""
     share = labels.mean()
     return torch.where(labels > 0.5, 0.5 / share, 0.5 / (1 - share))
-
-
-def cross_validated(
-    grid: tuple[float, ...],
-    fit: Callable[[Tensor, Tensor, float], Fitted],
-    logits_of: Callable[[Fitted, Tensor], Tensor],
-    features: Tensor,
-    labels: Tensor,
-    fold: Tensor,
-) -> float:
-    """The penalty with the least held-out log loss; the strongest of those that tie.
-
-    Args:
-        fit: (features, labels, penalty) -> what was fitted.
-        logits_of: (what was fitted, features) -> [rows] logits.
-        fold: [rows] in [0, FOLDS).
-    """
-    losses = dict.fromkeys(grid, 0.0)
-    for held in range(FOLDS):
-        inside, outside = fold != held, fold == held
-        if labels[inside].unique().numel() < 2:
-            continue
-        for penalty in grid:
-            fitted = fit(features[inside], labels[inside], penalty)
-            losses[penalty] += float(
-                torch.nn.functional.binary_cross_entropy_with_logits(
-                    logits_of(fitted, features[outside]), labels[outside], reduction="sum"
-                )
-            )
-    least = min(losses.values())
-    return max(penalty for penalty, loss in losses.items() if loss <= least)

@@ -32,7 +32,7 @@ def sweep_collected(collected: Collected) -> list[LayerReport]:
     text = json.dumps(json_numbers(facts), indent=2, allow_nan=False) + "\n"
     write_atomically(out / "sweep.json", text)
     write_atomically(out / "sweep.csv", _csv(reports))
-    draw_comparison(reports, out / "sweep.png")
+    draw_comparison(reports, chosen, out / "sweep.png")
     print_sweep(reports, chosen)
     print(f"sweep: {len(reports)} probes, written to {out}", flush=True)
     collected.clean_up()

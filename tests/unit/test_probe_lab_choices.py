@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from safereg_dist.probe_lab.calibration import fit_temperature
+from safereg_dist.probe_lab.classifiers import cross_validated, fit_weights
 from safereg_dist.probe_lab.fit import choose
 from safereg_dist.probe_lab.layer_fit import LayerReport, Recipe, fit_layer
-from safereg_dist.probe_lab.logistic import L2_GRID, cross_validated
+from safereg_dist.probe_lab.logistic import L2_GRID
 from safereg_dist.probe_lab.split import split_rows
 from safereg_dist.prompts import LabelledPrompt
 
@@ -29,11 +30,23 @@ def test_temperature_mends_overconfidence_and_never_claims_certainty():
 
 
 def test_penalties_that_tie_give_the_strongest():
-    labels, fold = torch.tensor([0.0, 1.0] * 6).double(), torch.arange(12) % 3
-    chosen = cross_validated(
-        L2_GRID, lambda x, y, l2: None, lambda _, x: x[:, 0] * 0, labels[:, None], labels, fold
-    )
-    assert chosen == max(L2_GRID)
+    nothing, labels = torch.zeros(12, 2).double(), torch.tensor([0.0, 1.0] * 6).double()
+    found = cross_validated("linear", nothing, labels, torch.arange(12) % 3, 0)
+    assert found.penalty == max(L2_GRID)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "direction"])
+def test_cross_validation_speaks_of_rows_that_it_has_not_seen(kind):
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(90, 3, generator=draw, dtype=torch.float64)
+    labels = (features[:, 0] + 0.3 * features[:, 1] > 0).double()
+    fold = torch.arange(90) % 3
+    found = cross_validated(kind, features, labels, fold, 0)
+    for held in range(3):
+        inside, outside = fold != held, fold == held
+        alone = fit_weights(kind, features[inside], labels[inside], found.penalty, 0)
+        assert torch.equal(found.logits[outside], alone.logits(features[outside]))
+    assert ((found.logits > 0) == (labels > 0.5)).double().mean() > 0.85
 
 
 def test_the_threshold_holds_for_the_stored_probe():
@@ -69,9 +82,9 @@ def test_the_threshold_holds_for_the_stored_probe():
 )
 def test_the_earliest_of_the_good_layers(areas, losses, chosen):
     zeros = dict.fromkeys(LayerReport.__dataclass_fields__, 0.0)
-    errors = {"calibration_auroc_error": 0.01, "calibration_log_loss_error": 0.01}
+    errors = {"choice_auroc_error": 0.01, "choice_log_loss_error": 0.01}
     reports = []
     for layer, (area, loss) in enumerate(zip(areas, losses, strict=True), start=1):
-        measured = {"layer": layer, "calibration_auroc": area, "calibration_log_loss": loss}
+        measured = {"layer": layer, "choice_auroc": area, "choice_log_loss": loss}
         reports.append(LayerReport(**{**zeros, **errors, **measured}))
     assert choose(reports).layer == chosen

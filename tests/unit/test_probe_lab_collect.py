@@ -9,7 +9,9 @@ again, refusals. Rounds: whole forwards in float32 (1e-4).
 import json
 import math
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from safereg_dist.errors import CheckpointError, ConfigError, DataError
 from safereg_dist.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.collect import collect_hidden_states, collect_states
 from safereg_dist.probe_lab.fit import fit_probe
-from safereg_dist.probe_lab.rows import read_examples, tokenize_examples
+from safereg_dist.probe_lab.rows import ProbedRow, read_examples, tokenize_examples
 from safereg_dist.probe_lab.store import Manifest, StateStore, digest_rows
 from safereg_dist.risk.probe import POOLINGS, POOLINGS_OF, RESPONSE_POOLINGS
 
@@ -261,6 +263,40 @@ def test_a_shard_that_is_torn_or_foreign(tmp_path):
     path.unlink()
     whole_again = collect(model, rows, tmp_path / "states").layer("mean_prompt", 2)
     torch.testing.assert_close(whole_again, other.layer("mean_prompt", 2).flip(0))
+
+
+def peak_mib(*, reset=False):
+    """Peak resident memory of this process since the last reset; Linux."""
+    if reset:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pytest.skip("the peak of this process cannot be reset here")
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+
+
+def test_memory_holds_a_shard_and_not_the_collection(tmp_path):
+    """64 layers of 2,000 rows are 125 MiB; a shard of 64 rows is 4."""
+    torch.manual_seed(0)
+    wide = {"hidden_size": 256, "num_hidden_layers": 64, "intermediate_size": 8, "head_dim": 8}
+    one = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("llama", **{**COMMON, **SMALL, **wide, **one})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = [
+        ProbedRow(id=str(i), input_ids=[1, 6 + i % 90, 6 + i // 90], first=0, last=2)
+        for i in range(2000)
+    ]
+    store, _ = make_store(random_model("llama"), examples(tmp_path), tmp_path / "small")
+    changed = {"num_rows": 2000, "num_layers": 64, "hidden_size": 256, "rows_per_shard": 64}
+    manifest = replace(store.manifest, poolings=("last_prompt_token",), **changed)
+    store = StateStore(tmp_path / "states", manifest)
+    before = peak_mib(reset=True)
+    collect_states(model, rows, store, batch_size=8, progress=False)
+    assert store.layer("last_prompt_token", 64).shape == (2000, 256)
+    stored = sum(path.stat().st_size for path in (tmp_path / "states").iterdir()) / 2**20
+    assert stored > 120
+    assert peak_mib() - before < stored / 2
 
 
 # What cannot be read
