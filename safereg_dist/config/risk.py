@@ -108,7 +108,7 @@ class RiskConfig:
     """Accept a probe that was fitted on another model's weights."""
     cache: str | None = None
     """SQLite file of a probe's risks; null = below $SAFEREG_CACHE, `none` = in memory only."""
-    drift: str = "warn"
+    drift: str = "fallback"
     """What to do when the policy-side probe loses recall: `warn`, `fallback` or `realign`."""
     drift_every: int = 5
     """Optimizer steps between comparisons of both sides on a micro-batch, >= 1; source `policy`."""

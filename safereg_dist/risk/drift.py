@@ -82,6 +82,7 @@ class WatchedPolicyProbe:
         self._moments = Moments(probe.mean) if settings.drift == "realign" else None
         self._realignment: Realignment | None = None
         self.has_fallen_back = False
+        self._is_low = False
 
     @property
     def name(self) -> str:
@@ -155,8 +156,10 @@ class WatchedPolicyProbe:
         row: dict[str, float | int] = {"probe_gap": gap}
         if flagged:
             row["probe_recall"] = found / flagged
-        if flagged >= MIN_FLAGGED and found / flagged < self._settings.drift_recall:
-            self._act(found / flagged)
+        if flagged >= MIN_FLAGGED:
+            was_low, self._is_low = self._is_low, found / flagged < self._settings.drift_recall
+            if self._is_low and not was_low:  # said once, and again only after it had recovered
+                self._act(found / flagged)
         return row
 
     def _act(self, recall: float) -> None:

@@ -152,6 +152,12 @@ def test_warn_goes_on_and_says_so(capsys):
     assert text.count("finds 0%") == 1
     assert "risk.source=reference" in text
     assert monitor.name == "probe-policy"
+    step(monitor, 1, batch, blind(batch))
+    assert capsys.readouterr().err == ""  # nothing new
+    for number in (2, 3):
+        step(monitor, number, batch, states_of(batch, monitor._reference._reference))
+    step(monitor, 4, batch, blind(batch))
+    assert "finds" in capsys.readouterr().err
 
 
 def test_fallback_takes_the_reference_from_then_on(capsys):
