@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.batch import load_tokenizer
 from safereg_dist.config import DataConfig
-from safereg_dist.errors import ConfigError
+from safereg_dist.errors import ConfigError, ProbeError
 from safereg_dist.evaluate.generate import load_model
 from safereg_dist.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
@@ -165,6 +165,7 @@ def collect(
     asked = [options.at(position) for position in positions] if several else [options]
     outs = [Path(out_dir) / position for position in positions] if several else [Path(out_dir)]
     with ranks.together():
+        _check_place(Path(out_dir))
         sources = [read_sources(model_dir, data_file, each) for each in asked]
         model, _ = load_model(model_dir, device=ranks.device, progress=options.progress)
         fingerprint = model_fingerprint(model)
@@ -173,6 +174,11 @@ def collect(
         for source, out in zip(sources, outs, strict=True)
     ]
     return collected if ranks.is_main else []
+
+
+def _check_place(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ProbeError(f"cannot write to {out}: it is a file; choose a writable folder for --out")
 
 
 def _collect_one(
@@ -203,7 +209,10 @@ def _collect_one(
 def _deal_by_behaviour(
     model: Any, fingerprint: str, sources: Sources, work: Path, ranks: Ranks
 ) -> Parts:
-    """The parts, by labels that the model's own behaviour gives. Collectives: two barriers."""
+    """The parts, by labels that the model's own behaviour gives.
+
+    Collectives: two `raise_together`.
+    """
     options = sources.options
     behaviour = Behaviour(work / "answers", sources.examples, fingerprint)
     with ranks.together():

@@ -42,7 +42,8 @@ class LabOptions:
     """Rows of one forward."""
     work: Path | None = None
     """Folder of the hidden states, kept; None = a hidden one beside the output, removed after a
-    fit that succeeds, so that the same command goes on where it was killed."""
+    fit that succeeds, so that the same command goes on where it was killed. On several nodes all of
+    them must see it."""
     device: str | None = None
     """None takes the first GPU where there is one, else the CPU."""
     progress: bool = True

@@ -10,6 +10,7 @@ Rounds: whole forwards in float32 (1e-4). Models are random, but for one that is
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from safereg_dist.cli import main
 from safereg_dist.errors import ConfigError, DataError, ProbeError
+from safereg_dist.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.apply import score_rows
 from safereg_dist.probe_lab.evaluate import evaluate_probe
 from safereg_dist.probe_lab.fit import fit_probe
@@ -322,14 +324,18 @@ def test_evaluate_measures_what_plain_transformers_say(model_dir, fitted, tmp_pa
     assert names == {"all.json"} | figures
 
 
-def test_evaluate_refuses_another_model_unless_forced(fitted, tmp_path):
+def test_evaluate_refuses_another_model_unless_forced(fitted, tmp_path, capsys):
     other = save_model(tmp_path / "other", tiny_model(seed=6))
     data = write_jsonl(tmp_path / "rows.jsonl", rows_of(40))
-    arguments = (fitted / "prompt", other, data, tmp_path / "out.json")
-    with pytest.raises(ProbeError, match="--force"):
-        evaluate_probe(*arguments, progress=False)
+    command = [
+        *("probe", "evaluate", "--probe", str(fitted / "prompt"), "--model", str(other)),
+        *("--data", str(data), "--out", str(tmp_path / "out.json")),
+    ]
+    assert main(command) == 2
+    assert "--force" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
-    assert not evaluate_probe(*arguments, force=True, progress=False)["same_model"]
+    assert main([*command, "--force"]) == 0
+    assert not json.loads((tmp_path / "out.json").read_text())["same_model"]
     wider = save_model(tmp_path / "wider", tiny_model(hidden_size=64))
     with pytest.raises(ProbeError, match="features of layer 2"):
         evaluate_probe(fitted, wider, data, tmp_path / "out.json", force=True, progress=False)
@@ -383,6 +389,23 @@ def test_raw_rows_that_cannot_be_scored(model_dir, fitted, tmp_path):
     other = save_model(tmp_path / "other", tiny_model(seed=6))
     with pytest.raises(ProbeError, match="fit a probe on this model"):
         score_rows(fitted, other, RAW, progress=False)
+
+
+def test_raw_rows_whose_states_are_not_finite(model_dir, fitted, tmp_path):
+    """Weights that fail are the probe's own model: only the fingerprint is forged."""
+    model = tiny_model(seed=5)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[word_tokenizer().convert_tokens_to_ids("w88")] = (
+            math.nan
+        )
+    broken = save_model(tmp_path / "broken", model)
+    for probe in load_probes(fitted):
+        replace(probe, fingerprint=model_fingerprint(model)).save(tmp_path / "p" / probe.position)
+    clean = [row for row in RAW if "w88" not in json.dumps(row)]
+    assert len(score_rows(tmp_path / "p", broken, clean, progress=False)) == len(clean)
+    bad = {"prompt": "w88 w2", "response": "w3"}
+    with pytest.raises(DataError, match=r"row 3 has no finite risk.*layer"):
+        score_rows(tmp_path / "p", broken, [*clean[:2], bad], progress=False)
 
 
 # Labels from the model's own behaviour
