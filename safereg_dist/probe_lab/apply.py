@@ -52,10 +52,7 @@ def score_rows(
     reference = Reference(model, backend=backend, offload="none", rows_per_pass=batch_size)
     estimators = [
         ReferenceProbeRisk(
-            probe.to(device),
-            reference,
-            ranks=backend.ranks,
-            rows_per_pass=batch_size,
+            probe.to(device), reference, ranks=backend.ranks, rows_per_pass=batch_size
         )
         for probe in probes
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safereg_dist.probe_lab.calibration import fit_isotonic, fit_temperature
-from safereg_dist.probe_lab.classifiers import cross_validated, fit_weights
+from safereg_dist.probe_lab.classifiers import CrossValidated, cross_validated, fit_weights
 from safereg_dist.probe_lab.scores import bootstrap, flagged_fraction, interval, measure, spread
 from safereg_dist.probe_lab.split import SplitRows
 from safereg_dist.probe_lab.threshold import recall_threshold
@@ -89,35 +89,15 @@ def fit_layer(
     Args:
         device: where the fit runs; the states' own by default.
     """
-    fit, calibrate = (torch.from_numpy(rows.where(part)) for part in ("fit", "calibrate"))
-    labels = torch.from_numpy(rows.harmful).double()
-    mean, scale = _standardisation(states[fit])
-    features, fit_labels, fold = (
-        part.to(device)
-        for part in (
-            (states[fit].double() - mean) / scale,
-            labels[fit],
-            torch.from_numpy(rows.fold)[fit],
-        )
+    calibrate = torch.from_numpy(rows.where("calibrate"))
+    raw, seen = _fitted(states, rows, layer, recipe, device)
+    temperature, probe = _calibrated(
+        raw,
+        states[calibrate],
+        torch.from_numpy(rows.harmful)[calibrate].double(),
+        recipe.calibration,
     )
-    seen = cross_validated(recipe.kind, features, fit_labels, fold, recipe.seed)
-    weights = fit_weights(recipe.kind, features, fit_labels, seen.penalty, recipe.seed)
-    raw = Probe(
-        layer=layer,
-        pooling=recipe.pooling,
-        position=recipe.position,
-        kind=recipe.kind,
-        mean=mean.float(),
-        scale=scale.float(),
-        weight=weights.weight.float().cpu(),
-        bias=float(weights.bias),
-        hidden_weight=None if weights.hidden_weight is None else weights.hidden_weight.cpu(),
-        hidden_bias=None if weights.hidden_bias is None else weights.hidden_bias.cpu(),
-        threshold=0.5,
-        fingerprint="",
-    )
-    temperature, probe = _calibrated(raw, states[calibrate], labels[calibrate], recipe.calibration)
-    # Calibrated on what the stored float32 probe says, so that rounding cannot cost a row.
+    # The threshold is set on what the stored float32 probe says: rounding cannot cost a row.
     probability = probe.probability(states).double().numpy()
     threshold, conformal = recall_threshold(
         probability[rows.calibration_positives],
@@ -133,10 +113,38 @@ def fit_layer(
         temperature=temperature,
         threshold=probe.threshold,
         conformal_threshold=conformal,
-        **_choice_figures(seen.logits.cpu(), rows, recipe.seed),
+        **_choice_figures(seen.logits, rows, recipe.seed),
         **_held_out_figures(probability, rows, probe.threshold, recipe.seed),
     )
     return LayerFit(report=report, probe=probe, probability=probability)
+
+
+def _fitted(
+    states: Tensor, rows: SplitRows, layer: int, recipe: Recipe, device: torch.device | None
+) -> tuple[Probe, CrossValidated]:
+    """(probe before calibration, what cross-validation found), from the fit part alone."""
+    fit = torch.from_numpy(rows.where("fit"))
+    mean, scale = _standardisation(states[fit])
+    features = ((states[fit].double() - mean) / scale).to(device)
+    labels = torch.from_numpy(rows.harmful)[fit].double().to(device)
+    fold = torch.from_numpy(rows.fold)[fit].to(device)
+    seen = cross_validated(recipe.kind, features, labels, fold, recipe.seed)
+    weights = fit_weights(recipe.kind, features, labels, seen.penalty, recipe.seed)
+    tensors = {name: t.float().cpu() for name, t in weights._asdict().items() if t is not None}
+    bias = float(tensors.pop("bias"))
+    probe = Probe(
+        layer=layer,
+        pooling=recipe.pooling,
+        position=recipe.position,
+        kind=recipe.kind,
+        mean=mean.float(),
+        scale=scale.float(),
+        weight=tensors.pop("weight"),
+        bias=bias,
+        threshold=0.5,
+        fingerprint="",
+    )
+    return replace(probe, **tensors), seen
 
 
 def _standardisation(states: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,6 +171,7 @@ def _choice_figures(logits: Tensor, rows: SplitRows, seed: int) -> dict[str, flo
     """What the layer is chosen by: ranking over real prompts, log loss over background too."""
     fit = rows.where("fit")
     labels, group, real = rows.harmful[fit], rows.group[fit], ~rows.background[fit]
+    logits = logits.cpu()
     temperature = fit_temperature(logits, torch.from_numpy(labels).double())
     probability = torch.sigmoid(logits / temperature).numpy()
     found = {}
