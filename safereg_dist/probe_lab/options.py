@@ -77,7 +77,7 @@ class LabOptions:
         """The kinds asked for, or the default."""
         if self.kinds is None:
             return ("direction",) if self.self_supervised else ("linear",)
-        return self.kinds
+        return tuple(dict.fromkeys(self.kinds))
 
     @property
     def chosen_pooling(self) -> str:
