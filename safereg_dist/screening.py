@@ -13,7 +13,7 @@ from tqdm import tqdm
 from safereg_dist.batch import RowStream, collate
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory import Run
-from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.comm import Ranks, held
 from safereg_dist.risk.stage import RiskStage
 
 _CONFIDENCE = 0.95  # of the bound from a sample; a whole data set needs none
@@ -43,15 +43,16 @@ def screen_rows(
 ) -> Iterator[Screened]:
     """The risk of the first `count` training rows of this rank, one after the other.
 
-    Collectives: those of the risk stage, for ceil(count / micro_batch_size) batches; every rank
-    passes the same `count` and takes every item.
+    Collectives: those of the risk stage and one 8-byte MAX all-reduce, for each of
+    ceil(count / micro_batch_size) batches; every rank passes the same `count` and takes every item.
     """
     rows = stream.first_rows(count)
     with tqdm(total=count, desc="screen rows", unit=" rows", disable=not ranks.is_main) as bar:
         for begin in range(0, count, micro_batch_size):
             chosen = [next(rows) for _ in range(min(micro_batch_size, count - begin))]
             batch = collate(chosen, pad_id=pad_id).to(ranks.device)
-            found = risk(batch, None)
+            found = held(risk, batch, None)
+            ranks.agree_on_passes(found if isinstance(found, Exception) else 0)
             for index, row in enumerate(batch.rows):
                 if row.id:  # not a filler
                     yield Screened(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from tqdm import tqdm
 
 from safereg_dist.config.risk import CriticConfig
-from safereg_dist.errors import CriticUnavailable
+from safereg_dist.errors import CheckpointError, CriticUnavailable
 from safereg_dist.score_cache import CachedScore, ScoreCache, default_cache_path
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ class CachedCritic:
     def submit(self, messages: Messages) -> Future[Verdict]:
         """As `Critic.submit`; concurrent calls with the same content share one request.
 
-        Raises:
-            CheckpointError: the cache cannot be read; the future carries it where it is the write.
+        The future carries CheckpointError where the cache cannot be read or written: rows are sent
+        where one rank that raises would leave the others waiting.
         """
         key = content_key(messages)
         with self._lock:
@@ -150,7 +150,11 @@ class CachedCritic:
                 return self._under_way[key]
             future: Future[Verdict] = Future()
             future.set_running_or_notify_cancel()  # shared: no caller may cancel it for the others
-            known = self._cache.get_many(self.identity, [key]).get(key)
+            try:
+                known = self._cache.get_many(self.identity, [key]).get(key)
+            except CheckpointError as err:
+                future.set_exception(err)
+                return future
             if known is not None:
                 future.set_result(Verdict(known.score, known.category))
                 return future

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safereg_dist.errors import CheckpointError
-from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.comm import Ranks, held
 from safereg_dist.risk.estimator import Risk
 from safereg_dist.risk.probe import Probe, pool_spans
 from safereg_dist.score_cache import CachedScore, ScoreCache
@@ -91,16 +91,24 @@ class ReferenceProbeRisk:
         """Cached risk, computed first where it is missing.
 
         Collectives: none once every rank has seen all its rows here; before that one 8-byte MAX
-        all-reduce, and the reference's own for the layers run.
+        all-reduce, and the reference's own for the layers run. A cache that cannot be read fails
+        in the all-reduce, for all ranks; one that cannot be written, after the last pass.
         """
         keys = self._keys(batch)
         if batch.may_be_new or self.began_late:
-            missing = self._missing(keys)
-            passes = self._ranks.agree_on_passes(-(-len(missing) // self._rows_per_pass))
-            for i in range(passes):
-                group = missing[i * self._rows_per_pass : (i + 1) * self._rows_per_pass]
-                self._score(batch, group, keys)
+            self._score_missing(batch, keys)
         return [None if key is None else self.cache[key] for key in keys]
+
+    def _score_missing(self, batch: MicroBatch, keys: list[str | None]) -> None:
+        missing = held(self._missing, keys)
+        is_failed = isinstance(missing, Exception)
+        need = missing if is_failed else -(-len(missing) // self._rows_per_pass)
+        passes = self._ranks.agree_on_passes(need)
+        new: dict[str | None, float | None] = {}
+        for i in range(passes):
+            group = missing[i * self._rows_per_pass : (i + 1) * self._rows_per_pass]
+            new |= self._score(batch, group, keys)
+        self._remember(new)
 
     def pooled(self, batch: MicroBatch, turns: "Turns") -> Tensor:
         """[N, H] states of the turns of all rows, in order, without the cache.
@@ -133,10 +141,14 @@ class ReferenceProbeRisk:
             found = {key: index for key, index in found.items() if key not in stored}
         return list(found.values())
 
-    def _score(self, batch: MicroBatch, group: list[int], keys: list[str | None]) -> None:
+    def _score(
+        self, batch: MicroBatch, group: list[int], keys: list[str | None]
+    ) -> dict[str | None, float | None]:
         turns, pooled = self._run(batch, group)
         risks = turn_risks(self.probe, len(group), turns, pooled)
-        new = {keys[i]: risk for i, risk in zip(group, risks, strict=True)}
+        return {keys[i]: risk for i, risk in zip(group, risks, strict=True)}
+
+    def _remember(self, new: dict[str | None, float | None]) -> None:
         self.cache.update(new)  # type: ignore[arg-type]
         good = {k: CachedScore(r, None) for k, r in new.items() if r is not None and r == r}
         if self._known is not None and good:  # a failed risk (nan) is computed again next time

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from safereg_dist.parallel.comm import held
 from safereg_dist.risk.estimator import Risk, RiskEstimator
 from safereg_dist.risk.override import Override
 from safereg_dist.risk.probe import rescale
@@ -63,7 +64,11 @@ class RiskStage:
 
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> RowRisks:
         """Risk of every row. Collectives: those of the signals, in their order."""
-        found = [part.estimator(batch, policy_states) for part in self.parts]
+        # A signal that fails on one rank must not keep this rank from the next one's collectives.
+        found = [held(part.estimator, batch, policy_states) for part in self.parts]
+        for risk in found:
+            if isinstance(risk, Exception):
+                raise risk
         if self.rule == "single":
             risks = RowRisks(found[0], {}, [self.parts[0].estimator.name] * len(batch.rows), {})
         else:

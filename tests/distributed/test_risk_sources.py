@@ -24,6 +24,7 @@ from safereg_dist.risk.probe import Probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
 WORKER = ROOT / "tests" / "distributed" / "critic_worker.py"
+FAILING = ROOT / "tests" / "distributed" / "failing_risk_worker.py"
 LAYER = 2
 
 
@@ -129,6 +130,21 @@ def test_a_rank_with_a_slow_or_broken_judge(tmp_path, launch, judge_url):
             failed += 1
     metrics = read_jsonl(tmp_path / "broken" / "metrics.jsonl")
     assert sum(row["risk_failed"] for row in metrics) == failed > 10
+
+
+def test_what_fails_on_one_rank_fails_on_all(tmp_path, launch):
+    """A judge or a disk of rank 1, before, between and after collectives of other signals."""
+    done = launch(FAILING, str(tmp_path), ranks=2, launcher="torchrun")
+    assert done.status == 0, done.output[-4000:]
+    found = [json.loads((tmp_path / f"found.rank{r}.json").read_text()) for r in range(2)]
+    assert len(found[0]) == 9
+    for name in found[0]:
+        own, other = found[1][name], found[0][name]
+        said = "a judgement failed" if "judge" in name else "the disk does not"
+        assert said in own["error"], name
+        assert other["error"].endswith(own["error"].partition(": ")[2]), name
+        assert "rank 1" in other["error"], name
+        assert own["collectives"] == other["collectives"], name
 
 
 def make_probe(model, position, pooling, seed):

@@ -155,6 +155,18 @@ def test_failures_are_not_kept(cache: ScoreCache, tmp_path: Path) -> None:
     assert set(stored(tmp_path, [1])) == {1}
 
 
+def test_a_cache_that_cannot_be_read_reaches_whoever_waits(cache: ScoreCache, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise CheckpointError("the score cache cannot be used")
+
+    monkeypatch.setattr(cache, "get_many", broken)
+    critic = CachedCritic(PatientJudge(), cache)
+    future = critic.submit(conversation(1))  # does not raise: other ranks would wait
+    with pytest.raises(CheckpointError, match="score cache"):
+        future.result()
+    critic.close()
+
+
 def test_a_disk_that_fails_reaches_whoever_waits(cache: ScoreCache) -> None:
     judge = PatientJudge()
     critic = CachedCritic(judge, cache)
