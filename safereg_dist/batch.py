@@ -27,7 +27,7 @@ from safereg_dist.types import MicroBatch, Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
-_FORMAT = "2"  # part of the cache key: raise it when the tokenised form changes
+_FORMAT = "3"  # part of the cache key: raise it when the tokenised form changes
 
 _FEATURES = datasets.Features(
     {
@@ -236,11 +236,13 @@ def _shorten(row: Row, where: str, config: DataConfig) -> Row | None:
     limit = config.max_length
     if not any(row.loss_mask[:limit]):
         return None  # nothing of the response is left
+    prompt_ends = [end for end in row.prompt_ends if end < limit]
     return replace(
         row,
         input_ids=row.input_ids[:limit],
         loss_mask=row.loss_mask[:limit],
-        prompt_ends=[end for end in row.prompt_ends if end < limit],
+        prompt_ends=prompt_ends,
+        content_key=_content_key(row.input_ids, prompt_ends),  # the risk of what is left
     )
 
 
@@ -268,17 +270,21 @@ def tokenize_row(
     prompt_ends = [t for t in range(1, len(loss_mask)) if loss_mask[t] and not loss_mask[t - 1]]
     if not prompt_ends:
         raise DataError(f"{where}: the response is empty or has no prompt before it")
-    prompt = np.asarray(input_ids[: prompt_ends[-1]], dtype=np.int64)
-    key = hashlib.sha256(prompt.tobytes() + np.asarray(prompt_ends, dtype=np.int64).tobytes())
     return Row(
         id=default_id if raw.get("id") in (None, "") else str(raw["id"]),
         input_ids=input_ids,
         loss_mask=loss_mask,
         prompt_ends=prompt_ends,
         risk=_risk(raw, where),
-        content_key=key.hexdigest(),
+        content_key=_content_key(input_ids, prompt_ends),
         messages=json.dumps(messages),
     )
+
+
+def _content_key(input_ids: list[int], prompt_ends: list[int]) -> str:
+    prompt = np.asarray(input_ids[: prompt_ends[-1]], dtype=np.int64)
+    ends = np.asarray(prompt_ends, dtype=np.int64)
+    return hashlib.sha256(prompt.tobytes() + ends.tobytes()).hexdigest()
 
 
 def _risk(raw: dict, where: str) -> float | None:

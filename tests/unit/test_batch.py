@@ -356,6 +356,9 @@ def test_truncation_forgets_the_turns_it_cuts(tmp_path):
         row = load(path, max_length=limit, overlong="truncate").row(0)
         assert row.input_ids == whole.input_ids[:limit]
         assert row.prompt_ends == [e for e in whole.prompt_ends if any(whole.loss_mask[e:limit])]
+        # A risk cached for fewer turns must not be taken for that of all turns.
+        is_all = row.prompt_ends == whole.prompt_ends
+        assert (row.content_key == whole.content_key) == is_all
 
 
 def test_long_rows_can_be_an_error(tmp_path):
