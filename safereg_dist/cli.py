@@ -140,13 +140,14 @@ def _add_lab_options(verb: argparse.ArgumentParser, *, kinds: str | None) -> Non
     verb.add_argument("--work", type=Path, metavar="DIR", help="keep the hidden states here")
     verb.add_argument("--batch-size", type=_at_least(1), default=32)
     verb.add_argument("--seed", type=_at_least(0), default=0)
+    verb.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from older launchers
 
 
 def _collected(arguments: argparse.Namespace, **options: Any) -> list[Any]:
     """The states of each position, collected by all ranks; an empty list on all but the first."""
     from safereg_dist.errors import ConfigError
+    from safereg_dist.parallel.launched import launched_ranks
     from safereg_dist.probe_lab.job import collect
-    from safereg_dist.probe_lab.launched import launched_ranks
     from safereg_dist.probe_lab.options import LabOptions
 
     layers = None

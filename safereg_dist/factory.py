@@ -19,6 +19,7 @@ from safereg_dist.risk.stage import RiskStage
 from safereg_dist.signals import (
     build_risk,
     category_ceilings,
+    check_templates,
     policy_layer,
     read_signals,
     reads_column,
@@ -86,6 +87,8 @@ def build_run(config: Config, backend: Backend) -> Run:
         tokenizer = load_tokenizer(str(policy_folder), config.data)
     sources = build_sources(config, tokenizer, ranks)
     signals = read_signals(config, ranks)
+    with ranks.together():
+        check_templates(signals, tokenizer)
 
     precision = config.train.precision
     model = backend.load_model(
@@ -156,6 +159,8 @@ def build_screening(config: Config, backend: Backend) -> Screening:
         tokenizer = load_tokenizer(str(folder), config.data)
     sources = build_sources(config, tokenizer, ranks)
     signals = read_signals(config, ranks)
+    with ranks.together():
+        check_templates(signals, tokenizer)
     fingerprints: dict[str, str] = {}
     reference: Reference | NoReference = NoReference()
     depths = [signal.probe.layer for signal in signals if signal.probe is not None]

@@ -1,15 +1,12 @@
 """Verbs that run on one or many ranks: what a process does between its start and its exit."""
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-
-import torch
 
 from safereg_dist.config import load_config
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory import Screening, build_run, build_screening, start_backend
+from safereg_dist.parallel.launched import launched_ranks, leave_group, share_cores
 from safereg_dist.screening import Screened, refuse_too_many_held_back, screen_rows
 from safereg_dist.train import describe_run, is_complete, train
 
@@ -19,7 +16,7 @@ def run_training(config_file: Path, overrides: Sequence[str], *, dry_run: bool) 
 
     With `dry_run` everything is loaded and checked, but no step is made and nothing is written.
     """
-    _share_cores()
+    share_cores()
     config = load_config(config_file, overrides)
     backend = start_backend(config)
     ranks = backend.ranks
@@ -41,7 +38,7 @@ def run_training(config_file: Path, overrides: Sequence[str], *, dry_run: bool) 
             print(f"report: {write_report([Path(config.output_dir)])}")
         return status
     finally:
-        _leave_group()
+        leave_group()
 
 
 def run_audit(
@@ -50,7 +47,7 @@ def run_audit(
     """Screens the training rows as the configuration says; 0. See `audit` for what it writes."""
     from safereg_dist.audit import AuditFacts, print_audit, write_audit, write_part
 
-    _share_cores()
+    share_cores()
     config = load_config(config_file, overrides)
     folder = Path(f"{config.output_dir}.audit") if out is None else out
     if not config.needs_risk:
@@ -76,7 +73,7 @@ def run_audit(
                 report = write_audit(folder, ranks.world_size, facts)
                 print_audit(report, facts, folder, show_text=show_text)
     finally:
-        _leave_group()
+        leave_group()
     return 0
 
 
@@ -102,19 +99,7 @@ def run_anchor_build(
     """Greedy answers of the reference, sharded over the ranks of the launcher; the exit status."""
     from safereg_dist.anchor import build_anchors, merge_anchor_parts
 
-    _share_cores()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    if world_size > 1:
-        from safereg_dist.config import EngineConfig
-        from safereg_dist.parallel.deepspeed import start_ranks
-
-        ranks = start_ranks(EngineConfig())
-    else:
-        from safereg_dist.parallel.single import single_ranks
-
-        ranks = single_ranks()
-    try:
+    with launched_ranks() as ranks:
         with ranks.together():
             build_anchors(
                 model,
@@ -122,16 +107,14 @@ def run_anchor_build(
                 out,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                rank=rank,
-                world_size=world_size,
-                progress=rank == 0,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                progress=ranks.is_main,
                 device=ranks.device,
             )
         with ranks.together():
-            if world_size > 1 and ranks.is_main:
-                merge_anchor_parts(out, world_size)
-    finally:
-        _leave_group()
+            if ranks.world_size > 1 and ranks.is_main:
+                merge_anchor_parts(out, ranks.world_size)
     return 0
 
 
@@ -147,19 +130,3 @@ def _print_plan(run) -> None:
         f"{facts['threshold']:.3g}",
         flush=True,
     )
-
-
-def _share_cores() -> None:
-    """Ranks of one node share its cores, unless the user has decided; CPU training only."""
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local)))
-
-
-def _leave_group() -> None:
-    # Only NCCL wants its communicators taken down in order. Gloo's end with the process: taking
-    # them down races with their threads (see `cli.entry`).
-    is_started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if is_started and torch.distributed.get_backend() == "nccl":
-        with suppress(RuntimeError):  # a peer may be gone already
-            torch.distributed.destroy_process_group()

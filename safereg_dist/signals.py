@@ -1,10 +1,11 @@
 """From the section `risk` of the configuration to the stage that gives every row its risk."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.batch import RowStore
 from safereg_dist.coefficient import DEFAULT_THRESHOLD
@@ -61,6 +62,23 @@ def read_signals(config: Config, ranks: Ranks) -> list[Signal]:
                 "risk.position=prompt or response"
             )
     return signals
+
+
+def check_templates(signals: list[Signal], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ProbeError where a probe was fitted with another chat template, unless forced.
+
+    The tokens before the answer are the template's, and a probe reads their states.
+    """
+    template = tokenizer.chat_template
+    own = hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
+    for signal in signals:
+        wanted = None if signal.probe is None else signal.probe.meta.get("template_sha256")
+        if wanted not in (None, own) and not signal.force:
+            raise ProbeError(
+                f"the probe{f' of {signal.category}' if signal.category else ''} was fitted with "
+                "another chat template than the one that training uses: fit it again with this "
+                "tokenizer, or set risk.force=true"
+            )
 
 
 def _signals_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[Signal]:

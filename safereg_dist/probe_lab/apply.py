@@ -30,8 +30,9 @@ def score_rows(
 ) -> list[float]:
     """Risk in [0, 1] of each row, which has `messages`, or `prompt` and `response`.
 
-    The largest over the row's assistant turns. A folder with a probe for prompts and one for
-    responses gives the larger of the two, each scaled so that its threshold maps to 0.5.
+    The largest over the row's assistant turns, scaled so that the probe's threshold maps to 0.5: a
+    column of risks sets in there. A folder with a probe for prompts and one for responses gives the
+    larger of the two.
 
     Raises:
         ProbeError: no probe there, or one of another model.
@@ -75,8 +76,6 @@ def _combined(probes: Sequence[Probe], values: Sequence[float | None], place: in
             f"{', '.join(str(probe.layer) for probe in probes)} are not finite: check the model's "
             "weights, or remove the row"
         )
-    if len(known) == 1:
-        return known[0]
     return max(rescale(v, probe.threshold) for v, probe in zip(known, probes, strict=True))
 
 

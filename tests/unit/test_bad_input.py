@@ -6,6 +6,7 @@ The command runs in this process with the single-process engine on tiny real mod
 also go to standard error and are left out of the count. Everything here is exact.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -286,6 +287,18 @@ def test_a_probe_of_another_model(safereg, world, models):
         assert "16 features" in safereg(*arguments, f"risk.force={force}")
     write_probe(world / "probe", tiny_model(seed=0), layer=4)
     assert "layers 1 to 3" in safereg(*arguments)
+
+
+def test_a_probe_of_another_template(safereg, world, models):
+    """The tokens before an answer are the template's, and a probe reads their states."""
+    own = hashlib.sha256(TEMPLATE.encode()).hexdigest()
+    for template_hash, status in ((own, 0), ("0" * 64, 2)):
+        meta = {"template_sha256": template_hash}
+        probe = write_probe(world / "probe", tiny_model(seed=0), meta=meta)
+        arguments = ("risk.estimator=probe", f"risk.path={probe}", "--dry-run")
+        line = safereg(*arguments, status=status)
+        assert ("another chat template" in line) == (status == 2)
+    safereg(*arguments, "risk.force=true", status=0)
 
 
 # The run folder

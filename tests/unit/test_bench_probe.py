@@ -7,23 +7,19 @@ states of padded batches in float32 (1e-5). No real prompt is in here.
 """
 
 import csv
-import sys
 
+import bench_probe
 import numpy as np
+import prompt_features
 import pytest
 import torch
 from builders import WORDS, word_tokenizer, write_jsonl
-from launching import ROOT
+from prompt_features import Corpus, features_of, read_set, without_final_mark
 from transformers import BertConfig, BertModel
 
 from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.probe_lab.split import PARTS, split_rows
 from safereg_dist.prompts import LabelledPrompt
-
-
-import bench_probe
-import prompt_features
-from prompt_features import Corpus, features_of, read_set, without_final_mark
 
 H, LAYERS = 12, 2
 

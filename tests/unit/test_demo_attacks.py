@@ -10,13 +10,12 @@ false positives, ties included. Everything is exact; nothing rounds.
 
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import ROOT
+from bench_response_risk import recall_of, threshold_at
 
 from safereg_dist.batch import tokenize_row
 from safereg_dist.demo import grammar
@@ -24,9 +23,6 @@ from safereg_dist.demo.attacks import KINDS, attack_rows, exchange_rows, main
 from safereg_dist.demo.tokenizer import MAX_TOKENS, build_tokenizer
 from safereg_dist.demo.world import DATA_SETS
 from safereg_dist.prompts import read_prompts
-
-
-from bench_response_risk import recall_of, threshold_at
 
 VERB_OF = {(verb.first, verb.then): verb for verb in grammar.VERBS}
 VERBS = {verb.word: verb for verb in grammar.VERBS}

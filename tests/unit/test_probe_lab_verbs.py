@@ -374,9 +374,8 @@ def test_scores_of_raw_rows(model_dir, fitted, which):
     got = score_rows(fitted / which, model_dir, RAW, batch_size=4, progress=False)
     probes = load_probes(fitted / which)
     for row, risk in zip(RAW, got, strict=True):
-        each = [plain_risk(model_dir, probe, conversation(row)) for probe in probes]
-        if len(probes) == 2:
-            each = [rescale(r, p.threshold) for r, p in zip(each, probes, strict=True)]
+        raw = [plain_risk(model_dir, probe, conversation(row)) for probe in probes]
+        each = [rescale(r, p.threshold) for r, p in zip(raw, probes, strict=True)]
         assert risk == pytest.approx(max(each), abs=1e-3)
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from builders import random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
@@ -275,7 +276,9 @@ def test_a_probe_scores_too(tmp_path: Path, capsys) -> None:
         with torch.inference_mode():
             state = model(ids, output_hidden_states=True).hidden_states[2][0, -1]
         logit = (state - probe.mean) / probe.scale @ probe.weight + probe.bias
-        assert result == {**row, "risk": pytest.approx(float(logit.sigmoid()), abs=1e-5)}
+        # Scaled so that the threshold, 0.4, becomes that of a column, 0.5.
+        risk = np.interp(float(logit.sigmoid()), [0, 0.4, 1], [0, 0.5, 1])
+        assert result == {**row, "risk": pytest.approx(risk, abs=1e-5)}
     save_model(tmp_path / "other", tiny_model("llama", seed=9))
     other = ["score", "--probe", str(tmp_path / "p"), "--model-path", str(tmp_path / "other")]
     assert main([*other, "--data", str(data), "--out", str(out)]) == 2

@@ -1,4 +1,4 @@
-"""The ranks of a laboratory verb: those of the launcher, or this process alone."""
+"""The ranks of a verb that takes no configuration: the launcher's, or this process alone."""
 
 import os
 from collections.abc import Iterator
@@ -17,9 +17,7 @@ def launched_ranks() -> Iterator[Ranks]:
         GroupError: the process group cannot be formed.
     Collectives: the rendezvous.
     """
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local)))
+    share_cores()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from safereg_dist.config import EngineConfig
         from safereg_dist.parallel.deepspeed import start_ranks
@@ -35,8 +33,18 @@ def launched_ranks() -> Iterator[Ranks]:
         leave_group()
 
 
+def share_cores() -> None:
+    """Ranks of one node share its cores, unless the user has decided; CPU training only."""
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local)))
+
+
 def leave_group() -> None:
-    """Takes NCCL's communicators down, once; gloo's end with the process (see `cli.entry`)."""
+    """Takes NCCL's communicators down, in order and once.
+
+    Gloo's end with the process: taking them down races with their threads (see `cli.entry`).
+    """
     started = torch.distributed.is_available() and torch.distributed.is_initialized()
     if started and torch.distributed.get_backend() == "nccl":
         with suppress(RuntimeError):  # a peer may be gone already
