@@ -5,6 +5,7 @@ many pays for batches; there is no deadline. Only files on this machine are read
 comes with a model is run. Collectives: none; every rank holds its own copy of the judge.
 """
 
+import hashlib
 import json
 import queue
 import threading
@@ -153,8 +154,21 @@ def load_local_critic(
             f"the format of the judge must be one of {', '.join(sorted(FORMATS))}, or none for a "
             f"sequence classifier, got {settings.format!r}"
         )
-    identity = f"local {kind}.{VERSION} {model_fingerprint(model)}"
+    identity = (
+        f"local {kind}.{VERSION} {model_fingerprint(model)} {_settings_hash(model, tokenizer)}"
+    )
     return LocalCritic(judge, identity, settings.fail)
+
+
+def _settings_hash(model: Any, tokenizer: Any) -> str:
+    """SHA-256 (hex) of what a score depends on besides the weights: labels, template, tokens."""
+    config = model.config.to_dict()
+    for name in ("transformers_version", "_name_or_path"):
+        config.pop(name, None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = tokenizer.get_vocab() if backend is None else backend.to_str()
+    parts = [config, tokenizer.chat_template, tokenizer.all_special_ids, words]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _check_architecture(folder: Path) -> None:

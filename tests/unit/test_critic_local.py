@@ -16,11 +16,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from builders import random_rows, save_model, tiny_model, word_tokenizer
+from builders import TEMPLATE, random_rows, save_model, tiny_model, word_tokenizer
 from launching import ROOT
 from transformers import (
     AutoModelForCausalLM,
@@ -276,6 +277,23 @@ def test_a_classifiers_risk_is_its_harmful_label(
             expected = logits.softmax(-1)[harmful].sum()
         assert verdict.score == pytest.approx(float(expected), abs=TOLERANCE)
     assert len({round(v.score, 6) for v in verdicts}) > 30
+
+
+def test_other_labels_or_another_template_are_another_judge(tmp_path: Path) -> None:
+    settings = replace(
+        local(classifier(tmp_path / "c", {0: "unsafe", 1: "safe"}), None),
+        cache=str(tmp_path / "scores.sqlite"),
+    )
+    asked = [turns("w1 w2", "w3")]
+    before = judge(settings, asked)[0].score
+    assert judge(settings, asked)[0].score == before
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    config |= {"id2label": {"0": "safe", "1": "unsafe"}, "label2id": {"safe": 0, "unsafe": 1}}
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    swapped = judge(settings, asked)[0].score
+    assert swapped == pytest.approx(1 - before, abs=TOLERANCE)
+    word_tokenizer(TEMPLATE.replace("<bos>", "<bos><bos>")).save_pretrained(tmp_path / "c")
+    assert judge(settings, asked)[0].score != swapped
 
 
 @pytest.mark.parametrize(
