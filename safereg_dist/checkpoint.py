@@ -64,6 +64,10 @@ def config_hash(config: Config) -> str:
     }.items():
         for key in keys:
             values[section].pop(key)
+    # A judge may come back at another port, with more patience: the run goes on with it.
+    for critic in (values["risk"]["critic"], *(part["critic"] for part in values["risk"]["parts"])):
+        for key in ("endpoint", "concurrency", "timeout_s", "retries", "cache", "api_key_env"):
+            critic.pop(key)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import pytest
 import yaml
 
+from safereg_dist.checkpoint import config_hash
 from safereg_dist.config import (
     PRESETS,
     Config,
@@ -415,3 +416,17 @@ def test_impossible_signals(raw, names):
     text = refusal(raw)
     for name in names:
         assert name in text, text
+
+
+def test_a_run_goes_on_with_its_judge_at_another_place():
+    judge = {"endpoint": "http://h:1/v1", "model": "m", "format": "llama_guard"}
+
+    def hashed(**changes):
+        part = {"category": "a", "estimator": "critic", "critic": {**judge, **changes}}
+        alone = with_("risk", estimator="critic", critic={**judge, **changes})
+        return [config_hash(config_from_dict(raw)) for raw in (alone, composite(part))]
+
+    places = {"endpoint": "http://h:2/v1", "timeout_s": 9, "concurrency": 2, "cache": "none"}
+    assert hashed(**places) == hashed()
+    for decides in ({"model": "n"}, {"format": "qwen3guard"}, {"fail": "open"}):
+        assert all(a != b for a, b in zip(hashed(**decides), hashed(), strict=True))
