@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.risk.estimator import Risk
 from safereg_dist.risk.probe import Probe
@@ -193,12 +195,19 @@ class WatchedPolicyProbe:
         """Restores what `save_cache` wrote.
 
         Raises:
-            CheckpointError: the reference side's cache belongs to another probe.
+            CheckpointError: a file is missing or unreadable, or belongs to another probe.
         """
         self._reference.load_cache(path)
-        tensors = load_file(path.with_stem(f"{path.stem}-drift"))
-        self.has_fallen_back = bool(tensors["has_fallen_back"].item())
-        self._checks = deque((a, b) for a, b in tensors["checks"].tolist())
-        if self._moments is not None:
-            self._moments.load_state(tensors)
-            self._realignment = self._moments.map()
+        own = path.with_stem(f"{path.stem}-drift")
+        try:
+            tensors = load_file(own)
+            self.has_fallen_back = bool(tensors["has_fallen_back"].item())
+            self._checks = deque((a, b) for a, b in tensors["checks"].tolist())
+            if self._moments is not None:
+                self._moments.load_state(tensors)
+                self._realignment = self._moments.map()
+        except (OSError, SafetensorError, KeyError) as err:
+            raise CheckpointError(
+                f"what the drift monitor knew cannot be read from {own} ({err}): remove this "
+                "checkpoint to resume from an earlier one"
+            ) from err

@@ -13,6 +13,7 @@ import torch
 from builders import random_rows, word_tokenizer
 
 from safereg_dist.batch import collate, tokenize_row
+from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.risk.drift import MIN_FLAGGED, WatchedPolicyProbe
 from safereg_dist.risk.probe import Probe
@@ -199,6 +200,18 @@ def test_realignment_undoes_an_affine_drift():
         gaps.append(row["probe_gap"])
     assert monitor.name == "probe-policy-realigned"
     assert np.mean(gaps[4:]) < gaps[0] / 4
+
+
+def test_a_checkpoint_without_its_half_is_refused(tmp_path):
+    before, _ = watched("fallback")
+    before.save_cache(tmp_path / "risk0.safetensors")
+    own = tmp_path / "risk0-drift.safetensors"
+    whole = own.read_bytes()
+    own.write_bytes(whole[:40])
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="remove this checkpoint"):
+            watched("fallback")[0].load_cache(tmp_path / "risk0.safetensors")
+        own.unlink(missing_ok=True)
 
 
 def test_what_it_knows_goes_through_a_checkpoint(tmp_path):
