@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class AuditFacts:
     """Text of each row's prompt by id: to find neighbours, and for `--show-text`."""
     probed_share: float
     """(k / L) of the deepest reference-side probe; 0 without one."""
+    ceilings: dict[str, float]
+    """The largest coefficient of each category that has one of its own."""
 
 
 def write_part(out: Path, rank: int, rows: Iterable[Screened], threshold: float) -> None:
@@ -199,7 +201,18 @@ def _cost(rows: list[dict[str, Any]], facts: AuditFacts) -> dict[str, float]:
 
 
 def _coefficient(row: dict[str, Any], facts: AuditFacts) -> float:
-    return scheduled(_shown(row["risk"]), facts.config.regularizer, facts.threshold)
+    """As `coefficient.Coefficient` has it for a sequence."""
+    rule = facts.config.regularizer
+    if not facts.ceilings:
+        return scheduled(_shown(row["risk"]), rule, facts.threshold)
+    return max(
+        scheduled(
+            _shown(risk),
+            replace(rule, ceiling=facts.ceilings.get(name, rule.ceiling)),
+            facts.threshold,
+        )
+        for name, risk in row["by_category"].items()
+    )
 
 
 def _protection(held: list[dict[str, Any]], facts: AuditFacts) -> dict[str, Any]:

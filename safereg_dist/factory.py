@@ -19,6 +19,7 @@ from safereg_dist.risk.stage import RiskStage
 from safereg_dist.signals import (
     build_risk,
     category_ceilings,
+    check_overrides,
     check_templates,
     policy_layer,
     read_signals,
@@ -144,6 +145,8 @@ class Screening:
     pad_id: int
     probed_share: float
     """(k / L): layers that the deepest probe reads, of the reference's; 0 without a probe."""
+    ceilings: dict[str, float]
+    """The largest coefficient of each category that has one of its own."""
 
 
 def build_screening(config: Config, backend: Backend) -> Screening:
@@ -180,6 +183,7 @@ def build_screening(config: Config, backend: Backend) -> Screening:
         threshold=risk.threshold if own is None else own,
         pad_id=_pad_id(tokenizer),
         probed_share=max(depths, default=0) / num_layers,
+        ceilings=category_ceilings(signals),
     )
 
 
@@ -222,9 +226,11 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
     train_rows = load(data.train)
     anchor_rows = load(data.anchor) if data.anchor is not None else None
     validation = load(data.validation) if data.validation is not None else None
-    if config.needs_risk and reads_column(config.risk):
-        with ranks.together():
+    with ranks.together():
+        if config.needs_risk and reads_column(config.risk):
             require_risk_column(train_rows, data.train)
+        if config.needs_risk and config.risk.override is not None:
+            check_overrides(config.risk.override, train_rows, data.train, is_main=ranks.is_main)
 
     rows_per_step = train.micro_batch_size * train.grad_accum_steps
     total_steps = train.steps or DEFAULT_STEPS

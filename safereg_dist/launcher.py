@@ -69,6 +69,7 @@ def run_audit(
                     threshold=screening.threshold,
                     prompts=screening.sources.train.prompts(),
                     probed_share=screening.probed_share,
+                    ceilings=screening.ceilings,
                 )
                 report = write_audit(folder, ranks.world_size, facts)
                 print_audit(report, facts, folder, show_text=show_text)

@@ -1,6 +1,7 @@
 """From the section `risk` of the configuration to the stage that gives every row its risk."""
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safereg_dist.batch import RowStore
 from safereg_dist.coefficient import DEFAULT_THRESHOLD
 from safereg_dist.config import Config, CriticConfig, RiskConfig, RiskPart
+from safereg_dist.config.checks import one_of
 from safereg_dist.critic.critic import build_critic
+from safereg_dist.critic.formats import FORMATS
 from safereg_dist.errors import ConfigError, DataError, ProbeError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend
@@ -46,6 +49,7 @@ def read_signals(config: Config, ranks: Ranks) -> list[Signal]:
 
     Raises:
         ProbeError: a folder without the probe that is asked for.
+        ConfigError: a judge's format that does not exist, or one category twice.
     Collectives: one gather of texts.
     """
     risk = config.risk
@@ -60,6 +64,12 @@ def read_signals(config: Config, ranks: Ranks) -> list[Signal]:
             raise ConfigError(
                 f"risk.source=policy reads one layer, {risk.path} holds two probes: set "
                 "risk.position=prompt or response"
+            )
+        names = [signal.category for signal in signals]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"risk.parts give the categories {names}, where a folder with two probes counts as "
+                "two: rename a part, so that no category occurs twice"
             )
     return signals
 
@@ -97,6 +107,9 @@ def _signals_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> lis
             ceiling=part.ceiling if isinstance(part, RiskPart) else None,
         )
 
+    if part.estimator == "critic" and part.critic.format is not None:
+        where = f"risk.parts[{category}]" if category else "risk"
+        one_of(f"{where}.critic.format", part.critic.format, sorted(FORMATS))
     if part.estimator != "probe":
         return [signal(category, None)]
     assert part.path is not None
@@ -206,11 +219,12 @@ class _Builder:
             return frozen
         if self._policy is not None:
             self._check(signal, self._policy, "policy", force=signal.force)
+        own = self._config.regularizer.threshold
         return WatchedPolicyProbe(
             signal.probe,
             frozen,
             settings=risk,
-            threshold=self._config.regularizer.threshold or signal.threshold,
+            threshold=signal.threshold if own is None else own,
             ranks=self._backend.ranks,
         )
 
@@ -238,6 +252,23 @@ class _Builder:
 def reads_column(risk: RiskConfig) -> bool:
     """True where a signal is the data's own `risk`."""
     return "column" in (risk.estimator, *(part.estimator for part in risk.parts))
+
+
+def check_overrides(override: str, rows: RowStore, path: str, *, is_main: bool) -> None:
+    """Reads the reviewers' decisions before any model is loaded, and says which name no row.
+
+    Raises:
+        DataError: as `read_overrides`.
+    """
+    unknown = read_overrides(override).keys() - set(rows.table["id"])
+    if unknown and is_main:
+        print(
+            f"safereg: {len(unknown)} ids in risk.override={override} name no row that {path} "
+            f"leaves to train on, the first is {min(unknown)!r}: those decisions have no effect; "
+            "correct them (a row without `id` is named after its file)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def require_risk_column(rows: RowStore, path: str) -> None:

@@ -105,6 +105,18 @@ def test_the_mixture_law(tmp_path, model, rule, factor):
     assert found == factor if factor is None else found == pytest.approx(factor)
 
 
+def test_the_mixture_law_knows_the_ceilings_of_categories(tmp_path, model):
+    parts = [
+        {"category": "low", "estimator": "column", "threshold": 0.5, "ceiling": 0.3},
+        {"category": "high", "estimator": "column", "threshold": 0.75, "ceiling": 0.7},
+    ]
+    rows = rows_like([0.6, 0.8, *[0.0] * 9])
+    risk = {"estimator": "max", "parts": parts}
+    report = audit(tmp_path, config(tmp_path, model, rows, risk=risk))
+    assert report["held_back"] == 2
+    assert report["predicted_refusal_factor"] == pytest.approx((0.3 + 0.7) / 2)
+
+
 def test_held_rows_that_read_like_free_ones_are_listed(tmp_path, model):
     risky, safe = rows_like([0.9] * 15, WORDS_RISKY), rows_like([0.1] * 15, WORDS_SAFE)
     odd = [{**safe[0], "id": "odd", "risk": 0.95}]
@@ -175,6 +187,22 @@ def test_reviewed_rows_are_honoured_and_entered(tmp_path, model):
     assert (held["risk"], held["kl_coef"], held["note"]) == (1.0, 1.0, "hold: seen by hand")
     assert ledger[rows[1]["id"]]["kl_coef"] == 1.0
     assert "note" not in ledger[rows[1]["id"]]
+
+
+def test_decisions_on_rows_that_are_not_there_are_told(tmp_path, model, capsys):
+    rows = rows_like([0.1] * 5)
+    decisions = [
+        {"id": name, "action": "hold", "reason": "seen"} for name in (rows[0]["id"], "train-77")
+    ]
+    write_jsonl(tmp_path / "override.jsonl", decisions)
+    report = audit(
+        tmp_path,
+        config(tmp_path, model, rows, risk={"override": str(tmp_path / "override.jsonl")}),
+    )
+    assert report["overridden"] == 1
+    said = capsys.readouterr().err
+    assert "1 ids in risk.override" in said
+    assert "'train-77'" in said
 
 
 def test_an_objective_without_risk_has_nothing_to_audit(tmp_path, model, capsys):

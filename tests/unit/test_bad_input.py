@@ -513,3 +513,29 @@ def test_a_disk_without_any_room(world, capfd, small_disk):
 def test_the_shared_models_are_untouched(models):
     assert word_tokenizer().chat_template == TEMPLATE
     assert not list(models.rglob("*partial*"))
+
+
+def test_judges_and_decisions_are_read_before_a_model_is_loaded(world, models, safereg):
+    bad_model = f"model={models / 'no-weights'}"
+    judge = 'risk.critic={endpoint: "http://127.0.0.1:9/v1", model: m, format: lama_guard}'
+    line = safereg(bad_model, "risk.estimator=critic", judge)
+    assert "risk.critic.format" in line
+    assert "did you mean 'llama_guard'" in line
+    write_jsonl(world / "override.jsonl", [{"id": "x", "action": "alow", "reason": "seen"}])
+    assert "allow or hold" in safereg(bad_model, f"risk.override={world / 'override.jsonl'}")
+
+
+def test_a_folder_of_two_probes_beside_a_part_of_its_name(world, safereg):
+    for position in ("prompt", "response"):
+        write_probe(
+            world / "both" / position,
+            tiny_model(seed=0),
+            position=position,
+            pooling=f"last_{position}_token",
+        )
+    parts = [
+        {"category": "a", "path": str(world / "both")},
+        {"category": "a-prompt", "path": str(world / "both" / "prompt")},
+    ]
+    line = safereg("risk.estimator=max", f"risk.parts={json.dumps(parts)}")
+    assert "no category occurs twice" in line
