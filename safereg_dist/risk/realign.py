@@ -36,16 +36,21 @@ class Realignment(NamedTuple):
 class Moments:
     """Sums over both sides' states, forgetting old ones; the same on every rank once reduced."""
 
-    def __init__(self, like: Tensor) -> None:
-        """`like` is any [H] tensor on the device."""
-        size, device = like.numel(), like.device
+    def __init__(self, center: Tensor) -> None:
+        """`center` [H] is near the means of both sides, on their device.
+
+        Sums are taken around it: a few features of large models have means of thousands, and the
+        square of such a mean leaves no digits of float32 for a variance.
+        """
+        self._center = center.float()
+        size, device = center.numel(), center.device
         shapes = ((1,), (size,), (size, size), (size,), (size, size))
         self._known = [torch.zeros(shape, device=device) for shape in shapes]
         self._new = [torch.zeros(shape, device=device) for shape in shapes]
 
     def add(self, policy: Tensor, reference: Tensor) -> None:
         """Adds this rank's [N, H] states of both sides; rows that are not finite are left out."""
-        policy, reference = policy.float(), reference.float()
+        policy, reference = policy.float() - self._center, reference.float() - self._center
         keep = (policy.isfinite() & reference.isfinite()).all(dim=1, keepdim=True)
         policy, reference = policy.masked_fill(~keep, 0.0), reference.masked_fill(~keep, 0.0)
         self._new[0] += keep.sum()
@@ -75,7 +80,8 @@ class Moments:
         root = _power(policy, 0.5)
         inverse = _power(policy, -0.5)
         matrix = inverse @ _power(root @ reference @ root, 0.5) @ inverse
-        return Realignment(policy_mean, reference_mean, matrix.float())
+        center = self._center
+        return Realignment(center + policy_mean, center + reference_mean, matrix.float())
 
     def _mean_and_covariance(self, at: int, count: float) -> tuple[Tensor, Tensor]:
         mean = self._known[at] / count

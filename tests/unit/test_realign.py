@@ -53,6 +53,16 @@ def test_the_map_is_the_equation(count):
     assert got == pytest.approx(expected, rel=2e-3, abs=2e-3 * np.abs(expected).max())
 
 
+def test_a_feature_with_a_large_mean_keeps_its_variance():
+    states = samples(4000, seed=2)
+    far = np.zeros(H)
+    far[3] = 3000.0  # as the massive activations of large models
+    moments = Moments(torch.tensor(far))
+    moments.add(torch.tensor(1.3 * states + far), torch.tensor(states + far))
+    back = moments.realignment(ALONE)(torch.tensor(1.3 * states + far)).numpy()
+    assert np.abs(back - (states + far)).max() < 0.01
+
+
 def test_it_undoes_an_affine_drift():
     reference = samples(20_000, seed=2)
     draw = np.random.default_rng(3)
