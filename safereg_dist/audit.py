@@ -168,7 +168,10 @@ def _benign_looking(
     if not held or len(others) <= NEIGHBOURS:
         return []
     vectorizer = TfidfVectorizer(token_pattern=r"\w+", ngram_range=(1, 2), sublinear_tf=True)
-    vectors = vectorizer.fit_transform([facts.prompts[row["id"]] for row in others])
+    try:
+        vectors = vectorizer.fit_transform([facts.prompts[row["id"]] for row in others])
+    except ValueError:  # no prompt has a word: nothing reads like anything
+        return []
     search = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, metric="cosine").fit(vectors)
     asked = vectorizer.transform([facts.prompts[row["id"]] for row in held])
     near = search.kneighbors(asked, return_distance=False)

@@ -127,6 +127,12 @@ def test_held_rows_that_read_like_free_ones_are_listed(tmp_path, model):
     assert report["training_would_start"]
 
 
+def test_prompts_without_a_word(tmp_path, model):
+    rows = [{**row, "prompt": "? !"} for row in rows_like([0.9] * 3 + [0.1] * 12)]
+    report = audit(tmp_path, config(tmp_path, model, rows))
+    assert (report["held_back"], report["for_review"]) == (3, [])
+
+
 # The gate
 
 
