@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safereg_dist import checkpoint as checkpoints
-from safereg_dist.batch import RowStream, collate, micro_batches
+from safereg_dist.batch import collate, micro_batches
 from safereg_dist.checkpoint import RunState, config_hash
 from safereg_dist.config import Config, config_to_yaml, load_config
 from safereg_dist.errors import CheckpointError, ConfigError, NonFiniteLoss
 from safereg_dist.export import export_model
-from safereg_dist.factory import Run
+from safereg_dist.factory import RowSources, Run
 from safereg_dist.ledger import merge_ledgers
 from safereg_dist.metrics import StepMetrics, metrics_row
 from safereg_dist.parallel.comm import Ranks
@@ -155,7 +155,7 @@ def _optimizer_step(
     risk = run.step.risk
     risk.begin_step(step)
     if risk.looks_ahead:
-        risk.prefetch(_coming_rows(sources.stream, step, sources.rows_per_step))
+        risk.prefetch(_coming_rows(sources, step))
     num_tokens = _global_tokens(run, [batch.num_response_tokens for batch in batches])
     metrics = StepMetrics()
     for index, host_batch in enumerate(batches):
@@ -184,10 +184,10 @@ def _optimizer_step(
     return row, bool(total["stop_requested"])
 
 
-def _coming_rows(stream: RowStream, step: int, rows_per_step: int) -> list[Row]:
-    """This rank's rows of the step that begins and of the next one."""
-    begin = step * rows_per_step
-    found = (stream.row(position) for position in range(begin, begin + 2 * rows_per_step))
+def _coming_rows(sources: RowSources, step: int) -> list[Row]:
+    """This rank's rows of the step that begins and of the next one, if there is one."""
+    end = min(step + 2, sources.total_steps) * sources.rows_per_step
+    found = (sources.stream.row(position) for position in range(step * sources.rows_per_step, end))
     return [row for row in found if row is not None]
 
 

@@ -59,6 +59,10 @@ class RemoteCritic:
         self.identity = f"remote {self._format.name}.{VERSION} {settings.model}"
         self._settings = settings
         self._url = base_url(settings.endpoint or "")
+        try:
+            _ = httpx.URL(self._url).host
+        except (httpx.InvalidURL, UnicodeError) as err:  # a host that cannot be one
+            raise ConfigError("expected the endpoint as a URL, got one that names no host") from err
         self._headers = key_headers(settings.api_key_env)
         self._breaker = CircuitBreaker()
         self._has_succeeded = False

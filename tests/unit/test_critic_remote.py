@@ -175,6 +175,7 @@ def test_a_server_that_never_answers_is_down() -> None:
         ({"endpoint": "ftp://host/v1"}, "as a URL"),
         ({"endpoint": "http://[::1/v1"}, "as a URL"),
         ({"endpoint": "http://host:99999/v1"}, "as a URL"),
+        ({"endpoint": "http://xn--/v1"}, "as a URL"),
         ({"endpoint": f"http://me:{SECRET}@127.0.0.1/v1"}, "api_key_env"),
         ({"endpoint": f"http://127.0.0.1/v1?key={SECRET}"}, "api_key_env"),
         ({"model": None}, "needs `model` and `format`"),

@@ -8,6 +8,7 @@ training with a served judge is in tests/distributed.
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from builders import random_rows, word_tokenizer
@@ -16,6 +17,7 @@ from safereg_dist.batch import collate, tokenize_row
 from safereg_dist.critic.critic import Verdict
 from safereg_dist.errors import CriticUnavailable
 from safereg_dist.risk.critic_risk import CriticRisk
+from safereg_dist.train import _coming_rows
 
 TOKENIZER = word_tokenizer()
 
@@ -88,6 +90,14 @@ def test_coming_rows_are_asked_without_waiting():
     critic.gate.set()
     assert risk(collate([*rows], pad_id=0), None) == [*map(expected, RAWS)]
     assert len(critic.asked) == len(RAWS)
+
+
+def test_no_row_beyond_the_last_step_is_asked_for():
+    stream = SimpleNamespace(row=lambda position: position)
+    sources = SimpleNamespace(stream=stream, total_steps=5, rows_per_step=3)
+    assert _coming_rows(sources, 0) == [0, 1, 2, 3, 4, 5]
+    assert _coming_rows(sources, 3) == [9, 10, 11, 12, 13, 14]
+    assert _coming_rows(sources, 4) == [12, 13, 14]
 
 
 def test_anchors_are_not_judged():
