@@ -43,6 +43,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from world_runs import PROVENANCE, RESULTS, run_verb, same_for_all, world_of
 
 from safereg_dist.demo import grammar
+from safereg_dist.demo.__main__ import PROBE_RECALL
 from safereg_dist.demo.world import WorldPaths
 from safereg_dist.parallel.optimizer import parameter_groups
 from safereg_dist.probe_lab.scores import auroc
@@ -141,7 +142,7 @@ class Study:
         base, narrowed = self.world.base, self.folder / "probe-rows.jsonl"
         kept = [row for row in read_lines(self.world.probe) if verb_of(row) not in HELD_OUT_VERBS]
         narrowed.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        fit = ("probe", "fit", "--model", base)
+        fit = ("probe", "fit", "--model", base, "--recall", PROBE_RECALL)
         run_verb(*fit, "--data", self.world.probe, "--out", self.probe)
         for layer in LAYERS:
             out = self.folder / f"probe-layer{layer}"

@@ -9,6 +9,7 @@ says which. Ends on SIGTERM and SIGINT. There is no key: keep it on loopback.
 
 import argparse
 import json
+import os
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from safereg_dist.critic.formats import FORMATS, Format
 from safereg_dist.critic.local_models import CausalGuard
 from safereg_dist.errors import SafeRegError
 from safereg_dist.evaluate.generate import load_model
+from safereg_dist.fingerprint import model_fingerprint
 
 MAX_BODY_BYTES = 16 << 20
 MAX_ALTERNATIVES = 20  # as vLLM and OpenAI
@@ -52,6 +54,7 @@ class Guard:
         self._model, self._tokenizer = load_model(folder, progress=False)
         if form.local_prefix is not None:
             CausalGuard(self._model, self._tokenizer, form)
+        self.fingerprint = model_fingerprint(self._model)
         self._lock = threading.Lock()
         ends = self._model.generation_config.eos_token_id
         self._ends = {*(ends if isinstance(ends, list) else [ends]), self._tokenizer.eos_token_id}
@@ -120,7 +123,12 @@ class Handler(BaseHTTPRequestHandler):
         """The list of models."""
         if self.path.rstrip("/") != "/v1/models":
             return self._reply(404, {"error": {"message": "no such path"}})
-        model = {"id": self.server.name, "object": "model", "owned_by": "local"}
+        model = {
+            "id": self.server.name,
+            "object": "model",
+            "owned_by": "local",
+            "fingerprint": self.server.guard.fingerprint,  # so that clients know new weights
+        }
         self._reply(200, {"object": "list", "data": [model]})
 
     def do_POST(self) -> None:
@@ -248,4 +256,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # torch aborts a process that ends while a request still computes

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,12 +58,13 @@ def _at_least(low: int) -> Callable[[str], int]:
 def entry(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `main` as a process of its own and ends it; the status is the process's.
 
-    One of several ranks ends at once, without tearing the interpreter down: threads of gloo that
-    are still alive then have been seen to abort a rank whose work was done (`terminate called
-    without an active exception`, torch 2.13), and the launcher to report the run as failed.
+    One of several ranks, or a process with threads of its own (a judge's), ends at once, without
+    tearing the interpreter down: threads of gloo or torch that are still alive then have been seen
+    to abort a process whose work was done (`terminate called without an active exception`, torch
+    2.13), and the launcher to report the run as failed.
     """
     status = main(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or threading.active_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

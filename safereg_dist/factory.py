@@ -99,6 +99,7 @@ def build_run(config: Config, backend: Backend) -> Run:
         _check_tokenizer(tokenizer, model)
         if config.train.activation_checkpointing:
             enable_activation_checkpointing(model)
+        _require_finite(backend, model, policy_folder)
     fingerprints = {"policy": backend.fingerprint(model)}
     reference = _build_reference(config, backend, policy_folder, model, tokenizer, fingerprints)
 
@@ -272,6 +273,15 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
         )
 
 
+def _require_finite(backend: Backend, model: PreTrainedModel, folder: Path) -> None:
+    name = backend.first_not_finite(model)
+    if name is not None:
+        raise ConfigError(
+            f"the weights in {folder} are not finite (in {name}): every state and loss would be "
+            "nan; save or download the model again"
+        )
+
+
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)  # `load_tokenizer` has seen to it
@@ -301,6 +311,8 @@ def _build_reference(
     ranks, settings = backend.ranks, config.reference
     folder = resolve_model(settings.model or str(policy_folder), ranks)
     model = backend.load_model(folder, precision=config.train.precision, offload=settings.offload)
+    with ranks.together():
+        _require_finite(backend, model, folder)
     fingerprints["reference"] = backend.fingerprint(model)
     with ranks.together():
         if policy is not None:

@@ -1,6 +1,7 @@
 """From the section `risk` of the configuration to the stage that gives every row its risk."""
 
 import hashlib
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from safereg_dist.risk.probe import Probe, check_model, load_probes
 from safereg_dist.risk.probe_risk import KnownRisks, ReferenceProbeRisk, scorer_name
 from safereg_dist.risk.stage import Part, RiskStage
 from safereg_dist.score_cache import ScoreCache, default_cache_path
+
+_GENERATION_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,17 +80,19 @@ def read_signals(config: Config, ranks: Ranks) -> list[Signal]:
 def check_templates(signals: list[Signal], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ProbeError where a probe was fitted with another chat template, unless forced.
 
-    The tokens before the answer are the template's, and a probe reads their states.
+    The tokens before the answer are the template's, and a probe reads their states. Generation
+    blocks add no token: with and without them it is the same template.
     """
     template = tokenizer.chat_template
-    own = hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
+    own = [template, _GENERATION_TAG.sub("", template)] if isinstance(template, str) else []
+    known = {None, *(hashlib.sha256(text.encode()).hexdigest() for text in own)}
     for signal in signals:
         wanted = None if signal.probe is None else signal.probe.meta.get("template_sha256")
-        if wanted not in (None, own) and not signal.force:
+        if wanted not in known and not signal.force:
             raise ProbeError(
                 f"the probe{f' of {signal.category}' if signal.category else ''} was fitted with "
                 "another chat template than the one that training uses: fit it again with this "
-                "tokenizer, or set risk.force=true"
+                "tokenizer, or set risk.force=true (of a part: its own `force`)"
             )
 
 
@@ -199,7 +204,10 @@ class _Builder:
             case "column":
                 return ColumnRisk()
             case "critic":
-                return CriticRisk(build_critic(signal.critic, device=self._backend.ranks.device))
+                return CriticRisk(
+                    build_critic(signal.critic, device=self._backend.ranks.device),
+                    announces=self._backend.ranks.is_main,
+                )
         return self._probe_risk(signal)
 
     def _probe_risk(self, signal: Signal) -> RiskEstimator:

@@ -113,7 +113,8 @@ class RiskConfig:
     drift_every: int = 5
     """Optimizer steps between comparisons of both sides on a micro-batch, >= 1; source `policy`."""
     drift_recall: float = 0.9
-    """Share of what the reference side flags that the policy side must flag too, in (0, 1]."""
+    """Share of what the reference side flags that the policy side must flag too, in (0, 1]; acted
+    upon once the comparisons hold eight flagged rows."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     parts: tuple[RiskPart, ...] = ()
     """The signals of `max` and `weighted`, one or more for each category of harm."""
@@ -137,6 +138,11 @@ class RiskConfig:
             raise ConfigError(
                 f"risk.parts belongs to the estimators max and weighted, got {len(self.parts)} "
                 f"parts with estimator {self.estimator}: give one part or more, or drop them"
+            )
+        if self.is_composite and self.source == "policy":
+            raise ConfigError(
+                "risk.source=policy is for a single probe; the parts of max and weighted read the "
+                "reference: set risk.source=reference"
             )
         names = [part.category for part in self.parts]
         if len(set(names)) < len(names):

@@ -56,9 +56,10 @@ class RemoteCritic:
 
     def __init__(self, settings: CriticConfig) -> None:
         self._format = _format(settings.format)
-        self.identity = f"remote {self._format.name}.{VERSION} {settings.model}"
         self._settings = settings
         self._url = base_url(settings.endpoint or "")
+        self._name = f"remote {self._format.name}.{VERSION} {settings.model}"
+        self.identity = self._name
         try:
             _ = httpx.URL(self._url).host
         except (httpx.InvalidURL, UnicodeError) as err:  # a host that cannot be one
@@ -154,6 +155,8 @@ class RemoteCritic:
                     async with self._sent(client, "GET", "models", None) as response:
                         if response.status_code in _KEY_REFUSED:
                             raise self._refused(response.status_code)
+                        weights = await _weights_of(response, self._settings.model)
+                        self.identity = self._name + weights
                         return
                 except _Retry as err:
                     problem = err
@@ -291,6 +294,20 @@ def _format(name: str | None) -> Format:
             f"the format of the judge must be one of {', '.join(sorted(FORMATS))}, got {name!r}"
         )
     return FORMATS[name]()
+
+
+async def _weights_of(response: httpx.Response, model: str | None) -> str:
+    """The fingerprint of the model's weights, where the server tells one (launch/serve_critic.py).
+
+    A guard trained anew under its old name is then not given the old one's scores. Other servers
+    tell nothing: there the name has to change with the model, or the cache.
+    """
+    try:
+        listed = json.loads(await _content(response))["data"]
+        told = next((m["fingerprint"] for m in listed if m["id"] == model), "")
+    except (_Retry, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return f" {str(told)[:64]}" if told else ""
 
 
 async def _content(response: httpx.Response) -> bytes:

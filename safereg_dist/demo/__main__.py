@@ -36,6 +36,7 @@ from safereg_dist.evaluate import write_atomically
 FINETUNE = ROOT / "launch" / "finetune.py"
 CONFIG = ROOT / "launch" / "configs" / "demo.yaml"
 
+PROBE_RECALL = 0.98  # every row that is missed teaches its attack; 72 calibration rows support it
 _NO_ANCHOR = ["data.anchor=null"]
 ARMS: dict[str, list[str]] = {
     "sft": ["regularizer.objective=none", *_NO_ANCHOR],
@@ -146,7 +147,11 @@ def run_demo(out: Path, *, ranks: int, seed: int, estimators: bool = False) -> d
 
 def _begin_stages(run: Run, seconds: float) -> float:
     """Forgets stages made from another world; the seconds that this world took to build."""
-    made_of = [run.world.manifest.read_bytes(), CONFIG.read_bytes(), str(run.ranks).encode()]
+    made_of = [
+        run.world.manifest.read_bytes(),
+        CONFIG.read_bytes(),
+        f"{run.ranks} {PROBE_RECALL}".encode(),
+    ]
     stages = [run.probe, run.out / "base", run.anchor, *(run.out / arm for arm in ARMS)]
     return _forget_stale(run.out / "stages.json", made_of, stages, seconds)
 
@@ -169,7 +174,10 @@ def _prepare(run: Run) -> None:
     """The probe and the anchor rows."""
     world = run.world
     if not (run.probe / "probe.json").is_file():
-        _command("probe", "fit", "--model", world.base, "--data", world.probe, "--out", run.probe)
+        _command(
+            *("probe", "fit", "--model", world.base, "--data", world.probe, "--out", run.probe),
+            *("--recall", PROBE_RECALL),
+        )
     if not run.anchor.is_file():
         _command(
             *("anchor", "build", "--model", world.base, "--prompts", world.anchor_prompts),

@@ -159,6 +159,15 @@ class DeepSpeedBackend:
         with deepspeed.zero.GatheredParameters(list(parameters)):
             yield
 
+    def first_not_finite(self, model: nn.Module) -> str | None:
+        """Name of a parameter whose shard here holds a value that is not finite. No collectives."""
+        for name, parameter in model.named_parameters():
+            first, last = _shard_range(parameter, self.ranks.rank)
+            shard = parameter.ds_tensor.view(-1)[: last - first]  # type: ignore[attr-defined]
+            if not shard.isfinite().all():
+                return name
+        return None
+
     def fingerprint(self, model: nn.Module) -> str:
         """Fingerprint from every rank's shard. Collectives: one SUM of 16 bytes a parameter."""
         entries = [(name, p) for name, p in model.named_parameters()]

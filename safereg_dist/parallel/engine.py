@@ -79,6 +79,10 @@ class Backend(Protocol):
         """A block in which these parameters are whole on every rank (collective)."""
         ...
 
+    def first_not_finite(self, model: nn.Module) -> str | None:
+        """Name of a parameter of whose values on this rank one is not finite; None = all are."""
+        ...
+
     def fingerprint(self, model: nn.Module) -> str:
         """Fingerprint of the weights, equal for any number of ranks (collective)."""
         ...

@@ -77,6 +77,11 @@ class SingleBackend:
         """Nothing to gather."""
         yield
 
+    def first_not_finite(self, model: nn.Module) -> str | None:
+        """Name of a parameter that holds a value that is not finite."""
+        found = (name for name, p in model.named_parameters() if not p.detach().isfinite().all())
+        return next(found, None)
+
     def fingerprint(self, model: nn.Module) -> str:
         """Fingerprint of the whole model."""
         return model_fingerprint(model)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 
@@ -23,8 +24,11 @@ class CriticRisk:
     name = "critic"
     sum_names = ("risk_failed",)
 
-    def __init__(self, critic: Critic) -> None:
+    def __init__(self, critic: Critic, *, announces: bool = True) -> None:
+        """`announces` is true on the rank that prints."""
         self._critic = critic
+        self._announces = announces
+        self._was_failing = False
         self._asked: dict[bytes, Future[Verdict]] = {}
         self._judged: dict[bytes, Verdict] = {}
         self._failed = 0
@@ -71,7 +75,16 @@ class CriticRisk:
 
     def end_step(self, total: Mapping[str, float]) -> dict[str, float | int]:
         """The rows of the step whose judgement failed, over all ranks."""
-        return {"risk_failed": int(total["risk_failed"])}
+        failed = int(total["risk_failed"])
+        if failed and not self._was_failing and self._announces:
+            print(
+                f"safereg: {failed} judgements of this step failed and count as `fail` says; the "
+                "ledger says why, metrics.jsonl how many (risk_failed)",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._was_failing = failed > 0  # said again only after a step without failures
+        return {"risk_failed": failed}
 
 
 def _key(row: Row) -> bytes | None:

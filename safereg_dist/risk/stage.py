@@ -104,6 +104,8 @@ class RiskStage:
             return row[leader], leader
         weights = {i: self.parts[i].weight for i in known}
         leader = max(known, key=lambda i: weights[i] * known[i])
+        if any(value is not None and math.isnan(value) for value in row):
+            return math.nan, leader  # failed: others' low risk must not outvote what is not known
         mean = math.fsum(weights[i] * known[i] for i in known) / math.fsum(weights.values())
         return mean, leader
 

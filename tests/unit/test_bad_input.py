@@ -17,7 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from builders import TEMPLATE, random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
+from builders import (
+    PLAIN_TEMPLATE,
+    TEMPLATE,
+    random_rows,
+    save_model,
+    tiny_model,
+    word_tokenizer,
+    write_jsonl,
+)
 from safetensors.torch import load_file, save_file
 
 from safereg_dist.cli import main
@@ -34,6 +42,10 @@ def models(tmp_path_factory):
     save_model(root / "policy", tiny_model(seed=0))
     save_model(root / "reference", tiny_model(seed=1))
     save_model(root / "larger", tiny_model(seed=1, vocab=128))
+    spoilt = tiny_model(seed=0)
+    with torch.no_grad():
+        spoilt.model.layers[2].mlp.up_proj.weight[3, 5] = float("nan")
+    save_model(root / "not-finite", spoilt)
     save_model(root / "renumbered", tiny_model(seed=1))
     spec = json.loads((root / "renumbered" / "tokenizer.json").read_text())
     vocab = spec["model"]["vocab"]
@@ -258,6 +270,8 @@ def test_long_rows(safereg, world):
         ("model", "misshapen", ["misshapen"]),
         ("model", "torn", ["torn"]),
         ("reference.model", "lost", ["no tensor", "lost"]),
+        ("model", "not-finite", ["not finite", "model.layers.2.mlp.up_proj.weight"]),
+        ("reference.model", "not-finite", ["not finite", "not-finite"]),
     ],
 )
 def test_models(safereg, models, key, name, says):
@@ -292,7 +306,8 @@ def test_a_probe_of_another_model(safereg, world, models):
 def test_a_probe_of_another_template(safereg, world, models):
     """The tokens before an answer are the template's, and a probe reads their states."""
     own = hashlib.sha256(TEMPLATE.encode()).hexdigest()
-    for template_hash, status in ((own, 0), ("0" * 64, 2)):
+    plain = hashlib.sha256(PLAIN_TEMPLATE.encode()).hexdigest()  # without the generation block
+    for template_hash, status in ((own, 0), (plain, 0), ("0" * 64, 2)):
         meta = {"template_sha256": template_hash}
         probe = write_probe(world / "probe", tiny_model(seed=0), meta=meta)
         arguments = ("risk.estimator=probe", f"risk.path={probe}", "--dry-run")

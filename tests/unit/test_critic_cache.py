@@ -12,10 +12,12 @@ import random
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from safereg_dist.config import CriticConfig
 from safereg_dist.critic import critic as critic_module
 from safereg_dist.critic.critic import (
     CachedCritic,
@@ -256,3 +258,52 @@ def test_what_a_failure_means() -> None:
     assert failed_verdict("open", "HTTP 500") == (0.0, None, True, "HTTP 500")
     with pytest.raises(CriticUnavailable, match="HTTP 500"):
         failed_verdict("stop", "HTTP 500")
+
+
+class NamedGuard(BaseHTTPRequestHandler):
+    """A guard that tells its weights, and says the same of everything."""
+
+    def do_GET(self):
+        """The list of models."""
+        self._reply({"data": [{"id": "guard", "fingerprint": self.server.fingerprint}]})
+
+    def do_POST(self):
+        """One judgement."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked += 1
+        message = {"role": "assistant", "content": self.server.says}
+        self._reply({"choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
+
+    def _reply(self, value):
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+
+def test_a_guard_trained_anew_under_its_old_name_is_asked_anew(tmp_path):
+    scores, asked = [], []
+    for fingerprint, says in (("one", "safe"), ("one", "safe"), ("two", "unsafe\nS1")):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), NamedGuard)
+        server.fingerprint, server.says, server.asked = fingerprint, says, 0
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = CriticConfig(
+            endpoint=f"http://127.0.0.1:{server.server_port}/v1",
+            model="guard",
+            format="llama_guard",
+            cache=str(tmp_path / "scores.sqlite"),
+        )
+        critic = build_critic(settings)
+        turns = [("user", "how"), ("assistant", "so")]
+        pair = [{"role": role, "content": text} for role, text in turns]
+        scores.append(critic.submit(pair).result(30).score)
+        asked.append(server.asked)
+        critic.close()
+        server.shutdown()
+        server.server_close()
+    assert scores == [0.0, 0.0, 1.0]
+    assert asked == [1, 0, 1]

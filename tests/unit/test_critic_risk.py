@@ -108,7 +108,7 @@ def test_anchors_are_not_judged():
     assert len(critic.asked) == 1
 
 
-def test_a_failure_is_noted_counted_and_tried_again():
+def test_a_failure_is_noted_counted_and_tried_again(capsys):
     critic = TableCritic()
     critic.failing = {RAWS[2]["response"]}
     risk = CriticRisk(critic)
@@ -118,6 +118,9 @@ def test_a_failure_is_noted_counted_and_tried_again():
     sums = risk.take_sums()
     assert sums == {"risk_failed": 1.0}
     assert risk.end_step(sums) == {"risk_failed": 1}
+    assert "1 judgements of this step failed" in capsys.readouterr().err
+    assert risk.end_step(sums) == {"risk_failed": 1}
+    assert capsys.readouterr().err == ""
     twice = collate([*rows_of([RAWS[2], RAWS[2]])], pad_id=0)  # one question, two rows
     assert risk(twice, None) == [1.0, 1.0]
     assert risk.take_sums() == {"risk_failed": 2.0}

@@ -6,7 +6,6 @@ The judge is the count written out from the dimensions: nothing here is timed, n
 the measured FLOPs of a step must equal it to the last one. Only the formula is approximate.
 """
 
-
 import pytest
 from step_flops import Rows, epoch_costs, llama, start_run, write_run_folder
 
