@@ -297,7 +297,7 @@ def test_a_guard_trained_anew_under_its_old_name_is_asked_anew(tmp_path):
             format="llama_guard",
             cache=str(tmp_path / "scores.sqlite"),
         )
-        critic = build_critic(settings)
+        critic = critic_module.build_critic(settings)
         turns = [("user", "how"), ("assistant", "so")]
         pair = [{"role": role, "content": text} for role, text in turns]
         scores.append(critic.submit(pair).result(30).score)
