@@ -19,6 +19,7 @@ setup(
         "safetensors>=0.5",
         "numpy",
         "scikit-learn>=1.5",
+        "scipy",
         "datasketch>=1.6",
         "httpx>=0.27",
         "pyyaml",
