@@ -1,14 +1,15 @@
 """Claimed: `safereg probe fit` on two ranks, or killed and gone on with one, makes the probe that a
 single process makes; each rank takes part; an error of one rank ends all with its message.
 
-The judge is the single process. Exact: the probe's files, bit for bit, since shards do not depend
-on the number of ranks.
+The judge is the single process, on one thread as each rank is: sums round with the number of threads.
+Exact: the probe's files, bit for bit, since shards do not depend on the number of ranks.
 """
 
 import time
 
 import numpy as np
 import pytest
+import torch
 from builders import WORDS, save_model, tiny_model, write_jsonl
 from launching import kill_session, tail
 
@@ -16,6 +17,15 @@ from safereg_dist.probe_lab.fit import fit_probe
 
 pytestmark = pytest.mark.slow
 FILES = ("probe.json", "probe.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """This process counts with one thread, as the launched ranks do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def labelled(folder, count=300):
