@@ -1,7 +1,7 @@
 """Claimed: `safereg probe fit` on two ranks, or killed and gone on with one, makes the probe that a
 single process makes; each rank takes part; an error of one rank ends all with its message.
 
-The judge is the single process, on one thread as each rank is: sums round with the number of threads.
+The judge is the single process, on one thread as each rank is: rounding hangs on the threads.
 Exact: the probe's files, bit for bit, since shards do not depend on the number of ranks.
 """
 
