@@ -17,6 +17,7 @@ from safereg_dist.policy import Policy, enable_activation_checkpointing
 from safereg_dist.reference import NoReference, Reference
 from safereg_dist.risk.stage import RiskStage
 from safereg_dist.signals import (
+    Signal,
     build_risk,
     category_ceilings,
     check_overrides,
@@ -83,13 +84,7 @@ def build_run(config: Config, backend: Backend) -> Run:
     """
     ranks = backend.ranks
     torch.manual_seed(config.train.seed + ranks.rank)  # dropout differs between ranks
-    policy_folder = resolve_model(config.model, ranks)
-    with ranks.together():
-        tokenizer = load_tokenizer(str(policy_folder), config.data)
-    sources = build_sources(config, tokenizer, ranks)
-    signals = read_signals(config, ranks)
-    with ranks.together():
-        check_templates(signals, tokenizer)
+    policy_folder, tokenizer, sources, signals = _read_inputs(config, ranks)
 
     precision = config.train.precision
     model = backend.load_model(
@@ -158,13 +153,7 @@ def build_screening(config: Config, backend: Backend) -> Screening:
     Collectives: those of loading; every rank calls it.
     """
     ranks = backend.ranks
-    folder = resolve_model(config.model, ranks)
-    with ranks.together():
-        tokenizer = load_tokenizer(str(folder), config.data)
-    sources = build_sources(config, tokenizer, ranks)
-    signals = read_signals(config, ranks)
-    with ranks.together():
-        check_templates(signals, tokenizer)
+    folder, tokenizer, sources, signals = _read_inputs(config, ranks)
     fingerprints: dict[str, str] = {}
     reference: Reference | NoReference = NoReference()
     depths = [signal.probe.layer for signal in signals if signal.probe is not None]
@@ -186,6 +175,23 @@ def build_screening(config: Config, backend: Backend) -> Screening:
         probed_share=max(depths, default=0) / num_layers,
         ceilings=category_ceilings(signals),
     )
+
+
+def _read_inputs(
+    config: Config, ranks: Ranks
+) -> tuple[Path, PreTrainedTokenizerBase, RowSources, list[Signal]]:
+    """The model's folder, its tokenizer, the rows and the signals: all that is read before weights.
+
+    Collectives: gathers of texts.
+    """
+    folder = resolve_model(config.model, ranks)
+    with ranks.together():
+        tokenizer = load_tokenizer(str(folder), config.data)
+    sources = build_sources(config, tokenizer, ranks)
+    signals = read_signals(config, ranks)
+    with ranks.together():
+        check_templates(signals, tokenizer)
+    return folder, tokenizer, sources, signals
 
 
 def resolve_model(model: str, ranks: Ranks) -> Path:

@@ -170,13 +170,11 @@ def build_risk(
         return RiskStage([Part("", NoRisk(), DEFAULT_THRESHOLD)])
     build = _Builder(config, backend, reference, policy, fingerprints)
     parts = [Part(s.category, build(s), s.threshold, s.weight) for s in signals]
-    rule = config.risk.estimator if config.risk.is_composite else "max"
+    rule = "max" if len(parts) > 1 else "single"  # two of one folder: prompts and responses
+    if config.risk.is_composite:
+        rule = config.risk.estimator
     overrides = read_overrides(config.risk.override) if config.risk.override else {}
-    return RiskStage(
-        parts,
-        rule=rule if config.risk.is_composite or len(parts) > 1 else "single",
-        overrides=overrides,
-    )
+    return RiskStage(parts, rule=rule, overrides=overrides)
 
 
 class _Builder:

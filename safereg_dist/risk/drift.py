@@ -25,10 +25,9 @@ from safereg_dist.parallel.comm import Ranks
 from safereg_dist.risk.estimator import Risk
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import (
+    PolicyProbeRisk,
     ReferenceProbeRisk,
     Turns,
-    pooled_turns,
-    probed_turns,
     turn_risks,
 )
 from safereg_dist.risk.realign import Moments, Realignment
@@ -73,6 +72,7 @@ class WatchedPolicyProbe:
         ranks: Ranks,
     ) -> None:
         self._probe = probe
+        self._policy = PolicyProbeRisk(probe)
         self._reference = reference
         reference.began_late = True  # it is asked now and then: any row may be new to it
         self._settings = settings
@@ -91,7 +91,7 @@ class WatchedPolicyProbe:
         """Which side gives the risk at present."""
         if self.has_fallen_back:
             return self._reference.name
-        return "probe-policy" if self._realignment is None else "probe-policy-realigned"
+        return self._policy.name + ("" if self._realignment is None else "-realigned")
 
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Risk of every row from the policy's states; from the reference's after a fall-back.
@@ -102,8 +102,7 @@ class WatchedPolicyProbe:
         """
         if policy_states is None or self.has_fallen_back:
             return self._reference(batch, None)
-        turns = probed_turns(self._probe, batch.rows)
-        pooled = pooled_turns(self._probe, policy_states, batch.attention_mask, turns)
+        turns, pooled = self._policy.read(batch, policy_states)
         mapped = pooled if self._realignment is None else self._realignment(pooled)
         risk = turn_risks(self._probe, len(batch.rows), turns, mapped)
         if self._compares_next:

@@ -32,9 +32,13 @@ class PolicyProbeRisk:
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Largest probability over a row's assistant turns. Collectives: none; one host sync."""
         assert policy_states is not None
-        turns = probed_turns(self._probe, batch.rows)
-        pooled = pooled_turns(self._probe, policy_states, batch.attention_mask, turns)
+        turns, pooled = self.read(batch, policy_states)
         return turn_risks(self._probe, len(batch.rows), turns, pooled)
+
+    def read(self, batch: MicroBatch, policy_states: Tensor) -> tuple["Turns", Tensor]:
+        """The turns that the probe reads, and their [N, H] states."""
+        turns = probed_turns(self._probe, batch.rows)
+        return turns, pooled_turns(self._probe, policy_states, batch.attention_mask, turns)
 
 
 class ReferenceTrunkPrefix(Protocol):

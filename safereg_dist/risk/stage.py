@@ -178,6 +178,8 @@ class RiskStage:
 
     def prefetch(self, rows: Iterable[Row]) -> None:
         """Hands rows of coming steps to the signals that work in the background; never waits."""
+        if not self.looks_ahead:
+            return  # nobody reads them: a whole data set may stand behind the iterator
         rows = list(rows)
         for estimator in self._with("prefetch"):
             estimator.prefetch(rows)
