@@ -1,4 +1,6 @@
-"""An exact fingerprint of a model's weights that sharded and whole copies share.
+"""Names for what does not change: an exact fingerprint of a model's weights, a key of a row.
+
+The fingerprint of weights is one that sharded and whole copies share.
 
 Each parameter gets two 64-bit sums over its values rounded to bfloat16, bits b_i at flat index i:
 
@@ -12,6 +14,7 @@ swapped or altered weights; it is no defence against someone who forges weights 
 import hashlib
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,3 +47,9 @@ def model_fingerprint(model: nn.Module) -> str:
         (name, tuple(p.shape), checksum(p.detach().reshape(-1)).cpu())
         for name, p in model.named_parameters()
     )
+
+
+def row_key(input_ids: list[int], loss_mask: list[int]) -> str:
+    """SHA-256 (hex) of a row's tokens, and of which of them are the response's."""
+    tokens = np.asarray([input_ids, loss_mask], dtype=np.int64)
+    return hashlib.sha256(tokens.tobytes()).hexdigest()

@@ -1,18 +1,17 @@
 """Stage 3, with a probe: risk from hidden states of the policy or of the frozen reference."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from safereg_dist.errors import CheckpointError
+from safereg_dist.fingerprint import row_key
 from safereg_dist.parallel.comm import Ranks, held
 from safereg_dist.risk.estimator import Risk
 from safereg_dist.risk.probe import Probe, pool_spans
@@ -211,8 +210,7 @@ def content_key(row: Row, position: str) -> str:
     """SHA-256 (hex) of the tokens that a probe at this position reads, and of where turns lie."""
     if position == "prompt":
         return row.content_key
-    tokens = np.asarray([row.input_ids, row.loss_mask], dtype=np.int64)
-    return hashlib.sha256(tokens.tobytes()).hexdigest()
+    return row_key(row.input_ids, row.loss_mask)
 
 
 class Turns(NamedTuple):

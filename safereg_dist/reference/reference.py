@@ -1,70 +1,15 @@
 """Stage 5: the frozen reference, run on the rows that need it and on no others."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from safereg_dist.architecture import decoder_layers
-from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
+from safereg_dist.reference.trunk import ReferenceTrunk
 from safereg_dist.types import NO_HEAD, Head, MicroBatch, head_of
-
-_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm")
-
-
-class ReferenceTrunk(nn.Module):
-    """The trunk of the reference, whole or stopped after its first layers."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        self._stopped: dict[int, nn.Module] = {}
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, num_layers: int | None = None
-    ) -> Tensor:
-        """[B, S, H] last hidden states, or those after the first `num_layers` layers."""
-        trunk = self.model.base_model if num_layers is None else self._stop_after(num_layers)
-        return trunk(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-
-    def _stop_after(self, num_layers: int) -> nn.Module:
-        """A shallow copy of the trunk with fewer layers and no final norm.
-
-        It shares every module with the trunk, so an engine's hooks still gather their weights. It
-        is kept out of `modules()`: registered, its parameters would count twice.
-        """
-        if num_layers not in self._stopped:
-            trunk = self.model.base_model
-            name, layers = decoder_layers(self.model)
-            if not 1 <= num_layers <= len(layers):
-                raise ConfigError(
-                    f"the probe reads layer {num_layers}, the reference has layers 1 to "
-                    f"{len(layers)}: fit a probe for this model"
-                )
-            if num_layers == len(layers):
-                return trunk
-            stopped = copy.copy(trunk)
-            stopped._modules = dict(trunk._modules)
-            stopped._modules[name] = nn.ModuleList(list(layers)[:num_layers])
-            stopped._modules[_final_norm_name(trunk)] = nn.Identity()
-            self._stopped[num_layers] = stopped
-        return self._stopped[num_layers]
-
-
-def _final_norm_name(trunk: nn.Module) -> str:
-    for name in _FINAL_NORMS:
-        if name in trunk._modules:
-            return name
-    raise ConfigError(
-        f"{type(trunk).__name__} has none of the final norms {', '.join(_FINAL_NORMS)}: the "
-        "reference cannot stop early in this architecture; use risk.source=policy"
-    )
 
 
 class NoReference:
