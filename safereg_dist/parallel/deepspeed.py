@@ -27,20 +27,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from safereg_dist.config import Config, EngineConfig
-from safereg_dist.errors import CheckpointError, ConfigError, GroupError
+from safereg_dist.errors import CheckpointError, GroupError
 from safereg_dist.fingerprint import checksum, digest
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.optimizer import parameter_groups
 from safereg_dist.parallel.shards import (
+    StoredHead,
+    StoredParameter,
     dtype_of,
-    match_names,
     read_architecture,
     read_flat_slices,
-    tensor_shapes,
-    weight_files,
+    stored_head,
+    stored_parameters,
 )
-from safereg_dist.types import MicroBatch, StepOutput
+from safereg_dist.types import Head, MicroBatch, StepOutput
 
 _TAG = "engine"
 
@@ -128,6 +129,23 @@ class DeepSpeedBackend:
             _load_shards(model, folder, rank=self.ranks.rank)
         return model
 
+    def load_head(self, folder: Path, *, precision: str) -> Head:
+        """The frozen head alone, sharded; each rank reads its own shard of it.
+
+        Raises:
+            ConfigError: the folder holds no causal language model, or not all of its weights.
+        Collectives: those of `zero.Init`, and two gathers of texts.
+        """
+        with self.ranks.together():
+            stored = stored_head(folder)
+        zero_config = _zero_config(precision=precision, offload="none", rows=1, hidden_size=None)
+        with deepspeed.zero.Init(config_dict_or_path=zero_config):
+            head = _FrozenHead(stored)
+        places = zip(head.parameters(), stored.parameters, strict=True)
+        with self.ranks.together():
+            _fill_shards(list(places), rank=self.ranks.rank)
+        return Head(head.weight, head.bias, stored.softcap)
+
     def wrap_policy(self, step: nn.Module, *, config: Config) -> "DeepSpeedPolicy":
         """The ZeRO-3 training engine of `step`."""
         # The head runs inside the step's own forward, not inside the head's module: without this
@@ -181,6 +199,17 @@ class DeepSpeedBackend:
             (name, tuple(p.ds_shape), sums[i])  # type: ignore[attr-defined]
             for i, (name, p) in enumerate(entries)
         )
+
+
+class _FrozenHead(nn.Module):
+    """What `zero.Init` shards in place of a whole model; it is never run."""
+
+    def __init__(self, stored: StoredHead) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(stored.weight.shape), requires_grad=False)
+        self.bias = None
+        if stored.bias is not None:
+            self.bias = nn.Parameter(torch.empty(stored.bias.shape), requires_grad=False)
 
 
 class DeepSpeedPolicy:
@@ -350,23 +379,15 @@ def _shard_range(parameter: nn.Parameter, rank: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
+def _fill_shards(parameters: list[tuple[nn.Parameter, StoredParameter]], *, rank: int) -> None:
+    """Reads this rank's shard of each parameter from its place on disk."""
+    requests = [(p.tensor, p.file, *_shard_range(parameter, rank)) for parameter, p in parameters]
+    shards = read_flat_slices(requests)
+    for (parameter, _), (_, flat) in zip(parameters, shards, strict=True):
+        parameter.ds_tensor.view(-1)[: flat.numel()].copy_(flat)  # type: ignore[attr-defined]
+
+
 def _load_shards(model: PreTrainedModel, folder: Path, *, rank: int) -> None:
-    files = weight_files(folder)
-    names = match_names(model, files, folder)
-    shapes = tensor_shapes(files)
     parameters = dict(model.named_parameters())
-    requests = []
-    for name, parameter in parameters.items():
-        found = shapes[names[name]]
-        expected = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
-        if found != expected:
-            raise ConfigError(
-                f"{folder}: tensor {names[name]!r} has shape {found}, the architecture in "
-                f"config.json expects {expected}: the files do not belong together"
-            )
-        first, last = _shard_range(parameter, rank)
-        if last > first:
-            requests.append((names[name], files[names[name]], first, last))
-    by_file_name = {found: parameters[name] for name, found in names.items()}
-    for name, flat in read_flat_slices(requests):
-        by_file_name[name].ds_tensor.view(-1)[: flat.numel()].copy_(flat)  # type: ignore[attr-defined]
+    places = stored_parameters(model, folder)
+    _fill_shards([(parameters[name], place) for name, place in places.items()], rank=rank)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from safereg_dist.config import Config
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.types import MicroBatch, StepOutput
+from safereg_dist.types import Head, MicroBatch, StepOutput
 
 
 class Update(NamedTuple):
@@ -65,6 +65,10 @@ class Backend(Protocol):
 
     def load_model(self, folder: Path, *, precision: str, offload: str) -> PreTrainedModel:
         """A causal language model whose weights come from a local Hugging Face folder."""
+        ...
+
+    def load_head(self, folder: Path, *, precision: str) -> Head:
+        """The frozen head of the model in a folder, alone; whole inside `gathered` only."""
         ...
 
     def wrap_policy(self, step: nn.Module, *, config: Config) -> PolicyEngine:

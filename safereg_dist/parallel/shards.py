@@ -1,16 +1,22 @@
 """Weights between safetensors files and ZeRO-3 shards, without a whole model anywhere."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from safereg_dist.errors import ConfigError
+from safereg_dist.fingerprint import checksum, digest
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.types import head_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -81,6 +87,102 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         by_id.setdefault(id(parameter), []).append(name)
     return {names[0]: names[1:] for names in by_id.values()}
+
+
+class StoredParameter(NamedTuple):
+    """Where the values of one parameter of a model lie on disk."""
+
+    tensor: str
+    """Name of the tensor in the file."""
+    file: Path
+    shape: tuple[int, ...]
+
+
+def stored_parameters(model: nn.Module, folder: Path) -> dict[str, StoredParameter]:
+    """Where every parameter of the model (tied ones once) is stored in a Hugging Face folder.
+
+    Raises:
+        ConfigError: a parameter has no tensor, or one of another shape than the model's. (Shapes of
+            a sharded model are those of its whole parameters.)
+    """
+    files = weight_files(folder)
+    names = match_names(model, files, folder)
+    shapes = tensor_shapes(files)
+    found = {}
+    for name, parameter in model.named_parameters():
+        stored = StoredParameter(names[name], files[names[name]], shapes[names[name]])
+        expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if stored.shape != expected:
+            raise ConfigError(
+                f"{folder}: tensor {stored.tensor!r} has shape {stored.shape}, the architecture in "
+                f"config.json expects {expected}: the files do not belong together"
+            )
+        found[name] = stored
+    return found
+
+
+class StoredHead(NamedTuple):
+    """Where the language-model head of a Hugging Face folder is stored."""
+
+    weight: StoredParameter
+    bias: StoredParameter | None
+    softcap: float | None
+    """See `types.Head`."""
+
+    @property
+    def parameters(self) -> list[StoredParameter]:
+        """The weight and, where there is one, the bias."""
+        return [place for place in self[:2] if place is not None]
+
+
+def stored_head(folder: Path) -> StoredHead:
+    """Where the head is stored; the embedding's place where the two are tied.
+
+    Raises:
+        ConfigError: the folder holds no causal language model, or not all of its weights.
+    """
+    model = _without_values(folder)
+    head = head_of(model)
+    stored = stored_parameters(model, folder)
+    by_id = {id(parameter): stored[name] for name, parameter in model.named_parameters()}
+    bias = None if head.bias is None else by_id[id(head.bias)]
+    return StoredHead(by_id[id(head.weight)], bias, head.softcap)
+
+
+def weights_fingerprint(folder: Path, ranks: Ranks) -> str:
+    """What `Backend.fingerprint` gives for the model in the folder, from its files alone.
+
+    Each rank reads its share of every tensor, one at a time; no model is held.
+
+    Raises:
+        ConfigError: the folder holds no causal language model, or not all of its weights.
+    Collectives: one gather of texts, one SUM of 16 bytes a parameter.
+    """
+    with ranks.together():
+        stored = stored_parameters(_without_values(folder), folder)
+        shares = [_share_of(place, ranks) for place in stored.values()]
+        sums = torch.zeros(len(stored), 2, dtype=torch.int64, device=ranks.device)
+        pieces = read_flat_slices(shares)
+        bar = tqdm(pieces, "fingerprint", len(shares), unit=" tensors", disable=not ranks.is_main)
+        for index, (_, flat) in enumerate(bar):
+            sums[index] = checksum(flat.to(ranks.device), start=shares[index][2])
+    sums = ranks.sum_(sums).cpu()
+    return digest((name, place.shape, sums[i]) for i, (name, place) in enumerate(stored.items()))
+
+
+def _share_of(place: StoredParameter, ranks: Ranks) -> tuple[str, Path, int, int]:
+    """A request for `read_flat_slices`: this rank's part of the parameter, maybe empty."""
+    numel = math.prod(place.shape)
+    size = -(-numel // ranks.world_size)
+    first = min(ranks.rank * size, numel)
+    return place.tensor, place.file, first, min(first + size, numel)
+
+
+def _without_values(folder: Path) -> nn.Module:
+    """The model of a folder on the meta device: names, shapes and ties, no memory."""
+    architecture = read_architecture(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture)
 
 
 def read_flat_slices(

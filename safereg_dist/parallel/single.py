@@ -3,6 +3,7 @@
 Useful for small models and for debugging; the arithmetic is the same as on many ranks.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,16 @@ from safereg_dist.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.optimizer import parameter_groups
-from safereg_dist.parallel.shards import dtype_of, match_names, read_architecture, weight_files
-from safereg_dist.types import MicroBatch, StepOutput
+from safereg_dist.parallel.shards import (
+    StoredParameter,
+    dtype_of,
+    match_names,
+    read_architecture,
+    read_flat_slices,
+    stored_head,
+    weight_files,
+)
+from safereg_dist.types import Head, MicroBatch, StepOutput
 
 _STATE_FILE = "single.pt"
 
@@ -62,6 +71,19 @@ class SingleBackend:
             ) from err
         match_names(model, files, folder)
         return model.to(self.ranks.device)
+
+    def load_head(self, folder: Path, *, precision: str) -> Head:
+        """The frozen head, whole, on this process's device."""
+        stored = stored_head(folder)
+
+        def whole(place: StoredParameter | None) -> nn.Parameter | None:
+            if place is None:
+                return None
+            [(_, flat)] = read_flat_slices([(place.tensor, place.file, 0, math.prod(place.shape))])
+            values = flat.reshape(place.shape).to(self.ranks.device, dtype_of(precision), copy=True)
+            return nn.Parameter(values, requires_grad=False)
+
+        return Head(whole(stored.weight), whole(stored.bias), stored.softcap)
 
     def wrap_policy(self, step: nn.Module, *, config: Config) -> "SinglePolicy":
         """AdamW over float32 master weights."""
