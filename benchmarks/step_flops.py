@@ -6,18 +6,14 @@ the count written out from a model's dimensions.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from safereg_dist.batch import micro_batches
@@ -33,6 +29,7 @@ from safereg_dist.demo.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from safereg_dist.factory import Run, build_run, start_backend
 from safereg_dist.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.mlp import UNITS
+from safereg_dist.profiling.operators import UNKNOWN_TO_TORCH
 from safereg_dist.risk.probe import POOLINGS, Probe
 from safereg_dist.types import MicroBatch
 
@@ -43,7 +40,7 @@ _ATEN = torch.ops.aten
 
 def counted(call: Callable[[], Any]) -> "Cost":
     """FLOPs of the matrix products, and elementwise work, of `call()`."""
-    counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH)
+    counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH)
     with counter, _Elements() as elements:
         call()
     return Cost(counter.get_total_flops(), elements.count)
@@ -59,31 +56,6 @@ class Cost(NamedTuple):
 
     def __sub__(self, other: "Cost") -> "Cost":
         return Cost(self.flops - other.flops, self.elements - other.elements)
-
-
-def _addmm_flops(_: Any, a: Sequence[int], b: Sequence[int], **__: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
-
-
-def _mv_flops(matrix: Sequence[int], vector: Sequence[int], **_: Any) -> int:
-    return 2 * matrix[0] * matrix[1]
-
-
-def _cpu_attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def _cpu_attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, q, k, v)
-
-
-_UNKNOWN_TO_TORCH = {
-    _ATEN.addmm_: _addmm_flops,  # the gradient of the fused head's weight
-    _ATEN.mv: _mv_flops,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
-}
-"""Left out by torch 2.13, which would make a CPU's step look cheaper than it is."""
 
 
 class _Elements(TorchDispatchMode):

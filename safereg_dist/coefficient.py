@@ -8,6 +8,7 @@ import torch
 
 from safereg_dist.config import RegularizerConfig
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parts import COEFFICIENT, part
 from safereg_dist.types import Row, RowRisks
 
 DEFAULT_THRESHOLD = 0.5
@@ -64,6 +65,7 @@ class Coefficient:
         }
         self._ema: float | None = None
 
+    @part(COEFFICIENT)
     def __call__(self, rows: tuple[Row, ...], risk: RowRisks | Exception) -> list[float]:
         """[B] coefficient b of every row: 1 on anchor rows, 0 on rows without response tokens.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safereg_dist.ledger import LedgerRow
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parts import METRICS, part
 from safereg_dist.types import MicroBatch, StepOutput
 
 _SUMMED = (
@@ -67,6 +68,7 @@ class StepMetrics:
             host["risk_rows"] += 1
             host["risk_max"] = max(host["risk_max"], risk)
 
+    @part(METRICS)
     def reduce(
         self,
         ranks: Ranks,

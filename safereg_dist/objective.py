@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from safereg_dist.config import RegularizerConfig
+from safereg_dist.parts import HEAD_CE, part
 from safereg_dist.types import NO_HEAD, Head, MicroBatch
 from safereg_kernels import linear_ce_kl
 
@@ -39,6 +40,7 @@ class Objective:
         self._direction = _DIRECTIONS[config.divergence]
         self._chunk_tokens = chunk_tokens
 
+    @part(HEAD_CE)
     def __call__(
         self,
         hidden: Tensor,

@@ -3,6 +3,7 @@
 # Imported at once, not on first use: a submodule and a function share each name, and the function
 # must be the one that stays bound here.
 from safereg_kernels.errors import ShapeError
+from safereg_kernels.flops import HeadFlops, linear_ce_kl_flops
 from safereg_kernels.linear_ce_kl import linear_ce_kl
 from safereg_kernels.masked_kl import masked_kl
 from safereg_kernels.vocab_parallel import (
@@ -11,8 +12,10 @@ from safereg_kernels.vocab_parallel import (
 )
 
 __all__ = [
+    "HeadFlops",
     "ShapeError",
     "linear_ce_kl",
+    "linear_ce_kl_flops",
     "masked_kl",
     "vocab_parallel_linear_ce_kl",
     "vocab_parallel_masked_kl",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from safereg_kernels import flops
 from safereg_kernels.block import NUM_STATISTICS, Block, Formula
 from safereg_kernels.path import path_for
 from safereg_kernels.products import is_same_tensor, multiply_into, operand_dtype, project_into
@@ -205,7 +206,8 @@ def _project(
         project_into(policy_logits, hidden, head.weight, head.bias)
         return
     reference_hidden = reference.hidden[rows[:num_kl]].to(reference.head.weight.dtype)
-    project_into(reference_logits, reference_hidden, *reference.head)
+    with flops.divergence():
+        project_into(reference_logits, reference_hidden, *reference.head)
     if not formula.is_difference:
         project_into(policy_logits, hidden, head.weight, head.bias)
         return

@@ -32,6 +32,7 @@ from safereg_kernels.chunks import (
     run_chunks,
 )
 from safereg_kernels.errors import ShapeError
+from safereg_kernels.flops import HeadFlops, linear_ce_kl_flops, operator
 from safereg_kernels.products import operand_dtype, scaled_to
 from safereg_kernels.results import cross_entropy_of, divergence_of, weighted_sum
 from safereg_kernels.selection import select_rows
@@ -213,7 +214,8 @@ class _LinearCEKL(torch.autograd.Function):
         head, order = Head(weight, bias), inputs.selection.order
         is_needed = [inputs.is_grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         grads = Gradients.zeros(hidden, head, len(order), is_needed)
-        statistics = run_chunks(hidden, head, inputs, grads)
+        with operator(_flops(hidden, head, inputs, is_needed)):
+            statistics = run_chunks(hidden, head, inputs, grads)
         if inputs.shard is not None:
             inputs.shard.sum_hidden_grad(grads.hidden)
         ce_weights, kl_weights = inputs.ce_weights[order], inputs.kl_weights[order]
@@ -239,3 +241,16 @@ class _LinearCEKL(torch.autograd.Function):
         if hidden is not None:
             hidden = hidden.new_zeros(ctx.shape).index_copy_(0, order, hidden)
         return hidden, weight, bias, None
+
+
+def _flops(hidden: Tensor, head: Head, inputs: Inputs, is_needed: list[bool]) -> HeadFlops:
+    reference = inputs.reference
+    return linear_ce_kl_flops(
+        num_active=inputs.selection.num_active,
+        num_kl=inputs.selection.num_kl,
+        columns=head.weight.shape[0],
+        hidden_size=hidden.shape[1],
+        reference_hidden_size=0 if reference is None else reference.hidden.shape[1],
+        is_hidden_grad_needed=is_needed[0],
+        is_weight_grad_needed=is_needed[1],
+    )

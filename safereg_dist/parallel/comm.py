@@ -15,6 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from safereg_dist import errors
+from safereg_dist.parts import AGREEMENT, part
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class Ranks:
         """True on the rank that prints and writes shared files."""
         return self.rank == 0
 
+    @part(AGREEMENT)
     def agree_on_passes(self, need: int | Exception) -> int:
         """The largest number of passes that any rank needs; an int known to the host.
 

@@ -41,6 +41,7 @@ from safereg_dist.parallel.shards import (
     stored_head,
     stored_parameters,
 )
+from safereg_dist.parts import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, part
 from safereg_dist.types import Head, MicroBatch, StepOutput
 
 _TAG = "engine"
@@ -220,10 +221,12 @@ class DeepSpeedPolicy:
         self.module: nn.Module = engine.module
         self._world_size = world_size
 
+    @part(POLICY_FORWARD)
     def __call__(self, batch: MicroBatch, num_tokens: Tensor) -> StepOutput:
         """Forward of one micro-batch under ZeRO-3's hooks."""
         return self.engine(batch, num_tokens)
 
+    @part(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Adds the gradient of `loss`; reduced over ranks on the last micro-batch of a step.
 
@@ -233,6 +236,7 @@ class DeepSpeedPolicy:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
 
+    @part(OPTIMIZER)
     def update(self, lr: float) -> Update:
         """One optimizer step; skipped by all ranks where any gradient is not finite."""
         for group in self.engine.optimizer.param_groups:

@@ -29,6 +29,7 @@ from safereg_dist.parallel.shards import (
     stored_head,
     weight_files,
 )
+from safereg_dist.parts import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, part
 from safereg_dist.types import Head, MicroBatch, StepOutput
 
 _STATE_FILE = "single.pt"
@@ -127,10 +128,12 @@ class SinglePolicy:
             eps=config.optimizer.eps,
         )
 
+    @part(POLICY_FORWARD)
     def __call__(self, batch: MicroBatch, num_tokens: Tensor) -> StepOutput:
         """Forward of one micro-batch."""
         return self.module(batch, num_tokens)
 
+    @part(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Adds the gradient of `loss`, in float32 across micro-batches."""
         loss.backward()
@@ -140,6 +143,7 @@ class SinglePolicy:
                 master.grad = grad if master.grad is None else master.grad + grad
                 trained.grad = None
 
+    @part(OPTIMIZER)
     @torch.no_grad()
     def update(self, lr: float) -> Update:
         """Clips by global norm and steps; skipped where the norm is not finite."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parts import PROBE, part
 from safereg_dist.risk.estimator import Risk
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import (
@@ -93,6 +94,7 @@ class WatchedPolicyProbe:
             return self._reference.name
         return self._policy.name + ("" if self._realignment is None else "-realigned")
 
+    @part(PROBE)
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Risk of every row from the policy's states; from the reference's after a fall-back.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from safereg_dist.errors import CheckpointError
 from safereg_dist.fingerprint import row_key
 from safereg_dist.parallel.comm import Ranks, held
+from safereg_dist.parts import PROBE, part
 from safereg_dist.risk.estimator import Risk
 from safereg_dist.risk.probe import Probe, pool_spans
 from safereg_dist.score_cache import CachedScore, ScoreCache
@@ -28,6 +29,7 @@ class PolicyProbeRisk:
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
 
+    @part(PROBE)
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Largest probability over a row's assistant turns. Collectives: none; one host sync."""
         assert policy_states is not None
@@ -90,6 +92,7 @@ class ReferenceProbeRisk:
         self.began_late = False
         """True where rows went by before this estimator was asked: then any row may be missing."""
 
+    @part(PROBE)
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Cached risk, computed first where it is missing.
 

@@ -1,0 +1,191 @@
+"""`Recorder`: counts FLOPs, collectives and seconds of what runs inside it, part by part.
+
+Everything is seen at torch's dispatcher, below every library, whenever that was imported. Counting
+changes no result: operators run as they would, in the same order.
+"""
+
+import resource
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from safereg_dist import parts
+from safereg_dist.profiling.operators import flops_of, payload_of
+from safereg_kernels import flops as kernel_flops
+from safereg_kernels.flops import HeadFlops
+
+
+@dataclass(slots=True)
+class PartCost:
+    """What one part of the recorded work cost on this rank."""
+
+    flops: int = 0
+    """Of matrix products and attention; a multiplication and an addition are two."""
+    bytes: Counter[str] = field(default_factory=Counter)
+    """Payload of collectives by kind (see `operators`)."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """Number of collectives by kind."""
+    seconds: float = 0.0
+    """Wall time, parts inside this one not included; on CUDA the device is waited for at the
+    borders of parts, so that its work is in the part that asked for it."""
+    peak_memory_bytes: int = 0
+    """Largest memory of this process until the part last ended: allocated on the device (since the
+    recorder began), or resident in all where there is none (since the process began)."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Payload of all kinds of collectives."""
+        return sum(self.bytes.values())
+
+
+class Recorder:
+    """A block whose work is counted: `with Recorder() as recorder: ...`, then `totals()`.
+
+    One at a time in a process. What other threads do is not counted, nor the time that they take.
+    """
+
+    def __init__(self) -> None:
+        self._costs: dict[str, PartCost] = {}
+        self._open: list[str] = []
+        self._thread = 0
+        self._mark = 0.0
+        self._is_in_operator = False
+        self._closing = ExitStack()
+
+    def __enter__(self) -> "Recorder":
+        self._thread = threading.get_ident()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with ExitStack() as stack:
+            before = parts.listen(self)
+            stack.callback(parts.listen, before)
+            stack.enter_context(kernel_flops.listening(self))
+            stack.enter_context(_Watch(self))
+            self._closing = stack.pop_all()
+        self._mark = _now()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bill_time()
+        self._closing.close()
+
+    def totals(self) -> dict[str, PartCost]:
+        """Cost of every part that has any, in the order of `parts.PARTS`."""
+        known = sorted(self._costs, key=parts.PARTS.index)
+        return {name: self._costs[name] for name in known}
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of all parts."""
+        return sum(cost.flops for cost in self._costs.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Payload of all collectives."""
+        return sum(cost.total_bytes for cost in self._costs.values())
+
+    @property
+    def safety_bytes(self) -> int:
+        """Payload of the collectives that plain fine-tuning does not have."""
+        return sum(c.total_bytes for name, c in self._costs.items() if name in parts.SAFETY_PATH)
+
+    # parts.PartListener
+
+    def enter(self, name: str) -> None:
+        """Bills what follows to `name`."""
+        if threading.get_ident() == self._thread:
+            self._bill_time()
+            self._open.append(name)
+
+    def leave(self) -> None:
+        """Bills what follows to the part around the one that ends."""
+        if threading.get_ident() == self._thread:
+            self._bill_time()
+            self._open.pop()
+
+    # safereg_kernels.flops.FlopListener
+
+    @contextmanager
+    def operator(self, flops: HeadFlops) -> Iterator[None]:
+        """Bills a fused operator by its formula instead of by its products."""
+        self._cost(parts.HEAD_CE).flops += flops.cross_entropy
+        self._cost(parts.HEAD_DIVERGENCE).flops += flops.divergence
+        before, self._is_in_operator = self._is_in_operator, True
+        try:
+            yield
+        finally:
+            self._is_in_operator = before
+
+    def divergence(self) -> parts.part:
+        """Bills time to the divergence."""
+        return parts.part(parts.HEAD_DIVERGENCE)
+
+    # from _Watch
+
+    def see(self, operator: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Counts one call of an operator packet."""
+        payload = payload_of(operator, args)
+        if payload is not None:
+            kind, size = payload
+            cost = self._cost(self._current)
+            cost.bytes[kind] += size
+            cost.calls[kind] += 1
+        elif not self._is_in_operator:
+            flops = flops_of(operator, args, kwargs, out)
+            if flops:
+                self._cost(self._current).flops += flops
+
+    @property
+    def _current(self) -> str:
+        return self._open[-1] if self._open else parts.OTHER
+
+    def _cost(self, name: str) -> PartCost:
+        return self._costs.setdefault(name, PartCost())
+
+    def _bill_time(self) -> None:
+        now = _now()
+        cost = self._cost(self._current)
+        cost.seconds += now - self._mark
+        cost.peak_memory_bytes = max(cost.peak_memory_bytes, _peak_memory_bytes())
+        self._mark = now
+
+
+class _Watch(TorchDispatchMode):
+    """Shows every operator to the recorder."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator) or func.namespace == "prim":
+            return func(*args, **kwargs)
+        with self:  # under inference mode operators arrive whole: their products are inside
+            out = func.decompose(*args, **kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+            self._recorder.see(func.overloadpacket, args, kwargs, out)
+        return out
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak_memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
