@@ -88,7 +88,10 @@ def build_run(config: Config, backend: Backend) -> Run:
 
     precision = config.train.precision
     model = backend.load_model(
-        policy_folder, precision=precision, offload=config.engine.offload_params
+        policy_folder,
+        precision=precision,
+        offload=config.engine.offload_params,
+        hpz_partition_size=config.engine.hpz_partition_size,
     )
     with ranks.together():
         _check_tokenizer(tokenizer, model)

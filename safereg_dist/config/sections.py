@@ -233,6 +233,9 @@ class EngineConfig:
     """`none` or `cpu`: where optimizer state and master weights live."""
     offload_params: str = "none"
     """`none` or `cpu`: where the policy's shards rest between uses."""
+    hpz_partition_size: int = 1
+    """Ranks that share a second copy of the policy's weights (ZeRO++ hpZ), e.g. the GPUs of a node:
+    backward passes then gather inside the node. Must divide the number of ranks; 1 = off."""
     timeout_s: float = 1800.0
     """Seconds before a collective that some rank never joins is an error, > 0."""
 
@@ -244,6 +247,12 @@ class EngineConfig:
             raise ConfigError(f"engine.zero_stage must be 3, got {self.zero_stage}")
         one_of("engine.offload_optimizer", self.offload_optimizer, ("none", "cpu"))
         one_of("engine.offload_params", self.offload_params, ("none", "cpu"))
+        at_least("engine.hpz_partition_size", self.hpz_partition_size, 1)
+        if self.name == "single" and self.hpz_partition_size != 1:
+            raise ConfigError(
+                f"engine.hpz_partition_size must be 1 with engine.name=single, got "
+                f"{self.hpz_partition_size}: one process has nobody to share weights with"
+            )
         positive("engine.timeout_s", self.timeout_s)
 
 

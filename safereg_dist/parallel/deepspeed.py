@@ -60,8 +60,9 @@ def start_ranks(config: EngineConfig) -> Ranks:
     """Joins the process group that the launcher describes; alone where there is no launcher.
 
     Raises:
-        GroupError: the launcher's environment is incomplete or the group cannot be formed.
-    Collectives: the rendezvous.
+        GroupError: the launcher's environment is incomplete, the group cannot be formed, or
+            `engine.hpz_partition_size` does not divide it.
+    Collectives: the rendezvous, and one gather of texts.
     """
     if "RANK" not in os.environ:
         _pretend_single_launcher()
@@ -83,13 +84,25 @@ def start_ranks(config: EngineConfig) -> Ranks:
             f"{address}, got: {' '.join(str(err).split())[:300]}: check that the port is free "
             "(deepspeed --master_port, torchrun --master_port) and the address reachable"
         ) from err
-    return Ranks(
+    ranks = Ranks(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
         local_rank=local_rank,
         device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
         dp_group=torch.distributed.group.WORLD,
     )
+    with ranks.together():
+        _check_secondary_groups(config.hpz_partition_size, ranks.world_size)
+    return ranks
+
+
+def _check_secondary_groups(size: int, world_size: int) -> None:
+    if world_size % size:
+        divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise GroupError(
+            f"expected engine.hpz_partition_size to divide the number of ranks, {world_size}, got "
+            f"{size}: choose one of {divisors} (best the GPUs of one node), or 1 for none"
+        )
 
 
 def _pretend_single_launcher() -> None:
@@ -113,15 +126,26 @@ class DeepSpeedBackend:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
-    def load_model(self, folder: Path, *, precision: str, offload: str) -> PreTrainedModel:
+    def load_model(
+        self, folder: Path, *, precision: str, offload: str, hpz_partition_size: int = 1
+    ) -> PreTrainedModel:
         """A model built under `zero.Init`, each rank reading just its own shard of every tensor.
+
+        Where `hpz_partition_size` is not 1, so many neighbouring ranks share a second shard, in a
+        group of their own; at most one model of a process can have one (deepspeed 0.19).
 
         Raises:
             ConfigError: the weights do not fit the architecture.
         Collectives: those of `zero.Init`, and one gather of texts.
         """
         dtype = dtype_of(precision)
-        zero_config = _zero_config(precision=precision, offload=offload, rows=1, hidden_size=None)
+        zero_config = _zero_config(
+            precision=precision,
+            offload=offload,
+            rows=1,
+            hidden_size=None,
+            hpz_partition_size=hpz_partition_size,
+        )
         with self.ranks.together():
             architecture = read_architecture(folder)
         with _hf_zero3(zero_config):
@@ -305,10 +329,19 @@ def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
 
 
 def _zero_config(
-    *, precision: str, offload: str, rows: int, hidden_size: int | None
+    *,
+    precision: str,
+    offload: str,
+    rows: int,
+    hidden_size: int | None,
+    hpz_partition_size: int = 1,
 ) -> dict[str, Any]:
-    """ZeRO-3 without an optimizer: for building a model sharded, and for the reference."""
-    zero: dict[str, Any] = {"stage": 3}
+    """ZeRO-3 without an optimizer: for building a model sharded, and for the reference.
+
+    The reference never has hpZ: deepspeed 0.19 refuses a second model that asks for its group
+    (deepspeedai/DeepSpeed#4901), and without a backward pass it would save no gather.
+    """
+    zero: dict[str, Any] = {"stage": 3, "zero_hpz_partition_size": hpz_partition_size}
     if offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if hidden_size is not None:
@@ -328,6 +361,7 @@ def _policy_config(step: nn.Module, config: Config) -> dict[str, Any]:
         offload=config.engine.offload_params,
         rows=config.train.micro_batch_size,
         hidden_size=hidden_size,
+        hpz_partition_size=config.engine.hpz_partition_size,
     )
     ds["zero_optimization"]["reduce_bucket_size"] = max(hidden_size * hidden_size, 1)
     if config.engine.offload_optimizer == "cpu":
@@ -395,3 +429,7 @@ def _load_shards(model: PreTrainedModel, folder: Path, *, rank: int) -> None:
     parameters = dict(model.named_parameters())
     places = stored_parameters(model, folder)
     _fill_shards([(parameters[name], place) for name, place in places.items()], rank=rank)
+    for parameter in parameters.values():
+        # With hpZ it holds the random weights that the model was built with, and the first step
+        # would run on them. Without one, the next gather takes the shards and makes a new one.
+        parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]

@@ -63,8 +63,13 @@ class Backend(Protocol):
 
     ranks: Ranks
 
-    def load_model(self, folder: Path, *, precision: str, offload: str) -> PreTrainedModel:
-        """A causal language model whose weights come from a local Hugging Face folder."""
+    def load_model(
+        self, folder: Path, *, precision: str, offload: str, hpz_partition_size: int = 1
+    ) -> PreTrainedModel:
+        """A causal language model whose weights come from a local Hugging Face folder.
+
+        `hpz_partition_size` ranks share a second shard of it; 1 = none.
+        """
         ...
 
     def load_head(self, folder: Path, *, precision: str) -> Head:

@@ -58,8 +58,10 @@ class SingleBackend:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
-    def load_model(self, folder: Path, *, precision: str, offload: str) -> PreTrainedModel:
-        """The model, whole, on this process's device; `offload` has no meaning here."""
+    def load_model(
+        self, folder: Path, *, precision: str, offload: str, hpz_partition_size: int = 1
+    ) -> PreTrainedModel:
+        """The model, whole, on this process's device; there is nothing to offload or to share."""
         read_architecture(folder)
         files = weight_files(folder)
         model: Any
