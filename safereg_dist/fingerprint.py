@@ -1,4 +1,4 @@
-"""Names for what does not change: an exact fingerprint of a model's weights, a key of a row.
+"""Names for what does not change: a model's weights, a tokenizer, a row.
 
 The fingerprint of weights is one that sharded and whole copies share.
 
@@ -12,11 +12,13 @@ swapped or altered weights; it is no defence against someone who forges weights 
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1 << 22  # elements per step: bounds the int64 temporaries to 32 MiB each
 
@@ -53,3 +55,13 @@ def row_key(input_ids: list[int], loss_mask: list[int]) -> str:
     """SHA-256 (hex) of a row's tokens, and of which of them are the response's."""
     tokens = np.asarray([input_ids, loss_mask], dtype=np.int64)
     return hashlib.sha256(tokens.tobytes()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of the tokenizer: vocabulary and rules, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        rules |= {"padding": None, "truncation": None}  # how it was called last
+    parts = [rules, tokenizer.all_special_ids, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,192 @@
+"""The stored reference: final hidden states of response tokens, computed once and memory-mapped.
+
+Text and reference are frozen, so the states never change. A store is a folder of shards,
+
+    hidden   [T, H]      bf16 or float32, states that predict the response tokens, row after row
+    begin    [n + 1]     int64, where the states of each of n rows begin; the last entry is T
+    keys     [n, 32]     uint8, the rows' names (`fingerprint.row_key`)
+    crc32    [n]         int64, of the bytes of each row's states
+
+and of `index.json`, written last: what the states depend on, and size and digest of every shard.
+Every rank writes shards of its own and reads those of all, so any number of ranks can read.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from safereg_dist.errors import CheckpointError, ConfigError
+
+INDEX_FILE = "index.json"
+_FORMAT = 1
+_BUILD = "build it again with `safereg reference build CONFIG --out DIR`"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreIdentity:
+    """Everything that stored states depend on; states of another identity are refused."""
+
+    reference: str
+    """Fingerprint of the reference's weights."""
+    tokenizer: str
+    """Fingerprint of the tokenizer and its chat template."""
+    data: tuple[str, ...]
+    """Content hashes of the training rows and, where there are any, the anchor rows."""
+    precision: str
+    """`bf16` or `fp32`: what the reference runs in, and its states are stored in."""
+    format: int = _FORMAT
+
+
+class ReferenceStore:
+    """Stored states of rows, looked up by `fingerprint.row_key`; nothing is read before its use."""
+
+    def __init__(self, shards: Sequence["Shard"], hidden_size: int) -> None:
+        self.hidden_size = hidden_size
+        self._shards = list(shards)
+        tables = [shard.table for shard in self._shards]
+        keys = [table.keys for table in tables] or [np.empty(0, dtype="S32")]
+        # A row that two ranks had to store is there twice, with the same states: one is enough.
+        self._keys, first = np.unique(np.concatenate(keys), return_index=True)
+        places = [table.places(i) for i, table in enumerate(tables)] or [np.empty((0, 4), int)]
+        self._places = np.concatenate(places)[first]
+
+    @classmethod
+    def open(cls, folder: Path, expected: StoreIdentity) -> "ReferenceStore":
+        """The store in a folder.
+
+        Raises:
+            ConfigError: the folder is no store, is damaged, or holds states of something else than
+                `expected`.
+        Collectives: none.
+        """
+        index = _read_index(folder)
+        _require_same(folder, index["identity"], expected)
+        shards = [_open_shard(folder, entry, index["hidden_size"]) for entry in index["shards"]]
+        return cls(shards, index["hidden_size"])
+
+    def __len__(self) -> int:
+        """Different rows."""
+        return len(self._keys)
+
+    def holds(self, key: str) -> bool:
+        """Whether the states of the row with this key are stored."""
+        return self._find(key) is not None
+
+    def read(self, key: str) -> Tensor:
+        """[t, H] states that predict the row's response tokens, on the host, mapped from the file.
+
+        Raises:
+            KeyError: they are not stored.
+            CheckpointError: they are not what was written.
+        """
+        row = self._find(key)
+        if row is None:
+            raise KeyError(f"no states are stored of row {key}")
+        shard, begin, end, crc32 = self._places[row].tolist()
+        states = self._shards[shard].hidden[begin:end]
+        if crc32_of(states) != crc32:
+            raise CheckpointError(
+                f"the states of a row in {self._shards[shard].path} are not those that were "
+                f"written: the disk has lost them, {_BUILD}"
+            )
+        return states
+
+    def _find(self, key: str) -> int | None:
+        name = bytes.fromhex(key)
+        at = int(np.searchsorted(self._keys, np.bytes_(name)))
+        # As bytes of the array: numpy's own items lose zeros at their end.
+        return at if self._keys[at : at + 1].tobytes() == name else None
+
+
+class Table(NamedTuple):
+    """What a shard says of its n rows."""
+
+    keys: np.ndarray
+    """[n] names, 32 bytes each."""
+    begin: np.ndarray
+    """[n + 1] first token of each row, and the number of tokens."""
+    crc32: np.ndarray
+    """[n] of each row's states."""
+
+    def places(self, shard: int) -> np.ndarray:
+        """[n, 4] shard, first and one past the last token, crc32 of every row."""
+        return np.stack(
+            [np.full_like(self.crc32, shard), self.begin[:-1], self.begin[1:], self.crc32], axis=1
+        )
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of all of it."""
+        return hashlib.sha256(b"".join(part.tobytes() for part in self)).hexdigest()
+
+
+class Shard(NamedTuple):
+    """One file, mapped."""
+
+    path: Path
+    hidden: Any
+    """[T, H]; a slice of it reads those rows alone."""
+    table: Table
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        return {name: index[name] for name in ("identity", "hidden_size", "shards")}
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ConfigError(
+            f"expected a stored reference at reference.cache={folder}, got {type(err).__name__}: "
+            f"{' '.join(str(err).split())[:200]}: check the path, or {_BUILD}"
+        ) from err
+
+
+def _require_same(folder: Path, found: dict[str, Any], expected: StoreIdentity) -> None:
+    wanted = json.loads(json.dumps(asdict(expected)))
+    for field in fields(expected):
+        got = found.get(field.name)
+        if got != wanted[field.name]:
+            raise ConfigError(
+                f"the states in reference.cache={folder} belong to another {field.name}: expected "
+                f"{wanted[field.name]}, got {got}: {_BUILD}, or set reference.cache=null"
+            )
+
+
+def _open_shard(folder: Path, entry: dict[str, Any], hidden_size: int) -> Shard:
+    path = folder / entry["file"]
+    try:
+        if path.stat().st_size != entry["bytes"]:
+            raise ConfigError(
+                f"{path} has {path.stat().st_size} bytes, its index says {entry['bytes']}: {_BUILD}"
+            )
+        shard = map_shard(path)
+    except (OSError, SafetensorError) as err:
+        raise ConfigError(f"{path} of a stored reference cannot be read ({err}): {_BUILD}") from err
+    shape = [int(shard.table.begin[-1]), hidden_size]
+    if shard.table.digest() != entry["sha256"] or shard.hidden.get_shape() != shape:
+        raise ConfigError(f"{path} is not the file that its index describes: {_BUILD}")
+    return shard
+
+
+def map_shard(path: Path) -> Shard:
+    """A shard with its table read, and its states where they are.
+
+    Raises:
+        OSError, SafetensorError: it is no such file.
+    """
+    file = safe_open(path, framework="pt")
+    keys, begin, crc32 = (file.get_tensor(name).numpy() for name in ("keys", "begin", "crc32"))
+    names = np.frombuffer(keys.tobytes(), dtype="S32")
+    return Shard(path, file.get_slice("hidden"), Table(names, begin, crc32))
+
+
+def crc32_of(states: Tensor) -> int:
+    """CRC-32 of the bytes of [t, H] states."""
+    return zlib.crc32(states.contiguous().view(torch.uint8).numpy().data)
