@@ -14,7 +14,7 @@ Every rank writes shards of its own and reads those of all, so any number of ran
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.errors import CheckpointError, ConfigError
+from safereg_dist.fingerprint import tokenizer_fingerprint
 
 INDEX_FILE = "index.json"
 _FORMAT = 1
@@ -44,6 +46,23 @@ class StoreIdentity:
     precision: str
     """`bf16` or `fp32`: what the reference runs in, and its states are stored in."""
     format: int = _FORMAT
+
+    @classmethod
+    def of(
+        cls,
+        reference: str,
+        tokenizer: PreTrainedTokenizerBase,
+        content_hashes: Iterable[str],
+        *,
+        precision: str,
+    ) -> "StoreIdentity":
+        """That of a run: its reference's fingerprint, and the content hashes of its row stores."""
+        return cls(
+            reference=reference,
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            data=tuple(content_hashes),
+            precision=precision,
+        )
 
 
 class ReferenceStore:

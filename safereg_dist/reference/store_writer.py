@@ -100,11 +100,7 @@ def begin_store(out: Path) -> Path:
         ConfigError: `out` exists.
         CheckpointError: the place cannot be written.
     """
-    if out.exists():
-        raise ConfigError(
-            f"--out {out} exists: remove it to build the reference's states again, or give "
-            "another folder"
-        )
+    require_absent(out)
     partial = partial_folder(out)
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -112,6 +108,15 @@ def begin_store(out: Path) -> Path:
     except OSError as err:
         raise _cannot_write(partial, err) from err
     return partial
+
+
+def require_absent(out: Path) -> None:
+    """Raises ConfigError where there is something at `out`."""
+    if out.exists():
+        raise ConfigError(
+            f"--out {out} exists: remove it to build the reference's states again, or give "
+            "another folder"
+        )
 
 
 def partial_folder(out: Path) -> Path:
