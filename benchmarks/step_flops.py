@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from safereg_dist.batch import micro_batches
+from safereg_dist.batch import collate_window
 from safereg_dist.config import (
     Config,
     DataConfig,
@@ -213,12 +213,8 @@ def epoch_costs(
         for step in range(epoch * steps, (epoch + 1) * steps):
             if is_watched:
                 run.step.risk.begin_step(step)
-            (batch,) = micro_batches(
-                run.sources.stream,
-                start=step * size,
-                micro_batch_size=size,
-                count=1,
-                pad_id=run.pad_id,
+            batch = collate_window(
+                run.sources.stream, start=step * size, count=size, pad_id=run.pad_id
             )
             costs.append(_step_cost(run, batch))
             tokens.append(_tokens_of(batch))

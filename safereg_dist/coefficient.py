@@ -66,14 +66,26 @@ class Coefficient:
         self._ema: float | None = None
 
     @part(COEFFICIENT)
-    def __call__(self, rows: tuple[Row, ...], risk: RowRisks | Exception) -> list[float]:
+    def __call__(
+        self, rows: tuple[Row, ...], risk: RowRisks | Exception, micro_batches: int = 1
+    ) -> list[float]:
         """[B] coefficient b of every row: 1 on anchor rows, 0 on rows without response tokens.
 
+        With granularity `batch` they are those of so many micro-batches, one after the other.
         Where categories have ceilings of their own, b = max_c schedule_c(r_c). A row whose risk
-        could not be computed (nan) counts as risky: r = 1. An error in place of
-        risk is raised; with granularity `batch` on all ranks together.
-        Collectives: none; with granularity `batch` one SUM all-reduce of 16 bytes.
+        could not be computed (nan) counts as risky: r = 1. An error in place of risk is raised;
+        with granularity `batch` on all ranks together.
+        Collectives: none; with granularity `batch` one SUM all-reduce of 16 bytes each.
         """
+        if isinstance(risk, Exception) or micro_batches == 1:
+            return self._of_micro_batch(rows, risk)
+        size, found = len(rows) // micro_batches, []
+        for begin in range(0, len(rows), size):
+            places = list(range(begin, begin + size))
+            found += self._of_micro_batch(rows[begin : begin + size], risk.of_rows(places))
+        return found
+
+    def _of_micro_batch(self, rows: tuple[Row, ...], risk: RowRisks | Exception) -> list[float]:
         config = self._config
         if isinstance(risk, Exception):
             if config.granularity == "batch":

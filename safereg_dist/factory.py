@@ -3,18 +3,20 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.batch import RowStore, RowStream, load_rows, load_tokenizer, steps_for
-from safereg_dist.coefficient import Coefficient
+from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient, scheduled
 from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, PolicyEngine
 from safereg_dist.policy import Policy, enable_activation_checkpointing
-from safereg_dist.reference import NoReference, Reference
+from safereg_dist.reference import NoReference, Packing, Reference
+from safereg_dist.risk.override import read_overrides
 from safereg_dist.risk.stage import RiskStage
 from safereg_dist.signals import (
     Signal,
@@ -164,7 +166,7 @@ def build_screening(config: Config, backend: Backend) -> Screening:
     if depths:
         reference = _build_reference(config, backend, folder, None, tokenizer, fingerprints)
         assert isinstance(reference, Reference)
-        num_layers = reference.model.config.get_text_config().num_hidden_layers
+        num_layers = reference.config.num_hidden_layers
     with ranks.together():
         risk = build_risk(config, signals, backend, reference, None, fingerprints)
     own = config.regularizer.threshold
@@ -242,6 +244,8 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
         if config.needs_risk and config.risk.override is not None:
             check_overrides(config.risk.override, train_rows, data.train, is_main=ranks.is_main)
 
+        active = _known_active_rows(config, train_rows)
+
     rows_per_step = train.micro_batch_size * train.grad_accum_steps
     total_steps = train.steps or DEFAULT_STEPS
     fraction = data.anchor_fraction if anchor_rows is not None else 0.0
@@ -255,7 +259,11 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
         )
 
     def stream(
-        rows: RowStore, anchor: RowStore | None, epochs: float | None, name: str
+        rows: RowStore,
+        anchor: RowStore | None,
+        epochs: float | None,
+        name: str,
+        active: np.ndarray | None = None,
     ) -> RowStream:
         return RowStream(
             rows,
@@ -266,11 +274,12 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
             seed=train.seed,
             epochs=epochs,
             name=name,
+            active=active,
         )
 
     with ranks.together():
         return RowSources(
-            stream=stream(train_rows, anchor_rows, train.epochs, "data.train"),
+            stream=stream(train_rows, anchor_rows, train.epochs, "data.train", active),
             train=train_rows,
             anchor=anchor_rows,
             validation=None
@@ -280,6 +289,26 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
             total_steps=total_steps,
             rows_per_step=rows_per_step,
         )
+
+
+def _known_active_rows(config: Config, rows: RowStore) -> np.ndarray | None:
+    """bool [rows], rows with b > 0, where that is known now and they are to be dealt evenly."""
+    is_column = config.needs_risk and config.risk.estimator == "column"
+    if not is_column or config.reference.balance not in ("auto", "deal"):
+        return None
+    if config.regularizer.granularity == "batch":
+        return None  # a row's coefficient depends on the rows beside it
+    risk = np.array(rows.table.data.column("risk"))
+    if config.risk.override is not None:
+        decisions = read_overrides(config.risk.override)
+        for index, name in enumerate(rows.table["id"]):
+            if name in decisions:
+                risk[index] = decisions[name].risk
+    threshold = config.regularizer.threshold
+    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+    values, places = np.unique(risk, return_inverse=True)
+    active = [scheduled(value, config.regularizer, threshold) > 0 for value in values.tolist()]
+    return np.array(active)[places]
 
 
 def _require_finite(backend: Backend, model: PreTrainedModel, folder: Path) -> None:
@@ -333,11 +362,18 @@ def _build_reference(
                 f"(fingerprints {fingerprints['policy'][:12]} and "
                 f"{fingerprints['reference'][:12]}): loading has lost weights; report this"
             )
-    return Reference(
-        model,
-        backend=backend,
-        offload=settings.offload,
+    return Reference.of_model(
+        model, backend=backend, offload=settings.offload, packing=_packing(config)
+    )
+
+
+def _packing(config: Config) -> Packing:
+    settings = config.reference
+    return Packing(
         rows_per_pass=settings.rows_per_pass or config.train.micro_batch_size,
+        keep_bytes=settings.keep_bytes,
+        max_length=config.data.max_length,
+        exchange=settings.balance == "exchange",
     )
 
 

@@ -25,6 +25,7 @@ _SUMMED = (
     "rows",
     "active_rows",
     "reference_rows",
+    "reference_misses",
     "kl_coef_sum",
     "risk_sum",
     "risk_rows",
@@ -49,6 +50,7 @@ class StepMetrics:
             if row.id:  # not a filler
                 self._add_row(row.is_anchor, sum(row.loss_mask), len(row.input_ids), risk, coef)
         self._host["reference_rows"] += output.reference_rows
+        self._host["reference_misses"] += output.reference_misses
 
     def _add_row(
         self, is_anchor: bool, response_tokens: int, length: int, risk: float | None, coef: float
@@ -81,7 +83,7 @@ class StepMetrics:
 
         Requests and failures of one rank travel with them, so that they cost no collective; so do
         the risk stage's counts of this rank, `risk_sums`.
-        Collectives: one all-gather of 18 float64 per rank, and one of each of `risk_sums`. One host
+        Collectives: one all-gather of 19 float64 per rank, and one of each of `risk_sums`. One host
         synchronisation.
         """
         sums_of_risk = risk_sums or {}

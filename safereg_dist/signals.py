@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.batch import RowStore
 from safereg_dist.coefficient import DEFAULT_THRESHOLD
@@ -212,7 +212,7 @@ class _Builder:
         assert signal.probe is not None
         assert isinstance(self._reference, Reference)
         risk = self._config.risk
-        self._check(signal, self._reference.model, "reference", force=signal.force)
+        self._check(signal, self._reference.config, "reference", force=signal.force)
         frozen = ReferenceProbeRisk(
             signal.probe,
             self._reference,
@@ -224,7 +224,7 @@ class _Builder:
         if risk.is_composite or risk.source == "reference":
             return frozen
         if self._policy is not None:
-            self._check(signal, self._policy, "policy", force=signal.force)
+            self._check(signal, self._policy.config.get_text_config(), "policy", force=signal.force)
         own = self._config.regularizer.threshold
         return WatchedPolicyProbe(
             signal.probe,
@@ -234,9 +234,10 @@ class _Builder:
             ranks=self._backend.ranks,
         )
 
-    def _check(self, signal: Signal, model: PreTrainedModel, side: str, *, force: bool) -> None:
+    def _check(
+        self, signal: Signal, text_config: PreTrainedConfig, side: str, *, force: bool
+    ) -> None:
         assert signal.probe is not None
-        text_config = model.config.get_text_config()
         check_model(
             signal.probe,
             fingerprint=self._fingerprints[side],

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safereg_dist import checkpoint as checkpoints
-from safereg_dist.batch import collate, micro_batches
+from safereg_dist.batch import collate, collate_window
 from safereg_dist.checkpoint import RunState, config_hash
 from safereg_dist.config import Config, config_to_yaml, load_config
 from safereg_dist.errors import CheckpointError, ConfigError, NonFiniteLoss
@@ -145,23 +145,22 @@ def _optimizer_step(
     """One optimizer step over its micro-batches: the row of metrics, and whether to stop."""
     started = time.perf_counter()
     config, sources, step = run.config, run.sources, progress.step
-    batches = micro_batches(
+    window = collate_window(
         sources.stream,
         start=step * sources.rows_per_step,
-        micro_batch_size=config.train.micro_batch_size,
-        count=config.train.grad_accum_steps,
+        count=sources.rows_per_step,
         pad_id=run.pad_id,
     )
     risk = run.step.risk
     risk.begin_step(step)
     if risk.looks_ahead:
         risk.prefetch(_coming_rows(sources, step))
-    num_tokens = _global_tokens(run, [batch.num_response_tokens for batch in batches])
-    metrics = StepMetrics()
-    for index, host_batch in enumerate(batches):
-        batch = host_batch.to(run.ranks.device)
-        output = run.engine(batch, num_tokens)
-        run.engine.backward(output.loss, is_last=index == len(batches) - 1)
+    num_tokens = _global_tokens(run, window.num_response_tokens)
+    metrics, count = StepMetrics(), config.train.grad_accum_steps
+    micro_batches = run.step.micro_batches(window.to(run.ranks.device), count)
+    for index, (batch, ahead) in enumerate(micro_batches):
+        output = run.engine(batch, num_tokens, ahead)
+        run.engine.backward(output.loss, is_last=index == count - 1)
         metrics.add(batch, output)
     lr = learning_rate(step, sources.total_steps, config.optimizer)
     update = run.engine.update(lr)
@@ -179,6 +178,8 @@ def _optimizer_step(
     progress.seconds += seconds
     row = metrics_row(total, step=step, lr=lr, grad_norm=update.grad_norm, step_time_s=seconds)
     row.update({**risk.end_step(total), **validation})
+    if config.reference.cache is not None:
+        row["reference_misses"] = int(total["reference_misses"])
     log.write(row, metrics.ledger_rows(step=step, rank=run.ranks.rank))
     _count_non_finite(progress, update)
     return row, bool(total["stop_requested"])
@@ -191,9 +192,9 @@ def _coming_rows(sources: RowSources, step: int) -> list[Row]:
     return [row for row in found if row is not None]
 
 
-def _global_tokens(run: Run, counts: list[int]) -> Tensor:
+def _global_tokens(run: Run, count: int) -> Tensor:
     """N: response tokens of all ranks and micro-batches, a float32 scalar on the device."""
-    own = torch.tensor(sum(counts), dtype=torch.int64).to(run.ranks.device, non_blocking=True)
+    own = torch.tensor(count, dtype=torch.int64).to(run.ranks.device, non_blocking=True)
     return run.ranks.sum_(own).float()
 
 

@@ -53,6 +53,8 @@ class MicroBatch:
     """[P] tokens before each assistant turn."""
     rows: tuple[Row, ...]
     """[B] the rows themselves, on the host; row lengths and ids come from here."""
+    pad_id: int
+    """Token that fills shorter rows up to S."""
     may_be_new: bool = True
     """False once every rank has seen all its rows: then no cached risk can be missing anywhere."""
 
@@ -88,6 +90,15 @@ class RowRisks(NamedTuple):
     notes: dict[int, str]
     """By row: a reviewer's reason, or why a judgement failed."""
 
+    def of_rows(self, rows: list[int]) -> "RowRisks":
+        """The same of some rows only, in the order given."""
+        return RowRisks(
+            [self.values[row] for row in rows],
+            {name: [values[row] for row in rows] for name, values in self.by_category.items()},
+            [self.sources[row] for row in rows],
+            {place: self.notes[row] for place, row in enumerate(rows) if row in self.notes},
+        )
+
 
 class Head(NamedTuple):
     """A language-model head, whole on this rank: logits = hidden @ weight.T + bias, soft-capped."""
@@ -116,6 +127,19 @@ def head_of(model: nn.Module) -> Head:
     return Head(head.weight, getattr(head, "bias", None), softcap)
 
 
+class ReferenceStates(NamedTuple):
+    """What the reference gives one micro-batch."""
+
+    hidden: Tensor | None
+    """[T, H_ref] last hidden states, unread on tokens that are not active; None where none is."""
+    needs_head: bool
+    """True where a row is active on some rank: then all ranks gather the reference's head."""
+    rows_run: int = 0
+    """Rows that the reference ran on for it, on this rank."""
+    misses: int = 0
+    """Of its active rows, those that a stored reference should have held and did not."""
+
+
 class StepOutput(NamedTuple):
     """What one micro-batch gives: the loss to differentiate, and what the log needs.
 
@@ -134,3 +158,5 @@ class StepOutput(NamedTuple):
     """[B] coefficient of each row."""
     reference_rows: int
     """Rows that the reference really ran on, on this rank."""
+    reference_misses: int = 0
+    """Active rows that the stored reference did not hold."""

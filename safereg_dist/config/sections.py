@@ -43,16 +43,26 @@ class ReferenceConfig:
     offload: str = "none"
     """`none` or `cpu`: where the reference's shards rest between uses."""
     cache: str | None = None
-    """Stored reference hidden states; not available in this version, must be null."""
+    """Folder written by `safereg reference build`: no trunk runs on rows it holds; null = none."""
     rows_per_pass: int | None = None
     """Rows in one reference forward, >= 1; null = `train.micro_batch_size`. Bounds memory."""
+    keep_bytes: int = 256 << 20
+    """Bytes of reference states that may wait for their micro-batch, >= 0; one's always may."""
+    balance: str = "auto"
+    """Over ranks: `deal` risky rows evenly (needs a risk column), `exchange` them as they turn up,
+    `none`, or `auto`: deal where risk is a column, else none."""
 
     def __post_init__(self) -> None:
         one_of("reference.offload", self.offload, ("none", "cpu"))
-        if self.cache is not None:
-            raise ConfigError("reference.cache must be null: stored states are not available yet")
+        one_of("reference.balance", self.balance, ("auto", "none", "deal", "exchange"))
+        at_least("reference.keep_bytes", self.keep_bytes, 0)
         if self.rows_per_pass is not None:
             at_least("reference.rows_per_pass", self.rows_per_pass, 1)
+        if self.cache is not None and self.balance == "exchange":
+            raise ConfigError(
+                "reference.balance=exchange moves rows to run the trunk on, but with "
+                "reference.cache none runs: set balance=auto"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +292,12 @@ class Config:
             raise ConfigError(
                 "data.anchor needs a reference, but regularizer.objective=none never runs one: "
                 "set data.anchor=null, or objective=static with ceiling=0 for anchors alone"
+            )
+        if self.reference.balance == "deal" and self.risk.estimator != "column":
+            raise ConfigError(
+                "reference.balance=deal needs the risk of all rows beforehand (risk.estimator="
+                f"column), got estimator {self.risk.estimator}: write it with `safereg score`, or "
+                "use balance=exchange"
             )
         if self.train.eval_every and self.data.validation is None:
             raise ConfigError("train.eval_every needs data.validation: set it, or eval_every=0")

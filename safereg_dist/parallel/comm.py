@@ -4,8 +4,9 @@ Everything that ranks agree on goes through here, so that the order of collectiv
 tested) in one place. In a single process every method works without a process group.
 """
 
+import functools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,17 +58,34 @@ class Ranks:
         A rank that has failed gives its error instead, and every rank raises together.
         Collectives: one MAX all-reduce of 8 bytes (three more only on the way to raising).
         """
-        failed = isinstance(need, Exception)
-        if self.dp_group is None:
-            if failed:
-                raise need
-            return need
-        agreed = torch.tensor([_FAILED if failed else need], device=self.device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.dp_group)
-        passes = int(agreed.item())
-        if passes >= _FAILED:
-            self.raise_together(need if failed else None)
-        return passes
+        own = need if isinstance(need, Exception) else [need]
+        return self.begin_most(own).result()[0]
+
+    def begin_most(self, own: Sequence[int] | Exception, *, count: int = 1) -> "Agreement":
+        """The largest of each of `count` numbers over ranks, under way until its result is read.
+
+        A rank that has failed gives its error instead, and every rank raises on reading.
+        Collectives: one MAX all-reduce of 8 bytes a number.
+        """
+        return Agreement(self, own, count, is_table=False)
+
+    def begin_table(self, own: Sequence[int] | Exception, *, count: int) -> "Agreement":
+        """Every rank's `count` numbers, in rank order; else as `begin_most`.
+
+        Collectives: one all-gather of 8 bytes a number and rank.
+        """
+        return Agreement(self, own, count, is_table=True)
+
+    def all_to_all(self, sent: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        """The pieces that all ranks have for this one, in rank order; sizes count along dim 0.
+
+        Collectives: one all-to-all.
+        """
+        received = sent.new_empty(sum(receive_sizes), *sent.shape[1:])
+        dist.all_to_all_single(
+            received, sent.contiguous(), receive_sizes, send_sizes, group=self.dp_group
+        )
+        return received
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The tensor summed over ranks, in place, left on the device. Collectives: one SUM."""
@@ -124,6 +142,74 @@ class Ranks:
         Collectives: two `raise_together`.
         """
         return _MainFirst(self)
+
+
+class Agreement:
+    """Numbers that all ranks will have agreed on; read it as late as possible.
+
+    On a GPU it has a stream of its own: reading it waits for this collective (and for those before
+    it on the same communicator), not for the work that was queued on the device meanwhile.
+    """
+
+    @part(AGREEMENT)
+    def __init__(
+        self, ranks: Ranks, own: Sequence[int] | Exception, count: int, *, is_table: bool
+    ) -> None:
+        self._ranks = ranks
+        self._error = own if isinstance(own, Exception) else None
+        self._is_table = is_table
+        values = [_FAILED] * count if isinstance(own, Exception) else list(own)
+        assert len(values) == count
+        if ranks.dp_group is None:
+            self._numbers: list[int] | None = values
+            return
+        self._numbers = None
+        with _own_stream(ranks.device):
+            sent = torch.tensor(values, dtype=torch.int64).to(ranks.device, non_blocking=True)
+            if is_table:
+                self._tensor = sent.new_empty(ranks.world_size, count)
+                self._work = dist.all_gather(
+                    list(self._tensor.unbind()), sent, group=ranks.dp_group, async_op=True
+                )
+            else:
+                self._tensor = sent
+                self._work = dist.all_reduce(
+                    sent, op=dist.ReduceOp.MAX, group=ranks.dp_group, async_op=True
+                )
+
+    @part(AGREEMENT)
+    def result(self) -> list[int]:
+        """[count] largest numbers, or [world_size * count] numbers of all ranks. One host sync.
+
+        Raises:
+            The first failed rank's error, on all ranks.
+        Collectives: none (three gathers on the way to raising).
+        """
+        if self._numbers is None:
+            with _own_stream(self._ranks.device):
+                assert self._work is not None
+                self._work.wait()
+                self._numbers = self._tensor.flatten().tolist()
+        if max(self._numbers) >= _FAILED:
+            if self._ranks.dp_group is None:
+                assert self._error is not None
+                raise self._error
+            self._ranks.raise_together(self._error)
+        return self._numbers
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(_agreement_stream(device)):
+        yield
+
+
+@functools.cache
+def _agreement_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class _MainFirst:

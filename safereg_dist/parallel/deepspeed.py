@@ -246,9 +246,9 @@ class DeepSpeedPolicy:
         self._world_size = world_size
 
     @part(POLICY_FORWARD)
-    def __call__(self, batch: MicroBatch, num_tokens: Tensor) -> StepOutput:
+    def __call__(self, batch: MicroBatch, num_tokens: Tensor, ahead: object = None) -> StepOutput:
         """Forward of one micro-batch under ZeRO-3's hooks."""
-        return self.engine(batch, num_tokens)
+        return self.engine(batch, num_tokens, ahead)
 
     @part(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:

@@ -25,7 +25,7 @@ class Update(NamedTuple):
 class PolicyEngine(Protocol):
     """Runs, differentiates, steps, saves and restores the trained module."""
 
-    def __call__(self, batch: MicroBatch, num_tokens: Tensor) -> StepOutput:
+    def __call__(self, batch: MicroBatch, num_tokens: Tensor, ahead: object = None) -> StepOutput:
         """Forward of one micro-batch under the engine's hooks."""
         ...
 

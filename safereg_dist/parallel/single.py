@@ -131,9 +131,9 @@ class SinglePolicy:
         )
 
     @part(POLICY_FORWARD)
-    def __call__(self, batch: MicroBatch, num_tokens: Tensor) -> StepOutput:
+    def __call__(self, batch: MicroBatch, num_tokens: Tensor, ahead: object = None) -> StepOutput:
         """Forward of one micro-batch."""
-        return self.module(batch, num_tokens)
+        return self.module(batch, num_tokens, ahead)
 
     @part(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:

@@ -12,7 +12,7 @@ from safereg_dist.errors import DataError
 from safereg_dist.parallel.single import SingleBackend, single_ranks
 from safereg_dist.probe_lab.collect import positions_of
 from safereg_dist.probe_lab.loading import load_model_of, load_probes_for
-from safereg_dist.reference import Reference
+from safereg_dist.reference import Packing, Reference
 from safereg_dist.risk.probe import Probe, rescale
 from safereg_dist.risk.probe_risk import ReferenceProbeRisk
 from safereg_dist.types import Row
@@ -50,7 +50,9 @@ def score_rows(
     backend = SingleBackend(single_ranks())
     device = backend.ranks.device
     model, _ = load_model_of(probes, model_path, device=device, progress=progress)
-    reference = Reference(model, backend=backend, offload="none", rows_per_pass=batch_size)
+    reference = Reference.of_model(
+        model, backend=backend, offload="none", packing=Packing(rows_per_pass=batch_size)
+    )
     estimators = [
         ReferenceProbeRisk(
             probe.to(device), reference, ranks=backend.ranks, rows_per_pass=batch_size

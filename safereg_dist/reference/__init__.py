@@ -1,6 +1,7 @@
 """Stage 5: the frozen reference, run on the rows that need it and on no others."""
 
-from safereg_dist.reference.reference import NoReference, Reference
+from safereg_dist.reference.reference import NoReference, Packing, Reference
 from safereg_dist.reference.trunk import ReferenceTrunk
+from safereg_dist.reference.window import NoWindow, Window
 
-__all__ = ["NoReference", "Reference", "ReferenceTrunk"]
+__all__ = ["NoReference", "NoWindow", "Packing", "Reference", "ReferenceTrunk", "Window"]

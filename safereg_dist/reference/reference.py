@@ -1,138 +1,185 @@
-"""Stage 5: the frozen reference, run on the rows that need it and on no others."""
+"""The frozen reference: its trunk, run on packed rows, and its head."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
+from safereg_dist.reference.exchange import slowest_rates
 from safereg_dist.reference.trunk import ReferenceTrunk
-from safereg_dist.types import NO_HEAD, Head, MicroBatch, head_of
+from safereg_dist.reference.window import NoWindow, Window
+from safereg_dist.types import NO_HEAD, Head, Row, head_of
+
+if TYPE_CHECKING:
+    from safereg_dist.reference.store import ReferenceStore
+
+
+class TokenRow(Protocol):
+    """What the reference reads of a row."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """[length] token ids."""
+        ...
+
+    @property
+    def loss_mask(self) -> list[int]:
+        """[length] 1 on response tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How rows share the passes of the reference, and how much is kept of them."""
+
+    rows_per_pass: int
+    """Rows of one forward."""
+    keep_bytes: int = 256 << 20
+    """Bytes of hidden states that may wait for their micro-batch, if more than one has to."""
+    max_length: int = 1024
+    """Longest row, in tokens."""
+    exchange: bool = False
+    """Ranks with many active rows hand some over to ranks with few, where that pays."""
 
 
 class NoReference:
     """Stands where the objective has no divergence: runs nothing, agrees on nothing."""
 
-    def agree_on_passes(self, batch: MicroBatch, kl_coef: list[float] | Exception) -> int:
-        """Always 0. Collectives: none."""
+    def open(
+        self, rows: Sequence[Row], kl_coef: list[float] | Exception, *, micro_batches: int = 1
+    ) -> NoWindow:
+        """A window without states. Collectives: none."""
         if isinstance(kl_coef, Exception):
             raise kl_coef
-        return 0
-
-    def hidden_states(
-        self, batch: MicroBatch, kl_coef: list[float], *, passes: int
-    ) -> tuple[None, int]:
-        """Nothing, on no rows."""
-        return None, 0
+        return NoWindow(len(rows))
 
     @contextmanager
-    def gathered_head(self, *, passes: int) -> Iterator[Head]:
+    def gathered_head(self, is_needed: bool) -> Iterator[Head]:
         """A block without a head."""
         yield NO_HEAD
 
 
 class Reference:
-    """Runs the frozen reference on packed rows; every rank the same number of times."""
+    """Runs the frozen reference on packed rows; every rank the same number of times.
+
+    Its trunk is loaded when it is first run: never, where all states that are asked for are stored.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, *, backend: Backend, offload: str, rows_per_pass: int
+        self,
+        config: PreTrainedConfig,
+        head: Head,
+        load_trunk: Callable[[], ReferenceEngine],
+        *,
+        backend: Backend,
+        packing: Packing,
+        store: "ReferenceStore | None" = None,
     ) -> None:
-        self.model = model
+        self.config = config.get_text_config()
+        self.head = head
+        self.packing = packing
+        self.store = store
         self._backend = backend
-        self._rows_per_pass = rows_per_pass
-        self.engine: ReferenceEngine = backend.wrap_reference(
-            ReferenceTrunk(model), offload=offload, rows=rows_per_pass
+        self._load_trunk = load_trunk
+        self._engine: ReferenceEngine | None = None
+        self.trunk_parameters = 0
+        """Weights of the trunk over all ranks; what an exchange is judged by."""
+        self.rates = slowest_rates(backend.ranks) if packing.exchange else None
+
+    @classmethod
+    def of_model(
+        cls, model: PreTrainedModel, *, backend: Backend, offload: str, packing: Packing
+    ) -> "Reference":
+        """The reference of a model that is loaded already."""
+        engine = backend.wrap_reference(
+            ReferenceTrunk(model), offload=offload, rows=packing.rows_per_pass
         )
+        head = head_of(model)
+        reference = cls(model.config, head, lambda: engine, backend=backend, packing=packing)
+        # Under ZeRO-3 a parameter knows how large it is on all ranks together.
+        trunk = (getattr(p, "ds_numel", p.numel()) for p in model.base_model.parameters())
+        reference.trunk_parameters = sum(trunk)
+        return reference
 
-    def agree_on_passes(self, batch: MicroBatch, kl_coef: list[float] | Exception) -> int:
-        """The passes that every rank makes: the most that any rank needs for its active rows.
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that run it together."""
+        return self._backend.ranks
 
-        Where a rank has an error instead of coefficients, all ranks raise it together.
-        Collectives: one 8-byte MAX all-reduce.
+    @property
+    def engine(self) -> ReferenceEngine:
+        """What runs the trunk. Collectives on first use: those of loading it."""
+        if self._engine is None:
+            self._engine = self._load_trunk()
+        return self._engine
+
+    def open(
+        self, rows: Sequence[Row], kl_coef: list[float] | Exception, *, micro_batches: int = 1
+    ) -> Window:
+        """A window over rows that share passes; an error is raised by all ranks on first reading.
+
+        Collectives: see `Window`.
         """
-        if isinstance(kl_coef, Exception):
-            return self._backend.ranks.agree_on_passes(kl_coef)
-        need = -(-len(active_rows(kl_coef, batch)) // self._rows_per_pass)
-        return self._backend.ranks.agree_on_passes(need)
+        return Window(self, rows, kl_coef, micro_batches=micro_batches)
 
-    def hidden_states(
-        self, batch: MicroBatch, kl_coef: list[float], *, passes: int
-    ) -> tuple[Tensor | None, int]:
-        """[T, H_ref] reference states of active rows' response tokens, and the rows run.
+    def response_states(self, rows: Sequence[TokenRow], *, passes: int) -> list[Tensor]:
+        """[t, H_ref] states that predict each row's response tokens, after the final norm.
 
-        Other tokens hold zeros and are never read. A rank with fewer rows than passes runs one
-        dummy token in each pass that is left, so that every rank joins every collective. None where
-        no rank needs a pass. Collectives: the engine's, `passes` times.
+        Longest rows first, so that those of a pass are of like length; each pass is trimmed to its
+        own longest row. A rank with fewer rows than passes runs one dummy token in each pass that
+        is left, so that every rank joins every collective. Collectives: the engine's, `passes`
+        times.
         """
-        if passes == 0:
-            return None, 0
-        rows = active_rows(kl_coef, batch)
-        groups = [
-            rows[i * self._rows_per_pass : (i + 1) * self._rows_per_pass] for i in range(passes)
-        ]
-        hidden: Tensor | None = None
-        for group in groups:
-            states = self._run(batch, group)
-            if hidden is None:
-                hidden = states.new_zeros(batch.num_response_tokens, states.shape[-1])
-            if group:
-                _scatter_responses(hidden, states, batch, group)
-        return hidden, len(rows)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+        size, found = self.packing.rows_per_pass, {}
+        for begin in range(0, passes * size, size):
+            group = order[begin : begin + size]
+            found.update(zip(group, self._pass([rows[i] for i in group]), strict=True))
+        return [found[i] for i in range(len(rows))]
+
+    def _pass(self, rows: Sequence[TokenRow]) -> Sequence[Tensor]:
+        device = self.ranks.device
+        if not rows:
+            dummy = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            self.engine(dummy, torch.ones_like(dummy))
+            return []
+        width = max(len(row.input_ids) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        index: list[int] = []
+        counts: list[int] = []
+        for place, row in enumerate(rows):
+            length = len(row.input_ids)
+            ids[place, :length] = torch.tensor(row.input_ids)
+            mask[place, :length] = 1
+            # The hidden state at t - 1 predicts token t.
+            own = [place * width + t - 1 for t in range(1, length) if row.loss_mask[t]]
+            index += own
+            counts.append(len(own))
+        states = self.engine(
+            ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        ).flatten(0, 1)
+        chosen = torch.tensor(index, dtype=torch.int64).to(device, non_blocking=True)
+        return states.index_select(0, chosen).split(counts)
 
     def prompt_states(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:
         """[B, S, H] after `num_layers` layers, which alone run. Collectives: the engine's."""
         return self.engine.prefix(input_ids, attention_mask, num_layers)
 
     @contextmanager
-    def gathered_head(self, *, passes: int) -> Iterator[Head]:
-        """A block in which the head is whole; nothing is gathered when no pass was needed.
+    def gathered_head(self, is_needed: bool) -> Iterator[Head]:
+        """A block in which the head is whole; nothing is gathered where no rank needs it.
 
-        Collectives: one all-gather per head parameter, if `passes` > 0.
+        Collectives: one all-gather per head parameter, if `is_needed`.
         """
-        if passes == 0:
+        if not is_needed:
             yield NO_HEAD
             return
-        head = head_of(self.model)
-        with self._backend.gathered(head.parameters):
-            yield head
-
-    def _run(self, batch: MicroBatch, rows: list[int]) -> Tensor:
-        if not rows:
-            dummy = torch.zeros(1, 1, dtype=torch.int64, device=batch.input_ids.device)
-            return self.engine(dummy, torch.ones_like(dummy))
-        width = max(len(batch.rows[row].input_ids) for row in rows)
-        index = torch.tensor(rows).to(batch.input_ids.device, non_blocking=True)
-        return self.engine(
-            batch.input_ids.index_select(0, index)[:, :width],
-            batch.attention_mask.index_select(0, index)[:, :width],
-        )
-
-
-def active_rows(kl_coef: list[float], batch: MicroBatch) -> list[int]:
-    """Rows with a coefficient above 0 and at least one response token."""
-    return [
-        index
-        for index, (coef, row) in enumerate(zip(kl_coef, batch.rows, strict=True))
-        if coef > 0 and any(row.loss_mask)
-    ]
-
-
-def _scatter_responses(hidden: Tensor, states: Tensor, batch: MicroBatch, rows: list[int]) -> None:
-    """Copies the states that predict response tokens of `rows` to their places in `hidden`."""
-    width = states.shape[1]
-    source: list[int] = []
-    target: list[int] = []
-    first = 0  # tokens are listed row by row, so each row's are contiguous
-    place = {row: i for i, row in enumerate(rows)}
-    for index, row in enumerate(batch.rows):
-        positions = [t - 1 for t in range(1, len(row.input_ids)) if row.loss_mask[t]]
-        if index in place:
-            source += [place[index] * width + p for p in positions]
-            target += range(first, first + len(positions))
-        first += len(positions)
-    flat = states.reshape(-1, states.shape[-1])
-    from_index = torch.tensor(source).to(flat.device, non_blocking=True)
-    to_index = torch.tensor(target).to(flat.device, non_blocking=True)
-    hidden.index_copy_(0, to_index, flat.index_select(0, from_index))
+        with self._backend.gathered(self.head.parameters):
+            yield self.head

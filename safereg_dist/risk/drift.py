@@ -94,6 +94,11 @@ class WatchedPolicyProbe:
             return self._reference.name
         return self._policy.name + ("" if self._realignment is None else "-realigned")
 
+    @property
+    def reads_policy(self) -> bool:
+        """True until it has fallen back."""
+        return not self.has_fallen_back
+
     @part(PROBE)
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Risk of every row from the policy's states; from the reference's after a fall-back.

@@ -24,6 +24,7 @@ class PolicyProbeRisk:
     """A probe on the policy's hidden states of this very forward: free, but it drifts."""
 
     name = "probe-policy"
+    reads_policy = True
     notes: dict[int, str] = {}  # noqa: RUF012 - never filled
 
     def __init__(self, probe: Probe) -> None:

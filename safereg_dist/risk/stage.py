@@ -62,6 +62,11 @@ class RiskStage:
         """Risk from which a row counts as risky, on the scale of the combined risk."""
         return self.parts[0].threshold if self.rule == "single" else COMMON_THRESHOLD
 
+    @property
+    def reads_policy(self) -> bool:
+        """True where risk is known only after the policy's forward; the same on all ranks."""
+        return any(getattr(part.estimator, "reads_policy", False) for part in self.parts)
+
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> RowRisks:
         """Risk of every row. Collectives: those of the signals, in their order."""
         # A signal that fails on one rank must not keep this rank from the next one's collectives.

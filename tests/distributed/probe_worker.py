@@ -7,7 +7,7 @@ from pathlib import Path
 
 from step_worker import left_gathered
 
-from safereg_dist.batch import collate, micro_batches
+from safereg_dist.batch import collate, collate_window
 from safereg_dist.config import load_config
 from safereg_dist.factory import build_run, start_backend
 from safereg_dist.train import _global_tokens
@@ -20,16 +20,15 @@ def probed_training(folder, backend, source: str, steps: int) -> dict:
     risk: dict[str, float] = {}
     left = []
     for step in range(steps):
-        batches = micro_batches(
+        batch = collate_window(
             run.sources.stream,
             start=step * run.sources.rows_per_step,
-            micro_batch_size=config.train.micro_batch_size,
-            count=1,
+            count=config.train.micro_batch_size,
             pad_id=run.pad_id,
         )
-        num_tokens = _global_tokens(run, [b.num_response_tokens for b in batches])
-        output = run.engine(batches[0], num_tokens)
-        for row, value in zip(batches[0].rows, output.risk.values, strict=True):
+        num_tokens = _global_tokens(run, batch.num_response_tokens)
+        output = run.engine(batch, num_tokens)
+        for row, value in zip(batch.rows, output.risk.values, strict=True):
             risk.setdefault(row.id, value)
         run.engine.backward(output.loss, is_last=True)
         run.engine.update(0.0)  # weights stay: the policy's states stay those of the reference
@@ -47,7 +46,7 @@ def one_rank_not_finite(folder, backend) -> dict:
     batch = collate([run.sources.stream.row(0)], pad_id=run.pad_id)
     applied, before = [], backend.fingerprint(run.model)
     for step in range(2):
-        output = run.engine(batch, _global_tokens(run, [batch.num_response_tokens]))
+        output = run.engine(batch, _global_tokens(run, batch.num_response_tokens))
         spoilt = step == 0 and backend.ranks.rank == 1
         run.engine.backward(output.loss * (float("nan") if spoilt else 1.0), is_last=True)
         applied.append(run.engine.update(1e-2).applied)

@@ -45,6 +45,7 @@ from safereg_dist.batch import collate  # noqa: E402
 from safereg_dist.config import load_config  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
 from safereg_dist.metrics import StepMetrics  # noqa: E402
+from safereg_dist.reference import NoReference  # noqa: E402
 from safereg_dist.risk.stage import Part, RiskStage  # noqa: E402
 from safereg_dist.train import _global_tokens  # noqa: E402
 
@@ -58,7 +59,7 @@ def run_case(folder, case, backend) -> None:
         collate(micro_batch_rows(rank, m, anchors=case.anchors), pad_id=0)
         for m in range(case.grad_accum_steps)
     ]
-    num_tokens = _global_tokens(run, [b.num_response_tokens for b in batches])
+    num_tokens = _global_tokens(run, sum(b.num_response_tokens for b in batches))
     metrics = StepMetrics()
     before = len(COLLECTIVES)
     for index, batch in enumerate(batches):
@@ -83,9 +84,9 @@ def left_gathered(run) -> list[str]:
     """Reference parameters that are whole though nobody asked them to stay so."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    model = getattr(run.step.reference, "model", None)
-    if model is None:
+    if isinstance(run.step.reference, NoReference):
         return []
+    model = run.step.reference.engine.module.model
     return [
         name
         for name, p in model.named_parameters()
@@ -120,7 +121,7 @@ def random_patterns(folder, backend, steps: int) -> None:
         quiet = step % 5 == 0  # on all ranks: nobody runs the reference then
         changed = [replace_risk(row, 0.0 if quiet or draw.random() < 0.6 else 1.0) for row in rows]
         batch = collate(changed, pad_id=0)
-        num_tokens = _global_tokens(run, [batch.num_response_tokens])
+        num_tokens = _global_tokens(run, batch.num_response_tokens)
         at = len(COLLECTIVES)
         output = run.engine(batch, num_tokens)
         skipped += quiet and output.reference_rows == 0
@@ -170,7 +171,7 @@ def failing_rank(folder, backend) -> None:
         batch = collate(micro_batch_rows(rank, 0), pad_id=0)
         caught = ""
         try:
-            run.engine(batch, _global_tokens(run, [batch.num_response_tokens]))
+            run.engine(batch, _global_tokens(run, batch.num_response_tokens))
         except (RuntimeError, RemoteRankError) as error:
             caught = f"{type(error).__name__}: {error}"
         (folder / f"failing-{granularity}.rank{rank}").write_text(caught)

@@ -17,16 +17,17 @@ import pytest
 import torch
 from builders import PLAIN_TEMPLATE, TEMPLATE, random_rows, word_tokenizer, write_jsonl
 
-from safereg_dist import batch as module
 from safereg_dist.batch import (
     RowStream,
     collate,
+    collate_window,
     load_rows,
     load_tokenizer,
-    micro_batches,
+    split,
     steps_for,
     tokenize_row,
 )
+from safereg_dist.batch import rows as module
 from safereg_dist.config import DataConfig
 from safereg_dist.errors import ConfigError, DataError
 
@@ -607,7 +608,8 @@ def test_fewer_rows_than_ranks(stores):
 
 def test_micro_batches_against_loops(stores):
     s = stream(stores[20], anchor=stores[3])
-    batches = micro_batches(s, start=5, micro_batch_size=3, count=4, pad_id=0)
+    window = collate_window(s, start=5, count=12, pad_id=0)
+    batches = list(split(window, range(12), 3))
     assert len(batches) == 4
     expected_rows = [s.row(5 + i) for i in range(12)]
     assert [row for batch in batches for row in batch.rows] == expected_rows

@@ -190,7 +190,8 @@ NAN, INF = float("nan"), float("inf")
     ("section", "key", "values"),
     [
         ("reference", "offload", ["disk"]),
-        ("reference", "cache", ["somewhere"]),
+        ("reference", "keep_bytes", [-1]),
+        ("reference", "balance", ["even"]),
         ("reference", "rows_per_pass", [0, -1]),
         ("data", "overlong", ["cut"]),
         ("data", "max_length", [1, 0, -5]),

@@ -25,7 +25,7 @@ from safereg_dist.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.single import SingleBackend, single_ranks
 from safereg_dist.policy import Policy, enable_activation_checkpointing
-from safereg_dist.reference import Reference
+from safereg_dist.reference import Packing, Reference
 from safereg_dist.risk.probe import POOLINGS, Probe, check_model, pool_prompt
 from safereg_dist.risk.probe_risk import PolicyProbeRisk, ReferenceProbeRisk
 
@@ -259,7 +259,9 @@ def loaded(request, tmp_path_factory):
 def test_states_of_a_prefix_are_hidden_states(loaded, layer):
     plain, folder, backend = loaded
     model = backend.load_model(folder, precision="fp32", offload="none")
-    reference = Reference(model, backend=backend, offload="none", rows_per_pass=2)
+    reference = Reference.of_model(
+        model, backend=backend, offload="none", packing=Packing(rows_per_pass=2)
+    )
     batch = batch_of(ROWS)
     with torch.no_grad():
         expected = plain(
@@ -292,7 +294,9 @@ def test_policy_and_reference_give_the_same_risk(loaded, layer, pooling):
     close(PolicyProbeRisk(probe)(batch, probed), expected)
     for rows_per_pass in (1, 2, 8):
         model = backend.load_model(folder, precision="fp32", offload="none")
-        reference = Reference(model, backend=backend, offload="none", rows_per_pass=rows_per_pass)
+        reference = Reference.of_model(
+            model, backend=backend, offload="none", packing=Packing(rows_per_pass=rows_per_pass)
+        )
         estimator = ReferenceProbeRisk(
             probe, reference, ranks=backend.ranks, rows_per_pass=rows_per_pass
         )

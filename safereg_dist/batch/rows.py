@@ -1,4 +1,4 @@
-"""Stage 1: rows of a data file, tokenised once, dealt to ranks, stacked into micro-batches."""
+"""Rows of a data file, tokenised once and cached."""
 
 import hashlib
 import json
@@ -14,7 +14,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from datasets.arrow_writer import ArrowWriter
 from jinja2 import TemplateError
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from safereg_dist.config import DataConfig
 from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.prompts import answered_conversation, read_rows
-from safereg_dist.types import MicroBatch, Row
+from safereg_dist.types import Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
@@ -355,154 +354,3 @@ def _render(
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-class RowStream:
-    """The endless, ordered stream of rows that one rank trains on.
-
-    A seeded permutation deals every training row to exactly one rank, for good: so a row's cached
-    risk stays where it is used. Within a rank each epoch has its own order. Anchor rows are spread
-    evenly among them. A position in the stream determines its row, so to resume is to set a number.
-    """
-
-    def __init__(
-        self,
-        train: RowStore,
-        anchor: RowStore | None,
-        *,
-        anchor_fraction: float,
-        rank: int,
-        world_size: int,
-        seed: int,
-        epochs: float | None,
-        name: str = "data.train",
-    ) -> None:
-        _enough(train, world_size, name)
-        self._train, self._own_train = train, _deal(len(train), rank, world_size, seed)
-        self._anchor, self._own_anchor = anchor, np.empty(0, dtype=np.int64)
-        if anchor is not None:
-            _enough(anchor, world_size, "data.anchor")
-            self._own_anchor = _deal(len(anchor), rank, world_size, seed + 1)
-        self.most_rows = math.ceil(len(train) / world_size)  # of any rank; this one may have fewer
-        self._fraction = anchor_fraction if anchor is not None else 0.0
-        self._seed = seed
-        self._limit = None if epochs is None else _rows_of(epochs, len(self._own_train))
-        self._order: dict[str, tuple[int, np.ndarray]] = {}
-
-    def may_be_new(self, position: int) -> bool:
-        """True where some rank may see a row for the first time; the same on every rank."""
-        return self.rows_within(position) < self.most_rows
-
-    def first_rows(self, count: int) -> Iterator[Row | None]:
-        """The first `count` training rows of this rank, without anchors; None where it has fewer.
-
-        They are those that the run begins with, in its order.
-        """
-        for ordinal in range(count):
-            is_there = ordinal < len(self._own_train)
-            yield (
-                self._train.row(self._pick("train", ordinal, self._own_train)) if is_there else None
-            )
-
-    def rows_within(self, positions: int) -> int:
-        """Different training rows among so many positions of a rank; alike on all ranks."""
-        return min(positions - math.floor(positions * self._fraction), self.most_rows)
-
-    def row(self, position: int) -> Row | None:
-        """The row at a position of the stream; None after the last epoch's last row."""
-        anchors_before = math.floor(position * self._fraction)
-        if math.floor((position + 1) * self._fraction) > anchors_before:
-            assert self._anchor is not None
-            index = self._pick("anchor", anchors_before, self._own_anchor)
-            return self._anchor.row(index, is_anchor=True)
-        ordinal = position - anchors_before
-        if self._limit is not None and ordinal >= self._limit:
-            return None
-        return self._train.row(self._pick("train", ordinal, self._own_train))
-
-    def _pick(self, kind: str, ordinal: int, own: np.ndarray) -> int:
-        epoch, offset = divmod(ordinal, len(own))
-        known = self._order.get(kind)
-        if known is None or known[0] != epoch:
-            salt = [self._seed, epoch, 0 if kind == "train" else 1, int(own[0])]
-            known = (epoch, np.random.default_rng(salt).permutation(own))
-            self._order[kind] = known
-        return int(known[1][offset])
-
-
-def steps_for(
-    store: RowStore, *, epochs: float, world_size: int, rows_per_step: int, anchor_fraction: float
-) -> int:
-    """Optimizer steps that show every rank's rows `epochs` times; `rows_per_step` is per rank."""
-    rows = _rows_of(epochs, math.ceil(len(store) / world_size))
-    positions = math.ceil(rows / (1 - anchor_fraction))
-    # Anchors that come after the last row are not waited for.
-    while positions - 1 - math.floor((positions - 1) * anchor_fraction) >= rows:
-        positions -= 1
-    return math.ceil(positions / rows_per_step)
-
-
-def _rows_of(epochs: float, count: int) -> int:
-    """Rows in so many passes over `count` rows; at least one, since a step without rows is none."""
-    return max(1, round(epochs * count))
-
-
-def _deal(count: int, rank: int, world_size: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(count)[rank::world_size]
-
-
-def _enough(store: RowStore, world_size: int, name: str) -> None:
-    if len(store) < world_size:
-        raise DataError(
-            f"{name} has {len(store)} usable rows for {world_size} ranks: give at least one a rank"
-        )
-
-
-def collate(rows: list[Row | None], *, pad_id: int, may_be_new: bool = True) -> MicroBatch:
-    """Rows stacked and right-padded; None (past the end of the data) becomes one inert token."""
-    filled = tuple(row if row is not None else _filler(pad_id) for row in rows)
-    width = max(len(row.input_ids) for row in filled)
-    input_ids = torch.full((len(filled), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    response_index: list[int] = []
-    labels: list[int] = []
-    row_of_token: list[int] = []
-    tokens_of_row: list[int] = []
-    for index, row in enumerate(filled):
-        length = len(row.input_ids)
-        input_ids[index, :length] = torch.tensor(row.input_ids)
-        attention_mask[index, :length] = 1
-        # The hidden state at t - 1 predicts token t.
-        targets = [t for t in range(1, length) if row.loss_mask[t]]
-        response_index += [index * width + t - 1 for t in targets]
-        labels += [row.input_ids[t] for t in targets]
-        row_of_token += [index] * len(targets)
-        tokens_of_row.append(len(targets))
-    pairs = [(i, end) for i, row in enumerate(filled) for end in row.prompt_ends]
-    return MicroBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        response_index=torch.tensor(response_index, dtype=torch.int64),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        row_of_token=torch.tensor(row_of_token, dtype=torch.int64),
-        tokens_of_row=tuple(tokens_of_row),
-        prompt_rows=tuple(i for i, _ in pairs),
-        prompt_ends=tuple(end for _, end in pairs),
-        rows=filled,
-        may_be_new=may_be_new,
-    )
-
-
-def _filler(pad_id: int) -> Row:
-    return Row(id="", input_ids=[pad_id], loss_mask=[0], prompt_ends=[], risk=None, content_key="")
-
-
-def micro_batches(
-    stream: RowStream, *, start: int, micro_batch_size: int, count: int, pad_id: int
-) -> list[MicroBatch]:
-    """The `count` micro-batches of one optimizer step, from stream position `start`."""
-    batches = []
-    for first in range(start, start + count * micro_batch_size, micro_batch_size):
-        rows = [stream.row(position) for position in range(first, first + micro_batch_size)]
-        batches.append(collate(rows, pad_id=pad_id, may_be_new=stream.may_be_new(first)))
-    return batches

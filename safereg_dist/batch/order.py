@@ -1,0 +1,177 @@
+"""Which row comes when, on which rank."""
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from safereg_dist.batch.rows import RowStore
+from safereg_dist.errors import DataError
+from safereg_dist.types import Row
+
+
+class RowOrder(Protocol):
+    """What the rest of a run knows of a stream of rows."""
+
+    def row(self, position: int) -> Row | None:
+        """The row at a position; None where there is none."""
+        ...
+
+    def may_be_new(self, position: int) -> bool:
+        """True where some rank may see a row for the first time; the same on every rank."""
+        ...
+
+
+class RowStream:
+    """The endless, ordered stream of rows that one rank trains on.
+
+    Anchor rows are spread evenly among training rows. A position in the stream determines its row,
+    so to resume is to set a number.
+    """
+
+    def __init__(
+        self,
+        train: RowStore,
+        anchor: RowStore | None,
+        *,
+        anchor_fraction: float,
+        rank: int,
+        world_size: int,
+        seed: int,
+        epochs: float | None,
+        name: str = "data.train",
+        active: np.ndarray | None = None,
+    ) -> None:
+        """`active`, bool [rows], asks for an even deal of the rows that the reference will run."""
+        _enough(train, world_size, name)
+        self._train, self._anchor = train, anchor
+        self._deal: FixedDeal | EvenDeal = (
+            FixedDeal(len(train), rank, world_size, seed, kind=0)
+            if active is None
+            else EvenDeal(active, rank, world_size, seed)
+        )
+        if anchor is not None:
+            _enough(anchor, world_size, "data.anchor")
+            self._anchor_deal = FixedDeal(len(anchor), rank, world_size, seed, kind=1)
+        self.most_rows = math.ceil(len(train) / world_size)  # of any rank; this one may have fewer
+        self._fraction = anchor_fraction if anchor is not None else 0.0
+        self._limit = None if epochs is None else _rows_of(epochs, self._deal.epoch_length)
+
+    def may_be_new(self, position: int) -> bool:
+        """True where some rank may see a row for the first time; the same on every rank."""
+        return self.rows_within(position) < self.most_rows
+
+    def first_rows(self, count: int) -> Iterator[Row | None]:
+        """The first `count` training rows of this rank, without anchors; None where it has fewer.
+
+        They are those that the run begins with, in its order.
+        """
+        for ordinal in range(count):
+            yield self._train_row(ordinal) if ordinal < self._deal.epoch_length else None
+
+    def rows_within(self, positions: int) -> int:
+        """Different training rows among so many positions of a rank; alike on all ranks."""
+        return min(positions - math.floor(positions * self._fraction), self.most_rows)
+
+    def row(self, position: int) -> Row | None:
+        """The row at a position of the stream; None after the last epoch's last row.
+
+        With an even deal also at the end of an epoch, on ranks for which no row is left.
+        """
+        anchors_before = math.floor(position * self._fraction)
+        if math.floor((position + 1) * self._fraction) > anchors_before:
+            assert self._anchor is not None
+            return self._anchor.row(self._anchor_deal.index(anchors_before), is_anchor=True)
+        ordinal = position - anchors_before
+        if self._limit is not None and ordinal >= self._limit:
+            return None
+        return self._train_row(ordinal)
+
+    def _train_row(self, ordinal: int) -> Row | None:
+        index = self._deal.index(ordinal)
+        return None if index < 0 else self._train.row(index)
+
+
+class FixedDeal:
+    """A seeded permutation deals every row to exactly one rank, for good.
+
+    So a row's cached risk stays where it is used. Within a rank each epoch has its own order.
+    """
+
+    def __init__(self, count: int, rank: int, world_size: int, seed: int, *, kind: int) -> None:
+        self._own = np.random.default_rng(seed + kind).permutation(count)[rank::world_size]
+        self.epoch_length = len(self._own)
+        self._salt = [seed, kind, int(self._own[0])]
+        self._epoch, self._order = -1, self._own
+
+    def index(self, ordinal: int) -> int:
+        """The row that is this rank's `ordinal`-th."""
+        epoch, offset = divmod(ordinal, self.epoch_length)
+        if epoch != self._epoch:
+            seed, kind, first = self._salt
+            self._epoch = epoch
+            self._order = np.random.default_rng([seed, epoch, kind, first]).permutation(self._own)
+        return int(self._order[offset])
+
+
+class EvenDeal:
+    """Deals active rows evenly over ranks and time, the others into the places that are left.
+
+    An epoch is a table of P = ceil(N / W) places on each of W ranks. The j-th active row of the run
+    goes to rank j mod W, and those of an epoch are spread evenly over its places: so among any
+    stretch of places, the same on all ranks, the numbers of active rows differ by at most one
+    between ranks. Both kinds of rows are permuted anew in each epoch; each row comes once in it.
+    """
+
+    def __init__(self, active: np.ndarray, rank: int, world_size: int, seed: int) -> None:
+        self._active, self._others = np.flatnonzero(active), np.flatnonzero(~active)
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self.epoch_length = math.ceil(len(active) / world_size)
+        self._epoch, self._own = -1, np.empty(0, dtype=np.int64)
+
+    def index(self, ordinal: int) -> int:
+        """The row that is this rank's `ordinal`-th; -1 where an epoch leaves it none."""
+        epoch, offset = divmod(ordinal, self.epoch_length)
+        if epoch != self._epoch:
+            self._epoch, self._own = epoch, self._table(epoch)[:, self._rank].copy()
+        return int(self._own[offset])
+
+    def _table(self, epoch: int) -> np.ndarray:
+        """[P, W] rows of one epoch, -1 in the places of the last line that are left over."""
+        draw = np.random.default_rng([self._seed, epoch, 0])
+        active, others = draw.permutation(self._active), draw.permutation(self._others)
+        count, width = len(active) + len(others), self._world_size
+        lines = count // width  # those that are full
+        table = np.full((self.epoch_length, width), -1, dtype=np.int64)
+        spread = np.arange(min(len(active), lines * width))
+        # The turn goes on over the end of an epoch, which a step may straddle.
+        turn = (spread + epoch * len(active)) % width
+        table[spread * lines // max(len(spread), 1), turn] = active[: len(spread)]
+        free = np.flatnonzero(table.ravel()[:count] < 0)
+        table.ravel()[free] = np.concatenate([active[len(spread) :], others])
+        return table
+
+
+def steps_for(
+    store: RowStore, *, epochs: float, world_size: int, rows_per_step: int, anchor_fraction: float
+) -> int:
+    """Optimizer steps that show every rank's rows `epochs` times; `rows_per_step` is per rank."""
+    rows = _rows_of(epochs, math.ceil(len(store) / world_size))
+    positions = math.ceil(rows / (1 - anchor_fraction))
+    # Anchors that come after the last row are not waited for.
+    while positions - 1 - math.floor((positions - 1) * anchor_fraction) >= rows:
+        positions -= 1
+    return math.ceil(positions / rows_per_step)
+
+
+def _rows_of(epochs: float, count: int) -> int:
+    """Rows in so many passes over `count` rows; at least one, since a step without rows is none."""
+    return max(1, round(epochs * count))
+
+
+def _enough(store: RowStore, world_size: int, name: str) -> None:
+    if len(store) < world_size:
+        raise DataError(
+            f"{name} has {len(store)} usable rows for {world_size} ranks: give at least one a rank"
+        )
