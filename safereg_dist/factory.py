@@ -1,11 +1,12 @@
 """From a configuration to the objects of a run; each is built here and nowhere else."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.batch import RowStore, RowStream, load_rows, load_tokenizer, steps_for
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient, scheduled
@@ -13,9 +14,11 @@ from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.engine import Backend, PolicyEngine
+from safereg_dist.parallel.engine import Backend, PolicyEngine, ReferenceEngine
+from safereg_dist.parallel.shards import read_architecture, weights_fingerprint
 from safereg_dist.policy import Policy, enable_activation_checkpointing
-from safereg_dist.reference import NoReference, Packing, Reference
+from safereg_dist.reference import NoReference, Packing, Reference, ReferenceTrunk
+from safereg_dist.reference.store import ReferenceStore, StoreIdentity
 from safereg_dist.risk.override import read_overrides
 from safereg_dist.risk.stage import RiskStage
 from safereg_dist.signals import (
@@ -46,6 +49,11 @@ class RowSources:
     total_steps: int
     rows_per_step: int
     """Rows of this rank in one optimizer step."""
+
+    @property
+    def content_hashes(self) -> list[str]:
+        """Of the training rows and, where there are any, the anchor rows."""
+        return [store.content_hash for store in (self.train, self.anchor) if store is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +109,9 @@ def build_run(config: Config, backend: Backend) -> Run:
             enable_activation_checkpointing(model)
         _require_finite(backend, model, policy_folder)
     fingerprints = {"policy": backend.fingerprint(model)}
-    reference = _build_reference(config, backend, policy_folder, model, tokenizer, fingerprints)
+    reference = _build_reference(
+        config, backend, policy_folder, model, tokenizer, sources, fingerprints
+    )
 
     with ranks.together():
         risk = build_risk(config, signals, backend, reference, model, fingerprints)
@@ -140,7 +150,11 @@ class Screening:
 
     config: Config
     ranks: Ranks
+    tokenizer: PreTrainedTokenizerBase
     sources: RowSources
+    reference: Reference | NoReference
+    fingerprints: dict[str, str]
+    """The weight fingerprint of `reference`, where there is one."""
     risk: RiskStage
     threshold: float
     pad_id: int
@@ -150,8 +164,8 @@ class Screening:
     """The largest coefficient of each category that has one of its own."""
 
 
-def build_screening(config: Config, backend: Backend) -> Screening:
-    """The data and the risk stage of a run; a reference only where a probe reads it.
+def build_screening(config: Config, backend: Backend, *, with_reference: bool = False) -> Screening:
+    """The data and the risk stage of a run; a reference where a probe reads it or it is asked for.
 
     Raises:
         ConfigError, DataError, ProbeError, CriticUnavailable: as `build_run` does.
@@ -163,9 +177,11 @@ def build_screening(config: Config, backend: Backend) -> Screening:
     reference: Reference | NoReference = NoReference()
     depths = [signal.probe.layer for signal in signals if signal.probe is not None]
     num_layers = 1
-    if depths:
-        reference = _build_reference(config, backend, folder, None, tokenizer, fingerprints)
-        assert isinstance(reference, Reference)
+    if depths or with_reference:
+        reference = _build_reference(
+            config, backend, folder, None, tokenizer, sources, fingerprints
+        )
+    if isinstance(reference, Reference):
         num_layers = reference.config.num_hidden_layers
     with ranks.together():
         risk = build_risk(config, signals, backend, reference, None, fingerprints)
@@ -173,7 +189,10 @@ def build_screening(config: Config, backend: Backend) -> Screening:
     return Screening(
         config=config,
         ranks=ranks,
+        tokenizer=tokenizer,
         sources=sources,
+        reference=reference,
+        fingerprints=fingerprints,
         risk=risk,
         threshold=risk.threshold if own is None else own,
         pad_id=_pad_id(tokenizer),
@@ -341,6 +360,7 @@ def _build_reference(
     policy_folder: Path,
     policy: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
+    sources: RowSources,
     fingerprints: dict[str, str],
 ) -> Reference | NoReference:
     """The reference; held against the policy, where there is one."""
@@ -348,15 +368,22 @@ def _build_reference(
         return NoReference()
     ranks, settings = backend.ranks, config.reference
     folder = resolve_model(settings.model or str(policy_folder), ranks)
-    model = backend.load_model(folder, precision=config.train.precision, offload=settings.offload)
     with ranks.together():
-        _require_finite(backend, model, folder)
+        architecture = read_architecture(folder)
+        if policy is not None:
+            _check_same_vocabulary(architecture, policy, folder, policy_folder, tokenizer, config)
+    is_same = policy is not None and folder.resolve() == policy_folder.resolve()
+    if settings.cache is not None and policy is not None:
+        fingerprints["reference"] = (
+            fingerprints["policy"] if is_same else weights_fingerprint(folder, ranks)
+        )
+        return _stored_reference(
+            config, backend, folder, architecture, tokenizer, sources, fingerprints
+        )
+    model = _load_reference(config, backend, folder)
     fingerprints["reference"] = backend.fingerprint(model)
     with ranks.together():
-        if policy is not None:
-            _check_same_vocabulary(model, policy, folder, policy_folder, tokenizer, config)
-        same = policy is not None and folder.resolve() == policy_folder.resolve()
-        if same and fingerprints["reference"] != fingerprints["policy"]:
+        if is_same and fingerprints["reference"] != fingerprints["policy"]:
             raise ConfigError(
                 f"policy and reference were both loaded from {folder}, but their weights differ "
                 f"(fingerprints {fingerprints['policy'][:12]} and "
@@ -364,6 +391,59 @@ def _build_reference(
             )
     return Reference.of_model(
         model, backend=backend, offload=settings.offload, packing=_packing(config)
+    )
+
+
+def _load_reference(config: Config, backend: Backend, folder: Path) -> PreTrainedModel:
+    model = backend.load_model(
+        folder, precision=config.train.precision, offload=config.reference.offload
+    )
+    with backend.ranks.together():
+        _require_finite(backend, model, folder)
+    return model
+
+
+def _stored_reference(
+    config: Config,
+    backend: Backend,
+    folder: Path,
+    architecture: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: RowSources,
+    fingerprints: dict[str, str],
+) -> Reference:
+    """A reference of which the head alone is loaded; its trunk on the first row not in store."""
+    ranks, settings = backend.ranks, config.reference
+    assert settings.cache is not None
+    with ranks.together():
+        identity = StoreIdentity.of(
+            fingerprints["reference"],
+            tokenizer,
+            sources.content_hashes,
+            precision=config.train.precision,
+        )
+        store = ReferenceStore.open(Path(settings.cache), identity)
+
+    def load_trunk() -> ReferenceEngine:
+        if ranks.is_main:
+            print(
+                f"safereg: a row is not in reference.cache={settings.cache} (or a probe reads the "
+                "reference): loading its trunk",
+                file=sys.stderr,
+                flush=True,
+            )
+        trunk = ReferenceTrunk(_load_reference(config, backend, folder))
+        return backend.wrap_reference(
+            trunk, offload=settings.offload, rows=_packing(config).rows_per_pass
+        )
+
+    return Reference(
+        architecture,
+        backend.load_head(folder, precision=config.train.precision),
+        load_trunk,
+        backend=backend,
+        packing=_packing(config),
+        store=store,
     )
 
 
@@ -378,14 +458,14 @@ def _packing(config: Config) -> Packing:
 
 
 def _check_same_vocabulary(
-    reference: PreTrainedModel,
+    reference: PreTrainedConfig,
     policy: PreTrainedModel,
     folder: Path,
     policy_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
 ) -> None:
-    sizes = [m.config.get_text_config().vocab_size for m in (reference, policy)]
+    sizes = [c.get_text_config().vocab_size for c in (reference, policy.config)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"the reference {folder} has vocabulary {sizes[0]}, the policy {policy_folder} "

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,12 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
 from safereg_dist.reference.exchange import slowest_rates
+from safereg_dist.reference.store import ReferenceStore
 from safereg_dist.reference.trunk import ReferenceTrunk
 from safereg_dist.reference.window import NoWindow, Window
 from safereg_dist.types import NO_HEAD, Head, Row, head_of
-
-if TYPE_CHECKING:
-    from safereg_dist.reference.store import ReferenceStore
 
 
 class TokenRow(Protocol):
@@ -79,7 +77,7 @@ class Reference:
         *,
         backend: Backend,
         packing: Packing,
-        store: "ReferenceStore | None" = None,
+        store: ReferenceStore | None = None,
     ) -> None:
         self.config = config.get_text_config()
         self.head = head

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from safereg_dist.fingerprint import row_key
+from safereg_dist.parallel.comm import held
 from safereg_dist.reference.exchange import exchanged_states
 from safereg_dist.types import MicroBatch, ReferenceStates, Row
 
@@ -59,15 +60,14 @@ class Window:
         self._kept: dict[int, Tensor] = {}
         self.order = list(range(len(rows)))
         """Rows in the order in which they are trained."""
+        failed = kl_coef if isinstance(kl_coef, Exception) else None
         if not isinstance(kl_coef, Exception):
-            self._place(rows, active_rows(kl_coef, rows), is_reordered=micro_batches > 1)
-        self._begin_agreement(kl_coef if isinstance(kl_coef, Exception) else None)
+            failed = held(self._place, rows, active_rows(kl_coef, rows), micro_batches)
+        self._begin_agreement(failed)
 
-    def _place(self, rows: Sequence[Row], active: list[int], *, is_reordered: bool) -> None:
-        store = self._reference.store
-        keys = {} if store is None else {i: _key(rows[i]) for i in active}
-        stored = {i: key for i, key in keys.items() if store is not None and store.holds(key)}
-        if is_reordered:
+    def _place(self, rows: Sequence[Row], active: list[int], micro_batches: int) -> None:
+        stored = self._find(rows, active)
+        if micro_batches > 1:
             ahead = [i for i in active if i not in stored]
             first = [*ahead, *stored]
             chosen = set(first)
@@ -78,6 +78,17 @@ class Window:
                 self._stored[place_of[row]] = stored[row]
             else:
                 self._ahead[place_of[row]] = rows[row]
+
+    def _find(self, rows: Sequence[Row], active: list[int]) -> dict[int, str]:
+        """Key of each active row that is stored, by its place among the rows."""
+        store = self._reference.store
+        if store is None:
+            return {}
+        keys = {row: row_key(rows[row].input_ids, rows[row].loss_mask) for row in active}
+        stored = {row: key for row, key in keys.items() if store.holds(key)}
+        for key in stored.values():
+            store.read(key)  # what the disk has lost must fail here, where all ranks agree on it
+        return stored
 
     def _begin_agreement(self, error: Exception | None) -> None:
         ranks, num_ahead = self._reference.ranks, len(self._ahead)
@@ -163,10 +174,6 @@ def active_rows(kl_coef: list[float], rows: Sequence[Row]) -> list[int]:
         for index, (coef, row) in enumerate(zip(kl_coef, rows, strict=True))
         if coef > 0 and any(row.loss_mask)
     ]
-
-
-def _key(row: Row) -> str:
-    return row_key(row.input_ids, row.loss_mask)
 
 
 def _micro_batches_kept(reference: "Reference", size: int) -> int:
