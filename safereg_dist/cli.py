@@ -75,12 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="safereg", description="Safety-regularised fine-tuning of language models."
     )
+    # `deepspeed --module safereg_dist VERB ...` puts it before the verb.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_train(verbs)
     _add_probe(verbs)
     _add_anchor(verbs)
     _add_score(verbs)
     _add_audit(verbs)
+    _add_reference(verbs)
     _add_eval(verbs)
     _add_report(verbs)
     _add_ledger(verbs)
@@ -293,6 +296,23 @@ def _audit(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         show_text=arguments.show_text,
     )
+
+
+def _add_reference(verbs: argparse._SubParsersAction) -> None:
+    reference = verbs.add_parser("reference", help="stored states of the reference").add_subparsers(
+        metavar="ACTION", required=True
+    )
+    build = reference.add_parser("build", help="run the reference once, on all rows that need it")
+    build.add_argument("config", type=Path)
+    build.add_argument("overrides", nargs="*", metavar="key=value")
+    build.add_argument("--out", type=Path, required=True, metavar="DIR")
+    build.set_defaults(run=_reference_build)
+
+
+def _reference_build(arguments: argparse.Namespace) -> int:
+    from safereg_dist.launcher import run_reference_build
+
+    return run_reference_build(arguments.config, arguments.overrides, out=arguments.out)
 
 
 def _add_eval(verbs: argparse._SubParsersAction) -> None:

@@ -317,7 +317,7 @@ def _known_active_rows(config: Config, rows: RowStore) -> np.ndarray | None:
         return None
     if config.regularizer.granularity == "batch":
         return None  # a row's coefficient depends on the rows beside it
-    risk = np.array(rows.table.data.column("risk"))
+    risk = np.asarray(rows.table.data.column("risk")).copy()
     if config.risk.override is not None:
         decisions = read_overrides(config.risk.override)
         for index, name in enumerate(rows.table["id"]):

@@ -1,6 +1,7 @@
 """Verbs that run on one or many ranks: what a process does between its start and its exit."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safereg_dist.config import load_config
@@ -116,6 +117,33 @@ def run_anchor_build(
         with ranks.together():
             if ranks.world_size > 1 and ranks.is_main:
                 merge_anchor_parts(out, ranks.world_size)
+    return 0
+
+
+def run_reference_build(config_file: Path, overrides: Sequence[str], *, out: Path) -> int:
+    """Writes the reference's states of the rows that a run will ask it for; 0.
+
+    See `reference_build`.
+    """
+    from safereg_dist.reference.store_writer import require_absent
+    from safereg_dist.reference_build import build_store
+
+    share_cores()
+    config = load_config(config_file, overrides)
+    if not config.needs_reference:
+        raise ConfigError(
+            f"regularizer.objective={config.regularizer.objective} runs no reference: there is "
+            "nothing to store"
+        )
+    require_absent(out)
+    # Whatever training does with the states, they come from the trunk here.
+    plain = replace(config.reference, cache=None, balance="none")
+    backend = start_backend(config)
+    try:
+        parts = build_screening(replace(config, reference=plain), backend, with_reference=True)
+        build_store(parts, out)
+    finally:
+        leave_group()
     return 0
 
 

@@ -52,6 +52,7 @@ LAYERS = {
     "safereg_dist.probe_lab": 9,
     "safereg_dist.score": 10,
     "safereg_dist.audit": 9,
+    "safereg_dist.reference_build": 9,
     "safereg_dist.integrations": 9,
     "safereg_dist.launcher": 10,
     "safereg_dist.cli": 11,

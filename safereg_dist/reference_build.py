@@ -1,0 +1,174 @@
+"""`safereg reference build`: what a run will ask its reference for, computed before the run.
+
+Ranks deal all training and anchor rows among them and go through their share once, in windows: risk
+and schedule say which rows are active (b > 0), the reference runs on those, longest first, and
+their states go to disk. Memory holds the tokens of a window, the states of one pass, and a shard.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from safereg_dist.batch import collate
+from safereg_dist.coefficient import Coefficient
+from safereg_dist.errors import DataError
+from safereg_dist.factory import RowSources, Screening
+from safereg_dist.fingerprint import row_key
+from safereg_dist.parallel.comm import Ranks, held
+from safereg_dist.reference import Reference
+from safereg_dist.reference.store import StoreIdentity
+from safereg_dist.reference.store_writer import (
+    SHARD_BYTES,
+    StoreSize,
+    StoreWriter,
+    begin_store,
+    finish_store,
+    partial_folder,
+)
+from safereg_dist.types import Row
+
+WINDOW_PASSES = 32
+"""Passes of the reference whose rows are sorted by length together."""
+
+
+def build_store(parts: Screening, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the states of all active rows of the data to `out`, and prints how much that is.
+
+    Raises:
+        ConfigError: `out` exists, or is not one folder for all nodes.
+        DataError: states of a row are not finite.
+        CheckpointError: the states cannot be written.
+    Collectives: for each window those of risk and reference, and agreements of 8 bytes.
+    """
+    ranks, reference = parts.ranks, parts.reference
+    assert isinstance(reference, Reference)
+    with ranks.together():
+        if ranks.is_main:
+            begin_store(out)
+    writer = StoreWriter(partial_folder(out), ranks.rank, shard_bytes=shard_bytes)
+    _Build(parts, reference, writer).run()
+    with ranks.together():
+        writer.flush()
+    rows = int(ranks.sum_(torch.tensor(len(writer), device=ranks.device)).item())
+    identity = StoreIdentity.of(
+        parts.fingerprints["reference"],
+        parts.tokenizer,
+        parts.sources.content_hashes,
+        precision=parts.config.train.precision,
+    )
+    with ranks.together():
+        if ranks.is_main:
+            hidden_size = reference.config.hidden_size
+            print(_summary(finish_store(out, identity, hidden_size=hidden_size, rows=rows), out))
+
+
+def _summary(size: StoreSize, out: Path) -> str:
+    return (
+        f"reference states of {size.rows} rows, {size.tokens} response tokens, {size.num_bytes} "
+        f"bytes ({size.num_bytes / max(size.tokens, 1):.0f} a token), written to {out}: train with "
+        f"reference.cache={out}"
+    )
+
+
+class _Build:
+    """One rank's way through its rows."""
+
+    def __init__(self, parts: Screening, reference: Reference, writer: StoreWriter) -> None:
+        self._parts = parts
+        self._ranks: Ranks = parts.ranks
+        self._reference = reference
+        self._writer = writer
+        self._coefficient = Coefficient(
+            parts.config.regularizer,
+            threshold=parts.threshold,
+            ranks=parts.ranks,
+            ceilings=parts.ceilings,
+        )
+
+    def run(self) -> None:
+        """Stores what is active, window after window; as many windows on every rank."""
+        rows = own_rows(self._parts.sources, self._ranks)
+        size = WINDOW_PASSES * self._reference.packing.rows_per_pass
+        share = -(-_num_rows(self._parts.sources) // self._ranks.world_size)
+        with tqdm(
+            total=share, desc="reference states", unit=" rows", disable=not self._ranks.is_main
+        ) as bar:
+            while window := list(islice(rows, size)):
+                self._store(self._active(window))
+                bar.update(len(window))
+
+    def _active(self, window: list[Row | None]) -> list[Row]:
+        """Rows of the window with b > 0, or that may have it beside other rows.
+
+        Collectives: those of the risk stage and one 8-byte MAX all-reduce for each micro-batch.
+        """
+        config, risk = self._parts.config, self._parts.risk
+        if config.regularizer.granularity == "batch":
+            return [row for row in window if row is not None and any(row.loss_mask)]
+        risk.prefetch(row for row in window if row is not None)
+        size = config.train.micro_batch_size
+        active = []
+        for begin in range(0, len(window), size):
+            batch = collate(window[begin : begin + size], pad_id=self._parts.pad_id)
+            batch = batch.to(self._ranks.device)
+            kl_coef = held(self._coefficient, batch.rows, held(risk, batch, None))
+            self._ranks.agree_on_passes(kl_coef if isinstance(kl_coef, Exception) else 0)
+            active += [
+                row
+                for row, b in zip(batch.rows, kl_coef, strict=True)
+                if b > 0 and any(row.loss_mask)
+            ]
+        return active
+
+    def _store(self, active: list[Row]) -> None:
+        """Runs the reference on rows that are new to this rank, and writes their states.
+
+        Collectives: the engine's, for each pass, and two 8-byte MAX all-reduces.
+        """
+        keys = {row_key(row.input_ids, row.loss_mask): row for row in active}
+        new = [(key, row) for key, row in keys.items() if not self._writer.holds(key)]
+        new.sort(key=lambda item: -len(item[1].input_ids))
+        size = self._reference.packing.rows_per_pass
+        passes = self._ranks.agree_on_passes(-(-len(new) // size))
+        error: Exception | None = None
+        for begin in range(0, passes * size, size):
+            group = new[begin : begin + size]
+            states = self._reference.response_states([row for _, row in group], passes=1)
+            kept = held(self._keep, group, states)
+            error = error or (kept if isinstance(kept, Exception) else None)
+        self._ranks.agree_on_passes(0 if error is None else error)
+
+    def _keep(self, group: list[tuple[str, Row]], states: list[Tensor]) -> None:
+        for (key, row), hidden in zip(group, states, strict=True):
+            on_host = hidden.cpu()
+            if not on_host.isfinite().all():
+                raise DataError(
+                    f"the reference's states of row {row.id!r} are not finite: check its weights, "
+                    "or run it with train.precision=fp32"
+                )
+            self._writer.add(key, on_host)
+
+
+def own_rows(sources: RowSources, ranks: Ranks) -> Iterator[Row | None]:
+    """This rank's share of the training rows and, after them, the anchor rows.
+
+    Ends with None where another rank has one row more.
+    """
+    total = _num_rows(sources)
+    for place in range(
+        ranks.rank, -(-total // ranks.world_size) * ranks.world_size, ranks.world_size
+    ):
+        if place < len(sources.train):
+            yield sources.train.row(place)
+        elif sources.anchor is not None and place < total:
+            yield sources.anchor.row(place - len(sources.train), is_anchor=True)
+        else:
+            yield None
+
+
+def _num_rows(sources: RowSources) -> int:
+    return len(sources.train) + (0 if sources.anchor is None else len(sources.anchor))
