@@ -58,6 +58,7 @@ def config_hash(config: Config) -> str:
     values.pop("output_dir")
     for section, keys in {
         "data": ("declared_poison",),
+        "reference": ("cache", "keep_bytes"),
         "risk": ("max_held_back", "gate_rows", "cache"),
         "train": ("save_every", "keep_checkpoints", "export_shard_bytes"),
         "engine": ("timeout_s",),

@@ -141,15 +141,16 @@ class EvenDeal:
         """[P, W] rows of one epoch, -1 in the places of the last line that are left over."""
         draw = np.random.default_rng([self._seed, epoch, 0])
         active, others = draw.permutation(self._active), draw.permutation(self._others)
-        count, width = len(active) + len(others), self._world_size
-        lines = count // width  # those that are full
+        width = self._world_size
+        lines, left = divmod(len(active) + len(others), width)  # lines that are full, rows beside
         table = np.full((self.epoch_length, width), -1, dtype=np.int64)
         spread = np.arange(min(len(active), lines * width))
-        # The turn goes on over the end of an epoch, which a step may straddle.
+        # Whose turn it is goes on over the end of an epoch, which a step may straddle.
         turn = (spread + epoch * len(active)) % width
         table[spread * lines // max(len(spread), 1), turn] = active[: len(spread)]
-        free = np.flatnonzero(table.ravel()[:count] < 0)
-        table.ravel()[free] = np.concatenate([active[len(spread) :], others])
+        last = lines * width + (np.arange(left) + epoch * left) % width
+        free = np.concatenate([np.flatnonzero(table[:lines].ravel() < 0), last])
+        table.ravel()[free] = np.concatenate([others, active[len(spread) :]])
         return table
 
 
