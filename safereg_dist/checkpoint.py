@@ -56,6 +56,7 @@ def config_hash(config: Config) -> str:
     """SHA-256 (hex) of what determines the result: all but places, saving and time limits."""
     values = asdict(config)
     values.pop("output_dir")
+    values.pop("profile")
     for section, keys in {
         "data": ("declared_poison",),
         "reference": ("cache", "keep_bytes"),

@@ -27,6 +27,7 @@ from safereg_dist.metrics import StepMetrics, metrics_row
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.optimizer import learning_rate
+from safereg_dist.profiling import NoProfiler, Profiler
 from safereg_dist.run_log import RunLog
 from safereg_dist.screening import refuse_too_many_held_back
 from safereg_dist.types import Row
@@ -125,16 +126,19 @@ def train(run: Run) -> int:
         ledger_bytes=ledger_bytes,
         first_step=progress.step,
     )
+    profiler = _profiler(run, progress)
     last_row: dict[str, float | int] = {}
     with log, _signals() as stop_requested, _bar(run, progress) as bar:
         while progress.step < run.sources.total_steps:
-            last_row, stop = _optimizer_step(run, progress, log, stop_requested)
+            with profiler.step(progress.step):
+                last_row, stop = _optimizer_step(run, progress, log, stop_requested)
             _show(bar, last_row)
             if stop or _is_save_due(run, progress):
                 _save(run, progress, folder, log)
             if stop and progress.step < run.sources.total_steps:
                 return EXIT_REQUEUE
         log.finish(run.ranks)  # every ledger is closed when any rank goes on
+    profiler.finish()
     _finish(run, progress, folder, last_row)
     return 0
 
@@ -254,6 +258,17 @@ def _resume(run: Run, folder: Path) -> tuple[Progress, int, int]:
         seconds=state.seconds,
     )
     return progress, state.metrics_bytes, state.ledger_bytes[run.ranks.rank]
+
+
+def _profiler(run: Run, progress: Progress) -> Profiler | NoProfiler:
+    if not run.config.profile:
+        return NoProfiler()
+    return Profiler(
+        Path(run.config.output_dir),
+        run.ranks,
+        micro_batches=run.config.train.grad_accum_steps,
+        first_step=progress.step,
+    )
 
 
 def _is_save_due(run: Run, progress: Progress) -> bool:

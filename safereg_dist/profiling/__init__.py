@@ -1,5 +1,6 @@
 """FLOPs, bytes and seconds of training steps, part by part (`profile: true`)."""
 
+from safereg_dist.profiling.profile import NoProfiler, Profiler
 from safereg_dist.profiling.recorder import PartCost, Recorder
 
-__all__ = ["PartCost", "Recorder"]
+__all__ = ["NoProfiler", "PartCost", "Profiler", "Recorder"]

@@ -13,6 +13,7 @@ rank: those of the whole tensor that it moves for this rank, whatever the algori
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -68,6 +69,21 @@ _PAYLOAD: dict[Any, tuple[str, int]] = {
     _C10D.recv_any_source_: ("recv", 0),
 }
 """Kind of every collective, and which of its arguments is the payload."""
+
+
+KINDS = (*dict.fromkeys(kind for kind, _ in _PAYLOAD.values()), "barrier")
+"""Every kind of collective that is counted."""
+
+
+@cache
+def is_composite(operator: torch._ops.OpOverload) -> bool:
+    """True where an operator is nothing but calls of others.
+
+    Some have a composite form beside a kernel of their own (`silu_backward`), which differs from it
+    in the last bit: those are to run as they do when nobody counts.
+    """
+    has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, operator.name())
+    return has_kernel("CompositeImplicitAutograd") and not any(map(has_kernel, ("CPU", "CUDA")))
 
 
 def flops_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int | None:

@@ -18,7 +18,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safereg_dist import parts
-from safereg_dist.profiling.operators import flops_of, payload_of
+from safereg_dist.profiling.operators import flops_of, is_composite, payload_of
 from safereg_kernels import flops as kernel_flops
 from safereg_kernels.flops import HeadFlops
 
@@ -49,7 +49,8 @@ class PartCost:
 class Recorder:
     """A block whose work is counted: `with Recorder() as recorder: ...`, then `totals()`.
 
-    One at a time in a process. What other threads do is not counted, nor the time that they take.
+    One at a time in a process. Of other threads the FLOPs of parts that begin in the block are
+    counted (a local judge works in one), and no time: the step does not wait for them.
     """
 
     def __init__(self) -> None:
@@ -58,6 +59,7 @@ class Recorder:
         self._thread = 0
         self._mark = 0.0
         self._is_in_operator = False
+        self._elsewhere = threading.local()
         self._closing = ExitStack()
 
     def __enter__(self) -> "Recorder":
@@ -68,7 +70,7 @@ class Recorder:
             before = parts.listen(self)
             stack.callback(parts.listen, before)
             stack.enter_context(kernel_flops.listening(self))
-            stack.enter_context(_Watch(self))
+            stack.enter_context(_Watch(self, None))
             self._closing = stack.pop_all()
         self._mark = _now()
         return self
@@ -104,12 +106,18 @@ class Recorder:
         if threading.get_ident() == self._thread:
             self._bill_time()
             self._open.append(name)
+            return
+        watch = _Watch(self, name)  # modes belong to a thread
+        watch.__enter__()
+        self._elsewhere.open = [*getattr(self._elsewhere, "open", ()), watch]
 
     def leave(self) -> None:
         """Bills what follows to the part around the one that ends."""
         if threading.get_ident() == self._thread:
             self._bill_time()
             self._open.pop()
+            return
+        self._elsewhere.open.pop().__exit__(None, None, None)
 
     # safereg_kernels.flops.FlopListener
 
@@ -130,52 +138,50 @@ class Recorder:
 
     # from _Watch
 
-    def see(self, operator: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Counts one call of an operator packet."""
+    def see(self, operator: Any, args: Any, kwargs: Any, out: Any, elsewhere: str | None) -> None:
+        """Counts one call of an operator packet, in this thread or in a part of another."""
+        name = elsewhere or (self._open[-1] if self._open else parts.OTHER)
         payload = payload_of(operator, args)
         if payload is not None:
             kind, size = payload
-            cost = self._cost(self._current)
-            cost.bytes[kind] += size
-            cost.calls[kind] += 1
-        elif not self._is_in_operator:
+            self._cost(name).bytes[kind] += size
+            self._cost(name).calls[kind] += 1
+        elif elsewhere or not self._is_in_operator:
             flops = flops_of(operator, args, kwargs, out)
             if flops:
-                self._cost(self._current).flops += flops
-
-    @property
-    def _current(self) -> str:
-        return self._open[-1] if self._open else parts.OTHER
+                self._cost(name).flops += flops
 
     def _cost(self, name: str) -> PartCost:
         return self._costs.setdefault(name, PartCost())
 
     def _bill_time(self) -> None:
         now = _now()
-        cost = self._cost(self._current)
+        cost = self._cost(self._open[-1] if self._open else parts.OTHER)
         cost.seconds += now - self._mark
         cost.peak_memory_bytes = max(cost.peak_memory_bytes, _peak_memory_bytes())
         self._mark = now
 
 
 class _Watch(TorchDispatchMode):
-    """Shows every operator to the recorder."""
+    """Shows the operators of one thread to the recorder."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, elsewhere: str | None) -> None:
+        """`elsewhere` is the part of another thread; None = the recorder's own."""
         super().__init__()
         self._recorder = recorder
+        self._elsewhere = elsewhere
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator) or func.namespace == "prim":
             return func(*args, **kwargs)
-        with self:  # under inference mode operators arrive whole: their products are inside
-            out = func.decompose(*args, **kwargs)
-        if out is NotImplemented:
-            out = func(*args, **kwargs)
-            self._recorder.see(func.overloadpacket, args, kwargs, out)
+        if is_composite(func):  # under inference mode they arrive whole: the products are inside
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self._recorder.see(func.overloadpacket, args, kwargs, out, self._elsewhere)
         return out
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parts import EXCHANGE, part
 from safereg_dist.plan.costs import exchange_pays
 from safereg_dist.plan.hardware import Rates, rates_of_device
 
@@ -66,6 +67,7 @@ def exchanged_states(
     return [*states[:num_kept], *returned], num_kept + len(lent)
 
 
+@part(EXCHANGE)
 def _lend(
     reference: "Reference",
     rows: Sequence["TokenRow"],
@@ -89,6 +91,7 @@ def _lend(
     return lent
 
 
+@part(EXCHANGE)
 def _give_back(
     reference: "Reference",
     states: Sequence[Tensor],

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
+from safereg_dist.parts import REFERENCE_HEAD, REFERENCE_TRUNK, part
 from safereg_dist.reference.exchange import slowest_rates
 from safereg_dist.reference.store import ReferenceStore
 from safereg_dist.reference.trunk import ReferenceTrunk
@@ -117,6 +118,7 @@ class Reference:
             self._engine = self._load_trunk()
         return self._engine
 
+    @part(REFERENCE_TRUNK)
     def open(
         self, rows: Sequence[Row], kl_coef: list[float] | Exception, *, micro_batches: int = 1
     ) -> Window:
@@ -179,5 +181,5 @@ class Reference:
         if not is_needed:
             yield NO_HEAD
             return
-        with self._backend.gathered(self.head.parameters):
+        with part(REFERENCE_HEAD), self._backend.gathered(self.head.parameters):
             yield self.head

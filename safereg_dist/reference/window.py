@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safereg_dist.fingerprint import row_key
 from safereg_dist.parallel.comm import held
+from safereg_dist.parts import REFERENCE_TRUNK, part
 from safereg_dist.reference.exchange import exchanged_states
 from safereg_dist.types import MicroBatch, ReferenceStates, Row
 
@@ -102,6 +103,7 @@ class Window:
         else:
             self._agreement = ranks.begin_most(error or [num_ahead])
 
+    @part(REFERENCE_TRUNK)
     def states(self, index: int, batch: MicroBatch) -> ReferenceStates:
         """States of micro-batch `index`, which is `batch`; indices are asked for in order.
 

@@ -1,0 +1,202 @@
+"""`profile: true`: every optimizer step recorded part by part, over all ranks, and told at the end.
+
+`profile.jsonl` has one row per step and part, `profile.json` the run's totals with their shares,
+`profile.png` the shares; all in the run folder. Sums go over ranks; what the recording itself takes
+to collect them is not recorded.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parts import PARTS, SAFETY_PATH
+from safereg_dist.profiling.figure import shares_png
+from safereg_dist.profiling.operators import KINDS
+from safereg_dist.profiling.recorder import PartCost, Recorder
+from safereg_dist.profiling.table import profile_table
+
+_NANOSECONDS = 10**9
+_WIDTH = 3 + 2 * len(KINDS)  # numbers of one part of one rank, see `_numbers`
+
+Row = dict[str, Any]
+"""Cost of one part in one step, or in a run (see `_row`)."""
+
+
+class Profiler:
+    """Records optimizer steps; on the main rank it writes them to the run folder."""
+
+    def __init__(self, folder: Path, ranks: Ranks, *, micro_batches: int, first_step: int) -> None:
+        """`micro_batches` per rank and step; rows of steps from `first_step` on are forgotten."""
+        self._folder, self._ranks = folder, ranks
+        self._micro_batches = micro_batches
+        with ranks.together():
+            if ranks.is_main:
+                kept = [r for r in _read_rows(self._file) if r["step"] < first_step]
+                _replace(self._file, "".join(_line(row) for row in kept).encode())
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """A block that is recorded as this step. Collectives, after it: one all-gather of integers,
+        one gather of texts."""
+        with Recorder() as recorder:
+            yield
+        table = self._ranks.gather(_numbers(recorder, self._ranks.device)).tolist()
+        with self._ranks.together():
+            if self._ranks.is_main:
+                rows = self._rows(step, table)
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.writelines(_line(row) for row in rows)
+
+    def finish(self) -> None:
+        """Writes totals and figure, prints the table. Collectives: one gather of texts."""
+        with self._ranks.together():
+            if self._ranks.is_main:
+                profile = self._summary(_read_rows(self._file))
+                text = json.dumps(profile, indent=2) + "\n"
+                _replace(self._folder / "profile.json", text.encode())
+                _replace(self._folder / "profile.png", shares_png(profile))
+                print(profile_table(profile), flush=True)
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / "profile.jsonl"
+
+    def _rows(self, step: int, table: Sequence[Sequence[int]]) -> list[Row]:
+        """Rows of one step from every rank's numbers; parts that no rank entered have none."""
+        found = []
+        for place, name in enumerate(PARTS):
+            own = [rank[place * _WIDTH : (place + 1) * _WIDTH] for rank in table]
+            if any(any(numbers) for numbers in own):
+                found.append({"step": step, **_row(name, own)})
+        return [self._with_means(row, 1) for row in found]
+
+    def _with_means(self, row: Row, steps: int) -> Row:
+        passes = self._ranks.world_size * self._micro_batches * max(steps, 1)
+        return {
+            **row,
+            "flops_per_rank_and_micro_batch": row["flops"] / passes,
+            "bytes_per_rank_and_micro_batch": sum(row["bytes"].values()) / passes,
+        }
+
+    def _summary(self, rows: Sequence[Row]) -> Row:
+        """What `profile.json` holds."""
+        steps = len({row["step"] for row in rows})
+        by_part = {
+            name: {"is_safety_path": name in SAFETY_PATH, **_sum_of(own)}
+            for name in PARTS
+            if (own := [row for row in rows if row["part"] == name])
+        }
+        total = _sum_of(rows)
+        safety = _sum_of([row for row in rows if row["part"] in SAFETY_PATH])
+        finished = {
+            name: self._with_means({**cost, **_shares(cost, total)}, steps)
+            for name, cost in {**by_part, "safety path": safety, "all": total}.items()
+        }
+        return {
+            "steps": steps,
+            "world_size": self._ranks.world_size,
+            "micro_batches_per_rank_and_step": self._micro_batches,
+            "device": _device_name(self._ranks.device),
+            "memory": "allocated" if self._ranks.device.type == "cuda" else "resident",
+            "all": finished.pop("all"),
+            "safety_path": finished.pop("safety path"),
+            "parts": finished,
+        }
+
+
+class NoProfiler:
+    """Records nothing and writes nothing."""
+
+    def step(self, step: int) -> AbstractContextManager[None]:
+        """A block like any other."""
+        return nullcontext()
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+def _numbers(recorder: Recorder, device: torch.device) -> torch.Tensor:
+    """[len(PARTS) * _WIDTH] int64: FLOPs, nanoseconds, peak bytes, and bytes and calls by kind."""
+    costs = recorder.totals()
+    numbers: list[int] = []
+    for name in PARTS:
+        cost = costs.get(name, PartCost())
+        numbers += [cost.flops, round(cost.seconds * _NANOSECONDS), cost.peak_memory_bytes]
+        numbers += [cost.bytes[kind] for kind in KINDS]
+        numbers += [cost.calls[kind] for kind in KINDS]
+    return torch.tensor(numbers, dtype=torch.int64).to(device)
+
+
+def _row(name: str, ranks: Sequence[Sequence[int]]) -> Row:
+    """One part's cost over ranks, whose numbers are in the order of `_numbers`."""
+    flops, nanoseconds, peaks, *counts = zip(*ranks, strict=True)
+    sums = [sum(count) for count in counts]
+    return {
+        "part": name,
+        "is_safety_path": name in SAFETY_PATH,
+        "flops": sum(flops),
+        "bytes": {k: n for k, n in zip(KINDS, sums[: len(KINDS)], strict=True) if n},
+        "calls": {k: n for k, n in zip(KINDS, sums[len(KINDS) :], strict=True) if n},
+        "seconds": sum(nanoseconds) / len(ranks) / _NANOSECONDS,
+        "seconds_max": max(nanoseconds) / _NANOSECONDS,
+        "peak_memory_bytes": max(peaks),
+    }
+
+
+def _sum_of(rows: Sequence[Row]) -> Row:
+    """Their sum; of the seconds of the slowest rank too, and the largest memory."""
+    return {
+        "flops": sum(row["flops"] for row in rows),
+        "bytes": _by_kind(rows, "bytes"),
+        "calls": _by_kind(rows, "calls"),
+        "seconds": sum(row["seconds"] for row in rows),
+        "seconds_max": sum(row["seconds_max"] for row in rows),
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=0),
+    }
+
+
+def _by_kind(rows: Sequence[Row], key: str) -> dict[str, int]:
+    sums = {kind: sum(row[key].get(kind, 0) for row in rows) for kind in KINDS}
+    return {kind: count for kind, count in sums.items() if count}
+
+
+def _shares(cost: Row, total: Row) -> Row:
+    """Shares of the run's FLOPs, bytes and seconds, each in [0, 1]."""
+
+    def share(own: float, whole: float) -> float:
+        return own / whole if whole else 0.0
+
+    return {
+        "flops_share": share(cost["flops"], total["flops"]),
+        "bytes_share": share(sum(cost["bytes"].values()), sum(total["bytes"].values())),
+        "seconds_share": share(cost["seconds"], total["seconds"]),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Rows of `profile.jsonl`; a line that a kill has cut short is left out."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else ():
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
