@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
 
 import deepspeed
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import (
     InflightParamRegistry,
     PartitionedParameterCoordinator,
@@ -199,8 +200,16 @@ class DeepSpeedBackend:
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         """A block in which these parameters are whole. Collectives: one all-gather each."""
-        with deepspeed.zero.GatheredParameters(list(parameters)):
+        # As deepspeed's own modules gather: its GatheredParameters waits for the whole device.
+        unique: list[Any] = list(dict.fromkeys(parameters))
+        absent = [p for p in unique if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        for handle in [p.all_gather_coalesced([p]) for p in absent]:
+            handle.wait()
+        try:
             yield
+        finally:
+            for parameter in absent:
+                parameter.partition()
 
     def first_not_finite(self, model: nn.Module) -> str | None:
         """Name of a parameter whose shard here holds a value that is not finite. No collectives."""
@@ -373,6 +382,8 @@ def _policy_config(step: nn.Module, config: Config) -> dict[str, Any]:
     ds["gradient_clipping"] = config.optimizer.max_grad_norm
     ds["zero_allow_untested_optimizer"] = True  # torch's AdamW, which DeepSpeed does not list
     ds["zero_force_ds_cpu_optimizer"] = False
+    # Its default waits for the whole device before every forward, to print a speed every so often.
+    ds["timers"] = {"throughput": {"enabled": False}}
     return ds
 
 

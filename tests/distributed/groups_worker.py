@@ -116,10 +116,10 @@ def describe(run) -> dict:
     facts["policy"]["persistent"] = sorted(
         n for n, p in run.model.named_parameters() if p.ds_persist
     )
-    model = getattr(run.step.reference, "model", None)
-    if model is None:
+    if not run.config.needs_reference:
         return facts
     reference = run.step.reference.engine.engine
+    model = reference.module.model
     both = [*run.model.parameters(), *model.parameters()]
     facts["reference"] = settings(reference)
     facts["reference"]["persistent"] = sorted(
@@ -146,6 +146,7 @@ def settings(engine) -> dict:
         "hpz": engine.zero_hpz_partition_size(),
         "offload": None if offload is None else str(offload.device),
         "optimizer": type(engine.optimizer).__name__,
+        "waits_to_time": engine.tput_timer.start_time > 0,
     }
 
 

@@ -103,6 +103,7 @@ def check_settings(facts):
         assert policy["offload"] == ("cpu" if case == "offloaded" else None), case
         assert (policy["threshold"], policy["prefetch"]) == (320, int(0.9 * 32 * 32))
         assert all("norm" in name for name in policy["persistent"]), policy["persistent"]
+        assert not policy["waits_to_time"]  # no wait for the device before every forward
         if reference is None:
             continue
         assert reference["optimizer"] == "DeepSpeedZeRoOffload"  # none: inference
