@@ -30,7 +30,7 @@ from safereg_dist.parallel.optimizer import learning_rate
 from safereg_dist.profiling import NoProfiler, Profiler
 from safereg_dist.run_log import RunLog
 from safereg_dist.screening import refuse_too_many_held_back
-from safereg_dist.types import Row
+from safereg_dist.types import Row, to_device
 
 MAX_NON_FINITE_IN_A_ROW = 3
 EXIT_REQUEUE = 75
@@ -198,7 +198,7 @@ def _coming_rows(sources: RowSources, step: int) -> list[Row]:
 
 def _global_tokens(run: Run, count: int) -> Tensor:
     """N: response tokens of all ranks and micro-batches, a float32 scalar on the device."""
-    own = torch.tensor(count, dtype=torch.int64).to(run.ranks.device, non_blocking=True)
+    own = to_device(torch.tensor(count, dtype=torch.int64), run.ranks.device)
     return run.ranks.sum_(own).float()
 
 

@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from safereg_dist import errors
 from safereg_dist.parts import AGREEMENT, part
+from safereg_dist.types import to_device
 
 T = TypeVar("T")
 
@@ -165,7 +166,7 @@ class Agreement:
             return
         self._numbers = None
         with _own_stream(ranks.device):
-            sent = torch.tensor(values, dtype=torch.int64).to(ranks.device, non_blocking=True)
+            sent = to_device(torch.tensor(values, dtype=torch.int64), ranks.device)
             if is_table:
                 self._tensor = sent.new_empty(ranks.world_size, count)
                 self._work = dist.all_gather(

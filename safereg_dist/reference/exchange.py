@@ -15,6 +15,7 @@ from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parts import EXCHANGE, part
 from safereg_dist.plan.costs import exchange_pays
 from safereg_dist.plan.hardware import Rates, rates_of_device
+from safereg_dist.types import to_device
 
 if TYPE_CHECKING:
     from safereg_dist.reference.reference import Reference, TokenRow
@@ -84,7 +85,7 @@ def _lend(
         tokens, mask = torch.tensor(row.input_ids), torch.tensor(row.loss_mask)
         sent[place, 1 : 1 + length] = 2 * tokens + mask
     device = reference.ranks.device
-    received = reference.ranks.all_to_all(sent.to(device, non_blocking=True), given, taken)
+    received = reference.ranks.all_to_all(to_device(sent, device), given, taken)
     lent = []
     for length, *codes in received.tolist():
         lent.append(Lent([c >> 1 for c in codes[:length]], [c & 1 for c in codes[:length]]))

@@ -16,7 +16,7 @@ from safereg_dist.reference.exchange import slowest_rates
 from safereg_dist.reference.store import ReferenceStore
 from safereg_dist.reference.trunk import ReferenceTrunk
 from safereg_dist.reference.window import NoWindow, Window
-from safereg_dist.types import NO_HEAD, Head, Row, head_of
+from safereg_dist.types import NO_HEAD, Head, Row, head_of, to_device
 
 
 class TokenRow(Protocol):
@@ -162,10 +162,8 @@ class Reference:
             own = [place * width + t - 1 for t in range(1, length) if row.loss_mask[t]]
             index += own
             counts.append(len(own))
-        states = self.engine(
-            ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
-        ).flatten(0, 1)
-        chosen = torch.tensor(index, dtype=torch.int64).to(device, non_blocking=True)
+        states = self.engine(to_device(ids, device), to_device(mask, device)).flatten(0, 1)
+        chosen = to_device(torch.tensor(index, dtype=torch.int64), device)
         return states.index_select(0, chosen).split(counts)
 
     def prompt_states(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:

@@ -17,7 +17,7 @@ from safereg_dist.fingerprint import row_key
 from safereg_dist.parallel.comm import held
 from safereg_dist.parts import REFERENCE_TRUNK, part
 from safereg_dist.reference.exchange import exchanged_states
-from safereg_dist.types import MicroBatch, ReferenceStates, Row
+from safereg_dist.types import MicroBatch, ReferenceStates, Row, to_device
 
 if TYPE_CHECKING:
     from safereg_dist.reference.reference import Reference
@@ -166,7 +166,7 @@ class Window:
             return self._kept.pop(place)
         assert self._reference.store is not None
         states = self._reference.store.read(self._stored[place])
-        return states.to(self._reference.ranks.device, non_blocking=True)
+        return to_device(states, self._reference.ranks.device)
 
 
 def active_rows(kl_coef: list[float], rows: Sequence[Row]) -> list[int]:

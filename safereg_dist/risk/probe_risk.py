@@ -17,7 +17,7 @@ from safereg_dist.parts import PROBE, part
 from safereg_dist.risk.estimator import Risk
 from safereg_dist.risk.probe import Probe, pool_spans
 from safereg_dist.score_cache import CachedScore, ScoreCache
-from safereg_dist.types import MicroBatch, Row
+from safereg_dist.types import MicroBatch, Row, to_device
 
 
 class PolicyProbeRisk:
@@ -170,7 +170,7 @@ class ReferenceProbeRisk:
             return Turns([], [], []), states.new_zeros(0, states.shape[-1])
         turns = probed_turns(self.probe, [batch.rows[index] for index in group])
         width = max(turns.last) + 1
-        index = torch.tensor(group).to(device, non_blocking=True)
+        index = to_device(torch.tensor(group), device)
         mask = batch.attention_mask.index_select(0, index)[:, :width]
         states = self._reference.prompt_states(
             batch.input_ids.index_select(0, index)[:, :width], mask, self.probe.layer
@@ -254,7 +254,7 @@ def pooled_turns(probe: Probe, states: Tensor, attention_mask: Tensor, turns: Tu
     """[N, H] pooled states of the turns; rows may be padded on either side."""
     device = states.device
     rows, first, last = (
-        torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True) for values in turns
+        to_device(torch.tensor(values, dtype=torch.int64), device) for values in turns
     )
     begin = attention_mask.to(torch.int32).argmax(dim=1).index_select(0, rows)
     return pool_spans(
