@@ -1,0 +1,184 @@
+"""Bytes that one GPU holds, by part, at the fullest moment of a step.
+
+As deepspeed 0.19 keeps ZeRO-3 with bf16: shards and accumulated gradients in bf16, float32 master
+weights and two Adam moments, and in the update the float32 gradients of one sub-group. With float32
+the shards are the master weights.
+"""
+
+from dataclasses import dataclass
+
+from safereg_dist.plan.gathers import padded, policy_gathers, staying
+from safereg_dist.plan.risky_rows import expected_rows
+from safereg_dist.plan.settings import Settings
+from safereg_dist.plan.shape import ModelShape
+from safereg_dist.plan.traffic import group_batches
+
+SUB_GROUP = 1_000_000_000
+"""DeepSpeed's `sub_group_size`, in parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of one rank, by part."""
+
+    resting: dict[str, float]
+    """On the GPU all the time."""
+    working: dict[str, float]
+    """On the GPU while a micro-batch runs."""
+    updating: float
+    """On the GPU in the update instead."""
+    host: float
+    """In the memory of the machine, for offloading."""
+
+    @property
+    def gpu(self) -> float:
+        """The fullest moment."""
+        return sum(self.resting.values()) + max(sum(self.working.values()), self.updating)
+
+
+def memory(shape: ModelShape, settings: Settings) -> Memory:
+    """Memory of the rank that has the most rows to keep."""
+    resting, host = _states(shape, settings)
+    shard = shard_elements(shape, settings)
+    return Memory(
+        resting={name: size for name, size in resting.items() if size},
+        working={name: size for name, size in _working(shape, settings).items() if size},
+        updating=0.0 if settings.offload_optimizer == "cpu" else 4.0 * min(shard, SUB_GROUP),
+        host=host,
+    )
+
+
+def shard_elements(shape: ModelShape, settings: Settings) -> float:
+    """Elements of one rank's shard of a model, each parameter padded to whole shards."""
+    world = settings.data_parallel
+    shard = sum(-(-n // world) for module in shape.modules for n in module.numels)
+    return shard / settings.model_parallel
+
+
+def _states(shape: ModelShape, settings: Settings) -> tuple[dict[str, float], float]:
+    """What rests on the GPU, by part, and what rests in the machine's memory."""
+    shard, size = shard_elements(shape, settings), settings.itemsize
+    whole = staying(shape.modules, shape) * size / settings.model_parallel
+    parts = {
+        "policy shards": (shard * size, settings.offload_params),
+        "master weights": (4 * shard if size == 2 else 0.0, settings.offload_optimizer),
+        "Adam moments": (8 * shard, settings.offload_optimizer),
+        "gradients": (shard * size, settings.offload_optimizer),
+        # With the optimizer's state, a gradient of each sub-group stays with it.
+        "gradients to update with": (
+            4 * shard if settings.offload_optimizer == "cpu" else 0.0,
+            settings.offload_optimizer,
+        ),
+        "policy's second shards (hpZ)": (
+            shard * settings.data_parallel / settings.hpz * size if settings.hpz > 1 else 0.0,
+            "none",
+        ),
+        "reference shards": (_reference_shard(shape, settings) * size, settings.offload_reference),
+        "small parameters, whole": (whole * (1 if settings.arm == "sft" else 2), "none"),
+    }
+    return (
+        {name: size for name, (size, place) in parts.items() if place == "none"},
+        sum(size for size, place in parts.values() if place == "cpu"),
+    )
+
+
+def _reference_shard(shape: ModelShape, settings: Settings) -> float:
+    if settings.arm == "sft":
+        return 0.0
+    if settings.arm == "stored":
+        return shape.head_parameters / settings.world_size
+    return shard_elements(shape, settings)
+
+
+def _working(shape: ModelShape, settings: Settings) -> dict[str, float]:
+    size, parallel = settings.itemsize, settings.model_parallel
+    tokens = settings.micro_batch * settings.seq_length
+    largest = max(sum(module.numels) for module in shape.modules)
+    prefetched = 0.9 * shape.hidden_size**2
+    whole = policy_gathers(shape, settings).peak + prefetched
+    return {
+        "gathered parameters": whole * size / parallel,
+        "gradients before reduction": (largest + shape.hidden_size**2) * size / parallel,
+        "activations": activation_bytes(shape, settings) / settings.tensor_parallel,
+        "head": _head(shape, settings, tokens) / settings.tensor_parallel,
+        "reference pass": _reference_pass(shape, settings) / parallel,
+        "kept reference states": _kept_states(shape, settings),
+    }
+
+
+def activation_bytes(shape: ModelShape, settings: Settings) -> float:
+    """What a micro-batch keeps for its backward pass, on one pipeline stage.
+
+    Per token and layer, of e bytes an element: a norm 4 H + 2 e H (it computes in float32); queries
+    and attention's result 2 e A, keys and values 2 e K; an MLP 4 e I if gated, else 2 e I; experts
+    also their inputs and outputs. Tested against what autograd really keeps.
+    """
+    tokens = settings.micro_batch * settings.seq_length
+    layer = _layer_bytes(shape, settings)
+    count = shape.num_layers / settings.pipeline_parallel
+    ends = (4 + 3 * settings.itemsize) * shape.hidden_size
+    if settings.activation_checkpointing:
+        return tokens * (count * settings.itemsize * shape.hidden_size + layer + ends)
+    return tokens * (count * layer + ends)
+
+
+def _layer_bytes(shape: ModelShape, settings: Settings) -> float:
+    e, h = settings.itemsize, shape.hidden_size
+    modules = [module for module in shape.modules if module.layer == 0]
+    root_norms = sum(1 for m in modules if m.numels == (h,))
+    layer_norms = sum(1 for m in modules if m.numels == (h, h))
+    head_norms = any(len(m.numels) == 1 and m.products == 0 and m.numel < h for m in modules)
+    attention = 2 * e * (shape.attention_width + shape.key_value_width)
+    if head_norms:
+        attention += (4 + e) * (shape.attention_width + shape.key_value_width)
+    if shape.keeps_scores:
+        attention += 8 * shape.num_heads * settings.seq_length
+    experts = 2 * e * h * shape.num_chosen if shape.num_chosen > 1 else 0
+    mlp = 2 * (_mlp_matrices(shape) - 1) * e * shape.mlp_width
+    return root_norms * (4 + 2 * e) * h + layer_norms * 1.5 * e * h + attention + mlp + experts
+
+
+def _mlp_matrices(shape: ModelShape) -> int:
+    """3 with a gate, else 2; from the elements that attention does not explain."""
+    layer = shape.layer_products / shape.num_layers
+    attention = 2 * shape.hidden_size * (shape.attention_width + shape.key_value_width)
+    return min(3, max(2, round((layer - attention) / (shape.hidden_size * shape.mlp_width))))
+
+
+def _head(shape: ModelShape, settings: Settings, tokens: int) -> float:
+    """Logits of one chunk in float32 with their gradient, and the float32 gradient of the weight.
+
+    `always_on`: the logits and log-probabilities of all tokens and both models, in float32.
+    """
+    columns, size = shape.vocab_size, settings.itemsize
+    gradient = 4.0 * shape.head_parameters
+    if settings.arm == "always_on":
+        return tokens * columns * 16.0 + gradient / 4 * size
+    logits = 4 if settings.arm == "sft" else 8
+    per_logit = logits + (size if size == 2 else 0)
+    trained = settings.response_share * tokens
+    states = 4.0 * trained * shape.hidden_size
+    head = shape.head_parameters * size if settings.arm != "sft" else 0.0
+    chunk = min(trained, settings.chunk_tokens) * columns * per_logit
+    return chunk + gradient * (1 + size / 4) + states + head
+
+
+def _reference_pass(shape: ModelShape, settings: Settings) -> float:
+    """What exists at once while the reference runs: two modules, and one layer without gradient."""
+    if settings.arm in ("sft", "stored"):
+        return 0.0
+    rows = settings.rows_per_pass or settings.micro_batch
+    largest = max(padded(m.numels, shape, settings.data_parallel) for m in shape.trunk)
+    states = 4 * shape.hidden_size + 3 * shape.mlp_width
+    return settings.itemsize * (largest + rows * settings.seq_length * states)
+
+
+def _kept_states(shape: ModelShape, settings: Settings) -> float:
+    """Reference states of a group's risky rows, expected on the fullest rank."""
+    if settings.arm == "sft":
+        return 0.0
+    rows = float(settings.micro_batch)
+    if settings.arm == "routed":
+        group = group_batches(shape, settings) * settings.micro_batch
+        rows = min(expected_rows(settings).most_rows, group)
+    return rows * settings.response_tokens * shape.hidden_size * settings.itemsize

@@ -1,0 +1,158 @@
+"""A plan: memory, FLOPs, bytes and time of a run, and what it costs against plain fine-tuning."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from safereg_dist.plan.flops import flops
+from safereg_dist.plan.hardware import LINK_EFFICIENCY, MFU, USABLE_MEMORY, Gpu
+from safereg_dist.plan.memory import Memory, memory
+from safereg_dist.plan.risky_rows import expected_rows
+from safereg_dist.plan.settings import ARMS, Settings
+from safereg_dist.plan.shape import ModelShape
+from safereg_dist.plan.traffic import Traffic, traffic
+
+SAFETY = ("reference trunk", "head, divergence", "probe, first epoch", "reference head")
+"""Parts that plain fine-tuning does not have and that take time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """One arm's cost of an optimizer step."""
+
+    arm: str
+    flops: dict[str, float]
+    """Of all ranks together, by part."""
+    traffic: dict[str, Traffic]
+    """Of one rank, by part."""
+    memory: Memory
+    """Of one rank."""
+    seconds: float
+    """Expected time of the step on the slowest rank."""
+
+    @property
+    def total_flops(self) -> float:
+        """Of all parts."""
+        return sum(self.flops.values())
+
+    @property
+    def total_bytes(self) -> float:
+        """Of all parts and links."""
+        return sum(part.total for part in self.traffic.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is planned, and each arm's cost."""
+
+    shape: ModelShape
+    settings: Settings
+    gpu: Gpu
+    arms: dict[str, Costs]
+    """By arm, `sft` among them."""
+
+    @property
+    def chosen(self) -> Costs:
+        """The arm that was asked for."""
+        return self.arms[self.settings.arm]
+
+    @property
+    def usable_bytes(self) -> float:
+        """What tensors can have of the GPU's memory."""
+        return USABLE_MEMORY * self.gpu.memory_bytes
+
+    @property
+    def fits(self) -> bool:
+        """True where the fullest moment fits the GPU."""
+        return self.chosen.memory.gpu <= self.usable_bytes
+
+    def overhead(self, arm: str) -> dict[str, float]:
+        """Extra FLOPs, bytes and time of an arm, as shares of plain fine-tuning's."""
+        own, base = self.arms[arm], self.arms["sft"]
+        return {
+            "flops": own.total_flops / base.total_flops - 1,
+            "bytes": own.total_bytes / base.total_bytes - 1 if base.total_bytes else 0.0,
+            "seconds": own.seconds / base.seconds - 1,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, in bytes, FLOPs and seconds."""
+        shape = self.shape
+        return {
+            "model": {
+                "model_type": shape.model_type,
+                "parameters": shape.parameters,
+                "active_parameters": shape.active_parameters,
+                "is_tied": shape.is_tied,
+                **{name: shape.part(name) for name in ("embedding", "layers", "final", "head")},
+            },
+            "settings": asdict(self.settings),
+            "gpu": asdict(self.gpu),
+            "assumptions": {
+                "mfu": MFU,
+                "link_efficiency": LINK_EFFICIENCY,
+                "usable_memory": USABLE_MEMORY,
+            },
+            "fits": self.fits,
+            "arms": {
+                arm: {
+                    "flops": costs.flops,
+                    "bytes_per_rank": {k: asdict(v) for k, v in costs.traffic.items()},
+                    "memory": asdict(costs.memory),
+                    "gpu_bytes": costs.memory.gpu,
+                    "seconds": costs.seconds,
+                    "overhead": self.overhead(arm),
+                }
+                for arm, costs in self.arms.items()
+            },
+        }
+
+
+def make_plan(shape: ModelShape, settings: Settings, gpu: Gpu) -> Plan:
+    """The plan of a run; all arms, whichever was asked for."""
+    return Plan(
+        shape=shape,
+        settings=settings,
+        gpu=gpu,
+        arms={arm: arm_costs(shape, replace(settings, arm=arm), gpu) for arm in ARMS},
+    )
+
+
+def arm_costs(shape: ModelShape, settings: Settings, gpu: Gpu) -> Costs:
+    """Costs of one arm."""
+    work, moved = flops(shape, settings), traffic(shape, settings)
+    return Costs(
+        arm=settings.arm,
+        flops=work,
+        traffic=moved,
+        memory=memory(shape, settings),
+        seconds=_seconds(work, moved, settings, gpu),
+    )
+
+
+def _seconds(
+    work: dict[str, float], moved: dict[str, Traffic], settings: Settings, gpu: Gpu
+) -> float:
+    """Time of the policy's passes, and after them of the reference's.
+
+    Within each, products and communication overlap: the longer counts. The reference is waited for
+    on the rank that has the most risky rows; its head is gathered while nothing else runs.
+    """
+    rate = MFU * gpu.flops_per_s * settings.world_size
+    policy = sum(n for part, n in work.items() if part not in SAFETY)
+    comm = sum(_transfer(m, gpu) for part, m in moved.items() if part not in SAFETY)
+    total = max(policy / rate, comm)
+    slowest = 1.0
+    if settings.arm in ("routed", "stored"):
+        expected = expected_rows(settings)
+        slowest = expected.most_rows / expected.mean_rows if expected.mean_rows else 1.0
+    for part in ("reference trunk", "probe, first epoch"):
+        skew = slowest if part == "reference trunk" else 1.0
+        total += max(skew * work[part] / rate, _transfer(moved[part], gpu))
+    head = slowest * work["head, divergence"] / rate
+    return total + head + _transfer(moved["reference head"], gpu)
+
+
+def _transfer(moved: Traffic, gpu: Gpu) -> float:
+    """Seconds; both kinds of link work at the same time."""
+    inside = moved.inside / (LINK_EFFICIENCY * gpu.node_bytes_per_s)
+    return max(inside, moved.between / (LINK_EFFICIENCY * gpu.network_bytes_per_s))

@@ -1,0 +1,135 @@
+"""What a plan is made for: ranks, batch, risk and where things are kept."""
+
+from dataclasses import dataclass
+
+from safereg_dist.config.checks import at_least, one_of, within
+from safereg_dist.errors import ConfigError
+
+ARMS = ("sft", "routed", "stored", "always_on")
+"""Plain fine-tuning; the reference on risky rows; its states from a store; on every row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """One training run, as far as its cost depends on it."""
+
+    world_size: int
+    """GPUs, >= 1."""
+    gpus_per_node: int = 8
+    """GPUs that NVLink or PCIe joins, >= 1."""
+    seq_length: int = 1024
+    """Tokens of a row, all rows alike, >= 2."""
+    response_share: float = 0.5
+    """Share of a row's tokens that are trained on, in [0, 1]."""
+    micro_batch: int = 4
+    """Rows per rank and forward, >= 1."""
+    grad_accum: int = 1
+    """Micro-batches per optimizer step, >= 1."""
+    risky_fraction: float = 0.1
+    """Share of rows with a coefficient above 0, anchor rows among them, in [0, 1]."""
+    arm: str = "routed"
+    """One of `ARMS`."""
+    balance: str = "none"
+    """`none`: rows fall on ranks by chance; `deal`: dealt evenly over ranks and steps."""
+    probe_depth: float = 0.0
+    """k / L of a reference-side probe, in [0, 1]; 0 = a column or a policy-side probe."""
+    zero_stage: int = 3
+    """3 in this version."""
+    hpz: int = 1
+    """`engine.hpz_partition_size`: ranks that share a second shard of the policy, >= 1."""
+    offload_params: str = "none"
+    offload_optimizer: str = "none"
+    offload_reference: str = "none"
+    """`none` or `cpu`."""
+    activation_checkpointing: bool = False
+    """Decoder layers are run again in the backward pass."""
+    precision: str = "bf16"
+    """`bf16` or `fp32`."""
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    """Ranks that share each layer, and stages of layers, >= 1."""
+    chunk_tokens: int = 1024
+    """`train.chunk_tokens`."""
+    rows_per_pass: int | None = None
+    """`reference.rows_per_pass`; None = `micro_batch`."""
+    keep_bytes: int = 256 << 20
+    """`reference.keep_bytes`."""
+    reuse_distance: int = 1_000_000_000
+    """DeepSpeed's `stage3_max_reuse_distance`, in parameters, >= 1; this is its default."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("world_size", "gpus_per_node", "micro_batch", "grad_accum", "hpz"),
+            *("tensor_parallel", "pipeline_parallel", "chunk_tokens", "reuse_distance"),
+        ):
+            at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        at_least("--seq-length", self.seq_length, 2)
+        for name in ("response_share", "risky_fraction", "probe_depth"):
+            within(f"--{name.replace('_', '-')}", getattr(self, name), 0.0, 1.0)
+        one_of("arm", self.arm, ARMS)
+        one_of("--balance", self.balance, ("none", "deal"))
+        one_of("--precision", self.precision, ("bf16", "fp32"))
+        for name in ("offload_params", "offload_optimizer", "offload_reference"):
+            one_of(f"--{name.replace('_', '-')}", getattr(self, name), ("none", "cpu"))
+        if self.zero_stage != 3:
+            raise ConfigError(f"--zero-stage must be 3 in this version, got {self.zero_stage}")
+        self._check_division()
+
+    def _check_division(self) -> None:
+        parallel = self.tensor_parallel * self.pipeline_parallel
+        if self.world_size % parallel:
+            raise ConfigError(
+                f"--world-size {self.world_size} is not a multiple of --tensor-parallel "
+                f"{self.tensor_parallel} x --pipeline-parallel {self.pipeline_parallel}: "
+                f"the nearest are {_near(self.world_size, parallel)}"
+            )
+        if self.data_parallel % self.hpz:
+            raise ConfigError(
+                f"--hpz-partition-size {self.hpz} does not divide the {self.data_parallel} "
+                f"data-parallel ranks: choose one of {_divisors(self.data_parallel)}"
+            )
+        node = self.gpus_per_node
+        if self.world_size > node and self.world_size % node:
+            raise ConfigError(
+                f"--world-size {self.world_size} is not a multiple of --gpus-per-node {node}: "
+                f"the nearest are {_near(self.world_size, node)}"
+            )
+        if node % self.tensor_parallel and self.tensor_parallel % node:
+            raise ConfigError(
+                f"--tensor-parallel {self.tensor_parallel} does not divide --gpus-per-node {node}: "
+                f"choose one of {_divisors(node)}"
+            )
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that see different rows; ZeRO-3 shards over these."""
+        return self.world_size // (self.tensor_parallel * self.pipeline_parallel)
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that see the same rows."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def window_rows(self) -> int:
+        """Rows of one data-parallel rank in an optimizer step."""
+        return self.micro_batch * self.grad_accum
+
+    @property
+    def response_tokens(self) -> float:
+        """Trained tokens of a row."""
+        return self.response_share * self.seq_length
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a parameter."""
+        return 2 if self.precision == "bf16" else 4
+
+
+def _near(value: int, step: int) -> str:
+    low = value // step * step
+    return " and ".join(str(n) for n in (low, low + step) if n > 0)
+
+
+def _divisors(value: int) -> str:
+    return ", ".join(str(n) for n in range(1, value + 1) if value % n == 0)

@@ -1,0 +1,254 @@
+"""The sizes of a model, from its `config.json`: nothing is downloaded and no weight is made.
+
+The parameters are those of the model that transformers builds on the meta device, so tied
+embeddings, biases and experts are counted as they are trained.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safereg_dist.errors import ConfigError
+
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "intermediate_size",
+    "num_key_value_heads",
+    "head_dim",
+    "moe_intermediate_size",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+)
+"""Fields without which a model cannot be counted, as far as its architecture has them."""
+COUNTED = "llama, mistral, qwen2, qwen3, phi3, gemma2, falcon, mixtral, qwen3_moe"
+"""Types whose counts are tested; others that transformers knows are read the same way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Module:
+    """A module with parameters of its own: what ZeRO-3 gathers and lets go as one."""
+
+    layer: int | None
+    """Index of its decoder layer; None outside."""
+    part: str
+    """`embedding`, `layers`, `final` or `head`."""
+    numels: tuple[int, ...]
+    """Elements of each parameter."""
+    used: float
+    """Elements that one token goes through: of experts, those chosen."""
+    products: float
+    """Of these, the elements of matrices."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of all its parameters."""
+        return sum(self.numels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A causal language model as costs see it."""
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    attention_width: int
+    """Query heads times their size."""
+    key_value_width: int
+    """Key heads times their size."""
+    mlp_width: int
+    """Width of the MLP that one token goes through: of experts, all chosen ones together."""
+    num_chosen: int
+    """Experts that one token goes through; 1 without experts."""
+    num_heads: int
+    keeps_scores: bool
+    """True where attention needs its scores as a matrix (soft-capped): no fused attention."""
+    is_tied: bool
+    """The head is the embedding."""
+    modules: tuple[Module, ...]
+    """In the order of the forward pass; a tied head is not among them."""
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters, a tied head counted once."""
+        return sum(module.numel for module in self.modules)
+
+    def part(self, name: str) -> int:
+        """Parameters of `embedding`, `layers`, `final` or `head`."""
+        return sum(module.numel for module in self.modules if module.part == name)
+
+    @cached_property
+    def head_parameters(self) -> int:
+        """Elements of the head's weight, tied or not."""
+        return self.hidden_size * self.vocab_size
+
+    @cached_property
+    def trunk(self) -> tuple[Module, ...]:
+        """What the reference runs: all but an untied head."""
+        return tuple(module for module in self.modules if module.part != "head")
+
+    @cached_property
+    def layer_products(self) -> float:
+        """Elements of all layers that one token is multiplied with."""
+        return sum(module.products for module in self.modules if module.part == "layers")
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """Parameters that one token goes through: experts that are not chosen left out."""
+        return round(sum(module.used for module in self.modules))
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The shape that a `config.json`, or a folder with one, describes.
+
+    Raises:
+        ConfigError: not readable, not JSON, of an unknown type, or without a needed field.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise ConfigError(f"--model-config {path} cannot be read: {err.strerror}") from err
+    except ValueError as err:
+        raise ConfigError(f"--model-config {path} is not JSON ({err})") from err
+    if not isinstance(found, dict):
+        raise ConfigError(f"--model-config {path} must hold an object, got {type(found).__name__}")
+    return shape_of(found, where=str(path))
+
+
+def shape_of(fields: Mapping[str, Any], *, where: str) -> ModelShape:
+    """The shape that the fields of a `config.json` describe; `where` is for errors.
+
+    Raises:
+        ConfigError: unknown type, missing field, or sizes that do not go together.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _checked_config(fields, where)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except Exception as err:  # anything that a constructor may say about sizes
+        raise ConfigError(
+            f"{where}: transformers cannot build this model ({' '.join(str(err).split())[:200]}): "
+            "check that its sizes go together"
+        ) from err
+    return _shape(model, config.get_text_config())
+
+
+def _checked_config(fields: Mapping[str, Any], where: str) -> Any:
+    """The transformers config; sizes that the file leaves out are refused, never guessed."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = str(fields.get("model_type"))
+    if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            f"{where}: model_type must be that of a causal language model of transformers "
+            f"({COUNTED}, ...), got {model_type!r}"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    own_names = dict(config_class.attribute_map)
+    if "text_config" not in fields:
+        _require_sizes(fields, config_class, own_names, where)
+    try:
+        return config_class(**{k: v for k, v in fields.items() if k != "model_type"})
+    except Exception as err:
+        raise ConfigError(
+            f"{where}: not a valid configuration of {model_type} "
+            f"({' '.join(str(err).split())[:200]})"
+        ) from err
+
+
+def _require_sizes(
+    fields: Mapping[str, Any], config_class: Any, own_names: dict[str, str], where: str
+) -> None:
+    # A default that is a number would stand in for what the file does not say; None is worked out.
+    needed = [n for n in SIZES if isinstance(getattr(config_class, own_names.get(n, n), 0.0), int)]
+    missing = [n for n in needed if n not in fields and own_names.get(n, n) not in fields]
+    if missing:
+        known = [n for n in needed if n not in missing]
+        raise ConfigError(
+            f"{where}: a {fields['model_type']} needs {', '.join(needed)}; missing: "
+            f"{', '.join(missing)}; found: {', '.join(known) or 'none'}: use the config.json that "
+            "comes with the model"
+        )
+
+
+def _shape(model: Any, config: Any) -> ModelShape:
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts") or 1
+    width = _first(config, "ffn_hidden_size", "intermediate_size", "n_inner")
+    if experts > 1:
+        width = _first(config, "moe_intermediate_size", "intermediate_size")
+    width = width or 4 * config.hidden_size
+    return ModelShape(
+        model_type=config.model_type,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        attention_width=heads * head_dim,
+        key_value_width=_key_heads(config) * head_dim,
+        mlp_width=width * (chosen if experts > 1 else 1),
+        num_chosen=chosen if experts > 1 else 1,
+        num_heads=heads,
+        keeps_scores=getattr(config, "attn_logit_softcapping", None) is not None,
+        is_tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        modules=_modules(model, chosen / experts),
+    )
+
+
+def _first(config: Any, *names: str) -> int | None:
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def _key_heads(config: Any) -> int:
+    if config.model_type == "falcon" and not config.new_decoder_architecture:
+        return 1 if config.multi_query else config.num_attention_heads
+    return _first(config, "num_key_value_heads", "num_kv_heads") or config.num_attention_heads
+
+
+def _modules(model: Any, chosen_share: float) -> tuple[Module, ...]:
+    from safereg_dist.architecture import decoder_layers
+
+    _, layers = decoder_layers(model)
+    layer_of = {id(m): i for i, layer in enumerate(layers) for m in layer.modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    seen: set[int] = set()
+    found = []
+    for path, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(id(p) for p in own)
+        if not own:
+            continue
+        layer = layer_of.get(id(module))
+        share = chosen_share if ".experts" in path else 1.0
+        found.append(
+            Module(
+                layer=layer,
+                part=_part(module, layer, embedding, head),
+                numels=tuple(p.numel() for p in own),
+                used=share * sum(p.numel() for p in own),
+                products=share * sum(p.numel() for p in own if p.dim() > 1),
+            )
+        )
+    return tuple(found)
+
+
+def _part(module: Any, layer: int | None, embedding: Any, head: Any) -> str:
+    if layer is not None:
+        return "layers"
+    if module is head:
+        return "head"
+    return "embedding" if module is embedding else "final"

@@ -1,0 +1,107 @@
+"""Bytes that one rank receives in an optimizer step, by part and by kind of link.
+
+Counted is what comes from other ranks (as much goes out): of an all-gather of S bytes over g ranks,
+or a reduce-scatter of S bytes, S (g - 1) / g; of an all-reduce twice that. Over several nodes a
+ring passes every byte from GPU to GPU, and one in `gpus_per_node` of these hops leaves the node.
+"""
+
+from dataclasses import dataclass
+
+from safereg_dist.plan.gathers import padded, policy_gathers, staying
+from safereg_dist.plan.risky_rows import expected_rows
+from safereg_dist.plan.settings import Settings
+from safereg_dist.plan.shape import ModelShape
+
+AGREEMENT_BYTES = {"sft": 0, "routed": 8, "stored": 16, "always_on": 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Bytes that one rank receives."""
+
+    inside: float
+    """Over the links of a node."""
+    between: float
+    """Over its share of the node's network."""
+
+    @property
+    def total(self) -> float:
+        """Both together."""
+        return self.inside + self.between
+
+
+def traffic(shape: ModelShape, settings: Settings) -> dict[str, Traffic]:
+    """Bytes of one optimizer step, by part; the safety path is `reference ...`, `agreement`."""
+    found = {**_policy(shape, settings), **_safety(shape, settings)}
+    if settings.model_parallel > 1:
+        found["activations"] = _activations(shape, settings)
+    return found
+
+
+def group_batches(shape: ModelShape, settings: Settings) -> int:
+    """Micro-batches whose reference states are kept together; as `reference.window` counts."""
+    row = settings.seq_length * shape.hidden_size * settings.itemsize
+    return max(1, settings.keep_bytes // (settings.micro_batch * row))
+
+
+def _policy(shape: ModelShape, settings: Settings) -> dict[str, Traffic]:
+    """ZeRO-3: gathers and one reduction in each micro-batch; small parameters once, updated."""
+    world, batches = settings.data_parallel, settings.grad_accum
+    gathers = policy_gathers(shape, settings)
+    everything = sum(-(-n // world) * world for module in shape.modules for n in module.numels)
+    # hpZ: a parameter is gathered over all ranks once a step, then over the second shards' groups.
+    from_all = 1 if settings.hpz > 1 else batches
+    again = gathers.again * batches + gathers.first * (batches - from_all)
+    hpz = settings.hpz if settings.hpz > 1 else world
+    return {
+        "parameters, first use": _moved(gathers.first * from_all, world, settings),
+        "parameters, used again": _moved(again, hpz, settings),
+        "small parameters": _moved(staying(shape.modules, shape), world, settings),
+        "gradients": _moved(everything * batches, world, settings),
+    }
+
+
+def _safety(shape: ModelShape, settings: Settings) -> dict[str, Traffic]:
+    world = settings.data_parallel
+    trunk = sum(padded(module.numels, shape, world) for module in shape.trunk)
+    head = padded((shape.head_parameters,), shape, world)
+    expected = expected_rows(settings, group_batches=group_batches(shape, settings))
+    passes, heads = {
+        "sft": (0.0, 0.0),
+        "routed": (expected.passes, expected.head_gathers),
+        "stored": (0.0, expected.head_gathers),
+        "always_on": (settings.grad_accum, settings.grad_accum),
+    }[settings.arm]
+    probes = settings.grad_accum * settings.probe_depth if settings.arm == "routed" else 0.0
+    agreed = 2 * AGREEMENT_BYTES[settings.arm] / settings.itemsize
+    return {
+        "reference trunk": _moved(trunk * passes, world, settings),
+        "reference head": _moved(head * heads, world, settings),
+        "probe, first epoch": _moved(trunk * probes, world, settings),
+        "agreement": _moved(agreed, world, settings, parallel=1),
+    }
+
+
+def _moved(
+    elements: float, group: int, settings: Settings, *, parallel: int | None = None
+) -> Traffic:
+    """Of tensors gathered over `group` neighbouring data-parallel ranks."""
+    parallel = parallel or settings.model_parallel
+    received = elements / parallel * settings.itemsize * (group - 1) / group
+    node = max(1, settings.gpus_per_node // settings.tensor_parallel)
+    if group <= node:
+        return Traffic(inside=received, between=0.0)
+    return Traffic(inside=received * (node - 1) / node, between=received / node)
+
+
+def _activations(shape: ModelShape, settings: Settings) -> Traffic:
+    """Tensor-parallel all-reduces (two a layer, each way), and states between stages."""
+    tokens = settings.window_rows * settings.seq_length
+    state = tokens * shape.hidden_size * settings.itemsize
+    tp, pp = settings.tensor_parallel, settings.pipeline_parallel
+    reduced = 4 * shape.num_layers / pp * state * 2 * (tp - 1) / tp
+    passed = 2 * state if pp > 1 else 0.0
+    is_inside = tp <= settings.gpus_per_node
+    return Traffic(
+        inside=reduced if is_inside else 0.0, between=passed + (0.0 if is_inside else reduced)
+    )
