@@ -119,6 +119,7 @@ def train(run: Run) -> int:
         if run.ranks.is_main:
             _claim_folder(folder, run.config)
     progress, metrics_bytes, ledger_bytes = _resume(run, folder)
+    profiler = _profiler(run, progress)
     log = RunLog(
         folder,
         run.ranks,
@@ -126,7 +127,6 @@ def train(run: Run) -> int:
         ledger_bytes=ledger_bytes,
         first_step=progress.step,
     )
-    profiler = _profiler(run, progress)
     last_row: dict[str, float | int] = {}
     with log, _signals() as stop_requested, _bar(run, progress) as bar:
         while progress.step < run.sources.total_steps:

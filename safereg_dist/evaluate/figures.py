@@ -67,6 +67,8 @@ class Arm:
     """Columns of metrics.jsonl by key, float64 [steps], NaN where a row has no number."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
+    profile_png: bytes = b""
+    """The figure of a recorded run (`profile: true`); empty where there is none."""
 
     def rate(self, key: str) -> float:
         """A figure of the evaluation in per cent; NaN where there is none."""

@@ -111,7 +111,13 @@ def _arm(name: str, folder: Path, *, metrics: dict, evaluation: dict[str, Any]) 
         metrics=metrics,
         evaluation=evaluation,
         ledger=_read_ledger(folder / "ledger.jsonl"),
+        profile_png=_read_bytes(folder / "profile.png"),
     )
+
+
+def _read_bytes(path: Path) -> bytes:
+    """What a file holds; nothing where there is none."""
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _role(name: str, config_file: Path) -> str:
@@ -238,6 +244,7 @@ def _page(arms: list[Arm], drawings: list[Drawing]) -> str:
         _evaluation_section(arms, colours),
         *(_figure(drawing) for drawing in drawings),
         _training_section(arms, colours),
+        *(_profile_section(arm) for arm in arms),
         *(_ledger_section(arm) for arm in arms),
         _provenance(arms),
     ]
@@ -338,6 +345,18 @@ def _training_section(arms: list[Arm], colours: list[str]) -> str:
     head = ["arm", "last step", "rows", "pulled rows", "reference rows", "task loss at the end"]
     head += ["divergence at the end", "step time (s)", "tokens/s", "peak memory (GiB)"]
     return f"<h2>Training</h2>{_table(head, rows)}"
+
+
+def _profile_section(arm: Arm) -> str:
+    if not arm.profile_png:
+        return ""
+    image = base64.b64encode(arm.profile_png).decode("ascii")
+    return (
+        f"<h2>What {escape(arm.name)} cost, part by part</h2>"
+        f'<figure><img alt="shares of FLOPs, bytes and seconds" '
+        f'src="data:image/png;base64,{image}"><figcaption>Recorded with `profile: true`; numbers '
+        "in profile.json.</figcaption></figure>"
+    )
 
 
 def _ledger_section(arm: Arm) -> str:

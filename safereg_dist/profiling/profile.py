@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parts import PARTS, SAFETY_PATH
 from safereg_dist.profiling.figure import shares_png
@@ -32,10 +33,15 @@ class Profiler:
     """Records optimizer steps; on the main rank it writes them to the run folder."""
 
     def __init__(self, folder: Path, ranks: Ranks, *, micro_batches: int, first_step: int) -> None:
-        """`micro_batches` per rank and step; rows of steps from `first_step` on are forgotten."""
+        """`micro_batches` per rank and step; rows of steps from `first_step` on are forgotten.
+
+        Raises:
+            CheckpointError: the profile of an earlier part of the run cannot be read.
+        Collectives: one gather of texts.
+        """
         self._folder, self._ranks = folder, ranks
         self._micro_batches = micro_batches
-        with ranks.together():
+        with self._files():
             if ranks.is_main:
                 kept = [r for r in _read_rows(self._file) if r["step"] < first_step]
                 _replace(self._file, "".join(_line(row) for row in kept).encode())
@@ -47,7 +53,7 @@ class Profiler:
         with Recorder() as recorder:
             yield
         table = self._ranks.gather(_numbers(recorder, self._ranks.device)).tolist()
-        with self._ranks.together():
+        with self._files():
             if self._ranks.is_main:
                 rows = self._rows(step, table)
                 with self._file.open("a", encoding="utf-8") as file:
@@ -55,13 +61,25 @@ class Profiler:
 
     def finish(self) -> None:
         """Writes totals and figure, prints the table. Collectives: one gather of texts."""
-        with self._ranks.together():
+        with self._files():
             if self._ranks.is_main:
                 profile = self._summary(_read_rows(self._file))
                 text = json.dumps(profile, indent=2) + "\n"
                 _replace(self._folder / "profile.json", text.encode())
                 _replace(self._folder / "profile.png", shares_png(profile))
                 print(profile_table(profile), flush=True)
+
+    @contextmanager
+    def _files(self) -> Iterator[None]:
+        """A block that fails on all ranks at once, with what to do about its files."""
+        with self._ranks.together():
+            try:
+                yield
+            except (OSError, ValueError, KeyError, TypeError) as err:
+                raise CheckpointError(
+                    f"the profile {self._file} cannot be read or written ({err}): remove it, free "
+                    "the disk, or go on with profile=false"
+                ) from err
 
     @property
     def _file(self) -> Path:

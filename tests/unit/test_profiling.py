@@ -6,18 +6,22 @@ the last one. Losses are equal bit for bit. Shares are ratios of the same intege
 of a float. Seconds are only held against each other: parts add up to the step.
 """
 
+import base64
 import json
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from step_flops import Rows, llama, write_run_folder
 from torch import distributed as dist
 
 from safereg_dist import parts
 from safereg_dist.checkpoint import config_hash
-from safereg_dist.config import load_config
+from safereg_dist.config import config_to_yaml, load_config
+from safereg_dist.errors import CheckpointError
+from safereg_dist.evaluate.report import write_report
 from safereg_dist.factory import build_run, start_backend
 from safereg_dist.parts import part
 from safereg_dist.profiling import Recorder
@@ -63,7 +67,7 @@ def trained(config):
         return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
 
     if not config.profile:
-        return None, None, lines("metrics.jsonl")
+        return [], {}, lines("metrics.jsonl")
     summary = json.loads((folder / "profile.json").read_text("utf-8"))
     return lines("profile.jsonl"), summary, lines("metrics.jsonl")
 
@@ -152,10 +156,10 @@ def test_the_table_and_the_figure(profiled, tmp_path, capsys):
     assert "profile of 2 steps, 1 ranks, cpu (peak: resident memory)" in out
     (line,) = [line for line in out.splitlines() if line.startswith("* reference trunk")]
     assert with_unit(expected_flops(rows)[parts.REFERENCE_TRUNK]) in line.split()
-    from matplotlib.image import imread
-
     height, width, _ = imread(tmp_path / "run" / "profile.png").shape
     assert width > height > 100
+    page = write_report([tmp_path / "run"]).read_text("utf-8")
+    assert base64.b64encode((tmp_path / "run" / "profile.png").read_bytes()).decode() in page
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
@@ -170,6 +174,17 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     key = [(r["step"], r["part"], r["flops"]) for r in rows]
     assert [(r["step"], r["part"], r["flops"]) for r in again] == key
     assert summary["steps"] == 3
+
+
+@pytest.mark.parametrize("content", ["{\n", "[]\n", '{"part": "probe"}\n'])
+def test_a_profile_that_cannot_be_read_is_refused(tmp_path, content):
+    config = configured(tmp_path, RAGGED)
+    run = build_run(config, start_backend(config))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config_to_yaml(config))
+    (tmp_path / "run" / "profile.jsonl").write_text(content)
+    with pytest.raises(CheckpointError, match=r"profile\.jsonl cannot be read .* profile=false"):
+        train(run)
 
 
 def test_profiling_is_no_other_run(tmp_path):
@@ -194,7 +209,7 @@ def test_a_reference_side_probe_is_billed_in_its_first_epoch(tmp_path):
 
 def product(size):
     """FLOPs of the product that is made here."""
-    torch.ones(size, size) @ torch.ones(size, size)
+    torch.mm(torch.ones(size, size), torch.ones(size, size))
     return 2 * size**3
 
 
