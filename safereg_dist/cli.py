@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reference(verbs)
     _add_eval(verbs)
     _add_report(verbs)
+    _add_plan(verbs)
     _add_ledger(verbs)
     return parser
 
@@ -356,6 +357,57 @@ def _report(arguments: argparse.Namespace) -> int:
 
     print(f"report: {write_report(arguments.runs, out=arguments.out)}")
     return 0
+
+
+def _add_plan(verbs: argparse._SubParsersAction) -> None:
+    plan = verbs.add_parser("plan", help="memory, FLOPs, bytes and time before you pay for them")
+    plan.add_argument("--model-config", type=Path, required=True, metavar="config.json")
+    plan.add_argument("--world-size", type=int, required=True, help="number of GPUs")
+    plan.add_argument("--gpu", default="H100-SXM", metavar="NAME", help="default: H100-SXM")
+    for name, default in (
+        *(("gpus-per-node", 8), ("seq-length", 1024), ("micro-batch", 4), ("grad-accum", 1)),
+        *(("hpz-partition-size", 1), ("tensor-parallel", 1), ("pipeline-parallel", 1)),
+        *(("zero-stage", 3), ("chunk-tokens", 1024)),
+    ):
+        plan.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    for name, default, what in (
+        ("response-share", 0.5, "of a row's tokens"),
+        ("risky-fraction", 0.1, "of the rows, anchor rows among them"),
+        ("probe-depth", 0.0, "k / L of a reference-side probe; 0 for a column or the policy's"),
+    ):
+        plan.add_argument(f"--{name}", type=float, default=default, help=f"{what}: {default}")
+    for name in ("offload-params", "offload-optimizer", "offload-reference"):
+        plan.add_argument(f"--{name}", choices=("none", "cpu"), default="none")
+    plan.add_argument("--activation-checkpointing", action="store_true")
+    plan.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    plan.add_argument("--balance", choices=("none", "deal"), default="none")
+    plan.add_argument("--stored-reference", action="store_true", help="`reference.cache`")
+    plan.add_argument("--json", type=Path, metavar="FILE.json", help="all numbers")
+    plan.add_argument("--figure", type=Path, metavar="FILE.png", help="curves; .svg, .pdf as well")
+    plan.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from safereg_dist.plan.settings import Settings
+    from safereg_dist.plan.verb import run_plan
+
+    same = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name in Settings.__dataclass_fields__
+    }
+    settings = Settings(
+        hpz=arguments.hpz_partition_size,
+        arm="stored" if arguments.stored_reference else "routed",
+        **same,
+    )
+    return run_plan(
+        arguments.model_config,
+        arguments.gpu,
+        settings,
+        json_path=arguments.json,
+        figure_path=arguments.figure,
+    )
 
 
 def _add_ledger(verbs: argparse._SubParsersAction) -> None:

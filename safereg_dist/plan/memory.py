@@ -153,7 +153,7 @@ def _head(shape: ModelShape, settings: Settings, tokens: int) -> float:
     columns, size = shape.vocab_size, settings.itemsize
     gradient = 4.0 * shape.head_parameters
     if settings.arm == "always_on":
-        return tokens * columns * 16.0 + gradient / 4 * size
+        return tokens * columns * 16.0 + 2 * shape.head_parameters * size
     logits = 4 if settings.arm == "sft" else 8
     per_logit = logits + (size if size == 2 else 0)
     trained = settings.response_share * tokens

@@ -1,0 +1,42 @@
+"""What `safereg plan` does."""
+
+import json
+import os
+from pathlib import Path
+
+from safereg_dist.errors import ConfigError
+from safereg_dist.plan.hardware import find_gpu
+from safereg_dist.plan.plan import make_plan
+from safereg_dist.plan.report import text_of
+from safereg_dist.plan.settings import Settings
+from safereg_dist.plan.shape import read_shape
+
+
+def run_plan(
+    model_config: Path,
+    gpu_name: str,
+    settings: Settings,
+    *,
+    json_path: Path | None = None,
+    figure_path: Path | None = None,
+) -> int:
+    """Prints the plan; writes its numbers and its curves where asked for. 0.
+
+    Raises:
+        ConfigError: an unknown GPU, a configuration that cannot be read, or a file not written.
+    """
+    gpu = find_gpu(gpu_name)
+    plan = make_plan(read_shape(model_config), settings, gpu)
+    print(text_of(plan), end="", flush=True)
+    try:
+        if json_path is not None:
+            partial = json_path.with_name(f".{json_path.name}.partial")
+            partial.write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, json_path)
+        if figure_path is not None:
+            from safereg_dist.plan.figures import draw, save
+
+            save(draw(plan, name=plan.shape.model_type), figure_path)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"the plan cannot be written: {err}") from err
+    return 0
