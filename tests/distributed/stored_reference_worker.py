@@ -111,6 +111,8 @@ def cases(world_size: int) -> dict[str, list[str]]:
     if world_size == 2:
         plain = ["regularizer.objective=none", "data.anchor=null"]
         found["plain"] = ["model=llama", *plain]
+        stale = ["train.precision=bf16", "reference.cache=stores/llama"]
+        found["stale"] = [*STORES["llama"], *stale]
         found["spoilt"] = [*STORES["llama"], "reference.cache=stores/spoilt"]
     return found
 

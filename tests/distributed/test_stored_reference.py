@@ -4,7 +4,8 @@ gathered; rows that are not stored fall back to the trunk, counted; a killed bui
 
 The judge is the same step with the reference online, which `test_step_oracle` holds against
 float64. Exact: counts of rows, forwards and collectives. Rounds: states of rows that were packed
-otherwise (1e-5 of the loss and of the largest entry of each gradient in float32; bfloat16: BF16).
+otherwise: 1e-5 of the loss and of the largest entry of each gradient in float32, 1e-2 in bfloat16,
+where 4e-3 was seen in gradients (and 4e-7 in the loss) between passes of one row and of four.
 """
 
 import json
@@ -95,6 +96,7 @@ def test_a_step_from_the_store_is_the_step_online(world_size, folder, launch):
         check_collectives(cases)
         for case in cases:
             assert "are not those that were written" in case["spoilt"]["error"]
+            assert "belong to another precision" in case["stale"]["error"]
 
 
 def check_same_step(folder, cases, online, stored):
