@@ -54,6 +54,24 @@ def build(folder: Path) -> None:
             ["reference", "build", str(folder / "base.yaml"), *overrides, "--out", store]
         )
         assert status == 0, name
+    build_that_rank_1_cannot_write(folder)
+
+
+def build_that_rank_1_cannot_write(folder: Path) -> None:
+    """The place of rank 1's second shard is taken; each rank writes what was raised there."""
+    config = load_config(folder / "base.yaml", STORES["llama"])
+    parts = build_screening(config, start_backend(config), with_reference=True)
+
+    def take_place(*_: object) -> None:
+        (folder / "broken.partial" / "rank1-00001.safetensors").mkdir(exist_ok=True)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(take_place)
+    try:
+        build_store(parts, folder / "broken", shard_bytes=2_000)
+    except SafeRegError as error:
+        text = f"{type(error).__name__}: {error}"
+        (folder / f"broken.rank{parts.ranks.rank}").write_text(text)
+    hook.remove()
 
 
 def slow_build(folder: Path) -> None:

@@ -152,10 +152,19 @@ def check_collectives(cases):
     assert int(size) == VOCAB * HIDDEN
 
 
+def test_a_rank_that_cannot_write_ends_the_build_on_all(folder):
+    texts = [(folder / f"broken.rank{rank}").read_text() for rank in range(2)]
+    for text in texts:
+        assert text.startswith("CheckpointError: "), texts
+        assert "rank1-00001.safetensors, got" in text, texts
+    assert texts[0].startswith("CheckpointError: rank 1: ")
+    assert not (folder / "broken").exists()
+
+
 def test_a_killed_build_leaves_no_store_and_is_built_again(folder, launch, monkeypatch):
     process, log = launch.start(WORKER, str(folder), "slow", ranks=2)
     partial = folder / "slow.partial"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(list(partial.glob("*.safetensors"))) < 2 and process.poll() is None:
         assert time.monotonic() < deadline, tail(log)
         time.sleep(0.005)
