@@ -88,9 +88,9 @@ class ReferenceStore:
         Collectives: none.
         """
         index = _read_index(folder)
-        _require_same(folder, index["identity"], expected)
-        shards = [_open_shard(folder, entry, index["hidden_size"]) for entry in index["shards"]]
-        return cls(shards, index["hidden_size"])
+        _require_same(folder, index.identity, expected)
+        shards = [_open_shard(folder, entry, index.hidden_size) for entry in index.shards]
+        return cls(shards, index.hidden_size)
 
     def __len__(self) -> int:
         """Different rows."""
@@ -156,10 +156,26 @@ class Shard(NamedTuple):
     table: Table
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+class _Entry(NamedTuple):
+    """What the index says of a shard."""
+
+    file: str
+    num_bytes: int
+    sha256: str
+    """Of its table."""
+
+
+class _Index(NamedTuple):
+    identity: dict[str, Any]
+    hidden_size: int
+    shards: list[_Entry]
+
+
+def _read_index(folder: Path) -> _Index:
     try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        return {name: index[name] for name in ("identity", "hidden_size", "shards")}
+        raw = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        shards = [_Entry(e["file"], e["bytes"], e["sha256"]) for e in raw["shards"]]
+        return _Index(dict(raw["identity"]), int(raw["hidden_size"]), shards)
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise ConfigError(
             f"expected a stored reference at reference.cache={folder}, got {type(err).__name__}: "
@@ -178,18 +194,19 @@ def _require_same(folder: Path, found: dict[str, Any], expected: StoreIdentity) 
             )
 
 
-def _open_shard(folder: Path, entry: dict[str, Any], hidden_size: int) -> Shard:
-    path = folder / entry["file"]
+def _open_shard(folder: Path, entry: _Entry, hidden_size: int) -> Shard:
+    path = folder / entry.file
     try:
-        if path.stat().st_size != entry["bytes"]:
+        num_bytes = path.stat().st_size
+        if num_bytes != entry.num_bytes:
             raise ConfigError(
-                f"{path} has {path.stat().st_size} bytes, its index says {entry['bytes']}: {_BUILD}"
+                f"{path} has {num_bytes} bytes, its index says {entry.num_bytes}: {_BUILD}"
             )
         shard = map_shard(path)
     except (OSError, SafetensorError) as err:
         raise ConfigError(f"{path} of a stored reference cannot be read ({err}): {_BUILD}") from err
     shape = [int(shard.table.begin[-1]), hidden_size]
-    if shard.table.digest() != entry["sha256"] or shard.hidden.get_shape() != shape:
+    if shard.table.digest() != entry.sha256 or shard.hidden.get_shape() != shape:
         raise ConfigError(f"{path} is not the file that its index describes: {_BUILD}")
     return shard
 

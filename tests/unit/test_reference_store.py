@@ -152,7 +152,11 @@ def test_what_is_no_store_is_refused(tmp_path):
     (tmp_path / "torn" / INDEX_FILE).write_text('{"identity": {')
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / INDEX_FILE).write_text('{"weight_map": {}}')
-    for name in ("absent", "empty", "torn", "foreign"):
+    build(tmp_path / "edited", range(3))
+    index = json.loads((tmp_path / "edited" / INDEX_FILE).read_text())
+    del index["shards"][1]["sha256"]
+    (tmp_path / "edited" / INDEX_FILE).write_text(json.dumps(index))
+    for name in ("absent", "empty", "torn", "foreign", "edited"):
         with pytest.raises(ConfigError, match="expected a stored reference"):
             ReferenceStore.open(tmp_path / name, IDENTITY)
 
