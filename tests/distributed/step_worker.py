@@ -8,10 +8,15 @@ from pathlib import Path
 import torch
 
 COLLECTIVES: list[str] = []
+BYTES: list[int] = []
+"""Bytes that this rank gives to each of COLLECTIVES."""
 
 
 def record_collectives() -> None:
-    """Notes name and size of every collective that torch is asked for from now on."""
+    """Notes name and size of every collective that torch is asked for from now on.
+
+    What ranks exchange differs between them, so of all-to-alls the name alone.
+    """
     for name in (
         "all_reduce",
         "all_gather",
@@ -21,6 +26,7 @@ def record_collectives() -> None:
         "reduce_scatter_single",
         "broadcast",
         "all_gather_object",
+        "all_to_all_single",
     ):
         original = getattr(torch.distributed, name, None)
         if original is None:
@@ -28,8 +34,11 @@ def record_collectives() -> None:
 
         def recorded(*args, _original=original, _name=name, **kwargs):
             first = args[0] if args else next(iter(kwargs.values()))
-            size = first.numel() if torch.is_tensor(first) else len(first)
+            tensors = [first] if torch.is_tensor(first) else [t for t in first if t is not None]
+            size = "" if _name == "all_to_all_single" else sum(t.numel() for t in tensors)
             COLLECTIVES.append(f"{_name}:{size}")
+            given = args[1] if len(args) > 1 and torch.is_tensor(args[1]) else first
+            BYTES.append(given.nbytes if torch.is_tensor(given) else 0)
             return _original(*args, **kwargs)
 
         setattr(torch.distributed, name, recorded)
@@ -188,7 +197,7 @@ def main() -> None:
         count_groups(folder, backend)
         failing_rank(folder, backend)
     if backend.ranks.world_size == 3:
-        random_patterns(folder, backend, 100)
+        random_patterns(folder, backend, 40)  # many more: window_worker.py
     sys.stdout.flush()
     os._exit(0)  # as `safereg_dist.cli.entry` does
 
