@@ -19,7 +19,7 @@ after the last case measured on the same commit. What is claimed, and how it is 
   and 80 % quantiles beside it. In the row of `sft` it is a second engine that does the same: what
   it is off from 1 is noise, not cost.
 - Peak memory on a CPU is bytes of tensors: what engines hold between steps, and the allocator's
-  highest sum in one step beyond that; of the rank that has most.
+  highest sum in one step beyond that (lowest of three steps); of the rank that has most.
 - Rows with device `meta` are FLOPs of one row of real size, products alone (`real_shapes`).
 - `loss` is that of the first measured step: arms with a reference must agree on it.
 
@@ -60,6 +60,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 RANKS = (2, 4)
 ROUNDS, ROUNDS_AT_ZERO = 5, 11
 """More rounds where a ratio of 1 is claimed."""
+MEMORY_FRACTIONS, MEMORY_STEPS = (0.0, 0.1, 1.0), 3
 ARMS = ("sft", "sft again", "routed", "routed_first_epoch", "stored", "always_on")
 ARMS_AT_ZERO = (*ARMS, "routed:probe-policy", "routed:probe-reference")
 """At 0 % all sources of risk are compared."""
@@ -72,18 +73,18 @@ STEP_ERRORS = 40
 # ---- what is measured
 
 
-def all_launches() -> list[Launch]:
-    """The whole grid on the CPU."""
+def all_launches(counts: Sequence[int]) -> list[Launch]:
+    """The whole grid, on so many ranks."""
     return [
         Launch(model=model, ranks=ranks, cases=(*_small_cases(model, ranks), _large_case()))
-        for ranks in RANKS
+        for ranks in counts
         for model in MODELS
     ]
 
 
 def quick_launches() -> list[Launch]:
     """One fraction of one model on two ranks, in which little is timed."""
-    case = _case("demo", 2, 0.1, arms=QUICK_ARMS, rounds=1)
+    case = _case("demo", 2, 0.1, arms=QUICK_ARMS, rounds=1, memory_steps=1)
     return [Launch(model="demo", ranks=2, cases=(case,))]
 
 
@@ -94,10 +95,19 @@ def _small_cases(model: str, ranks: int) -> Iterator[Case]:
             *(model, ranks, fraction),
             arms=ARMS_AT_ZERO if is_zero else ARMS,
             rounds=ROUNDS_AT_ZERO if is_zero else ROUNDS,
+            memory_steps=MEMORY_STEPS if fraction in MEMORY_FRACTIONS else 0,
         )
 
 
-def _case(model: str, ranks: int, fraction: float, *, arms: tuple[str, ...], rounds: int) -> Case:
+def _case(
+    model: str,
+    ranks: int,
+    fraction: float,
+    *,
+    arms: tuple[str, ...],
+    rounds: int,
+    memory_steps: int,
+) -> Case:
     step = MODELS[model]
     return Case(
         name=f"{fraction:.2f}",
@@ -106,6 +116,7 @@ def _case(model: str, ranks: int, fraction: float, *, arms: tuple[str, ...], rou
         num_risky=round(fraction * step.rows_per_step),
         micro_batch_size=step.rows_per_step // (step.grad_accum_steps * ranks),
         rounds=rounds,
+        memory_steps=memory_steps,
         arms=arms,
     )
 
@@ -118,6 +129,7 @@ def _large_case() -> Case:
         num_risky=-int(-LARGE_FRACTION * LARGE_STEP // 1),  # rounded up
         micro_batch_size=LARGE_MICRO_BATCH_SIZE,
         rounds=0,
+        memory_steps=0,
         arms=LARGE_ARMS,
     )
 
@@ -212,14 +224,18 @@ def main() -> int:
         "--work", type=Path, default=Path("runs/overhead"), help="kept between runs"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="on CUDA a GPU each")
     parser.add_argument("--quick", action="store_true", help="one case, to see that it works")
     parser.add_argument("--check", action="store_true", help="only check the CSV that is there")
     arguments = parser.parse_args()
     table = arguments.out / "overhead.csv"
     if not arguments.check:
         arguments.work.mkdir(parents=True, exist_ok=True)
-        rows = measure_all(arguments.work.resolve(), is_quick=arguments.quick)
-        write_csv(rows, table, COLUMNS)
+        launches = quick_launches() if arguments.quick else all_launches(arguments.ranks)
+        rows = measure_all(launches, arguments.work.resolve())
+        if not arguments.quick:
+            rows += meta_rows()
+        write_csv([{**same_for_all(), **row} for row in rows], table, COLUMNS)
         if not arguments.quick:
             draw_all(table, arguments.out / "overhead")
     rows = read_table(table)
@@ -227,22 +243,19 @@ def main() -> int:
     return 0 if check(rows, is_whole=not arguments.quick) else 1
 
 
-def measure_all(work: Path, *, is_quick: bool) -> list[Row]:
-    """All rows of the table."""
-    device = torch.device("cpu")
-    common = {
-        **{key: value for key, value in provenance(device).items() if key in COLUMNS},
-        "transformers": installed("transformers"),
-        "deepspeed": installed("deepspeed"),
-    }
-    launches = quick_launches() if is_quick else all_launches()
+def measure_all(launches: Sequence[Launch], work: Path) -> list[Row]:
+    """Rows of all launches, those that are missing measured first."""
     with tqdm(total=sum(len(x.cases) for x in launches), unit=" cases", desc="steps") as bar:
         for launch in launches:
             measure(launch, work, bar)
-    rows = [row for launch in launches for row in rows_of(launch, work)]
-    if not is_quick:
-        rows += tqdm(meta_rows(), desc="real shapes", unit=" rows")
-    return [{**common, **row} for row in rows]
+    return [row for launch in launches for row in rows_of(launch, work)]
+
+
+def same_for_all() -> Row:
+    """Date, versions and the machine, for rows that do not have their own."""
+    versions = {name: installed(name) for name in ("transformers", "deepspeed")}
+    found = {**provenance(torch.device("cpu")), **versions}
+    return {name: value for name, value in found.items() if name in COLUMNS}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 The rows of a step are the same in every arm and round. Those of the smaller step are listed by
 what a random probe on the reference says of their prompts, riskiest first: so k risky rows are the
 first k whatever the risk comes from, and a threshold between two probabilities finds exactly them.
-Answers are given out after that, so length and risk are independent.
 """
 
 import json
@@ -39,9 +38,9 @@ from safereg_dist.risk.probe import Probe, pool_prompt
 FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 LARGE_STEP, LARGE_FRACTION, LARGE_MICRO_BATCH_SIZE = 512, 0.01, 8
 """The step of the claim about bytes."""
-PROMPT_TOKENS, RESPONSE_TOKENS = (14, 16, 18, 20), (12, 16, 20, 24, 28)
-"""Lengths in turn, chat marks included."""
-LONGEST_ROW = max(PROMPT_TOKENS) + max(RESPONSE_TOKENS)
+PROMPT_TOKENS, RESPONSE_TOKENS = 18, 20
+"""Of every row, chat marks included: where rows differ, padding makes a step cheaper or dearer by
+chance, whoever trains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +149,11 @@ def _write_rows(
 ) -> list[float]:
     """Writes `rows.jsonl`; the probe's probability for the first `rows_per_step`, falling."""
     draw = torch.Generator().manual_seed(0)
-    prompts = _texts(tokenizer, [PROMPT_TOKENS[i % 4] - 3 for i in range(LARGE_STEP)], draw)
+    prompts = _texts(tokenizer, PROMPT_TOKENS - 3, draw)
     found = _scores(probe, reference, tokenizer, prompts[:rows_per_step])
     order = sorted(range(rows_per_step), key=lambda i: -found[i])
     prompts[:rows_per_step] = [prompts[i] for i in order]
-    answers = _texts(tokenizer, [RESPONSE_TOKENS[i % 5] - 1 for i in range(LARGE_STEP)], draw)
+    answers = _texts(tokenizer, RESPONSE_TOKENS - 1, draw)
     lines = [  # any row may be risky: the measured step says which are
         json.dumps({"id": f"row-{i:03d}", "prompt": prompt, "response": answer, "risk": 1.0})
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
@@ -186,7 +185,9 @@ def arm_config(
     step = MODELS[model]
     return Config(
         model=str(folder / "policy"),
-        data=DataConfig(train=str(folder / "rows.jsonl"), max_length=LONGEST_ROW),
+        data=DataConfig(
+            train=str(folder / "rows.jsonl"), max_length=PROMPT_TOKENS + RESPONSE_TOKENS
+        ),
         reference=ReferenceConfig(
             model=str(folder / "reference"), cache=None if cache is None else str(cache)
         ),
@@ -201,15 +202,11 @@ def arm_config(
     )
 
 
-def _texts(
-    tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], draw: torch.Generator
-) -> list[str]:
-    """Texts of so many words each; a word is a token."""
-    words = [w for w in sorted(tokenizer.get_vocab()) if w not in SPECIAL_TOKENS and w.isalpha()]
-    return [
-        " ".join(words[i] for i in torch.randint(len(words), (length,), generator=draw))
-        for length in lengths
-    ]
+def _texts(tokenizer: PreTrainedTokenizerBase, words: int, draw: torch.Generator) -> list[str]:
+    """A text of so many words for each row; a word is a token."""
+    known = [w for w in sorted(tokenizer.get_vocab()) if w not in SPECIAL_TOKENS and w.isalpha()]
+    drawn = torch.randint(len(known), (LARGE_STEP, words), generator=draw).tolist()
+    return [" ".join(known[i] for i in row) for row in drawn]
 
 
 def _random_probe(reference: PreTrainedModel) -> Probe:

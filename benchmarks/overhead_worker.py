@@ -51,6 +51,9 @@ class Case:
     micro_batch_size: int
     rounds: int
     """Timed steps of each arm; 0 = FLOPs, bytes and losses alone."""
+    memory_steps: int
+    """Steps whose memory is watched; the lowest peak counts, since it is chance when a collective
+    that runs beside the step gives its buffers back."""
     arms: tuple[str, ...]
 
     def micro_batches(self, ranks: Ranks) -> list[list[int]]:
@@ -169,6 +172,7 @@ def _all_risky(model: str, ranks: Ranks) -> Case:
         num_risky=step.rows_per_step,
         micro_batch_size=step.rows_per_step // (step.grad_accum_steps * ranks.world_size),
         rounds=0,
+        memory_steps=0,
         arms=(),
     )
 
@@ -207,21 +211,17 @@ def measure_case(
         built.arm.begin(case)
         if case.rounds:
             built.arm()
-        counts[name] = _counts(
-            built, ranks, len(case.micro_batches(ranks)), is_timed=case.rounds > 0
-        )
+        counts[name] = _counts(built, case, ranks)
     times = _times(chosen, case.rounds, ranks)
     for name, found in counts.items():
         yield name, {**found, "seconds": times[name]}
 
 
-def _counts(built: BuiltArm, ranks: Ranks, micro_batches: int, *, is_timed: bool) -> dict[str, Any]:
+def _counts(built: BuiltArm, case: Case, ranks: Ranks) -> dict[str, Any]:
     """FLOPs and bytes summed over ranks; safety bytes and memory of the rank that has most."""
     with Recorder() as recorder:
         loss, reference_rows = built.arm()
-    peak = 0
-    if is_timed:
-        peak = built.resident_bytes + peak_extra_bytes(built.arm, ranks.device)
+    peaks = [peak_extra_bytes(built.arm, ranks.device) for _ in range(case.memory_steps)]
     own = torch.tensor(
         [
             loss,
@@ -229,7 +229,7 @@ def _counts(built: BuiltArm, ranks: Ranks, micro_batches: int, *, is_timed: bool
             recorder.flops,
             recorder.total_bytes,
             recorder.safety_bytes,
-            peak,
+            built.resident_bytes + min(peaks, default=0),
         ],
         dtype=torch.float64,
     )
@@ -241,8 +241,8 @@ def _counts(built: BuiltArm, ranks: Ranks, micro_batches: int, *, is_timed: bool
         "reference_rows": int(reference_rows),
         "flops": int(flops),
         "total_bytes": int(total_bytes),
-        "safety_bytes_per_micro_batch": safety_bytes / micro_batches,
-        "peak_memory_bytes": int(peak_bytes) if is_timed else None,
+        "safety_bytes_per_micro_batch": safety_bytes / len(case.micro_batches(ranks)),
+        "peak_memory_bytes": int(peak_bytes) if peaks else None,
     }
 
 
@@ -266,6 +266,8 @@ def _time_step(arm: Arm, ranks: Ranks) -> float:
     try:
         started = time.perf_counter()
         arm()
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize(ranks.device)
         return time.perf_counter() - started
     finally:
         gc.enable()

@@ -178,6 +178,7 @@ def measured(tmp_path_factory):
         num_risky=2,
         micro_batch_size=2,
         rounds=1,
+        memory_steps=1,
         arms=("sft", "routed", "always_on"),
     )
     launch = Launch(model="demo", ranks=2, cases=(case,))
