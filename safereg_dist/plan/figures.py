@@ -112,6 +112,7 @@ def _lines(axes: Any, curve: Curve, measure: str) -> None:
             textcoords="offset points",
             color=colour,
             va="center",
+            annotation_clip=False,
             fontsize=8,
         )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

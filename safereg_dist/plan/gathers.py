@@ -1,13 +1,14 @@
 """Which parameters DeepSpeed's ZeRO-3 gathers in one micro-batch, and how many are whole at once.
 
-A module's parameters are gathered when it runs and let go afterwards, unless they are used again
-before `stage3_max_reuse_distance` more parameters have run (deepspeed 0.19, partitioned parameter
-coordinator). So a model below a billion parameters is gathered once, a larger one nearly twice:
-what runs last is still whole when the backward pass begins. With activation checkpointing the
-recomputation is a third use, which finds large layers gone again. Parameters up to the persistence
-threshold never go.
+A module's parameters are gathered when it runs or a little before, and let go afterwards, unless
+they are used again before `stage3_max_reuse_distance` more parameters have run, or the prefetcher
+has passed over that use since they were whole (deepspeed 0.19, partitioned parameter coordinator).
+So a model below a billion parameters is gathered once, a larger one nearly twice: what runs last is
+still whole when the backward pass begins. With activation checkpointing the recomputation is a
+third use, which may find large layers gone. Parameters up to the persistence threshold never go.
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 from safereg_dist.plan.settings import Settings
@@ -44,29 +45,88 @@ def staying(modules: tuple[Module, ...], shape: ModelShape) -> int:
 
 
 def policy_gathers(shape: ModelShape, settings: Settings) -> Gathers:
-    """What a micro-batch gathers, by the rule above, walking through forward and backward."""
-    sizes = [padded(module.numels, shape, settings.data_parallel) for module in shape.modules]
+    """What a micro-batch gathers, by the rules above, walking through forward and backward."""
     head = _holder_of_head(shape)
     order = _order_of_use(shape, head, recompute=settings.activation_checkpointing)
-    before = [0]  # parameters that ran before each place
-    for index in order:
-        before.append(before[-1] + shape.modules[index].numel)
-    next_use = _next_use(order)
-    whole: set[int] = set()
-    gathered: list[int] = []
-    peak = 0
-    for place, index in enumerate(order):
-        if index not in whole:
-            whole.add(index)
-            gathered.append(index)
-            peak = max(peak, sum(sizes[i] for i in whole))
-        later = next_use[place]
-        is_near = later is not None and before[later] - before[place + 1] < settings.reuse_distance
-        # The step itself uses the head's weight, from its start to its end.
-        if not is_near and (index != head or later is None):
-            whole.discard(index)
-    first = sum(sizes[index] for index in set(gathered))
-    return Gathers(first=first, again=sum(sizes[i] for i in gathered) - first, peak=peak)
+    walk = _Walk(shape, settings, order, head)
+    for place in range(len(order)):
+        walk.use(place)
+        walk.prefetch()
+        walk.let_go(place)
+    world_size = settings.data_parallel
+    sizes = {p: -(-numel // world_size) * world_size for p, numel in walk.numels.items()}
+    first = sum(sizes[parameter] for parameter in set(walk.gathered))
+    everything = sum(sizes[parameter] for parameter in walk.gathered)
+    return Gathers(first=first, again=everything - first, peak=walk.peak)
+
+
+class _Walk:
+    """DeepSpeed's bookkeeping in a micro-batch, for parameters named (module, index)."""
+
+    def __init__(self, shape: ModelShape, settings: Settings, order: list[int], head: int) -> None:
+        limit = threshold(shape)
+        self.numels = {
+            (i, j): numel
+            for i, module in enumerate(shape.modules)
+            for j, numel in enumerate(module.numels)
+            if numel > limit
+        }
+        self.gathered: list[tuple[int, int]] = []
+        self.peak = 0
+        self._settings, self._order, self._head = settings, order, head
+        self._of_module: dict[int, list[tuple[int, int]]] = {i: [] for i in order}
+        for parameter in self.numels:
+            self._of_module[parameter[0]].append(parameter)
+        self._bucket = int(0.9 * shape.hidden_size**2)
+        self._queue = deque((p, at) for at, i in enumerate(order) for p in self._of_module[i])
+        self._noted: dict[tuple[int, int], int] = {}  # the last use that is taken care of
+        self._whole: set[tuple[int, int]] = set()
+        self._live = 0
+        self._next_use = _next_use(order)
+        self._before = [0]  # parameters that ran before each place
+        for i in order:
+            self._before.append(self._before[-1] + shape.modules[i].numel)
+
+    def use(self, place: int) -> None:
+        """Gathers what the module at this place needs."""
+        parameters = self._of_module[self._order[place]]
+        for parameter in parameters:
+            self._gather(parameter)
+        for _ in [p for p in parameters if self._noted.get(p, -1) < place]:
+            parameter, at = self._queue.popleft()
+            self._noted[parameter] = at
+
+    def prefetch(self) -> None:
+        """Gathers ahead, up to a bucket; what is whole still is noted, so that it stays."""
+        most = min(self._settings.max_live_parameters - self._live, self._bucket)
+        ahead = 0
+        while self._queue and ahead < most:
+            parameter, at = self._queue.popleft()
+            self._noted[parameter] = max(self._noted.get(parameter, -1), at)
+            if self._gather(parameter):
+                ahead += self.numels[parameter]
+
+    def let_go(self, place: int) -> None:
+        """Lets the module's parameters go, unless they are needed soon."""
+        index, later = self._order[place], self._next_use[place]
+        if later is not None:
+            distance = self._before[later] - self._before[place + 1]
+            # The step itself uses the head's weight, from its start to its end.
+            if index == self._head or distance < self._settings.reuse_distance:
+                return
+        for parameter in self._of_module[index]:
+            if self._noted[parameter] <= place + 1 and parameter in self._whole:
+                self._whole.discard(parameter)
+                self._live -= self.numels[parameter]
+
+    def _gather(self, parameter: tuple[int, int]) -> bool:
+        if parameter in self._whole:
+            return False
+        self._whole.add(parameter)
+        self.gathered.append(parameter)
+        self._live += self.numels[parameter]
+        self.peak = max(self.peak, self._live)
+        return True
 
 
 def _holder_of_head(shape: ModelShape) -> int:

@@ -1,8 +1,8 @@
 """Bytes that one GPU holds, by part, at the fullest moment of a step.
 
-As deepspeed 0.19 keeps ZeRO-3 with bf16: shards and accumulated gradients in bf16, float32 master
-weights and two Adam moments, and in the update the float32 gradients of one sub-group. With float32
-the shards are the master weights.
+As deepspeed 0.19 keeps ZeRO-3: shards and accumulated gradients in the model's dtype, float32
+master weights (a copy of their own with float32 shards, too) and two Adam moments, and in the
+update the float32 gradients of one sub-group.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def _states(shape: ModelShape, settings: Settings) -> tuple[dict[str, float], fl
     whole = staying(shape.modules, shape) * size / settings.model_parallel
     parts = {
         "policy shards": (shard * size, settings.offload_params),
-        "master weights": (4 * shard if size == 2 else 0.0, settings.offload_optimizer),
+        "master weights": (4 * shard, settings.offload_optimizer),
         "Adam moments": (8 * shard, settings.offload_optimizer),
         "gradients": (shard * size, settings.offload_optimizer),
         # With the optimizer's state, a gradient of each sub-group stays with it.

@@ -33,14 +33,14 @@ COUNTED = "llama, mistral, qwen2, qwen3, phi3, gemma2, falcon, mixtral, qwen3_mo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Module:
-    """A module with parameters of its own: what ZeRO-3 gathers and lets go as one."""
+    """A module that is called: where ZeRO-3 gathers and lets go, if only to look ahead."""
 
     layer: int | None
     """Index of its decoder layer; None outside."""
     part: str
     """`embedding`, `layers`, `final` or `head`."""
     numels: tuple[int, ...]
-    """Elements of each parameter."""
+    """Elements of each parameter of its own."""
     used: float
     """Elements that one token goes through: of experts, those chosen."""
     products: float
@@ -230,8 +230,8 @@ def _modules(model: Any, chosen_share: float) -> tuple[Module, ...]:
     for path, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for p in own)
-        if not own:
-            continue
+        if type(module).__name__ == "ModuleList":
+            continue  # never called
         layer = layer_of.get(id(module))
         share = chosen_share if ".experts" in path else 1.0
         found.append(

@@ -1,0 +1,59 @@
+"""The runs that the plan is measured on; read by the ranks and by the judge."""
+
+from dataclasses import dataclass
+
+from safereg_dist.plan.settings import Settings
+
+MICRO_BATCH = 2
+STEPS = 4  # deepspeed knows the order of modules from the third micro-batch on
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run; `risky` is the share of its rows above the threshold."""
+
+    name: str
+    risky: float = 0.0
+    objective: str = "convex"
+    grad_accum: int = 1
+    precision: str = "fp32"
+    checkpointing: bool = False
+    reuse_distance: int = 1_000_000_000
+    hpz: int = 1
+
+    def overrides(self) -> list[str]:
+        """The case as `key=value` overrides."""
+        return [
+            f"data.train=rows-{self.risky}.jsonl",
+            f"regularizer.objective={self.objective}",
+            f"train.grad_accum_steps={self.grad_accum}",
+            f"train.precision={self.precision}",
+            f"train.activation_checkpointing={str(self.checkpointing).lower()}",
+            f"engine.hpz_partition_size={self.hpz}",
+        ]
+
+    def settings(self, world_size: int) -> Settings:
+        """The same for the planner."""
+        return Settings(
+            world_size=world_size,
+            gpus_per_node=8,
+            seq_length=16,
+            micro_batch=MICRO_BATCH,
+            grad_accum=self.grad_accum,
+            risky_fraction=self.risky,
+            arm="sft" if self.objective == "none" else "routed",
+            balance="deal",
+            hpz=self.hpz,
+            activation_checkpointing=self.checkpointing,
+            precision=self.precision,
+            reuse_distance=self.reuse_distance,
+        )
+
+
+CASES = (
+    Case("sft", objective="none"),
+    Case("sft-recomputed", objective="none", checkpointing=True, reuse_distance=20_000),
+    Case("one-in-eight", risky=0.125, grad_accum=4),
+    Case("all-risky", risky=1.0, grad_accum=2, precision="bf16", reuse_distance=20_000),
+    Case("hpz", risky=1.0, grad_accum=2, reuse_distance=20_000, hpz=2),  # once in a process
+)
