@@ -33,7 +33,8 @@ from deepspeed.utils import groups, safe_get_full_grad  # noqa: E402
 from torch.distributed.distributed_c10d import _world  # noqa: E402
 
 from safereg_dist.config import load_config  # noqa: E402
-from safereg_dist.factory import build_run, start_backend  # noqa: E402
+from safereg_dist.factory import build_run, build_screening, start_backend  # noqa: E402
+from safereg_dist.reference_build import build_store  # noqa: E402
 from safereg_dist.train import train  # noqa: E402
 
 CASES = {
@@ -41,6 +42,7 @@ CASES = {
     "routed": [],
     "offloaded": ["reference.offload=cpu", "engine.offload_params=cpu"],
     "offloaded-optimizer": ["reference.offload=cpu", "engine.offload_optimizer=cpu"],
+    "stored": ["reference.cache=store"],
     "hpz-plain": ["engine.hpz_partition_size=2", "regularizer.objective=none"],
     "hpz": ["engine.hpz_partition_size=2"],
     "hpz-resumed": ["engine.hpz_partition_size=2", "train.save_every=2"],
@@ -75,6 +77,11 @@ def run_case(folder: Path, name: str, backend) -> None:
         [*CASES[name], f"output_dir={folder / name}-{backend.ranks.world_size}"],
     )
     steps: list[dict[str, np.ndarray]] = []
+    if name == "stored":
+        build_store(
+            build_screening(load_config(folder / "base.yaml"), backend, with_reference=True),
+            Path("store"),
+        )
     if name == "hpz-resumed":
         crash(config, backend)
     run = start(config, backend, steps)
@@ -117,6 +124,11 @@ def describe(run) -> dict:
         n for n, p in run.model.named_parameters() if p.ds_persist
     )
     if not run.config.needs_reference:
+        return facts
+    own = [*run.model.parameters(), *run.step.reference.head.parameters]
+    facts["shared"] = {"parameter_groups": len({id(p.ds_process_group) for p in own}) == 1}
+    if run.config.reference.cache is not None:
+        facts["has_trunk"] = run.step.reference._engine is not None
         return facts
     reference = run.step.reference.engine.engine
     model = reference.module.model

@@ -3,7 +3,8 @@
 Whole runs through `train` with real processes. Exact: the number of communicators, the identity of
 groups, DeepSpeed's settings, and, bit for bit, losses, gradients of every step and exported weights
 with hpZ (resumed after a crash too) and with parameters offloaded: the same values are gathered
-from elsewhere. Rounds: the optimizer on the CPU is other code than torch's (1e-4 after four steps).
+from elsewhere. Rounds: DeepSpeed's AdamW on the CPU is not torch's, and stored states come from
+rows packed otherwise (1e-4 after four steps).
 """
 
 import json
@@ -28,8 +29,8 @@ def folder(tmp_path):
     save_model(tmp_path / "reference", wide)
     write_jsonl(tmp_path / "train.jsonl", random_rows(40))
     (tmp_path / "base.yaml").write_text(
-        f"model: {tmp_path / 'policy'}\n"
-        f"reference: {{model: {tmp_path / 'reference'}, rows_per_pass: 2}}\n"
+        "model: policy\n"
+        "reference: {model: reference, rows_per_pass: 2}\n"
         f"data: {{train: {tmp_path / 'train.jsonl'}}}\n"
         "risk: {estimator: column, max_held_back: 1.0}\n"
         f"train: {{precision: fp32, micro_batch_size: 2, grad_accum_steps: 2, steps: {STEPS}}}\n"
@@ -40,7 +41,7 @@ def folder(tmp_path):
 
 
 def test_groups_shards_and_offload_on_two_ranks(folder, launch):
-    cases = "plain,routed,offloaded,offloaded-optimizer,hpz-plain,hpz,hpz-resumed"
+    cases = "plain,routed,offloaded,offloaded-optimizer,stored,hpz-plain,hpz,hpz-resumed"
     run_worker(folder, launch, cases, ranks=2)
     facts = {case: facts_of(folder, case, ranks=2) for case in cases.split(",")}
     check_communicators(facts)
@@ -48,7 +49,9 @@ def test_groups_shards_and_offload_on_two_ranks(folder, launch):
     for case in ("offloaded", "hpz", "hpz-resumed"):
         check_same_run(folder, "routed", case, ranks=2)
     check_same_run(folder, "plain", "hpz-plain", ranks=2)
-    check_same_run(folder, "routed", "offloaded-optimizer", ranks=2, tolerance=1e-4)
+    for case in ("offloaded-optimizer", "stored"):
+        check_same_run(folder, "routed", case, ranks=2, tolerance=1e-4)
+    assert not facts["stored"]["has_trunk"]
 
 
 def test_second_shards_in_groups_of_two_among_four(folder, launch):
@@ -88,10 +91,12 @@ def check_communicators(facts):
     for case, seen in facts.items():
         made[case] = 0 if before is None else seen["communicators"] - before
         before = seen["communicators"]
-    assert made["routed"] == made["offloaded"] == made["offloaded-optimizer"] == 0, made
+    beside = ("routed", "offloaded", "offloaded-optimizer", "stored")
+    assert [made[case] for case in beside] == [0, 0, 0, 0], made
     assert made["hpz"] == made["hpz-plain"] == 1, made
     for case, seen in facts.items():
-        if "reference" in seen:
+        assert ("shared" in seen) == ("plain" not in case)
+        if "shared" in seen:
             assert all(seen["shared"].values()), (case, seen["shared"])
 
 
