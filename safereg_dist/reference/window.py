@@ -38,7 +38,7 @@ class Window:
     """The active rows of one rank between two agreements, and their reference states.
 
     Places are positions in the order of training; rows that the trunk has to run on are `_ahead`,
-    those that a store holds are `_stored`.
+    the states of those that a store holds are `_stored`.
 
     Collectives: one MAX all-reduce of 8 bytes (16 with a stored reference), under way from the
     start and read with the first states; with exchange an all-gather of 16 bytes a rank instead.
@@ -57,7 +57,7 @@ class Window:
         self._size = len(rows) // micro_batches
         self._group_rows = self._size * _micro_batches_kept(reference, self._size)
         self._ahead: dict[int, Row] = {}
-        self._stored: dict[int, str] = {}
+        self._stored: dict[int, Tensor] = {}
         self._kept: dict[int, Tensor] = {}
         self.order = list(range(len(rows)))
         """Rows in the order in which they are trained."""
@@ -80,16 +80,16 @@ class Window:
             else:
                 self._ahead[place_of[row]] = rows[row]
 
-    def _find(self, rows: Sequence[Row], active: list[int]) -> dict[int, str]:
-        """Key of each active row that is stored, by its place among the rows."""
+    def _find(self, rows: Sequence[Row], active: list[int]) -> dict[int, Tensor]:
+        """States of the active rows that are stored, mapped from their files, by row.
+
+        Checked here, where all ranks agree on what a disk may have lost.
+        """
         store = self._reference.store
         if store is None:
             return {}
         keys = {row: row_key(rows[row].input_ids, rows[row].loss_mask) for row in active}
-        stored = {row: key for row, key in keys.items() if store.holds(key)}
-        for key in stored.values():
-            store.read(key)  # what the disk has lost must fail here, where all ranks agree on it
-        return stored
+        return {row: store.read(key) for row, key in keys.items() if store.holds(key)}
 
     def _begin_agreement(self, error: Exception | None) -> None:
         ranks, num_ahead = self._reference.ranks, len(self._ahead)
@@ -147,7 +147,7 @@ class Window:
 
     def _listed(self, places: range, batch: MicroBatch) -> Tensor | None:
         """[T, H_ref] states of a micro-batch, zeros (unread) on rows that are not active."""
-        found = {i: self._state(place) for i, place in enumerate(places) if self._is_active(place)}
+        found = {i: self._take(place) for i, place in enumerate(places) if self._is_active(place)}
         if not found:
             return None
         like = next(iter(found.values()))
@@ -161,12 +161,10 @@ class Window:
     def _is_active(self, place: int) -> bool:
         return place in self._kept or place in self._stored
 
-    def _state(self, place: int) -> Tensor:
+    def _take(self, place: int) -> Tensor:
         if place in self._kept:
             return self._kept.pop(place)
-        assert self._reference.store is not None
-        states = self._reference.store.read(self._stored[place])
-        return to_device(states, self._reference.ranks.device)
+        return to_device(self._stored.pop(place), self._reference.ranks.device)
 
 
 def active_rows(kl_coef: list[float], rows: Sequence[Row]) -> list[int]:
