@@ -1,0 +1,190 @@
+"""Plans of real models on 8 to 4096 GPUs: nothing is measured here, all of it is worked out.
+
+    python benchmarks/bench_plan.py
+
+Writes results/plan/plan.csv, one row a model, GPU count, risky fraction and arm, and the figures.
+`curve` says what a row is for: `fraction` (64 GPUs, all fractions), `scaling` (10 % risky, all GPU
+counts) and `window` (1 % risky, 512 rows a step on 2 to 4096 GPUs; from 1024 on one row a GPU).
+The planner itself is measured by tests/distributed/test_plan_measured.py.
+"""
+
+import csv
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from plot import STYLE, save
+from tqdm import tqdm
+
+from safereg_dist.plan.figures import ARM_STYLES, FRACTIONS, GPU_COUNTS, draw
+from safereg_dist.plan.hardware import GIB, find_gpu
+from safereg_dist.plan.plan import make_plan
+from safereg_dist.plan.settings import Settings
+from safereg_dist.plan.shape import ModelShape, shape_of
+
+RESULTS = Path(__file__).resolve().parent / "results" / "plan"
+GPU = find_gpu("H100-SXM")
+ROWS_PER_STEP = 512
+LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama-2-7B": {
+        **LLAMA,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "Falcon-40B": {
+        "model_type": "falcon",
+        "vocab_size": 65024,
+        "hidden_size": 8192,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 128,
+        "num_kv_heads": 8,
+        "new_decoder_architecture": True,
+        "bias": False,
+    },
+    "Mixtral-8x7B": {
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "Llama-3.1-70B": {
+        **LLAMA,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "Llama-3.1-405B": {
+        **LLAMA,
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+    },
+}
+"""Dimensions as published with the models."""
+LABELLED_AT = {"always_on": 2, "routed": 6, "stored": 6}
+"""Where along its line an arm's name stands in the figure of the window."""
+LABEL_STYLE: dict[str, Any] = {"xytext": (-8, 5), "textcoords": "offset points", "ha": "right"}
+BASE = Settings(
+    world_size=64, seq_length=2048, micro_batch=1, grad_accum=8, activation_checkpointing=True
+)
+
+
+def cases(curve: str) -> Iterator[Settings]:
+    """The settings of one curve."""
+    if curve == "fraction":
+        yield from (replace(BASE, risky_fraction=fraction) for fraction in FRACTIONS)
+    elif curve == "scaling":
+        yield from (replace(BASE, world_size=count) for count in GPU_COUNTS)
+    else:
+        for count in (2, 4, *GPU_COUNTS):
+            accum = max(1, ROWS_PER_STEP // count)
+            yield replace(BASE, world_size=count, grad_accum=accum, risky_fraction=0.01)
+
+
+def rows_of(name: str, shape: ModelShape, curve: str) -> Iterator[dict[str, Any]]:
+    """Rows of the CSV, one an arm."""
+    for settings in cases(curve):
+        plan = make_plan(shape, settings, GPU)
+        for arm, costs in plan.arms.items():
+            yield {
+                "curve": curve,
+                "model": name,
+                "parameters": shape.parameters,
+                "gpu": GPU.name,
+                "gpus": settings.world_size,
+                "rows_per_step": settings.world_size * settings.window_rows,
+                "seq_length": settings.seq_length,
+                "risky_fraction": settings.risky_fraction,
+                "arm": arm,
+                "flops": f"{costs.total_flops:.6g}",
+                "bytes_per_gpu": f"{costs.total_bytes:.6g}",
+                "seconds": f"{costs.seconds:.6g}",
+                "gpu_gib": f"{costs.memory.gpu / GIB:.2f}",
+                "fits": costs.memory.gpu <= plan.usable_bytes,
+                **{f"{k}_overhead": f"{v:.6f}" for k, v in plan.overhead(arm).items()},
+            }
+
+
+def draw_window(rows: list[dict[str, Any]]) -> Figure:
+    """Bytes over plain fine-tuning at 1 % risk, against GPUs, by model and arm."""
+    rows = [row for row in rows if row["curve"] == "window"]
+    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    first = next(iter(MODELS))
+    for arm in ("always_on", "routed", "stored"):
+        label, colour = ARM_STYLES[arm]
+        for model in MODELS:
+            line = [row for row in rows if row["model"] == model and row["arm"] == arm]
+            x, y = [r["gpus"] for r in line], [float(r["bytes_overhead"]) for r in line]
+            axes.plot(x, y, color=colour, linewidth=1.6 if model == first else 0.6)
+            if model == first:
+                at = LABELLED_AT[arm]
+                axes.annotate(label, (x[at], y[at]), **LABEL_STYLE, color=colour)
+    axes.axhline(0.05, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([2, 8, 32, 128, 512, 4096], ["2", "8", "32", "128", "512", "4096"])
+    axes.set_xlim(2, 12000)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel(f"GPUs, {ROWS_PER_STEP} rows a step (from 1024 on one row a GPU), 1 % risky")
+    axes.set_ylabel(f"bytes over plain fine-tuning\n(thick: {first}, thin: the other models)")
+    axes.grid(axis="y")
+    axes.set_title(_window_message(rows), fontsize=10, fontweight="bold")
+    return figure
+
+
+def _window_message(rows: list[dict[str, Any]]) -> str:
+    """Up to how many GPUs the routed reference stays below 5 % for every model."""
+    over = [r["gpus"] for r in rows if r["arm"] == "routed" and float(r["bytes_overhead"]) > 0.05]
+    below = [r["gpus"] for r in rows if r["gpus"] < min(over, default=10**9)]
+    stored = max(float(r["bytes_overhead"]) for r in rows if r["arm"] == "stored")
+    return (
+        f"One pass a step keeps the reference below 5 % of the bytes up to {max(below)} GPUs;\n"
+        f"stored states cost at most {stored:.1%}, on any number"
+    )
+
+
+def main() -> int:
+    """Writes the table and the figures."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    shapes = {name: shape_of(fields, where=name) for name, fields in MODELS.items()}
+    rows = [
+        row
+        for name, shape in tqdm(shapes.items(), desc="plan", unit=" models")
+        for curve in ("fraction", "scaling", "window")
+        for row in rows_of(name, shape, curve)
+    ]
+    partial = RESULTS / ".plan.csv.partial"
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, RESULTS / "plan.csv")
+    with plt.rc_context(STYLE):
+        for name, shape in shapes.items():
+            save(draw(make_plan(shape, BASE, GPU), name=name), RESULTS, name.lower())
+        save(draw_window(rows), RESULTS, "bytes_512_rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
