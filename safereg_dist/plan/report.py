@@ -53,7 +53,8 @@ def _memory(plan: Plan) -> str:
     memory = plan.chosen.memory
     rows = [(name, _gib(size), "always") for name, size in memory.resting.items()]
     rows += [(name, _gib(size), "micro-batch") for name, size in memory.working.items()]
-    rows.append(("float32 gradients of a sub-group", _gib(memory.updating), "update"))
+    if memory.updating:
+        rows.append(("float32 gradients of a sub-group", _gib(memory.updating), "update"))
     rows.append(("fullest moment", _gib(memory.gpu), ""))
     usable = f"of {_gib(plan.gpu.memory_bytes)}"
     rows.append(("usable on this GPU", _gib(plan.usable_bytes), usable))

@@ -49,7 +49,7 @@ def expected_rows(settings: Settings, *, group_batches: int | None = None) -> Ex
 def most_rows_law(settings: Settings) -> np.ndarray:
     """[n + 1] float64 probabilities that the fullest rank has 0..n risky rows in its window.
 
-    Where rows are dealt, the mean rounded down or up, in proportion.
+    By chance as in the module's equation; dealt: see `_dealt_law`.
     """
     n, fraction = settings.window_rows, settings.risky_fraction
     if settings.balance == "deal":
@@ -61,10 +61,10 @@ def most_rows_law(settings: Settings) -> np.ndarray:
 
 
 def _dealt_law(n: int, world_size: int, fraction: float) -> np.ndarray:
-    """Of rows dealt one by one over ranks and steps: all ranks together get the mean, rounded.
+    """Of rows dealt one by one over ranks and steps.
 
-    W n f rows fall on W ranks, so that the fullest has ceil of the mean, or one row a step is
-    shared where there are less rows than ranks.
+    A step has W n f risky rows, rounded down or up so that their mean is kept; dealt evenly, the
+    fullest rank has a W-th of them, rounded up.
     """
     total = world_size * n * fraction
     low = int(total)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from safereg_dist.plan.settings import Settings
 
 MICRO_BATCH = 2
-STEPS = 4  # deepspeed knows the order of modules from the third micro-batch on
+STEPS = 3  # deepspeed knows the order of modules from the third micro-batch on
 
 
 @dataclass(frozen=True)
