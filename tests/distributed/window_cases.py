@@ -47,11 +47,17 @@ EQUAL = (
 )
 DEAL = WindowCase("dealt-2", grad_accum_steps=2, balance="deal")
 RANDOM = tuple(
-    WindowCase(f"random-{balance}-{accum}", grad_accum_steps=accum, balance=balance, is_small=True)
+    WindowCase(
+        f"random-{balance}-{accum}",
+        grad_accum_steps=accum,
+        balance=balance,
+        is_small=True,
+        rows_per_pass=4,
+    )
     for balance in ("none", "exchange")
     for accum in (1, 3)
 )
-RANDOM_STEPS = {1: 70, 3: 30}
+RANDOM_STEPS = {1: 80, 3: 20}
 """Optimizer steps by accumulation: 200 in all."""
 QUIET = (
     WindowCase("quiet-plain", objective="none", grad_accum_steps=3),
