@@ -58,9 +58,9 @@ from tqdm import tqdm
 WORKER = Path(__file__).resolve().with_name("overhead_worker.py")
 RESULTS = Path(__file__).resolve().parent / "results"
 RANKS = (2, 4)
-ROUNDS, ROUNDS_AT_ZERO = 5, 11
+ROUNDS, ROUNDS_AT_ZERO = 5, 9
 """More rounds where a ratio of 1 is claimed."""
-MEMORY_FRACTIONS, MEMORY_STEPS = (0.0, 0.1, 1.0), 3
+MEMORY_FRACTIONS, MEMORY_STEPS = (0.1, 1.0), 3
 ARMS = ("sft", "sft again", "routed", "routed_first_epoch", "stored", "always_on")
 ARMS_AT_ZERO = (*ARMS, "routed:probe-policy", "routed:probe-reference")
 """At 0 % all sources of risk are compared."""

@@ -163,9 +163,12 @@ def _write_rows(
 
 
 def threshold_for(scores: Sequence[float], num_risky: int) -> float:
-    """A threshold on the probe's probability that exactly the first `num_risky` rows reach."""
+    """A threshold on the probe's probability that exactly the first `num_risky` rows reach.
+
+    For none it is above 1: then it holds on the policy's states too, whose order is another one.
+    """
     if num_risky == 0:
-        return (1 + scores[0]) / 2
+        return 2.0
     if num_risky == len(scores):
         return scores[-1] / 2
     return (scores[num_risky - 1] + scores[num_risky]) / 2
