@@ -1,7 +1,6 @@
 """The DeepSpeed backend: policy under ZeRO-3, reference under ZeRO-3 inference, same groups.
 
-The only file that imports deepspeed. Its configuration is built here from scratch, never copied
-from one engine to the other: a reference that inherits an optimizer block gets a whole optimizer.
+The only file that imports deepspeed; `zero_config` builds what it is configured with.
 """
 
 import os
@@ -42,6 +41,7 @@ from safereg_dist.parallel.shards import (
     stored_head,
     stored_parameters,
 )
+from safereg_dist.parallel.zero_config import hidden_size_of, policy_config, zero_config
 from safereg_dist.parts import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, part
 from safereg_dist.types import Head, MicroBatch, StepOutput
 
@@ -140,7 +140,7 @@ class DeepSpeedBackend:
         Collectives: those of `zero.Init`, and one gather of texts.
         """
         dtype = dtype_of(precision)
-        zero_config = _zero_config(
+        settings = zero_config(
             precision=precision,
             offload=offload,
             rows=1,
@@ -149,7 +149,7 @@ class DeepSpeedBackend:
         )
         with self.ranks.together():
             architecture = read_architecture(folder)
-        with _hf_zero3(zero_config):
+        with _hf_zero3(settings):
             model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
         with self.ranks.together():
             _load_shards(model, folder, rank=self.ranks.rank)
@@ -164,8 +164,8 @@ class DeepSpeedBackend:
         """
         with self.ranks.together():
             stored = stored_head(folder)
-        zero_config = _zero_config(precision=precision, offload="none", rows=1, hidden_size=None)
-        with deepspeed.zero.Init(config_dict_or_path=zero_config):
+        settings = zero_config(precision=precision, offload="none", rows=1, hidden_size=None)
+        with deepspeed.zero.Init(config_dict_or_path=settings):
             head = _FrozenHead(stored)
         places = zip(head.parameters(), stored.parameters, strict=True)
         with self.ranks.together():
@@ -180,7 +180,7 @@ class DeepSpeedBackend:
             deepspeed.zero.register_external_parameter(step, parameter)
         optimizer = _build_optimizer(step, config)
         engine, *_ = deepspeed.initialize(
-            model=step, optimizer=optimizer, config=_policy_config(step, config)
+            model=step, optimizer=optimizer, config=policy_config(step, config)
         )
         return DeepSpeedPolicy(engine, world_size=self.ranks.world_size)
 
@@ -190,8 +190,8 @@ class DeepSpeedBackend:
         precision = "bf16" if next(trunk.parameters()).dtype == torch.bfloat16 else "fp32"
         engine, *_ = deepspeed.initialize(
             model=trunk,
-            config=_zero_config(
-                precision=precision, offload=offload, rows=rows, hidden_size=_hidden_size(trunk)
+            config=zero_config(
+                precision=precision, offload=offload, rows=rows, hidden_size=hidden_size_of(trunk)
             ),
         )
         engine.eval()  # `initialize` leaves it in training mode, with dropout on
@@ -337,61 +337,6 @@ def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
     )
 
 
-def _zero_config(
-    *,
-    precision: str,
-    offload: str,
-    rows: int,
-    hidden_size: int | None,
-    hpz_partition_size: int = 1,
-) -> dict[str, Any]:
-    """ZeRO-3 without an optimizer: for building a model sharded, and for the reference.
-
-    The reference never has hpZ: deepspeed 0.19 refuses a second model that asks for its group
-    (deepspeedai/DeepSpeed#4901), and without a backward pass it would save no gather.
-    """
-    zero: dict[str, Any] = {"stage": 3, "zero_hpz_partition_size": hpz_partition_size}
-    if offload == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if hidden_size is not None:
-        zero["stage3_param_persistence_threshold"] = 10 * hidden_size
-        zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
-    return {
-        "train_micro_batch_size_per_gpu": rows,
-        "zero_optimization": zero,
-        "bf16": {"enabled": precision == "bf16"},
-    }
-
-
-def _policy_config(step: nn.Module, config: Config) -> dict[str, Any]:
-    hidden_size = _hidden_size(step)
-    ds = _zero_config(
-        precision=config.train.precision,
-        offload=config.engine.offload_params,
-        rows=config.train.micro_batch_size,
-        hidden_size=hidden_size,
-        hpz_partition_size=config.engine.hpz_partition_size,
-    )
-    ds["zero_optimization"]["reduce_bucket_size"] = max(hidden_size * hidden_size, 1)
-    if config.engine.offload_optimizer == "cpu":
-        ds["zero_optimization"]["offload_optimizer"] = {
-            "device": "cpu",
-            "pin_memory": torch.cuda.is_available(),
-        }
-    ds["gradient_accumulation_steps"] = config.train.grad_accum_steps
-    ds["gradient_clipping"] = config.optimizer.max_grad_norm
-    ds["zero_allow_untested_optimizer"] = True  # torch's AdamW, which DeepSpeed does not list
-    ds["zero_force_ds_cpu_optimizer"] = False
-    # Its default waits for the whole device before every forward, to print a speed every so often.
-    ds["timers"] = {"throughput": {"enabled": False}}
-    return ds
-
-
-def _hidden_size(module: nn.Module) -> int:
-    config = next(m.config for m in module.modules() if isinstance(m, PreTrainedModel))
-    return int(config.get_text_config().hidden_size)
-
-
 def _build_optimizer(step: nn.Module, config: Config) -> torch.optim.Optimizer:
     options: dict[str, Any] = {
         "lr": config.optimizer.lr,
@@ -407,11 +352,11 @@ def _build_optimizer(step: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 @contextmanager
-def _hf_zero3(zero_config: dict[str, Any]) -> Iterator[None]:
+def _hf_zero3(settings: dict[str, Any]) -> Iterator[None]:
     """A block in which transformers builds models under `zero.Init` with this configuration."""
     # transformers keeps a weak reference: the object must live until the block ends.
     before = hf_deepspeed._hf_deepspeed_config_weak_ref
-    keep_alive = hf_deepspeed.HfDeepSpeedConfig(zero_config)
+    keep_alive = hf_deepspeed.HfDeepSpeedConfig(settings)
     try:
         yield
     finally:

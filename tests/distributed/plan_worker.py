@@ -63,14 +63,14 @@ from safereg_dist.factory import build_run, start_backend  # noqa: E402
 
 def use_reuse_distance(distance: int) -> None:
     """Lets small models behave as large ones: parameters are let go between their uses."""
-    build = adapter._policy_config
+    build = adapter.policy_config
 
     def changed(step, config):
         ds = build(step, config)
         ds["zero_optimization"]["stage3_max_reuse_distance"] = distance
         return ds
 
-    adapter._policy_config = changed
+    adapter.policy_config = changed
 
 
 def held(run) -> dict[str, int]:
@@ -124,10 +124,10 @@ def run_case(folder, case, backend) -> None:
     """Trains some steps; writes the last one's bytes and what is held during it."""
     out = folder / f"{case.name}-{backend.ranks.world_size}"
     config = load_config(folder / "base.yaml", [*case.overrides(), f"output_dir={out}"])
-    build = adapter._policy_config
+    build = adapter.policy_config
     use_reuse_distance(case.reuse_distance)
     run = build_run(config, backend)
-    adapter._policy_config = build
+    adapter.policy_config = build
     result = {}
     step, backward = training._optimizer_step, run.engine.backward
 

@@ -1,0 +1,69 @@
+"""DeepSpeed's configuration, built from scratch for each engine and never copied between them.
+
+A reference that inherits an optimizer block gets a whole optimizer.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from safereg_dist.config import Config
+
+
+def zero_config(
+    *,
+    precision: str,
+    offload: str,
+    rows: int,
+    hidden_size: int | None,
+    hpz_partition_size: int = 1,
+) -> dict[str, Any]:
+    """ZeRO-3 without an optimizer: for building a model sharded, and for the reference.
+
+    The reference never has hpZ: deepspeed 0.19 refuses a second model that asks for its group
+    (deepspeedai/DeepSpeed#4901), and without a backward pass it would save no gather.
+    """
+    zero: dict[str, Any] = {"stage": 3, "zero_hpz_partition_size": hpz_partition_size}
+    if offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if hidden_size is not None:
+        zero["stage3_param_persistence_threshold"] = 10 * hidden_size
+        zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
+    return {
+        "train_micro_batch_size_per_gpu": rows,
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision == "bf16"},
+    }
+
+
+def policy_config(step: nn.Module, config: Config) -> dict[str, Any]:
+    """ZeRO-3 with an optimizer: for the trained step."""
+    hidden_size = hidden_size_of(step)
+    ds = zero_config(
+        precision=config.train.precision,
+        offload=config.engine.offload_params,
+        rows=config.train.micro_batch_size,
+        hidden_size=hidden_size,
+        hpz_partition_size=config.engine.hpz_partition_size,
+    )
+    ds["zero_optimization"]["reduce_bucket_size"] = max(hidden_size * hidden_size, 1)
+    if config.engine.offload_optimizer == "cpu":
+        ds["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": torch.cuda.is_available(),
+        }
+    ds["gradient_accumulation_steps"] = config.train.grad_accum_steps
+    ds["gradient_clipping"] = config.optimizer.max_grad_norm
+    ds["zero_allow_untested_optimizer"] = True  # torch's AdamW, which DeepSpeed does not list
+    ds["zero_force_ds_cpu_optimizer"] = False
+    # Its default waits for the whole device before every forward, to print a speed every so often.
+    ds["timers"] = {"throughput": {"enabled": False}}
+    return ds
+
+
+def hidden_size_of(module: nn.Module) -> int:
+    """Width of the model inside: what sizes of buckets and thresholds follow from."""
+    config = next(m.config for m in module.modules() if isinstance(m, PreTrainedModel))
+    return int(config.get_text_config().hidden_size)
