@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 from safereg_dist.config import Config
 
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's own bound on whole parameters, beyond which nothing is prefetched."""
+
 
 def zero_config(
     *,
@@ -48,9 +51,13 @@ def policy_config(step: nn.Module, config: Config) -> dict[str, Any]:
         hidden_size=hidden_size,
         hpz_partition_size=config.engine.hpz_partition_size,
     )
-    ds["zero_optimization"]["reduce_bucket_size"] = max(hidden_size * hidden_size, 1)
+    zero = ds["zero_optimization"]
+    zero["reduce_bucket_size"] = max(hidden_size * hidden_size, 1)
+    # The head is whole through the whole step. One of 70B and more exceeds the bound alone.
+    head = step.head_parameters()  # type: ignore[operator]
+    zero["stage3_max_live_parameters"] = MAX_LIVE_PARAMETERS + sum(p.ds_numel for p in head)
     if config.engine.offload_optimizer == "cpu":
-        ds["zero_optimization"]["offload_optimizer"] = {
+        zero["offload_optimizer"] = {
             "device": "cpu",
             "pin_memory": torch.cuda.is_available(),
         }

@@ -78,6 +78,8 @@ class _Walk:
         for parameter in self.numels:
             self._of_module[parameter[0]].append(parameter)
         self._bucket = int(0.9 * shape.hidden_size**2)
+        # The head is whole all the time, and must not use up what prefetching may.
+        self._most_live = settings.max_live_parameters + shape.modules[head].numel
         self._queue = deque((p, at) for at, i in enumerate(order) for p in self._of_module[i])
         self._noted: dict[tuple[int, int], int] = {}  # the last use that is taken care of
         self._whole: set[tuple[int, int]] = set()
@@ -98,7 +100,7 @@ class _Walk:
 
     def prefetch(self) -> None:
         """Gathers ahead, up to a bucket; what is whole still is noted, so that it stays."""
-        most = min(self._settings.max_live_parameters - self._live, self._bucket)
+        most = min(self._most_live - self._live, self._bucket)
         ahead = 0
         while self._queue and ahead < most:
             parameter, at = self._queue.popleft()

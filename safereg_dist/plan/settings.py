@@ -57,7 +57,7 @@ class Settings:
     reuse_distance: int = 1_000_000_000
     """DeepSpeed's `stage3_max_reuse_distance`, in parameters, >= 1; this is its default."""
     max_live_parameters: int = 1_000_000_000
-    """DeepSpeed's `stage3_max_live_parameters`: nothing is prefetched beyond it; its default."""
+    """Parameters beside the head's beyond which nothing is prefetched (see `zero_config`)."""
 
     def __post_init__(self) -> None:
         for name in (
