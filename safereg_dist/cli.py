@@ -370,6 +370,7 @@ def _add_plan(verbs: argparse._SubParsersAction) -> None:
         *(("zero-stage", 3), ("chunk-tokens", 1024)),
     ):
         plan.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    plan.add_argument("--rows-per-pass", type=int, help="of the reference; default: --micro-batch")
     for name, default, what in (
         ("response-share", 0.5, "of a row's tokens"),
         ("risky-fraction", 0.1, "of the rows, anchor rows among them"),

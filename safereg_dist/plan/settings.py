@@ -65,6 +65,8 @@ class Settings:
             *("tensor_parallel", "pipeline_parallel", "chunk_tokens", "reuse_distance"),
         ):
             at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        if self.rows_per_pass is not None:
+            at_least("--rows-per-pass", self.rows_per_pass, 1)
         at_least("--seq-length", self.seq_length, 2)
         for name in ("response_share", "risky_fraction", "probe_depth"):
             within(f"--{name.replace('_', '-')}", getattr(self, name), 0.0, 1.0)
