@@ -5,11 +5,18 @@ needs values, so its products are counted in `bench_probe_flops.head_flops`.
 """
 
 import functools
+from unittest.mock import patch
 
 import torch
 from step_flops import Cost, counted
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    masking_utils,
+)
 
 from safereg_dist.reference import ReferenceTrunk
 from safereg_dist.risk.probe import Probe, pool_prompt
@@ -66,7 +73,9 @@ class RealModel:
     def prefix(self, prompt: int, k: int) -> Cost:
         """The reference over the prompt's tokens, stopped after layer k."""
         trunk = ReferenceTrunk(self._model)
-        return counted(lambda: trunk(*_tokens(prompt), num_layers=k))
+        # Whether rows are packed is asked of position ids, which hold no values here.
+        with patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None):
+            return counted(lambda: trunk(_tokens(prompt)[0], num_layers=k))
 
     def policy_probe(self, length: int, prompt: int, pooling: str) -> Cost:
         """Pooling and probability from states that are there already."""

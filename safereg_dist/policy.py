@@ -52,9 +52,9 @@ class Policy(nn.Module):
     @part(POLICY_FORWARD)
     def forward(self, batch: MicroBatch) -> PolicyStates:
         """States of one micro-batch; the trunk runs once over all rows."""
-        last = self.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
+        # Rows are padded on the right, so under a causal mask no real token sees padding. A mask of
+        # its own would keep attention off its fastest kernel, and be looked at by the host.
+        last = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = last.reshape(-1, last.shape[-1]).index_select(0, batch.response_index)
         probed = last.detach() if self._probes_last else self._probed
         self._probed = None

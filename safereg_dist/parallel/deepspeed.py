@@ -309,19 +309,19 @@ class DeepSpeedReference:
         self._prefix: dict[int, PartitionedParameterCoordinator] = {}
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor) -> Tensor:
         """[B, S, H] last hidden states. Collectives: one all-gather per decoder layer."""
-        return self.engine(input_ids, attention_mask)
+        return self.engine(input_ids)
 
     @torch.no_grad()
-    def prefix(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:
+    def prefix(self, input_ids: Tensor, num_layers: int) -> Tensor:
         """[B, S, H] after `num_layers` layers. Collectives: one all-gather per layer run."""
         offload = self.engine.optimizer
         if num_layers not in self._prefix:
             self._prefix[num_layers] = _new_coordinator(offload)
         offload.param_coordinator = self._prefix[num_layers]
         try:
-            return self.engine(input_ids, attention_mask, num_layers=num_layers)
+            return self.engine(input_ids, num_layers=num_layers)
         finally:
             offload.param_coordinator = self._full
 

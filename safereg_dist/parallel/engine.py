@@ -47,13 +47,16 @@ class PolicyEngine(Protocol):
 
 
 class ReferenceEngine(Protocol):
-    """Runs the frozen trunk; every rank calls it the same number of times."""
+    """Runs the frozen trunk; every rank calls it the same number of times.
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    Rows are padded on the right: no real token sees padding, so there is no mask to pass.
+    """
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
         """[B, S, H] last hidden states of [B, S] tokens, without gradient."""
         ...
 
-    def prefix(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:
+    def prefix(self, input_ids: Tensor, num_layers: int) -> Tensor:
         """[B, S, H] hidden states after the first `num_layers` decoder layers, which alone run."""
         ...
 

@@ -193,11 +193,11 @@ class SingleReference:
         self.module = trunk
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor) -> Tensor:
         """[B, S, H] last hidden states."""
-        return self.module(input_ids, attention_mask)
+        return self.module(input_ids)
 
     @torch.no_grad()
-    def prefix(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:
+    def prefix(self, input_ids: Tensor, num_layers: int) -> Tensor:
         """[B, S, H] after `num_layers` layers."""
-        return self.module(input_ids, attention_mask, num_layers=num_layers)
+        return self.module(input_ids, num_layers=num_layers)

@@ -147,28 +147,26 @@ class Reference:
         device = self.ranks.device
         if not rows:
             dummy = torch.zeros(1, 1, dtype=torch.int64, device=device)
-            self.engine(dummy, torch.ones_like(dummy))
+            self.engine(dummy)
             return []
         width = max(len(row.input_ids) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
         index: list[int] = []
         counts: list[int] = []
         for place, row in enumerate(rows):
             length = len(row.input_ids)
             ids[place, :length] = torch.tensor(row.input_ids)
-            mask[place, :length] = 1
             # The hidden state at t - 1 predicts token t.
             own = [place * width + t - 1 for t in range(1, length) if row.loss_mask[t]]
             index += own
             counts.append(len(own))
-        states = self.engine(to_device(ids, device), to_device(mask, device)).flatten(0, 1)
+        states = self.engine(to_device(ids, device)).flatten(0, 1)
         chosen = to_device(torch.tensor(index, dtype=torch.int64), device)
         return states.index_select(0, chosen).split(counts)
 
-    def prompt_states(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:
+    def prompt_states(self, input_ids: Tensor, num_layers: int) -> Tensor:
         """[B, S, H] after `num_layers` layers, which alone run. Collectives: the engine's."""
-        return self.engine.prefix(input_ids, attention_mask, num_layers)
+        return self.engine.prefix(input_ids, num_layers)
 
     @contextmanager
     def gathered_head(self, is_needed: bool) -> Iterator[Head]:

@@ -19,14 +19,10 @@ class ReferenceTrunk(nn.Module):
         self.model = model
         self._stopped: dict[int, nn.Module] = {}
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, num_layers: int | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, num_layers: int | None = None) -> Tensor:
         """[B, S, H] last hidden states, or those after the first `num_layers` layers."""
         trunk = self.model.base_model if num_layers is None else self._stop_after(num_layers)
-        return trunk(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        return trunk(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def _stop_after(self, num_layers: int) -> nn.Module:
         """A shallow copy of the trunk with fewer layers and no final norm.

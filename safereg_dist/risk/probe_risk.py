@@ -46,7 +46,7 @@ class PolicyProbeRisk:
 class ReferenceTrunkPrefix(Protocol):
     """Runs the reference's first layers (`reference.Reference`)."""
 
-    def prompt_states(self, input_ids: Tensor, attention_mask: Tensor, num_layers: int) -> Tensor:
+    def prompt_states(self, input_ids: Tensor, num_layers: int) -> Tensor:
         """[B, S, H] after `num_layers` layers; every rank calls it the same number of times."""
         ...
 
@@ -166,14 +166,14 @@ class ReferenceProbeRisk:
         device = batch.input_ids.device
         if not group:
             dummy = torch.zeros(1, 1, dtype=torch.int64, device=device)
-            states = self._reference.prompt_states(dummy, torch.ones_like(dummy), self.probe.layer)
+            states = self._reference.prompt_states(dummy, self.probe.layer)
             return Turns([], [], []), states.new_zeros(0, states.shape[-1])
         turns = probed_turns(self.probe, [batch.rows[index] for index in group])
         width = max(turns.last) + 1
         index = to_device(torch.tensor(group), device)
         mask = batch.attention_mask.index_select(0, index)[:, :width]
         states = self._reference.prompt_states(
-            batch.input_ids.index_select(0, index)[:, :width], mask, self.probe.layer
+            batch.input_ids.index_select(0, index)[:, :width], self.probe.layer
         )
         return turns, pooled_turns(self.probe, states, mask, turns)
 

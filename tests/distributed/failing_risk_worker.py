@@ -30,7 +30,7 @@ H = 8
 class ShardedTrunk:
     """A reference that no rank can run alone."""
 
-    def prompt_states(self, input_ids, attention_mask, num_layers):
+    def prompt_states(self, input_ids, num_layers):
         """States that hang on the tokens up to each."""
         torch.distributed.all_reduce(torch.zeros(3))
         table = torch.randn(400, H, generator=torch.Generator().manual_seed(0))

@@ -269,9 +269,9 @@ def test_states_of_a_prefix_are_hidden_states(loaded, layer):
         ).hidden_states
     real = batch.attention_mask.bool()
     for k in (layer, 1, layer):  # an earlier stop changes nothing of a later one
-        states = reference.prompt_states(batch.input_ids, batch.attention_mask, k)
+        states = reference.prompt_states(batch.input_ids, k)
         torch.testing.assert_close(states[real], expected[k][real], rtol=1e-5, atol=1e-5)
-    whole = reference.engine(batch.input_ids, batch.attention_mask)
+    whole = reference.engine(batch.input_ids)
     torch.testing.assert_close(whole[real], expected[3][real], rtol=1e-5, atol=1e-5)
     assert model_fingerprint(model) == model_fingerprint(plain)
     assert not any(p.requires_grad for p in model.parameters())
@@ -333,7 +333,7 @@ class CountingTrunk:
         self.table = torch.randn(200, H, generator=torch.Generator().manual_seed(0))
         self.shapes = []
 
-    def prompt_states(self, input_ids, attention_mask, num_layers):
+    def prompt_states(self, input_ids, num_layers):
         self.shapes.append((*input_ids.shape, num_layers))
         return self.table[input_ids.cumsum(1) % 200]
 
