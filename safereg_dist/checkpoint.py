@@ -41,6 +41,8 @@ class RunState:
     """Optimizer steps done; the data position follows from it."""
     world_size: int
     config_hash: str
+    order: str
+    """Digest of what the order of rows hangs on beside the configuration; see `RowSources`."""
     coefficient: dict[str, float | None]
     non_finite_steps: int
     """Skipped steps in all."""
@@ -142,16 +144,23 @@ def load_checkpoint(
     engine: PolicyEngine,
     step: RegularizedStep,
     ranks: Ranks,
+    order: str,
 ) -> RunState:
     """Restores engine, random states, moving average and risk cache.
 
     Raises:
-        CheckpointError: written by another configuration or number of ranks.
+        CheckpointError: written by another configuration, number of ranks or order of rows.
     Collectives: the engine's own, and two gathers of texts.
     """
     with ranks.together():
         state = read_state(checkpoint)
         _require_same_run(checkpoint, state, config=config, world_size=ranks.world_size)
+        if state.order != order:
+            raise CheckpointError(
+                f"the rows that are dealt as risky are not those of {checkpoint}: the order would "
+                "change in the middle (reference.balance); put the risk column and risk.override "
+                "back, or choose another output_dir"
+            )
     engine.load(checkpoint / "engine")
     with ranks.together():
         step.coefficient.load_state_dict(state.coefficient)
@@ -184,8 +193,8 @@ def _require_same_run(
 ) -> None:
     if state.config_hash != config_hash(config):
         raise CheckpointError(
-            f"{checkpoint} was written by another configuration: resume with the same one, or "
-            "choose another output_dir"
+            f"{checkpoint} was written by another configuration, or by an earlier version of "
+            "safereg: resume with the same ones, or choose another output_dir"
         )
     if state.world_size != world_size:
         raise CheckpointError(

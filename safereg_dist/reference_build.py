@@ -62,7 +62,7 @@ def build_store(parts: Screening, out: Path, *, shard_bytes: int = SHARD_BYTES) 
     )
     with ranks.together():
         if ranks.is_main:
-            hidden_size = reference.config.hidden_size
+            hidden_size = reference.state_size
             print(_summary(finish_store(out, identity, hidden_size=hidden_size, rows=rows), out))
 
 

@@ -247,7 +247,12 @@ def _resume(run: Run, folder: Path) -> tuple[Progress, int, int]:
     if not found:
         return Progress(), 0, 0
     state = checkpoints.load_checkpoint(
-        found[-1], config=run.config, engine=run.engine, step=run.step, ranks=run.ranks
+        found[-1],
+        config=run.config,
+        engine=run.engine,
+        step=run.step,
+        ranks=run.ranks,
+        order=run.sources.order,
     )
     if run.ranks.is_main:
         print(f"resuming from {found[-1]} at step {state.step}", flush=True)
@@ -284,6 +289,7 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
         step=progress.step,
         world_size=run.ranks.world_size,
         config_hash=config_hash(run.config),
+        order=run.sources.order,
         coefficient=run.step.coefficient.state_dict(),
         non_finite_steps=progress.non_finite_steps,
         non_finite_in_a_row=progress.non_finite_in_a_row,

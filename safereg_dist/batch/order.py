@@ -148,9 +148,11 @@ class EvenDeal:
         # Whose turn it is goes on over the end of an epoch, which a step may straddle.
         turn = (spread + epoch * len(active)) % width
         table[spread * lines // max(len(spread), 1), turn] = active[: len(spread)]
-        last = lines * width + (np.arange(left) + epoch * left) % width
-        free = np.concatenate([np.flatnonzero(table[:lines].ravel() < 0), last])
-        table.ravel()[free] = np.concatenate([others, active[len(spread) :]])
+        # Active rows that full lines had no place for come first in the last one, in their turn.
+        beyond, free = active[len(spread) :], np.flatnonzero(table[:lines].ravel() < 0)
+        last = lines * width + (np.arange(left) + epoch * (len(beyond) or left)) % width
+        table.ravel()[free] = others[: len(free)]
+        table.ravel()[last] = np.concatenate([beyond, others[len(free) :]])
         return table
 
 

@@ -296,14 +296,30 @@ class Config:
                 "data.anchor needs a reference, but regularizer.objective=none never runs one: "
                 "set data.anchor=null, or objective=static with ceiling=0 for anchors alone"
             )
-        if self.reference.balance == "deal" and self.risk.estimator != "column":
-            raise ConfigError(
-                "reference.balance=deal needs the risk of all rows beforehand (risk.estimator="
-                f"column), got estimator {self.risk.estimator}: write it with `safereg score`, or "
-                "use balance=exchange"
-            )
+        self._check_reference()
         if self.train.eval_every and self.data.validation is None:
             raise ConfigError("train.eval_every needs data.validation: set it, or eval_every=0")
+
+    def _check_reference(self) -> None:
+        rule, balance = self.regularizer, self.reference.balance
+        if not self.needs_reference and (self.reference.cache or balance == "exchange"):
+            raise ConfigError(
+                "regularizer.objective=none never runs a reference: set reference.cache=null and "
+                "reference.balance=auto"
+            )
+        if balance != "deal":
+            return
+        if not self.needs_risk or self.risk.estimator != "column":
+            raise ConfigError(
+                "reference.balance=deal needs the risk of all rows beforehand (risk.estimator="
+                f"column, objective convex or additive), got estimator {self.risk.estimator} and "
+                f"objective {rule.objective}: write it with `safereg score`, or use exchange"
+            )
+        if rule.granularity == "batch":
+            raise ConfigError(
+                "reference.balance=deal needs regularizer.granularity=sequence: with batch a row's "
+                "coefficient hangs on the rows beside it; set balance=none or exchange"
+            )
 
     def _check_ceilings(self) -> None:
         rule = self.regularizer

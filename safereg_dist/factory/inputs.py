@@ -1,5 +1,6 @@
 """What a run reads before any weights: its model's folder, its rows, its signals of risk."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class RowSources:
     total_steps: int
     rows_per_step: int
     """Rows of this rank in one optimizer step."""
+    order: str
+    """Digest (hex) of which rows are dealt as active ones; empty where they are not dealt."""
 
     @property
     def content_hashes(self) -> list[str]:
@@ -149,6 +152,7 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
             validation_rows=0 if validation is None else len(validation),
             total_steps=total_steps,
             rows_per_step=rows_per_step,
+            order="" if active is None else hashlib.sha256(active.tobytes()).hexdigest(),
         )
 
 

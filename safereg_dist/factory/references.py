@@ -1,8 +1,10 @@
 """The frozen reference of a run: loaded whole, or its head beside states that are stored."""
 
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.batch import load_tokenizer
@@ -84,14 +86,24 @@ def _stored_reference(
                 file=sys.stderr,
                 flush=True,
             )
-        trunk = ReferenceTrunk(_load_reference(config, backend, folder))
+        model = _load_reference(config, backend, folder)
+        found = backend.fingerprint(model)
+        with ranks.together():
+            if found != fingerprints["reference"]:
+                raise ConfigError(
+                    f"the weights in {folder} have changed since this run began (fingerprint "
+                    f"{found[:12]}, then {fingerprints['reference'][:12]}): put them back"
+                )
+        trunk = ReferenceTrunk(model)
         return backend.wrap_reference(
             trunk, offload=settings.offload, rows=_packing(config).rows_per_pass
         )
 
+    with _own_randomness(ranks.device):
+        head = backend.load_head(folder, precision=config.train.precision)
     return Reference(
         architecture,
-        backend.load_head(folder, precision=config.train.precision),
+        head,
         load_trunk,
         backend=backend,
         packing=_packing(config),
@@ -100,12 +112,19 @@ def _stored_reference(
 
 
 def _load_reference(config: Config, backend: Backend, folder: Path) -> PreTrainedModel:
-    model = backend.load_model(
-        folder, precision=config.train.precision, offload=config.reference.offload
-    )
+    # Building a model draws random weights first. Dropout must not hang on whether, and when, that
+    # happens: a stored reference is loaded late or never.
+    with _own_randomness(backend.ranks.device):
+        model = backend.load_model(
+            folder, precision=config.train.precision, offload=config.reference.offload
+        )
     with backend.ranks.together():
         require_finite(backend, model, folder)
     return model
+
+
+def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _packing(config: Config) -> Packing:

@@ -28,7 +28,7 @@ def exchange_pays(
     Args:
         rows_before, rows_after: risky rows of the rank that has most, without and with exchange.
         passes_before, passes_after: passes that every rank makes.
-        tokens_per_row: mean length of risky rows.
+        tokens_per_row: length of a risky row.
         moved_bytes: token ids there and hidden states back, of the rank that moves most.
         trunk_parameters: P, those used by one token. Of a mixture the active ones: its gathers are
             larger, so an exchange is told to pay too seldom, never too often.

@@ -47,14 +47,17 @@ def even_moves(counts: Sequence[int]) -> list[list[int]]:
 
 
 def exchanged_states(
-    reference: "Reference", rows: Sequence["TokenRow"], *, counts: list[int], longest: int
+    reference: "Reference", rows: Sequence["TokenRow"]
 ) -> tuple[list[Tensor], int]:
     """[t, H_ref] states of each of this rank's rows, and the rows that it ran, own or lent.
 
-    `counts` are the rows of every rank, `longest` the longest row of any, in tokens.
-    Collectives: the engine's; where the exchange pays, two all-to-alls around them.
+    Collectives: an all-gather of 16 bytes from each rank and the engine's; where the exchange pays,
+    two all-to-alls around them.
     """
     per_pass, ranks = reference.packing.rows_per_pass, reference.ranks
+    longest_here = max((len(row.input_ids) for row in rows), default=0)
+    table = ranks.begin_table([len(rows), longest_here], count=2).result()
+    counts, longest = table[0::2], max(table[1::2])
     moves = even_moves(counts)
     after = [n - sum(moves[r]) + sum(m[r] for m in moves) for r, n in enumerate(counts)]
     if not _pays(reference, counts, after, moves, longest):
@@ -102,9 +105,9 @@ def _give_back(
     taken: list[int],
 ) -> Sequence[Tensor]:
     """The states of this rank's rows that others ran; one all-to-all."""
-    head, hidden_size = reference.head.weight, reference.config.hidden_size
+    head = reference.head.weight
     assert head is not None
-    nothing = torch.empty(0, hidden_size, dtype=head.dtype, device=reference.ranks.device)
+    nothing = torch.empty(0, reference.state_size, dtype=head.dtype, device=reference.ranks.device)
     returned = reference.ranks.all_to_all(
         torch.cat([nothing, *states]), _tokens_by_rank(lent, taken), _tokens_by_rank(own, given)
     )
@@ -140,7 +143,7 @@ def _pays(
         passes_before=-(-max(counts) // per_pass),
         passes_after=-(-max(after) // per_pass),
         tokens_per_row=longest,
-        moved_bytes=most_moved * longest * (8 + reference.config.hidden_size * head.itemsize),
+        moved_bytes=most_moved * longest * (8 + reference.state_size * head.itemsize),
         trunk_parameters=reference.trunk_parameters,
         parameter_bytes=head.itemsize,
         rates=reference.rates,

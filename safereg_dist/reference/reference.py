@@ -14,7 +14,7 @@ from safereg_dist.parallel.engine import Backend, ReferenceEngine
 from safereg_dist.parts import REFERENCE_HEAD, REFERENCE_TRUNK, part
 from safereg_dist.reference.exchange import slowest_rates
 from safereg_dist.reference.store import ReferenceStore
-from safereg_dist.reference.trunk import ReferenceTrunk
+from safereg_dist.reference.trunk import ReferenceTrunk, used_parameters
 from safereg_dist.reference.window import NoWindow, Window
 from safereg_dist.types import NO_HEAD, Head, Row, head_of, to_device
 
@@ -88,7 +88,7 @@ class Reference:
         self._load_trunk = load_trunk
         self._engine: ReferenceEngine | None = None
         self.trunk_parameters = 0
-        """Weights of the trunk over all ranks; what an exchange is judged by."""
+        """Weights of the trunk that a token uses; what an exchange is judged by."""
         self.rates = slowest_rates(backend.ranks) if packing.exchange else None
 
     @classmethod
@@ -101,10 +101,14 @@ class Reference:
         )
         head = head_of(model)
         reference = cls(model.config, head, lambda: engine, backend=backend, packing=packing)
-        # Under ZeRO-3 a parameter knows how large it is on all ranks together.
-        trunk = (getattr(p, "ds_numel", p.numel()) for p in model.base_model.parameters())
-        reference.trunk_parameters = sum(trunk)
+        reference.trunk_parameters = used_parameters(model)
         return reference
+
+    @property
+    def state_size(self) -> int:
+        """H_ref, what the head reads: of a few models less than their hidden size."""
+        assert self.head.weight is not None
+        return getattr(self.head.weight, "ds_shape", self.head.weight.shape)[1]
 
     @property
     def ranks(self) -> Ranks:

@@ -48,6 +48,22 @@ class ReferenceTrunk(nn.Module):
         return self._stopped[num_layers]
 
 
+def used_parameters(model: PreTrainedModel) -> int:
+    """Weights that a token is multiplied by: no embedding, of experts those it is sent to."""
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
+    embedding = set(model.get_input_embeddings().parameters())
+    return round(
+        sum(
+            # Under ZeRO-3 a parameter knows how large it is on all ranks together.
+            getattr(p, "ds_numel", p.numel()) * (share if ".experts." in name else 1.0)
+            for name, p in model.base_model.named_parameters()
+            if p not in embedding
+        )
+    )
+
+
 def _final_norm_name(trunk: nn.Module) -> str:
     for name in _FINAL_NORMS:
         if name in trunk._modules:

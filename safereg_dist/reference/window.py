@@ -41,8 +41,8 @@ class Window:
     the states of those that a store holds are `_stored`.
 
     Collectives: one MAX all-reduce of 8 bytes (16 with a stored reference), under way from the
-    start and read with the first states; with exchange an all-gather of 16 bytes a rank instead.
-    Then the engine's, for the passes agreed on.
+    start and read with the first states. Then the engine's, for the passes agreed on, and those of
+    an exchange, where any rank has a row to run.
     """
 
     def __init__(
@@ -93,15 +93,16 @@ class Window:
 
     def _begin_agreement(self, error: Exception | None) -> None:
         ranks, num_ahead = self._reference.ranks, len(self._ahead)
-        self._is_exchanging = self._reference.packing.exchange and ranks.world_size > 1
-        if self._is_exchanging:
-            longest = max((len(row.input_ids) for row in self._ahead.values()), default=0)
-            self._agreement = ranks.begin_table(error or [num_ahead, longest], count=2)
-        elif self._reference.store is not None:
+        if self._reference.store is None:
+            self._agreement = ranks.begin_most(error or [num_ahead])
+        else:
             own = [num_ahead + len(self._stored), num_ahead]
             self._agreement = ranks.begin_most(error or own, count=2)
-        else:
-            self._agreement = ranks.begin_most(error or [num_ahead])
+
+    def _agreed(self) -> tuple[int, int]:
+        """The most active rows of any rank, and the most that the trunk has to run on."""
+        agreed = self._agreement.result()
+        return agreed[0], agreed[-1]
 
     @part(REFERENCE_TRUNK)
     def states(self, index: int, batch: MicroBatch) -> ReferenceStates:
@@ -112,10 +113,9 @@ class Window:
         Collectives: in the first micro-batch of those whose states are kept together, the
         engine's, and those of an exchange.
         """
-        agreed = self._agreement.result()
-        most_active = max(agreed[0::2]) if self._is_exchanging else agreed[0]
+        most_active, most_ahead = self._agreed()
         first = index * self._size
-        rows_run = self._run(first, agreed) if first % self._group_rows == 0 else 0
+        rows_run = self._run(first, most_ahead) if first % self._group_rows == 0 else 0
         places = range(first, first + self._size)
         return ReferenceStates(
             self._listed(places, batch),
@@ -126,17 +126,17 @@ class Window:
             else sum(place in self._ahead for place in places),
         )
 
-    def _run(self, first: int, agreed: list[int]) -> int:
+    def _run(self, first: int, most_ahead: int) -> int:
         """Runs the trunk for the micro-batches from `first` on that are kept; rows run here."""
+        most = self._within(first, most_ahead)
+        if most == 0:
+            return 0
         group = [p for p in range(first, first + self._group_rows) if p in self._ahead]
         rows = [self._ahead[place] for place in group]
-        if self._is_exchanging:
-            counts = [self._within(first, count) for count in agreed[0::2]]
-            states, rows_run = exchanged_states(
-                self._reference, rows, counts=counts, longest=max(agreed[1::2])
-            )
+        if self._reference.packing.exchange and self._reference.ranks.world_size > 1:
+            states, rows_run = exchanged_states(self._reference, rows)
         else:
-            passes = -(-self._within(first, agreed[-1]) // self._reference.packing.rows_per_pass)
+            passes = -(-most // self._reference.packing.rows_per_pass)
             states, rows_run = self._reference.response_states(rows, passes=passes), len(rows)
         self._kept = dict(zip(group, states, strict=True))
         return rows_run
@@ -180,5 +180,5 @@ def _micro_batches_kept(reference: "Reference", size: int) -> int:
     """Micro-batches whose states may be kept at once, were they all risky; alike on all ranks."""
     packing, head = reference.packing, reference.head.weight
     assert head is not None
-    bytes_each = size * packing.max_length * reference.config.hidden_size * head.itemsize
+    bytes_each = size * packing.max_length * reference.state_size * head.itemsize
     return max(1, packing.keep_bytes // bytes_each)

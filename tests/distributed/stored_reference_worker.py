@@ -23,6 +23,8 @@ from safereg_dist.train import _global_tokens
 
 STORES = {
     "llama": ["model=llama", "reference.model=llama-reference"],
+    # Whether a reference is built must not change what the policy drops.
+    "dropout": ["model=llama-dropout", "reference.model=llama-reference"],
     "falcon": ["model=falcon", "reference.model=falcon-reference"],
     "qwen": ["model=qwen", "reference.model=qwen-reference"],
     "bf16": ["model=llama", "reference.model=llama-reference", "train.precision=bf16"],
@@ -120,7 +122,11 @@ def one_step(folder: Path, backend, name: str, overrides: list[str]) -> dict:
 
 def cases(world_size: int) -> dict[str, list[str]]:
     """Overrides of each step by name: `X-online` and `X-stored` see the same rows."""
-    names = {1: ["llama", "bf16"], 2: ["llama", "bf16", "falcon", "qwen", "batch"], 3: ["llama"]}
+    names = {
+        1: ["llama", "bf16", "dropout"],
+        2: ["llama", "bf16", "falcon", "qwen", "batch"],
+        3: ["llama"],
+    }
     found = {}
     for name in names[world_size]:
         found[f"{name}-online"] = STORES[name]

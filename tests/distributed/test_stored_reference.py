@@ -34,6 +34,8 @@ def write_inputs(folder):
     for family in ("llama", "falcon", "qwen"):
         save_model(folder / family, tiny_model(family, seed=0))
         save_model(folder / f"{family}-reference", tiny_model(family, seed=1))
+    dropping = tiny_model("llama", seed=0, attention_dropout=0.2)
+    save_model(folder / "llama-dropout", dropping)
     write_jsonl(folder / "train.jsonl", random_rows(40))
     anchors = random_rows(7, seed=5, risk=False)
     write_jsonl(folder / "anchor.jsonl", [{**row, "id": f"a-{row['id']}"} for row in anchors])
@@ -81,7 +83,7 @@ def test_a_step_from_the_store_is_the_step_online(world_size, folder, launch):
     ranks = [json.loads((folder / f"found.rank{r}.json").read_text()) for r in range(world_size)]
     cases = [rank["cases"] for rank in ranks]
     pairs = [name.removesuffix("-stored") for name in cases[0] if name.endswith("-stored")]
-    assert len(pairs) == {1: 3, 2: 6, 3: 2}[world_size]
+    assert len(pairs) == {1: 4, 2: 6, 3: 2}[world_size]
     for name in pairs:
         online = "llama-online" if name == "high" else f"{name}-online"
         check_same_step(folder, cases, online, f"{name}-stored")

@@ -252,6 +252,30 @@ def test_values_out_of_range(section, key, values):
         (with_("regularizer", ema=1.0, granularity="batch"), ["regularizer.ema"]),
         (with_("train", eval_every=2), ["data.validation"]),
         (
+            {**with_("risk", estimator="none"), "reference": {"balance": "deal"}},
+            ["reference.balance", "safereg score"],
+        ),
+        (
+            {**with_("regularizer", granularity="batch"), "reference": {"balance": "deal"}},
+            ["reference.balance", "granularity=sequence"],
+        ),
+        (
+            {**with_("regularizer", objective="static"), "reference": {"balance": "deal"}},
+            ["reference.balance", "static"],
+        ),
+        (
+            {**with_("regularizer", objective="none"), "reference": {"cache": "c"}},
+            ["reference.cache", "objective=none"],
+        ),
+        (
+            {**with_("regularizer", objective="none"), "reference": {"balance": "exchange"}},
+            ["reference.balance", "objective=none"],
+        ),
+        (
+            with_("reference", balance="exchange", cache="c"),
+            ["reference.balance", "reference.cache"],
+        ),
+        (
             {**with_("data", anchor="a"), "regularizer": {"objective": "none"}},
             ["data.anchor", "objective"],
         ),

@@ -18,7 +18,9 @@ CASES = [  # rows, active rows, ranks
     (1, 1, 1),
     (7, 3, 2),
     (12, 3, 4),
+    (10, 9, 4),  # the last line holds active rows too
     (13, 5, 4),
+    (23, 22, 4),
     (40, 39, 3),
     (41, 41, 4),
     (41, 0, 4),
