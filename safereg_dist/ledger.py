@@ -49,7 +49,8 @@ class LedgerRow:
     step: int
     """Optimizer step, as in `metrics.jsonl`."""
     micro_batch: int
-    """Index of the micro-batch within the step."""
+    """Index of the micro-batch that trained it. Risky rows of a step are brought together first:
+    with granularity `batch` the coefficient is that of the rows beside it before."""
     rank: int
     """Data-parallel rank that owned the row."""
     row: int

@@ -67,8 +67,8 @@ class RegularizedStep(nn.Module):
 
         Where risk does not depend on the policy's states, it is known for the whole window now, and
         risky rows are brought together, so that the reference runs on them once; else None.
-        Collectives: the start of one 8-byte MAX all-reduce, and before it those of the estimator
-        (while a cache is cold) and of granularity `batch`.
+        Collectives: the start of one MAX all-reduce (see `Window`), and before it those of the
+        estimator (while a cache is cold) and of granularity `batch`.
         """
         size = len(window.rows) // count
         if self.risk.reads_policy:
