@@ -45,11 +45,9 @@ class WholeModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         """[B, S, V] logits."""
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).logits
+        return self.model(input_ids=input_ids, use_cache=False).logits
 
 
 class AlwaysOnStep(nn.Module):
@@ -68,9 +66,9 @@ class AlwaysOnStep(nn.Module):
 
     def forward(self, batch: MicroBatch, num_tokens: Tensor, ahead: None = None) -> AlwaysOnOutput:
         """This rank's share of L. Collectives: the engines', reference included, every time."""
-        policy_logits = self.policy(batch.input_ids, batch.attention_mask)
+        policy_logits = self.policy(batch.input_ids)
         with part(REFERENCE_TRUNK):
-            reference_logits = self._reference(batch.input_ids, batch.attention_mask)
+            reference_logits = self._reference(batch.input_ids)
         kl_coef = [self._coefficient(row) for row in batch.rows]
         loss = full_logits_loss(policy_logits, reference_logits, batch, kl_coef, num_tokens)
         return AlwaysOnOutput(loss, len(batch.rows))
