@@ -60,6 +60,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 RANKS = (2, 4)
 ROUNDS, ROUNDS_AT_ZERO = 5, 9
 """More rounds where a ratio of 1 is claimed."""
+SHORT = ("wide", 4)
+SHORT_FRACTIONS, SHORT_ROUNDS, SHORT_ROUNDS_AT_ZERO = (0.0, 0.1, 1.0), 3, 5
+"""The largest launch, cut: two cores would spend twenty minutes on all of it."""
 MEMORY_FRACTIONS, MEMORY_STEPS = (0.1, 1.0), 3
 ARMS = ("sft", "sft again", "routed", "routed_first_epoch", "stored", "always_on")
 ARMS_AT_ZERO = (*ARMS, "routed:probe-policy", "routed:probe-reference")
@@ -76,7 +79,7 @@ STEP_ERRORS = 40
 def all_launches(counts: Sequence[int]) -> list[Launch]:
     """The whole grid, on so many ranks."""
     return [
-        Launch(model=model, ranks=ranks, cases=(*_small_cases(model, ranks), _large_case()))
+        Launch(model=model, ranks=ranks, cases=tuple(_cases(model, ranks)))
         for ranks in counts
         for model in MODELS
     ]
@@ -88,15 +91,20 @@ def quick_launches() -> list[Launch]:
     return [Launch(model="demo", ranks=2, cases=(case,))]
 
 
-def _small_cases(model: str, ranks: int) -> Iterator[Case]:
-    for fraction in FRACTIONS:
-        is_zero = fraction == 0
+def _cases(model: str, ranks: int) -> Iterator[Case]:
+    is_short = (model, ranks) == SHORT
+    rounds, at_zero = (ROUNDS, ROUNDS_AT_ZERO)
+    if is_short:
+        rounds, at_zero = (SHORT_ROUNDS, SHORT_ROUNDS_AT_ZERO)
+    for fraction in SHORT_FRACTIONS if is_short else FRACTIONS:
         yield _case(
             *(model, ranks, fraction),
-            arms=ARMS_AT_ZERO if is_zero else ARMS,
-            rounds=ROUNDS_AT_ZERO if is_zero else ROUNDS,
+            arms=ARMS_AT_ZERO if fraction == 0 else ARMS,
+            rounds=at_zero if fraction == 0 else rounds,
             memory_steps=MEMORY_STEPS if fraction in MEMORY_FRACTIONS else 0,
         )
+    if not is_short:
+        yield _large_case()
 
 
 def _case(

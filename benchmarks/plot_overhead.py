@@ -55,7 +55,7 @@ def draw_overhead(rows: list[Row]) -> Figure:
     first = steps[0]
     where = f"{first['layers']} layers of {first['hidden_size']}, {ranks} {first['device']} ranks"
     small.set_title(f"FLOPs, {where}", fontsize=8)
-    times.set_title(f"step time, {where}; bands: 20 to 80 %", fontsize=8)
+    times.set_title(f"step time, {where}; 20-80 %", fontsize=8)
     handles, labels = real.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(_overhead_message(meta), fontsize=11, fontweight="bold")
