@@ -236,6 +236,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one case, to see that it works")
     parser.add_argument("--check", action="store_true", help="only check the CSV that is there")
     arguments = parser.parse_args()
+    if arguments.quick and arguments.out == RESULTS:
+        arguments.out = arguments.work  # a trial must not replace the table that was measured
     table = arguments.out / "overhead.csv"
     if not arguments.check:
         arguments.work.mkdir(parents=True, exist_ok=True)
@@ -246,6 +248,8 @@ def main() -> int:
         write_csv([{**same_for_all(), **row} for row in rows], table, COLUMNS)
         if not arguments.quick:
             draw_all(table, arguments.out / "overhead")
+    if not table.is_file():
+        raise SystemExit(f"{table} is not there: run without --check first")
     rows = read_table(table)
     print_table(rows)
     return 0 if check(rows, is_whole=not arguments.quick) else 1

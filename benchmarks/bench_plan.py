@@ -8,6 +8,7 @@ counts) and `window` (1 % risky, 512 rows a step on 2 to 4096 GPUs; from 1024 on
 The planner itself is measured by tests/distributed/test_plan_measured.py.
 """
 
+import argparse
 import csv
 import os
 import sys
@@ -165,6 +166,7 @@ def _window_message(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Writes the table and the figures."""
+    argparse.ArgumentParser(description=str(__doc__).splitlines()[0]).parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     shapes = {name: shape_of(fields, where=name) for name, fields in MODELS.items()}
     rows = [

@@ -56,6 +56,28 @@ class RunState:
 
 def config_hash(config: Config) -> str:
     """SHA-256 (hex) of what determines the result: all but places, saving and time limits."""
+    return hashlib.sha256(json.dumps(_determining(config), sort_keys=True).encode()).hexdigest()
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """The keys that `config_hash` reads and that differ, each with both values."""
+    old, new = (dict(_flat(_determining(config))) for config in (before, now))
+    return [
+        f"{key} was {old.get(key)}, is {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _determining(config: Config) -> dict[str, Any]:
     values = asdict(config)
     values.pop("output_dir")
     values.pop("profile")
@@ -72,7 +94,7 @@ def config_hash(config: Config) -> str:
     for critic in (values["risk"]["critic"], *(part["critic"] for part in values["risk"]["parts"])):
         for key in ("endpoint", "concurrency", "timeout_s", "retries", "cache", "api_key_env"):
             critic.pop(key)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return values
 
 
 def save_checkpoint(

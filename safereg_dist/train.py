@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from safereg_dist import checkpoint as checkpoints
 from safereg_dist.batch import collate, collate_window
-from safereg_dist.checkpoint import RunState, config_hash
+from safereg_dist.checkpoint import RunState, config_hash, differences
 from safereg_dist.config import Config, config_to_yaml, load_config
 from safereg_dist.errors import CheckpointError, ConfigError, NonFiniteLoss
 from safereg_dist.export import export_model
@@ -60,10 +60,12 @@ def is_complete(config: Config, ranks: Ranks) -> bool:
     with ranks.together():
         known = folder / "config.yaml"
         if known.is_file():
-            if config_hash(_read_config(known)) != config_hash(config):
+            before = _read_config(known)
+            if config_hash(before) != config_hash(config):
                 raise CheckpointError(
-                    f"{folder} holds a run with another configuration (see {known}): choose "
-                    "another output_dir, or remove the folder"
+                    f"{folder} holds a run with another configuration (see {known}): "
+                    f"{'; '.join(differences(before, config))}: choose another output_dir, or "
+                    "remove the folder"
                 )
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(

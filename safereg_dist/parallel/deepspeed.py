@@ -102,7 +102,7 @@ def _check_secondary_groups(size: int, world_size: int) -> None:
         divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
         raise GroupError(
             f"expected engine.hpz_partition_size to divide the number of ranks, {world_size}, got "
-            f"{size}: choose one of {divisors} (best the GPUs of one node), or 1 for none"
+            f"{size}: choose one of {divisors} (best the GPUs of one node; 1 is none)"
         )
 
 

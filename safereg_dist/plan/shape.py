@@ -185,7 +185,12 @@ def _require_sizes(
 
 
 def _shape(model: Any, config: Any) -> ModelShape:
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise ConfigError(
+            f"a {config.model_type} has no attention heads: a plan is made for decoders of "
+            f"attention layers alone ({', '.join(SIZES)})"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     chosen = getattr(config, "num_experts_per_tok", None) or 1
     experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts") or 1

@@ -30,6 +30,14 @@ from safereg_dist.fingerprint import tokenizer_fingerprint
 
 INDEX_FILE = "index.json"
 _FORMAT = 1
+_REMEDIES = {
+    "reference": "put the weights of reference.model (or model) back, ",
+    "tokenizer": "put the tokenizer and its chat template back, ",
+    "data": "put data.train and data.anchor back (a new risk column makes another file), or their "
+    "data.max_length and data.overlong, ",
+    "precision": "set train.precision to what it was built with, ",
+    "format": "",
+}
 _BUILD = "build it again with `safereg reference build CONFIG --out DIR`"
 
 
@@ -176,6 +184,11 @@ def _read_index(folder: Path) -> _Index:
         raw = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         shards = [_Entry(e["file"], e["bytes"], e["sha256"]) for e in raw["shards"]]
         return _Index(dict(raw["identity"]), int(raw["hidden_size"]), shards)
+    except FileNotFoundError as err:
+        raise ConfigError(
+            f"expected a stored reference at reference.cache={folder}, found no {INDEX_FILE} in "
+            f"it: check the path, or {_BUILD}"
+        ) from err
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise ConfigError(
             f"expected a stored reference at reference.cache={folder}, got {type(err).__name__}: "
@@ -190,8 +203,15 @@ def _require_same(folder: Path, found: dict[str, Any], expected: StoreIdentity) 
         if got != wanted[field.name]:
             raise ConfigError(
                 f"the states in reference.cache={folder} belong to another {field.name}: expected "
-                f"{wanted[field.name]}, got {got}: {_BUILD}, or set reference.cache=null"
+                f"{_short(wanted[field.name])}, got {_short(got)}: {_REMEDIES[field.name]}"
+                f"{_BUILD}, or set reference.cache=null"
             )
+
+
+def _short(identity: Any) -> str:
+    """Enough of a fingerprint, or of several, to tell it from another."""
+    parts = identity if isinstance(identity, list) else [identity]
+    return " and ".join(str(part)[:12] for part in parts)
 
 
 def _open_shard(folder: Path, entry: _Entry, hidden_size: int) -> Shard:
