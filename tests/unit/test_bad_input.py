@@ -321,7 +321,10 @@ def test_a_probe_of_another_template(safereg, world, models):
 
 def test_the_folder_of_another_run(safereg, world):
     safereg(status=0)
-    assert "another configuration" in safereg("optimizer.lr=1e-3")
+    told = safereg("optimizer.lr=1e-3")
+    assert "another configuration" in told
+    assert "optimizer.lr was" in told
+    assert ", is 0.001: choose" in told  # that key, and no other
     assert "another output_dir" in safereg("train.steps=3")
     assert "already complete" in safereg(status=0)
     assert "already complete" in safereg("train.save_every=1", status=0)

@@ -339,6 +339,7 @@ def test_sizes_that_do_not_divide_are_told(changes, told):
         ('{"model_type": "vit"}', "mixtral"),
         ('{"model_type": "llama", "hidden_size": 8}', "missing: num_hidden_layers"),
         (json.dumps({**SMALL["llama"], "num_attention_heads": 5}), "not a multiple"),
+        ('{"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 2}', "mamba"),
     ],
 )
 def test_bad_files_end_with_status_2(tmp_path, capsys, text, told):
@@ -374,3 +375,11 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     stored = [*command, "--stored-reference", "--json", str(out)]
     assert main(stored) == 0
     assert json.loads(out.read_text())["settings"]["arm"] == "stored"
+
+
+def test_curves_of_nodes_that_no_power_of_two_divides(tmp_path):
+    path, figure = tmp_path / "config.json", tmp_path / "plan.png"
+    path.write_text(json.dumps(SMALL["llama"]))
+    command = ["plan", "--model-config", str(path), "--world-size", "12", "--gpus-per-node", "6"]
+    assert main([*command, "--figure", str(figure)]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
