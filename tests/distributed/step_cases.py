@@ -43,6 +43,13 @@ CASES = (
     Case("convex-one-1", ceiling=1.0),
     Case("none-2", objective="none", grad_accum_steps=2),
 )
+
+
+def cases_on(world_size: int) -> tuple[Case, ...]:
+    """All cases on two ranks, every other one on one and on three."""
+    return CASES if world_size == 2 else CASES[::2]
+
+
 SCHEDULE_LINEAR = "regularizer.schedule=linear"
 
 

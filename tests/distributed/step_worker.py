@@ -48,7 +48,7 @@ record_collectives()
 
 import numpy as np  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
-from step_cases import CASES, SCHEDULE_LINEAR, micro_batch_rows  # noqa: E402
+from step_cases import SCHEDULE_LINEAR, cases_on, micro_batch_rows  # noqa: E402
 
 from safereg_dist.batch import collate  # noqa: E402
 from safereg_dist.config import load_config  # noqa: E402
@@ -101,20 +101,6 @@ def left_gathered(run) -> list[str]:
         for name, p in model.named_parameters()
         if p.ds_status != ZeroParamStatus.NOT_AVAILABLE and not p.ds_persist
     ]
-
-
-def count_groups(folder, backend) -> None:
-    """Process groups that exist with and without a reference."""
-    from torch.distributed.distributed_c10d import _world
-
-    counts = []
-    for objective in ("none", "convex"):
-        config = load_config(folder / "base.yaml", [f"regularizer.objective={objective}"])
-        run = build_run(config, backend)
-        counts.append(len(_world.pg_map))
-        run.engine.engine.destroy()
-    if backend.ranks.rank == 0:
-        (folder / "groups.json").write_text(json.dumps(counts))
 
 
 def random_patterns(folder, backend, steps: int) -> None:
@@ -191,10 +177,9 @@ def main() -> None:
     """All parts, in an order that is the same on every rank."""
     folder = Path(sys.argv[-1])
     backend = start_backend(load_config(folder / "base.yaml"))
-    for case in CASES:
+    for case in cases_on(backend.ranks.world_size):
         run_case(folder, case, backend)
     if backend.ranks.world_size == 2:
-        count_groups(folder, backend)
         failing_rank(folder, backend)
     if backend.ranks.world_size == 3:
         random_patterns(folder, backend, 40)  # many more: window_worker.py
