@@ -61,8 +61,8 @@ RANKS = (2, 4)
 ROUNDS, ROUNDS_AT_ZERO = 5, 9
 """More rounds where a ratio of 1 is claimed."""
 SHORT = ("wide", 4)
-SHORT_FRACTIONS, SHORT_ROUNDS, SHORT_ROUNDS_AT_ZERO = (0.0, 0.1, 1.0), 3, 5
-"""The largest launch, cut: two cores would spend twenty minutes on all of it."""
+SHORT_ROUNDS = {0.0: 5, 0.1: 3, 1.0: 3}
+"""The largest launch is timed at these fractions only: two cores would take twenty minutes."""
 MEMORY_FRACTIONS, MEMORY_STEPS = (0.1, 1.0), 3
 ARMS = ("sft", "sft again", "routed", "routed_first_epoch", "stored", "always_on")
 ARMS_AT_ZERO = (*ARMS, "routed:probe-policy", "routed:probe-reference")
@@ -93,14 +93,12 @@ def quick_launches() -> list[Launch]:
 
 def _cases(model: str, ranks: int) -> Iterator[Case]:
     is_short = (model, ranks) == SHORT
-    rounds, at_zero = (ROUNDS, ROUNDS_AT_ZERO)
-    if is_short:
-        rounds, at_zero = (SHORT_ROUNDS, SHORT_ROUNDS_AT_ZERO)
-    for fraction in SHORT_FRACTIONS if is_short else FRACTIONS:
+    for fraction in FRACTIONS:
+        rounds = ROUNDS_AT_ZERO if fraction == 0 else ROUNDS
         yield _case(
             *(model, ranks, fraction),
             arms=ARMS_AT_ZERO if fraction == 0 else ARMS,
-            rounds=at_zero if fraction == 0 else rounds,
+            rounds=SHORT_ROUNDS.get(fraction, 0) if is_short else rounds,
             memory_steps=MEMORY_STEPS if fraction in MEMORY_FRACTIONS else 0,
         )
     if not is_short:
