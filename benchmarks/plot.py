@@ -12,7 +12,6 @@ import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -20,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from safereg_dist.plan.figures import STYLE
 
 RESULTS = [Path(__file__).resolve().parent / "results" / name for name in ("kernels", "probe")]
 Row = dict[str, str]
@@ -42,14 +43,6 @@ VARIANTS = {
     ("bfloat16", "False"): ("bfloat16", "#0072B2", "-.", "D"),
 }
 """By logits_dtype and is_difference: label, colour, dashes, marker."""
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "svg.hashsalt": "safereg",  # same data, same bytes
-}
 
 
 def read_csv(path: Path) -> list[Row]:

@@ -19,7 +19,7 @@ from safereg_dist.errors import DataError
 from safereg_dist.factory import RowSources, Screening
 from safereg_dist.fingerprint import row_key
 from safereg_dist.parallel.comm import Ranks, held
-from safereg_dist.reference import Reference
+from safereg_dist.reference import Reference, active_rows
 from safereg_dist.reference.store import StoreIdentity
 from safereg_dist.reference.store_writer import (
     SHARD_BYTES,
@@ -117,11 +117,7 @@ class _Build:
             batch = batch.to(self._ranks.device)
             kl_coef = held(self._coefficient, batch.rows, held(risk, batch, None))
             self._ranks.agree_on_passes(kl_coef if isinstance(kl_coef, Exception) else 0)
-            active += [
-                row
-                for row, b in zip(batch.rows, kl_coef, strict=True)
-                if b > 0 and any(row.loss_mask)
-            ]
+            active += [batch.rows[row] for row in active_rows(kl_coef, batch.rows)]
         return active
 
     def _store(self, active: list[Row]) -> None:

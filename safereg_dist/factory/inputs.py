@@ -111,16 +111,6 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
         active = _known_active_rows(config, train_rows)
 
     rows_per_step = train.micro_batch_size * train.grad_accum_steps
-    total_steps = train.steps or DEFAULT_STEPS
-    fraction = data.anchor_fraction if anchor_rows is not None else 0.0
-    if train.epochs is not None:
-        total_steps = steps_for(
-            train_rows,
-            epochs=train.epochs,
-            world_size=ranks.world_size,
-            rows_per_step=rows_per_step,
-            anchor_fraction=fraction,
-        )
 
     def stream(
         rows: RowStore,
@@ -150,10 +140,23 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
             if validation is None
             else stream(validation, None, 1.0, "data.validation"),
             validation_rows=0 if validation is None else len(validation),
-            total_steps=total_steps,
+            total_steps=_total_steps(config, train_rows, rows_per_step, ranks.world_size),
             rows_per_step=rows_per_step,
             order="" if active is None else hashlib.sha256(active.tobytes()).hexdigest(),
         )
+
+
+def _total_steps(config: Config, rows: RowStore, rows_per_step: int, world_size: int) -> int:
+    train, data = config.train, config.data
+    if train.epochs is None:
+        return train.steps or DEFAULT_STEPS
+    return steps_for(
+        rows,
+        epochs=train.epochs,
+        world_size=world_size,
+        rows_per_step=rows_per_step,
+        anchor_fraction=data.anchor_fraction if data.anchor is not None else 0.0,
+    )
 
 
 def _known_active_rows(config: Config, rows: RowStore) -> np.ndarray | None:

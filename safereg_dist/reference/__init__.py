@@ -2,6 +2,14 @@
 
 from safereg_dist.reference.reference import NoReference, Packing, Reference
 from safereg_dist.reference.trunk import ReferenceTrunk
-from safereg_dist.reference.window import NoWindow, Window
+from safereg_dist.reference.window import NoWindow, Window, active_rows
 
-__all__ = ["NoReference", "NoWindow", "Packing", "Reference", "ReferenceTrunk", "Window"]
+__all__ = [
+    "NoReference",
+    "NoWindow",
+    "Packing",
+    "Reference",
+    "ReferenceTrunk",
+    "Window",
+    "active_rows",
+]
