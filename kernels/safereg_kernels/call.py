@@ -20,6 +20,8 @@ class Call:
     """Number of tokens of the whole vocabulary; None = every column is one."""
     shard: VocabShard | None = None
     """Which columns are here; None = all."""
+    has_metrics: bool = False
+    """True where lse, entropy or accuracy are wanted of every active row."""
     ignore_index: int = -100
     """Label of a token without a cross-entropy."""
     chunk_tokens: int | None = None

@@ -197,7 +197,7 @@ def _block(
             project_into(policy_logits[:num_kl], hidden[:num_kl] - reference_hidden, head[0], None)
     first = num_kl if inputs.call.spec.is_difference and reference is not None else 0
     project_into(policy_logits[first:], hidden[first:], *head)
-    has_labels = selection.num_ce > 0
+    has_labels = selection.num_ce > 0 or inputs.call.has_metrics
     lse = inputs.reference_lse
     return Block(
         policy=policy_logits,

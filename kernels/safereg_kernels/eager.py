@@ -121,6 +121,11 @@ def statistics_and_gradient(out: Tensor, block: Block, spec: LossSpec) -> Tensor
     return statistics
 
 
+def scale_in_place(tensor: Tensor, scale: Tensor) -> None:
+    """tensor *= scale, a scalar on its device."""
+    tensor.mul_(scale)
+
+
 # ---- what is worked on at a time ------------------------------------------------------------
 
 

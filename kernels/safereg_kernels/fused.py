@@ -132,6 +132,16 @@ def write_gradient(out: Tensor, block: Block, spec: LossSpec, statistics: Tensor
         )
 
 
+def scale_in_place(tensor: Tensor, scale: Tensor) -> None:
+    """tensor *= scale, a scalar on its device; a scale of 1 is seen there and costs no traffic."""
+    blocks = -(-tensor.numel() // BLOCK_COLUMNS)
+    programs = min(blocks, _programs(tensor.device))
+    with _on_device(tensor):
+        kernels.scale_kernel[(programs,)](
+            tensor, scale.float(), tensor.numel(), BLOCK=BLOCK_COLUMNS, **launch_options(8)
+        )
+
+
 def _readable(block: Block) -> int:
     """Columns that may be read, a multiple of 16 where rows have room for them, else the tokens.
 

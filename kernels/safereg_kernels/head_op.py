@@ -318,3 +318,7 @@ def _counted_flops(
         is_hidden_grad_needed=not is_per_token and rest[-2][0],
         is_weight_grad_needed=not is_per_token and rest[-2][1],
     ).total
+
+
+linear_ce_kl_op = torch.ops.safereg_kernels.linear_ce_kl.default
+linear_ce_kl_per_token_op = torch.ops.safereg_kernels.linear_ce_kl_per_token.default

@@ -1,5 +1,7 @@
 """From the statistics of rows to what the public functions return."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,32 @@ from safereg_kernels.block import (
     SUM_P,
     SUM_PT,
 )
+from safereg_kernels.selection import Selection
+from safereg_kernels.spec import LossSpec
+
+
+class RowResults(NamedTuple):
+    """Of the active rows in working order, float32 [num_active] each."""
+
+    loss: Tensor
+    ce: Tensor
+    divergence: Tensor
+    lse: Tensor
+    entropy: Tensor
+    accuracy: Tensor
+
+
+def row_results(statistics: Tensor, selection: Selection, spec: LossSpec) -> RowResults:
+    """What each row yields: loss = ce_weight (CE + z_loss lse^2) + kl_weight D."""
+    wanted = selection.is_ce_wanted
+    every = torch.ones_like(wanted)
+    ce = cross_entropy_of(statistics, wanted)
+    divergence = divergence_of(statistics, selection.kl_weights, spec.direction)
+    lse = lse_of(statistics, every)
+    of_label = ce if spec.z_loss == 0 else ce + spec.z_loss * lse * lse
+    loss = weighted(selection.ce_weights, of_label) + weighted(selection.kl_weights, divergence)
+    entropy, accuracy = entropy_of(statistics, every), accuracy_of(statistics, wanted)
+    return RowResults(loss, ce, divergence, lse, entropy, accuracy)
 
 
 def divergence_of(statistics: Tensor, weights: Tensor, direction: str) -> Tensor:
@@ -53,9 +81,9 @@ def accuracy_of(statistics: Tensor, is_wanted: Tensor) -> Tensor:
     return torch.where(is_wanted, _if_any_token(statistics, is_best.float()), 0.0)
 
 
-def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """sum_t weights_t values_t, float32 scalar, where 0 times anything is 0."""
-    return torch.where(weights != 0, weights * values, 0.0).sum()
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """weights * values, float32 [rows], where 0 times anything is 0."""
+    return torch.where(weights != 0, weights * values, 0.0)
 
 
 def _log_sum_exp(statistics: Tensor) -> Tensor:

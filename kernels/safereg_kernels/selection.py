@@ -1,6 +1,6 @@
 """Which rows reach a matrix product, those with a KL weight first, and what each of them weighs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,24 @@ class Selection:
     def is_in_order(self) -> bool:
         """True where the order is 0, 1, 2, ...: the sort that made it is stable."""
         return self.num_active == self.num_tokens and self.num_kl in (0, self.num_tokens)
+
+    def weighted(self, is_ignored: Tensor, upstream: Tensor | None) -> "Selection":
+        """The same rows with no cross-entropy where it is ignored, all weights times `upstream`.
+
+        Args:
+            is_ignored: [num_active] bool.
+            upstream: [num_tokens], or None = 1.
+        """
+        ce_weights, kl_weights = torch.where(is_ignored, 0.0, self.ce_weights), self.kl_weights
+        if upstream is not None:
+            of_rows = upstream.float()[self.order]
+            ce_weights, kl_weights = ce_weights * of_rows, kl_weights * of_rows
+        return replace(
+            self,
+            ce_weights=ce_weights,
+            kl_weights=kl_weights,
+            is_ce_wanted=self.is_ce_wanted & ~is_ignored,
+        )
 
 
 def select_rows(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from safereg_kernels.block import DIVERGENCE, LABEL_LOGIT, MAX_P, SUM_P, SUM_PT, Block
+from safereg_kernels.block import DIVERGENCE, LABEL_LOGIT, MAX_P, REF_B, SUM_P, SUM_PT, Block
 from safereg_kernels.spec import LossSpec
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class TopKRows(NamedTuple):
         q = log_q.exp()
         terms = torch.where(is_here & (q > 0), q * (log_q - log_p), 0.0)
         statistics[:num_rows, DIVERGENCE] = terms.sum(-1)
+        statistics[:num_rows, REF_B] = 1.0  # the teacher has mass
         grad = block.kl_weights[:num_rows, None] / spec.temperature * (log_p.exp() - q)
         if block.labels is not None and block.ce_weights is not None:
             labels, weights = block.labels[:num_rows, None], block.ce_weights[:num_rows, None]

@@ -437,6 +437,19 @@ def gradient_kernel(
             tl.store(out_row + columns, tl.zeros([BLOCK], tl.float32), mask=columns < end)
 
 
+@triton.jit
+def scale_kernel(tensor_ptr, scale_ptr, size, BLOCK: tl.constexpr):
+    """tensor *= scale, where the scale is not 1."""
+    scale = tl.load(scale_ptr)
+    if scale != 1.0:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(begin, size, step):
+            at = start + tl.arange(0, BLOCK)
+            value = tl.load(tensor_ptr + at, mask=at < size).to(tl.float32)
+            tl.store(tensor_ptr + at, value * scale, mask=at < size)
+
+
 # ---- elements ----------------------------------------------------------------------------------
 
 
