@@ -90,6 +90,9 @@ def statistics_kernel(
     reference_row = reference_ptr + row * reference_stride
     has_kl = tl.load(kl_weight_ptr + row) != 0
     c = inv_temperature * _LOG2_E
+    unit = c  # of d and of the centre: octaves, or for l2 what its result has
+    if DIRECTION == _L2:
+        unit = inv_temperature
 
     N: tl.constexpr = BLOCK // GROUP
     zero = tl.zeros([N], tl.float32)
@@ -107,7 +110,7 @@ def statistics_kernel(
             policy_cap, reference_cap, IS_SCALED, POLICY_CAPPED, REFERENCE_CAPPED, IS_DIFFERENCE,
             True,
         )  # fmt: skip
-        centre = _centre(x, y, gap, c, DIRECTION)
+        centre = _centre(x, y, gap, unit, DIRECTION)
         for start in range(first, whole_end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x, y, gap = _load_both(
@@ -116,7 +119,7 @@ def statistics_kernel(
                 IS_DIFFERENCE, False,
             )  # fmt: skip
             m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e = _add_both(
-                x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, centre,
+                x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, unit, centre,
                 DIRECTION, HAS_LABELS, HAS_ENTROPY, IS_TEMPERED, HAS_REFERENCE_LSE, N, GROUP,
             )  # fmt: skip
         if whole_end < end:
@@ -127,7 +130,7 @@ def statistics_kernel(
                 IS_DIFFERENCE, True,
             )  # fmt: skip
             m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e = _add_both(
-                x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, centre,
+                x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, unit, centre,
                 DIRECTION, HAS_LABELS, HAS_ENTROPY, IS_TEMPERED, HAS_REFERENCE_LSE, N, GROUP,
             )  # fmt: skip
     elif has_kl or HAS_LABELS:
@@ -480,13 +483,23 @@ def _product(a, b):
 @triton.jit
 def _unrounded(sum_of_exp, largest, c):
     """A sum of 2^(c x - round(c m)) as one of 2^(c (x - m))."""
-    return sum_of_exp * _exp2(tl.fma(-largest, c, _product(largest, c)))
+    return sum_of_exp / _rounding(largest, c)
 
 
 @triton.jit
 def _rounded(sum_of_exp, largest, c):
     """The inverse of `_unrounded`."""
-    return sum_of_exp * _exp2(tl.fma(largest, c, -_product(largest, c)))
+    return sum_of_exp * _rounding(largest, c)
+
+
+@triton.jit
+def _rounding(largest, c):
+    """2^(c m - round(c m)), where c x - round(c m) is one operation that rounds once."""
+    if _IS_INTERPRETED:
+        factor = 1.0
+    else:
+        factor = _exp2(tl.fma(largest, c, -_product(largest, c)))
+    return factor
 
 
 @triton.jit
@@ -555,11 +568,11 @@ def _load_both(
 
 
 @triton.jit
-def _centre(x, y, gap, c, DIRECTION: tl.constexpr):
+def _centre(x, y, gap, unit, DIRECTION: tl.constexpr):
     """Mean of d over a block, of tokens that are finite in both; any number would be right."""
     is_kept = (tl.abs(x) < _INF) & (tl.abs(y) < _INF)
     total = tl.sum(tl.where(is_kept, gap, 0.0), 0)
-    mean = total / tl.maximum(tl.sum(is_kept.to(tl.float32), 0), 1.0) * c
+    mean = total / tl.maximum(tl.sum(is_kept.to(tl.float32), 0), 1.0) * unit
     if DIRECTION == _FORWARD:
         mean = -mean
     return mean
@@ -606,7 +619,7 @@ def _add_exponentials(
 
 @triton.jit
 def _add_both(
-    x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, centre,
+    x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, unit, centre,
     DIRECTION: tl.constexpr, NEEDS_MASS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     IS_TEMPERED: tl.constexpr, HAS_REFERENCE_LSE: tl.constexpr,
     N: tl.constexpr, GROUP: tl.constexpr,
@@ -618,7 +631,7 @@ def _add_both(
                 x, m_p, s_p, s_pt, h_p, c, HAS_ENTROPY, IS_TEMPERED, N, GROUP
             )
         is_kept = (tl.abs(x) < _INF) & (tl.abs(y) < _INF)
-        apart = tl.reshape(tl.where(is_kept, gap * c - centre, 0.0), [N, GROUP])
+        apart = tl.reshape(tl.where(is_kept, gap * unit - centre, 0.0), [N, GROUP])
         s_q += tl.sum(tl.reshape(is_kept.to(tl.float32), [N, GROUP]), 1)
         sum_d += tl.sum(apart, 1)
         sum_e += tl.sum(apart * apart, 1)
@@ -641,11 +654,11 @@ def _add_both(
         e_q = _exp2(y * c - at_q[:, None])
         s_q = s_q * rescale_q + tl.sum(e_q, 1)
         if DIRECTION == _FORWARD:
-            d = -(gap * c) - centre
+            d = -(gap * unit) - centre
             ratio = _exp2(tl.minimum(at_p - at_q + centre, _LARGEST_EXPONENT))
             sum_d, sum_e = _add_kl_terms(e_q, e_p, d, ratio, sum_d, sum_e, rescale_q)
         elif DIRECTION == _REVERSE:
-            d = gap * c - centre
+            d = gap * unit - centre
             ratio = _exp2(tl.minimum(at_q - at_p + centre, _LARGEST_EXPONENT))
             rescale_p = _exp2(_product(m_p, c) - at_p)
             sum_d, sum_e = _add_kl_terms(e_p, e_q, d, ratio, sum_d, sum_e, rescale_p)
@@ -671,8 +684,7 @@ def _divergence(m_p, max_p, sum_pt, m_q, s_q, sum_d, sum_e, c, centre, DIRECTION
         count = tl.sum(s_q, 0)
         apart = tl.sum(sum_d, 0) / tl.maximum(count, 1.0)
         spread = tl.sum(sum_e, 0) - apart * apart * count
-        ref_a = (apart + centre) * _LN_2
-        return ref_a, count, tl.maximum(spread, 0.0) * (_LN_2 * _LN_2)
+        return apart + centre, count, tl.maximum(spread, 0.0)
     max_q = tl.max(m_q, 0)
     at_p = _product(max_p, c)
     at_q = _product(max_q, c)
