@@ -12,7 +12,7 @@ import pytest
 from launching import ROOT
 
 PACKAGE = ROOT / "safereg_dist"
-FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels" / "safereg_kernels").rglob("*.py")])
 
 # Layer of a module, by the longest prefix that matches. A module may import lower layers only; and
 # modules of its own layer only where they share a package (`parallel/`, `risk/`, ...).
