@@ -34,7 +34,6 @@ _L2 = tl.constexpr(DIRECTIONS.index("l2"))
 _JSD = tl.constexpr(DIRECTIONS.index("jsd"))
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -156,7 +155,7 @@ def statistics_kernel(
     if HAS_LABELS:
         label = tl.load(label_ptr + row)
         if label == _LABEL_INVALID:
-            label_logit = _NAN
+            label_logit = float("nan")
         if (label >= first) & (label < end):
             raw = tl.load(policy_row + label).to(tl.float32)
             if IS_DIFFERENCE:
@@ -352,7 +351,7 @@ def gradient_kernel(
         ce_weight = tl.load(ce_weight_ptr + row)
         label = tl.load(label_ptr + row).to(tl.int32)
         if (label == _LABEL_INVALID) & (ce_weight != 0):
-            ce_weight = _NAN
+            ce_weight = float("nan")
         lse = max_p + tl.log(s_p)
         on_p1 = ce_weight * (1.0 + 2.0 * z_loss * lse) / _rounded(s_p, max_p, _LOG2_E * 1.0)
         on_p1 = tl.where(ce_weight != 0, on_p1, 0.0)
