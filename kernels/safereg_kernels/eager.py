@@ -9,8 +9,9 @@ Divergence of a row, and its gradient in x:
     jsd      -sum_v (beta q d + m L)                        -(1 - beta) p (L + KL(p||m)) / T
 
 with m = beta q + (1 - beta) p, L = log m/p = log1p(beta (e^-d - 1)) and KL(p||m) = -sum_v p L.
-Every term of a divergence is >= 0 and, to first order, insensitive to an error of d, so that one of
-1e-7 nats keeps its digits. The cross-entropy, its z-loss and the entropy are of softmax(x):
+Every term of a divergence is >= 0, and an error that all d share (the normalisers' rounding) acts
+on the sum in second order only, so that 1e-7 nats keep their digits; sum_v q d would lose them. The
+cross-entropy, its z-loss and the entropy are of softmax(x):
 
     CE + z lse^2 = lse - x_label + z lse^2                  (1 + 2 z lse) softmax(x) - onehot
 
@@ -48,8 +49,8 @@ from safereg_kernels.block import (
 from safereg_kernels.spec import LossSpec
 
 LOGITS_PER_THREAD = 1 << 17
-"""Logits that a thread works on at a time: 512 KiB of each temporary, which bounds the memory and
-stays near a cache, yet is long enough to pay for some hundred calls and joins of the threads."""
+"""Logits that a thread works on at a time: 512 KiB of each of four temporaries, which bounds the
+memory. With half as many the hundred calls and joins of threads that a piece costs are felt."""
 
 _LOG_RATIO_LIMIT = 80.0  # the less likely token is then one of e^-80, and float32 holds e^80
 
@@ -328,7 +329,7 @@ def _fill_l2(piece: _Piece, spec: LossSpec) -> None:
     gap, kept = _gap(piece, spec)
     count = kept.sum(-1, keepdim=True)
     mean = gap.sum(-1, keepdim=True) / count.clamp_min(1)
-    centred = torch.where(kept, gap - mean, 0.0)
+    centred = gap.sub_(mean).mul_(kept)
     piece.first[REF_A].copy_(mean)
     piece.first[REF_B].copy_(count)
     torch.sum(centred.square_(), -1, keepdim=True, out=piece.first[DIVERGENCE])
@@ -336,9 +337,9 @@ def _fill_l2(piece: _Piece, spec: LossSpec) -> None:
 
 def _gap(piece: _Piece, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """(u = (x - y) / T, which tokens take part: not those that a model suppresses)."""
-    x = piece.x[: len(piece.y)]
-    kept = torch.isfinite(x) & torch.isfinite(piece.y)
-    return torch.where(kept, _tempered(x - piece.y, spec), 0.0), kept
+    gap = _tempered(piece.x[: len(piece.y)] - piece.y, spec)
+    kept = torch.isfinite(gap)
+    return gap.masked_fill_(~kept, 0.0), kept
 
 
 def _kl(piece: _Piece, spec: LossSpec) -> Tensor:
@@ -518,8 +519,7 @@ def _divergence_factors(piece: _Piece, spec: LossSpec) -> tuple[Tensor | None, T
 
 def _l2_gradient(piece: _Piece, spec: LossSpec) -> Tensor:
     gap, kept = _gap(piece, spec)
-    centred = torch.where(kept, gap - piece.first[REF_A], 0.0)
-    return centred.mul_(2 / piece.first[REF_B].clamp_min(1))
+    return gap.sub_(piece.first[REF_A]).mul_(kept).mul_(2 / piece.first[REF_B].clamp_min(1))
 
 
 def _centred_score(piece: _Piece, spec: LossSpec) -> Tensor:
