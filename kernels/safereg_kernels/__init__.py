@@ -4,8 +4,9 @@
 # must be the one that stays bound here.
 from safereg_kernels.errors import ShapeError
 from safereg_kernels.flops import HeadFlops, linear_ce_kl_flops
-from safereg_kernels.linear_ce_kl import linear_ce_kl
+from safereg_kernels.linear_ce_kl import TokenMetrics, linear_ce_kl
 from safereg_kernels.masked_kl import masked_kl
+from safereg_kernels.topk import TopK
 from safereg_kernels.vocab_parallel import (
     vocab_parallel_linear_ce_kl,
     vocab_parallel_masked_kl,
@@ -14,6 +15,8 @@ from safereg_kernels.vocab_parallel import (
 __all__ = [
     "HeadFlops",
     "ShapeError",
+    "TokenMetrics",
+    "TopK",
     "linear_ce_kl",
     "linear_ce_kl_flops",
     "masked_kl",

@@ -42,5 +42,7 @@ class Block:
     """[rows] float32, None like `labels`."""
     kl_weights: Tensor
     """[rows] float32; the reference is not read where it is 0."""
+    reference_lse: Tensor | None = None
+    """[rows] float32 log sum exp(y / T) of whole rows where it is known, or None."""
     num_columns: int
     """Columns that are tokens; the rest is padding of the vocabulary, with gradient 0."""

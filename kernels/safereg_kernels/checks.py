@@ -9,21 +9,80 @@ import os
 import torch
 from torch import Tensor
 
-from safereg_kernels.block import DIRECTIONS
 from safereg_kernels.errors import ShapeError
 from safereg_kernels.products import is_same_tensor
+from safereg_kernels.spec import DIRECTIONS, LossSpec
 
 
-def check_formula(direction: str, **positive: float | None) -> None:
-    """ValueError unless the direction is known and every other number is positive or None."""
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
-    for name, value in positive.items():
+def check_spec(spec: LossSpec) -> None:
+    """ValueError unless every number of the formula is one that it is defined for."""
+    if spec.direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {DIRECTIONS}, got {spec.direction!r}")
+    check_positive(
+        temperature=spec.temperature,
+        policy_softcap=spec.policy_softcap,
+        reference_softcap=spec.reference_softcap,
+        policy_logit_scale=spec.policy_logit_scale,
+        reference_logit_scale=spec.reference_logit_scale,
+    )
+    if spec.direction == "jsd" and not 0 < spec.beta < 1:
+        raise ValueError(
+            f"beta must lie in (0, 1), got {spec.beta}: its ends are direction='forward' and "
+            "'reverse'"
+        )
+    if not 0 <= spec.z_loss < float("inf"):
+        raise ValueError(f"z_loss must be finite and >= 0, got {spec.z_loss}: 0 leaves it off")
+
+
+def check_positive(**numbers: float | None) -> None:
+    """ValueError unless every number is positive and finite, or None."""
+    for name, value in numbers.items():
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def check_logits(policy_logits: Tensor, reference_logits: Tensor, weights: Tensor) -> None:
+def check_reduction(reduction: str) -> None:
+    """ValueError unless the reduction is known."""
+    if reduction not in ("sum", "mean", "none"):
+        raise ValueError(f"reduction must be 'sum', 'mean' or 'none', got {reduction!r}")
+
+
+def check_shift(labels: Tensor, shift: bool) -> None:
+    """ShapeError unless labels that are to be shifted have a sequence to be shifted in."""
+    if shift and labels.ndim != 2:
+        raise ShapeError(
+            f"shift=True needs labels [B, S], got {tuple(labels.shape)}: in flat input the end of "
+            "one sequence is the begin of the next; shift the labels before flattening"
+        )
+
+
+def check_topk(
+    ids: Tensor, logits: Tensor, hidden: Tensor, spec: LossSpec, reference_hidden: Tensor | None
+) -> None:
+    """ShapeError or ValueError unless a stored teacher fits the policy and the formula."""
+    if ids.ndim != 2 or ids.shape != logits.shape or len(ids) != len(hidden):
+        raise ShapeError(
+            f"reference_topk has ids {tuple(ids.shape)} and logits {tuple(logits.shape)}: both "
+            f"must be [{len(hidden)}, k], one row per token"
+        )
+    if ids.dtype != torch.int64:
+        raise ValueError(f"reference_topk.ids must be int64 token ids, got {ids.dtype}")
+    _check_same("device", policy_hidden=hidden.device, ids=ids.device, logits=logits.device)
+    if spec.direction != "forward":
+        raise ValueError(
+            f"reference_topk needs direction='forward', got {spec.direction!r}: of the other "
+            "tokens nothing is known but that the teacher gives them 0"
+        )
+    if reference_hidden is not None or spec.is_difference:
+        raise ValueError(
+            "reference_topk takes the place of reference_hidden, reference_head and "
+            "is_difference: pass one of them"
+        )
+
+
+def check_logits(
+    policy_logits: Tensor, reference_logits: Tensor, weights: Tensor, reference_lse: Tensor | None
+) -> None:
     """ShapeError or ValueError unless the arguments of `masked_kl` fit together."""
     if policy_logits.ndim != 2 or policy_logits.shape != reference_logits.shape:
         raise ShapeError(
@@ -32,6 +91,9 @@ def check_logits(policy_logits: Tensor, reference_logits: Tensor, weights: Tenso
             "must use the same padded vocabulary (narrow the larger one to the smaller)"
         )
     _check_one_per_token("weights", weights, policy_logits.shape[0])
+    if reference_lse is not None:
+        _check_one_per_token("reference_lse", reference_lse, policy_logits.shape[0])
+        _check_same("device", weights=weights.device, reference_lse=reference_lse.device)
     for name, logits in (("policy_logits", policy_logits), ("reference_logits", reference_logits)):
         _check_unit_stride(name, logits)
     _check_same("dtype", policy_logits=policy_logits.dtype, reference_logits=reference_logits.dtype)
@@ -54,6 +116,7 @@ def check_policy(
     ce_weights: Tensor,
     kl_weights: Tensor,
     ce_report: Tensor | None,
+    reference_lse: Tensor | None,
 ) -> None:
     """ShapeError or ValueError unless hidden states, head, labels and weights fit together."""
     _check_projection("policy", hidden, head, bias)
@@ -72,6 +135,9 @@ def check_policy(
             )
     for name, tensor in weights.items():
         check_weights(name, tensor)
+    if reference_lse is not None:
+        _check_one_per_token("reference_lse", reference_lse, hidden.shape[0])
+        _check_same("device", policy_hidden=hidden.device, reference_lse=reference_lse.device)
 
 
 def check_reference(
@@ -144,20 +210,31 @@ def check_weights(name: str, weights: Tensor) -> None:
         )
 
 
-def check_labels(labels: Tensor, is_used: Tensor, vocab_size: int | None) -> None:
+def check_labels(
+    labels: Tensor,
+    ce_weights: Tensor,
+    ce_report: Tensor | None,
+    ignore_index: int,
+    vocab_size: int | None,
+) -> None:
     """ValueError unless every label in use is a token id, where values are looked at."""
     if vocab_size is None or not _looks_at_values(labels):
         return
-    is_bad = is_used.to(labels.device) & ((labels < 0) | (labels >= vocab_size))
+    is_used = ce_weights.to(labels.device) != 0
+    if ce_report is not None:
+        is_used = is_used | ce_report.to(labels.device)
+    is_bad = is_used & (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if bool(is_bad.any()):
         at = int(is_bad.nonzero()[0])
         raise ValueError(
             f"labels must lie in [0, {vocab_size}), got {labels[at].item()} at token {at}: give "
-            "tokens that have no label a cross-entropy weight of 0"
+            "tokens that have no label a cross-entropy weight of 0, or ignore_index"
         )
 
 
 def _looks_at_values(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
     return not tensor.is_cuda or os.environ.get("SAFEREG_KERNELS_CHECK") == "1"
 
 

@@ -1,6 +1,12 @@
-"""The loop over chunks of tokens: logits, statistics, gradient, and the products around them."""
+"""The loop over rows: logits of a few, the gradient of many, and the products around them.
 
-from collections.abc import Sequence
+    for rows whose gradient is collected:             as many as memory allows
+        for rows whose logits exist at once:          about a thousand
+            logits, statistics, gradient in the logits
+        dX = gradient @ head,    dW += gradient.T @ hidden
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,20 +14,18 @@ import torch
 from torch import Tensor
 
 from safereg_kernels import flops
-from safereg_kernels.block import NUM_STATISTICS, Block, Formula
+from safereg_kernels.block import NUM_STATISTICS, Block
+from safereg_kernels.budget import HEAD_BYTES, ChunkSizes, chunk_sizes, padded
+from safereg_kernels.call import Call
 from safereg_kernels.path import path_for
 from safereg_kernels.products import is_same_tensor, multiply_into, operand_dtype, project_into
 from safereg_kernels.selection import Selection
-from safereg_kernels.shard import VocabShard
-
-CHUNK_BYTES = 1 << 30
-"""Memory for one chunk of logits where the caller gives no size: with a vocabulary of 128256 that
-is 832 tokens, enough for the products to be bound by arithmetic, not by reading the head."""
-_BYTES_PER_LOGIT = 10  # policy and reference in float32, and a gradient of the head's dtype
+from safereg_kernels.shard import local_columns
+from safereg_kernels.topk import TopKRows
 
 
 class Head(NamedTuple):
-    """logits = hidden @ weight.T + bias."""
+    """raw logits = hidden @ weight.T + bias."""
 
     weight: Tensor
     """[vocab, H]."""
@@ -39,66 +43,66 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The arguments through which no gradient flows, on the device of the hidden states."""
+    """What a pass over the active rows reads, on the device of the hidden states."""
 
+    hidden: Tensor
+    """[tokens, H]."""
+    head: Head
+    selection: Selection
     labels: Tensor
-    """[tokens] columns here, see `shard.local_labels`."""
-    ce_weights: Tensor
-    ce_is_wanted: Tensor
-    kl_weights: Tensor
+    """[num_active] columns here in working order, see `shard.local_labels`."""
+    reference: Reference | None
+    reference_lse: Tensor | None
+    """[num_active] float32, or None."""
+    topk: TopKRows | None
     grad_scale: Tensor | None
     """Gradients are formed divided by this power of two, or None = 1."""
-    selection: Selection
-    reference: Reference | None
-    formula: Formula
-    chunk_tokens: int
-    logits_dtype: torch.dtype
-    shard: VocabShard | None
-    is_grad_enabled: bool
-    """The caller's grad mode: `needs_input_grad` is true under `no_grad` as well."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gradients:
-    """Float32 gradients for an upstream scalar of 1; None where none is needed."""
-
-    hidden: Tensor | None
-    """[num_active, H], in the order of the selection."""
-    weight: Tensor | None
-    """[vocab, H]."""
-    bias: Tensor | None
-    """[vocab]."""
-
-    @staticmethod
-    def zeros(
-        hidden: Tensor, head: Head, num_active: int, is_needed: Sequence[bool]
-    ) -> "Gradients":
-        """Zeros for (hidden, weight, bias), where needed."""
-        shapes = ((num_active, hidden.shape[1]), head.weight.shape, head.weight.shape[:1])
-        of_hidden, of_weight, of_bias = (
-            torch.zeros(shape, dtype=torch.float32, device=hidden.device) if needed else None
-            for shape, needed in zip(shapes, is_needed, strict=True)
-        )
-        return Gradients(hidden=of_hidden, weight=of_weight, bias=of_bias)
+    call: Call
 
     @property
-    def is_any(self) -> bool:
-        """True where some gradient is needed."""
-        return any(grad is not None for grad in (self.hidden, self.weight, self.bias))
+    def num_columns(self) -> int:
+        """Columns here that are tokens."""
+        return local_columns(self.head.weight.shape[0], self.call.vocab_size, self.call.shard)
 
-    def add(self, grad: Tensor, begin: int, hidden: Tensor, weight: Tensor) -> None:
-        """Adds what the gradient in a chunk's raw logits [rows, vocab] gives."""
+
+class Gradients:
+    """Gradients for an upstream scalar of 1, formed pass by pass; None where none is needed."""
+
+    def __init__(self, inputs: Inputs, is_needed: Sequence[bool], *, num_passes: int) -> None:
+        hidden, weight, num_active = inputs.hidden, inputs.head.weight, inputs.selection.num_active
+        needs_hidden, needs_weight, needs_bias = is_needed
+        is_whole = num_active == len(hidden)
+        make = torch.empty if is_whole else torch.zeros
+        dtype, device = torch.float32, hidden.device
+        self.hidden = make(hidden.shape, dtype=dtype, device=device) if needs_hidden else None
+        """[tokens, H] float32."""
+        self.bias = torch.zeros(len(weight), dtype=dtype, device=device) if needs_bias else None
+        """[vocab] float32."""
+        self.weight: Tensor | None = None
+        """[vocab, H], float32, or bfloat16 where one pass gives all of it."""
+        self._needs_weight = needs_weight
+        # float16 would underflow before the upstream scale; sums of several passes want float32.
+        rounds_at_once = weight.is_cuda and weight.dtype == torch.bfloat16 and num_passes == 1
+        self._weight_dtype = weight.dtype if rounds_at_once else dtype
+        if needs_weight and num_active == 0:
+            self.weight = torch.zeros(weight.shape, dtype=self._weight_dtype, device=device)
+
+    def add(self, grad: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor | slice) -> None:
+        """Adds what the gradient in the raw logits [rows, vocab] of one pass gives."""
         if self.hidden is not None:
-            multiply_into(self.hidden[begin : begin + len(grad)], grad, weight)
-        if self.weight is not None:
-            multiply_into(self.weight, grad.T, hidden, accumulate=True)
+            if isinstance(rows, slice):
+                multiply_into(self.hidden[rows], grad, weight)
+            else:
+                of_rows = self.hidden.new_empty(len(grad), weight.shape[1])
+                multiply_into(of_rows, grad, weight)
+                self.hidden.index_copy_(0, rows, of_rows)
+        if self._needs_weight:
+            is_first = self.weight is None
+            if self.weight is None:
+                self.weight = hidden.new_empty(weight.shape, dtype=self._weight_dtype)
+            multiply_into(self.weight, grad.T, hidden, accumulate=not is_first)
         if self.bias is not None:
             self.bias.add_(grad.sum(0, dtype=torch.float32))
-
-
-def default_chunk_tokens(columns: int) -> int:
-    """As many tokens as CHUNK_BYTES hold, a multiple of 64."""
-    return max(64, CHUNK_BYTES // (_BYTES_PER_LOGIT * max(columns, 1)) // 64 * 64)
 
 
 def grad_scale_for(dtype: torch.dtype, *weights: Tensor) -> Tensor | None:
@@ -108,113 +112,201 @@ def grad_scale_for(dtype: torch.dtype, *weights: Tensor) -> Tensor | None:
     """
     if dtype != torch.float16:
         return None
-    largest = torch.stack([w.amax() if w.numel() else w.new_zeros(()) for w in weights]).amax()
-    _, exponent = torch.frexp(largest)
-    return torch.ldexp(torch.ones_like(largest), exponent)
+    largest = torch.stack([w.abs().amax() if w.numel() else w.new_zeros(()) for w in weights])
+    _, exponent = torch.frexp(largest.amax())
+    return torch.ldexp(torch.ones_like(largest[0]), exponent)
 
 
-def run_chunks(hidden: Tensor, head: Head, inputs: Inputs, grads: Gradients) -> Tensor:
-    """Statistics of the active rows [num_active, 6]; their gradients are added to `grads`."""
-    path = path_for(hidden.device)
-    selection, formula = inputs.selection, inputs.formula
-    head, reference = _with_operands(head, inputs)
-    buffers = _Buffers.allocate(head, reference, inputs, is_grad_needed=grads.is_any)
-    statistics = hidden.new_empty(selection.num_active, NUM_STATISTICS, dtype=torch.float32)
-    for begin, end, num_kl in selection.chunks(inputs.chunk_tokens):
-        rows = selection.order[begin:end]
-        chunk_hidden = hidden[rows].to(head.weight.dtype)
-        policy_logits = buffers.policy[: end - begin]
-        reference_logits = buffers.reference[:num_kl]
-        _project(policy_logits, reference_logits, chunk_hidden, head, reference, rows, formula)
-        block = Block(
-            policy=policy_logits,
-            reference=reference_logits if num_kl > 0 else None,
-            labels=inputs.labels[rows],
-            ce_weights=_divided(inputs.ce_weights[rows], inputs.grad_scale),
-            kl_weights=_divided(inputs.kl_weights[rows], inputs.grad_scale),
-        )
-        chunk_statistics = path.row_statistics(block, formula)
-        if inputs.shard is not None:
-            chunk_statistics = inputs.shard.merged(chunk_statistics, path, formula.direction)
-        statistics[begin:end] = chunk_statistics
-        if grads.is_any:
-            grad = buffers.grad[: end - begin]
-            path.write_gradient(grad, block, formula, chunk_statistics)
-            grads.add(grad, begin, chunk_hidden, head.weight)
+def run_chunks(inputs: Inputs, is_needed: Sequence[bool]) -> tuple[Tensor, Gradients]:
+    """Statistics of the active rows [num_active, 9], and the gradients that are needed."""
+    selection = inputs.selection
+    head, reference = _with_operands(inputs)
+    is_grad_needed = any(is_needed)
+    sizes = _sizes(inputs, head, reference, is_needed)
+    num_passes = len(range(0, selection.num_active, sizes.grad_rows))
+    grads = Gradients(inputs, is_needed, num_passes=num_passes)
+    buffers = _Buffers.allocate(inputs, head, reference, sizes, is_grad_needed=is_grad_needed)
+    statistics = inputs.hidden.new_empty(
+        selection.num_active, NUM_STATISTICS, dtype=torch.float32
+    )
+    for group in _slices(0, selection.num_active, sizes.grad_rows):
+        rows = group if selection.is_in_order else selection.order[group]
+        hidden = inputs.hidden[rows].to(head.weight.dtype)
+        for chunk in _slices(group.start, group.stop, sizes.logits_rows):
+            in_group = slice(chunk.start - group.start, chunk.stop - group.start)
+            block = _block(hidden[in_group], head, reference, inputs, chunk, buffers)
+            grad = buffers.grad_of(in_group) if is_grad_needed else None
+            statistics[chunk] = _run_block(block, inputs, chunk, grad)
+        if is_grad_needed:
+            if group.stop == selection.num_active and sizes.grad_rows > sizes.logits_rows:
+                buffers.free_logits()  # dW takes their place
+            grad = buffers.grad_of(slice(0, group.stop - group.start))
+            grads.add(grad, hidden, head.weight, rows)
+    return statistics, grads
+
+
+def _run_block(block: Block, inputs: Inputs, chunk: slice, grad: Tensor | None) -> Tensor:
+    """Statistics of a chunk's rows; their gradient is written into `grad`."""
+    path, spec, shard = path_for(block.policy.device), inputs.call.spec, inputs.call.shard
+    at_once = getattr(path, "statistics_and_gradient", None)
+    has_second_look = spec.direction == "jsd" or inputs.topk is not None
+    if at_once is not None and grad is not None and shard is None and not has_second_look:
+        return at_once(grad, block, spec)
+    statistics = path.row_statistics(block, spec)
+    if shard is not None:
+        statistics = shard.merged(statistics, path, spec)
+    num_kl = _num_kl(inputs.selection, chunk)
+    at_teacher = None
+    if num_kl > 0 and has_second_look:
+        if inputs.topk is None:
+            path.add_mixture(block, spec, statistics)
+        else:
+            kl_rows = slice(chunk.start, chunk.start + num_kl)
+            at_teacher = inputs.topk.look_at(block, inputs, kl_rows, statistics)
+        if shard is not None:
+            shard.sum_shares(statistics)
+    if grad is not None:
+        path.write_gradient(grad, block, spec, statistics)
+        if at_teacher is not None:
+            at_teacher.overwrite(grad)
     return statistics
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Buffers:
-    """One chunk's logits and their gradient, used again by every chunk."""
+def _block(
+    hidden: Tensor,
+    head: Head,
+    reference: Reference | None,
+    inputs: Inputs,
+    chunk: slice,
+    buffers: "_Buffers",
+) -> Block:
+    """The raw logits of a chunk's rows, and what belongs to them."""
+    selection, num_kl = inputs.selection, _num_kl(inputs.selection, chunk)
+    policy_logits = buffers.policy[: len(hidden)]
+    reference_logits = None
+    if reference is not None and num_kl > 0:
+        reference_logits = buffers.reference[:num_kl]
+        in_order = selection.is_in_order
+        of_kl = slice(chunk.start, chunk.start + num_kl)
+        reference_hidden = reference.hidden[of_kl if in_order else selection.order[of_kl]]
+        reference_hidden = reference_hidden.to(reference.head.weight.dtype)
+        with flops.divergence():
+            project_into(reference_logits, reference_hidden, *reference.head)
+        if inputs.call.spec.is_difference:
+            # The bias is in the reference's logits, to which the kernel adds this.
+            project_into(policy_logits[:num_kl], hidden[:num_kl] - reference_hidden, head[0], None)
+    first = num_kl if inputs.call.spec.is_difference and reference is not None else 0
+    project_into(policy_logits[first:], hidden[first:], *head)
+    has_labels = selection.num_ce > 0 or inputs.call.has_metrics
+    lse = inputs.reference_lse
+    return Block(
+        policy=policy_logits,
+        reference=reference_logits,
+        labels=inputs.labels[chunk] if has_labels else None,
+        ce_weights=_divided(selection.ce_weights[chunk], inputs) if has_labels else None,
+        kl_weights=_divided(selection.kl_weights[chunk], inputs),
+        reference_lse=None if lse is None or reference_logits is None else lse[chunk],
+        num_columns=inputs.num_columns,
+    )
 
-    policy: Tensor
-    reference: Tensor
-    grad: Tensor
-    """The policy's logits themselves where the dtypes agree: the gradient overwrites them."""
 
-    @staticmethod
-    def allocate(
-        head: Head, reference: Reference | None, inputs: Inputs, *, is_grad_needed: bool
-    ) -> "_Buffers":
-        columns, dtype = head.weight.shape[0], head.weight.dtype
-        rows = min(inputs.chunk_tokens, inputs.selection.num_active)
-        kl_rows = min(rows, inputs.selection.num_kl)
-
-        def logits(rows: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(rows, columns, dtype=dtype, device=head.weight.device)
-
-        policy = logits(rows, inputs.logits_dtype)
-        own_dtype = torch.float32 if reference is None else reference.head.weight.dtype
-        return _Buffers(
-            policy=policy,
-            reference=logits(
-                kl_rows,
-                inputs.logits_dtype if own_dtype == inputs.logits_dtype else torch.float32,
-            ),
-            grad=logits(rows, dtype) if is_grad_needed and dtype != policy.dtype else policy,
-        )
+def _num_kl(selection: Selection, chunk: slice) -> int:
+    return max(0, min(chunk.stop, selection.num_kl) - chunk.start)
 
 
-def _with_operands(head: Head, inputs: Inputs) -> tuple[Head, Reference | None]:
+def _slices(begin: int, end: int, step: int) -> Iterator[slice]:
+    for at in range(begin, end, step):
+        yield slice(at, min(at + step, end))
+
+
+def _divided(weights: Tensor, inputs: Inputs) -> Tensor:
+    return weights if inputs.grad_scale is None else weights / inputs.grad_scale
+
+
+def _with_operands(inputs: Inputs) -> tuple[Head, Reference | None]:
     """Both heads in the dtype of their products, a shared one converted once."""
-    dtype = operand_dtype(head.weight, inputs.logits_dtype)
-    own = Head(head.weight.detach().to(dtype), head.bias)
-    reference = inputs.reference
+    head, reference, dtype = inputs.head, inputs.reference, inputs.call.logits_dtype
+    own = Head(head.weight.to(operand_dtype(head.weight, dtype)), head.bias)
     if reference is None:
         return own, None
     theirs = reference.head.weight
     if is_same_tensor(theirs, head.weight):
         weight = own.weight
     else:
-        weight = theirs.to(operand_dtype(theirs, inputs.logits_dtype))
+        weight = theirs.to(operand_dtype(theirs, dtype))
     return own, reference._replace(head=reference.head._replace(weight=weight))
 
 
-def _project(
-    policy_logits: Tensor,
-    reference_logits: Tensor,
-    hidden: Tensor,
-    head: Head,
-    reference: Reference | None,
-    rows: Tensor,
-    formula: Formula,
-) -> None:
-    """Fills both buffers with the chunk's raw logits; the first rows have a reference."""
-    num_kl = len(reference_logits)
-    if reference is None or num_kl == 0:
-        project_into(policy_logits, hidden, head.weight, head.bias)
-        return
-    reference_hidden = reference.hidden[rows[:num_kl]].to(reference.head.weight.dtype)
-    with flops.divergence():
-        project_into(reference_logits, reference_hidden, *reference.head)
-    if not formula.is_difference:
-        project_into(policy_logits, hidden, head.weight, head.bias)
-        return
-    # The bias is in the reference's logits, to which the kernel adds this.
-    project_into(policy_logits[:num_kl], hidden[:num_kl] - reference_hidden, head.weight, None)
-    project_into(policy_logits[num_kl:], hidden[num_kl:], head.weight, head.bias)
+def _logits_dtypes(
+    head: Head, reference: Reference | None, call: Call
+) -> tuple[torch.dtype, torch.dtype]:
+    """Of the policy's logits, and of the reference's, which may have a head of another dtype."""
+    wanted = call.logits_dtype
+    if reference is None or reference.head.weight.dtype == wanted:
+        return wanted, wanted
+    return wanted, torch.float32
 
 
-def _divided(weights: Tensor, scale: Tensor | None) -> Tensor:
-    return weights if scale is None else weights / scale
+def _sizes(
+    inputs: Inputs, head: Head, reference: Reference | None, is_needed: Sequence[bool]
+) -> ChunkSizes:
+    stride = padded(len(head.weight))
+    policy, theirs = _logits_dtypes(head, reference, inputs.call)
+    has_reference = reference is not None and inputs.selection.num_kl > 0
+    is_collected = head.weight.is_cuda and is_needed[1]
+    # A gradient of the logits' own dtype that is used at once takes their place.
+    is_apart = is_collected or head.weight.dtype != policy
+    device = head.weight.device.type
+    return chunk_sizes(
+        inputs.selection.num_active,
+        logits_bytes=stride * (policy.itemsize + has_reference * theirs.itemsize),
+        grad_bytes=stride * head.weight.dtype.itemsize if any(is_needed) and is_apart else 0,
+        is_collected=is_collected,
+        head_bytes=inputs.call.head_bytes or HEAD_BYTES.get(device, HEAD_BYTES["cuda"]),
+        chunk_tokens=inputs.call.chunk_tokens,
+    )
+
+
+class _Buffers:
+    """Memory for logits and gradient, used again by every chunk; rows start at aligned places."""
+
+    def __init__(self, policy: Tensor, reference: Tensor, grad: Tensor | None) -> None:
+        self.policy = policy
+        """[logits_rows, vocab]."""
+        self.reference = reference
+        """[the same or fewer, vocab]."""
+        self._grad = grad
+
+    @staticmethod
+    def allocate(
+        inputs: Inputs,
+        head: Head,
+        reference: Reference | None,
+        sizes: ChunkSizes,
+        *,
+        is_grad_needed: bool,
+    ) -> "_Buffers":
+        columns, device = len(head.weight), head.weight.device
+        of_policy, of_reference = _logits_dtypes(head, reference, inputs.call)
+
+        def rows_of(rows: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(rows, padded(columns), dtype=dtype, device=device)[:, :columns]
+
+        num_active, num_kl = inputs.selection.num_active, inputs.selection.num_kl
+        rows = min(sizes.logits_rows, num_active)
+        policy = rows_of(rows, of_policy)
+        kl_rows = min(rows, num_kl) if reference is not None else 0
+        is_apart = head.weight.dtype != of_policy or sizes.grad_rows > sizes.logits_rows
+        grad = policy if is_grad_needed else None
+        if is_grad_needed and is_apart:
+            grad = rows_of(min(sizes.grad_rows, num_active), head.weight.dtype)
+        return _Buffers(policy, rows_of(kl_rows, of_reference), grad)
+
+    def grad_of(self, rows: slice) -> Tensor:
+        """[rows, vocab]: rows of the gradient that is being collected."""
+        assert self._grad is not None
+        return self._grad[rows]
+
+    def free_logits(self) -> None:
+        """Gives their memory back; there are no more chunks."""
+        self.policy = self.reference = self.policy.new_empty(0, 0)

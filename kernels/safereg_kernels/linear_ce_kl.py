@@ -6,251 +6,336 @@ the gradient is formed in the same pass, over the logits. So the backward is one
 the upstream scalar.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from safereg_kernels.block import Formula
+from safereg_kernels.call import Call
 from safereg_kernels.checks import (
     check_difference,
-    check_formula,
     check_labels,
     check_logits_dtype,
     check_policy,
+    check_positive,
+    check_reduction,
     check_reference,
+    check_shift,
+    check_spec,
+    check_topk,
     check_vocab_size,
 )
-from safereg_kernels.chunks import (
-    Gradients,
-    Head,
-    Inputs,
-    Reference,
-    default_chunk_tokens,
-    grad_scale_for,
-    run_chunks,
-)
 from safereg_kernels.errors import ShapeError
-from safereg_kernels.flops import HeadFlops, linear_ce_kl_flops, operator
-from safereg_kernels.products import operand_dtype, scaled_to
-from safereg_kernels.results import cross_entropy_of, divergence_of, weighted_sum
-from safereg_kernels.selection import select_rows
-from safereg_kernels.shard import VocabShard, local_columns, local_labels
+from safereg_kernels.head_op import HeadResults, linear_ce_kl_op, linear_ce_kl_per_token_op
+from safereg_kernels.shard import VocabShard
+from safereg_kernels.spec import LossSpec
+from safereg_kernels.topk import TopK
 
 
-@torch.compiler.disable(reason="launches kernels for the rows that are active")
+class TokenMetrics(NamedTuple):
+    """Of every token that reaches a product, detached float32 of the labels' shape; else 0.
+
+    None where it was not asked for.
+    """
+
+    lse: Tensor | None
+    """log sum exp of the policy's logits."""
+    entropy: Tensor | None
+    """Entropy of the policy's softmax at temperature 1, in nats."""
+    accuracy: Tensor | None
+    """1 where no logit exceeds the label's; 0 where no cross-entropy is wanted."""
+
+
 def linear_ce_kl(
     policy_hidden: Tensor,
     policy_head: Tensor,
     labels: Tensor,
     *,
-    ce_weights: Tensor,
-    kl_weights: Tensor,
-    reference_hidden: Tensor | None,
-    reference_head: Tensor | None,
+    ce_weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_head: Tensor | None = None,
     direction: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    head_bytes: int | None = None,
     policy_bias: Tensor | None = None,
     reference_bias: Tensor | None = None,
     policy_softcap: float | None = None,
     reference_softcap: float | None = None,
+    policy_logit_scale: float = 1.0,
+    reference_logit_scale: float = 1.0,
+    z_loss: float = 0.0,
     vocab_size: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     is_difference: bool = False,
     ce_report: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted cross-entropy plus divergence (float32 scalar), and both per token [tokens].
+    reference_lse: Tensor | None = None,
+    reference_topk: TopK | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    reduction: str = "sum",
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_accuracy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, TokenMetrics]:
+    """Weighted cross-entropy plus divergence (float32 scalar), and both per token.
 
-    loss = sum_t ce_weights_t CE_t + kl_weights_t D_t, with logits = hidden @ head.T + bias, and
-    softcap * tanh(logits / softcap) where a soft cap is given.
+    loss = sum_t ce_weights_t (CE_t + z_loss lse_t^2) + kl_weights_t D_t, with logits
+    x = scale (hidden @ head.T + bias), then softcap * tanh(x / softcap) where a soft cap is given.
 
     Args:
-        policy_hidden: [tokens, H]; differentiable.
+        policy_hidden: [tokens, H] or [B, S, H]; differentiable.
         policy_head: [vocab, H], of the same dtype; differentiable (weight-tied heads as well).
-        labels: [tokens] int64, already aligned with the hidden states (no shift here).
-        ce_weights, kl_weights: [tokens], finite and >= 0; a row with both 0 never reaches a matrix
-            product. On the CPU their rows are counted without waiting for the device.
-        reference_hidden: [tokens, H_ref], unread where `kl_weights` is 0; None if none is positive.
+        labels: int64 [tokens] or [B, S]; `ignore_index` where there is none.
+        ce_weights, kl_weights: like the labels, finite and >= 0; a row with both 0 never reaches a
+            matrix product. On the CPU their rows are counted without waiting for the device.
+            ce_weights None = 1 for every label; kl_weights None = 0.
+        reference_hidden: [tokens, H_ref] (or [B, S, H_ref]), unread where `kl_weights` is 0; None
+            if none is positive.
         reference_head: [vocab, H_ref]; None like `reference_hidden`.
-        direction: `forward`, `reverse` or `l2` (see `eager`).
-        chunk_tokens: tokens per chunk; a bound on memory, never on the result. None = as many as
-            CHUNK_BYTES hold.
+        direction: `forward` KL(q||p), `reverse` KL(p||q), `l2` of centred logits, `jsd` of `beta`.
+        temperature: divides both logits in the divergence; no factor T^2; the cross-entropy is at 1.
+        chunk_tokens: rows at a time; a bound on memory, never on the result. None = by memory.
+        head_bytes: memory for logits and their gradient (a head that is trained in several passes
+            takes 4 bytes a weight more); None = `budget.HEAD_BYTES`.
         policy_bias, reference_bias: [vocab] or None.
         policy_softcap, reference_softcap: soft cap of each model's logits, or None.
+        policy_logit_scale, reference_logit_scale: factor of each model's logits.
+        z_loss: factor of lse^2, which keeps logits from drifting.
         vocab_size: number of tokens; columns from there on are padding, with gradient exactly 0.
         logits_dtype: dtype in which a chunk's logits are kept, float32 or the head's own. Rounded
             logits halve their memory and drown the gradient of a small divergence in noise.
         is_difference: project policy_hidden - reference_hidden where there is a divergence, for
             models that share one head (the same tensor): then the logits' difference keeps its
             digits in any `logits_dtype`.
-        ce_report: [tokens] bool, rows whose CE is wanted for the log though its weight is 0; None
-            = none. It changes `ce`, never the loss or a gradient.
+        ce_report: bool like the labels, rows whose CE is wanted for the log though its weight is 0;
+            None = none. It changes `ce`, never the loss or a gradient.
+        reference_lse: like the labels, log sum exp(y / T) of the reference where it was stored:
+            saves the search for its maximum.
+        reference_topk: a stored teacher, in the place of reference_hidden and reference_head.
+        shift: hidden states of position s predict the label of s + 1 ([B, S] input). Weights are of
+            position s; the last one has none.
+        reduction: `sum`, `mean` (over tokens with a weight), or `none`: the loss of every token,
+            differentiable under any upstream vector. `none` forms the logits a second time in the
+            backward: 4 products in the place of 3, 6 in the place of 4 with a reference.
+        return_lse, return_entropy, return_accuracy: a fourth result with what was asked for, from
+            the same pass.
     Returns:
-        (loss, ce, divergence): `ce` and `divergence` are float32 [tokens], detached, and 0 where
-        their weight is 0 (and no report is asked for). The gradient of `loss` honours one upstream
-        scalar of any value.
+        (loss, ce, divergence) and perhaps `TokenMetrics`: `ce` and `divergence` are float32 of the
+        labels' shape, detached, and 0 where their weight is 0 (and no report is asked for). The
+        gradient of a scalar `loss` honours one upstream scalar of any value. An invalid label makes
+        the loss and its row's gradient NaN.
     Raises:
         ShapeError, ValueError: see `checks`.
     Collectives: none. Host synchronisations: none where the weights and `ce_report` are on the CPU,
-    else one, to count rows. Under `torch.compile` the call is a break of the graph.
+    else one, to count rows (`ce_weights` None counts as being where the labels are). Under autocast
+    hidden states and heads take its dtype; results stay float32. Under `torch.compile` the call is
+    one operator of the graph.
     """
-    check_vocab_size(vocab_size, policy_head.shape[0])
-    return run_linear_ce_kl(
-        policy_hidden,
-        policy_head,
-        labels,
-        ce_weights=ce_weights,
-        kl_weights=kl_weights,
-        reference_hidden=reference_hidden,
-        reference_head=reference_head,
+    spec = LossSpec(
         direction=direction,
-        chunk_tokens=chunk_tokens,
-        policy_bias=policy_bias,
-        reference_bias=reference_bias,
+        beta=beta,
+        temperature=float(temperature),
+        z_loss=z_loss,
         policy_softcap=policy_softcap,
         reference_softcap=reference_softcap,
-        vocab_size=vocab_size,
-        logits_dtype=logits_dtype,
+        policy_logit_scale=policy_logit_scale,
+        reference_logit_scale=reference_logit_scale,
         is_difference=is_difference,
-        ce_report=ce_report,
-        shard=None,
+        has_entropy=return_entropy,
     )
+    call = Call(
+        spec=spec,
+        vocab_size=vocab_size,
+        has_metrics=return_lse or return_entropy or return_accuracy,
+        ignore_index=ignore_index,
+        chunk_tokens=chunk_tokens,
+        head_bytes=head_bytes,
+        logits_dtype_name=str(logits_dtype).removeprefix("torch."),
+    )
+    tensors = HeadTensors(
+        policy_hidden, policy_head, policy_bias, labels, ce_weights, kl_weights, ce_report,
+        reference_hidden, reference_head, reference_bias, reference_lse, reference_topk,
+    )  # fmt: skip
+    check_vocab_size(vocab_size, policy_head.shape[0])
+    results = run_linear_ce_kl(tensors, call, shift, reduction)
+    return metrics_wanted(results, return_lse, return_entropy, return_accuracy)
+
+
+def metrics_wanted(
+    results: tuple[Tensor, Tensor, Tensor, TokenMetrics], lse: bool, entropy: bool, accuracy: bool
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, TokenMetrics]:
+    """The first three results, and the metrics that were asked for where any was."""
+    if not (lse or entropy or accuracy):
+        return results[:3]
+    wanted = (lse, entropy, accuracy)
+    kept = (value if keep else None for value, keep in zip(results[3], wanted, strict=True))
+    return *results[:3], TokenMetrics(*kept)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTensors:
+    """The tensors of one call, as the caller gives them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    ce_weights: Tensor | None
+    kl_weights: Tensor | None
+    ce_report: Tensor | None
+    reference_hidden: Tensor | None
+    reference_weight: Tensor | None
+    reference_bias: Tensor | None
+    reference_lse: Tensor | None
+    topk: TopK | None
+
+
+class _Flat(NamedTuple):
+    """The same with one row per token, every weight given, and labels that are aligned."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    ce_weights: Tensor
+    kl_weights: Tensor
+    ce_report: Tensor | None
+    reference_hidden: Tensor | None
+    reference_weight: Tensor | None
+    reference_bias: Tensor | None
+    reference_lse: Tensor | None
+    topk_ids: Tensor | None
+    topk_logits: Tensor | None
 
 
 def run_linear_ce_kl(
-    policy_hidden: Tensor,
-    policy_head: Tensor,
-    labels: Tensor,
-    *,
-    ce_weights: Tensor,
-    kl_weights: Tensor,
-    reference_hidden: Tensor | None,
-    reference_head: Tensor | None,
-    direction: str,
-    chunk_tokens: int | None,
-    policy_bias: Tensor | None,
-    reference_bias: Tensor | None,
-    policy_softcap: float | None,
-    reference_softcap: float | None,
-    vocab_size: int | None,
-    logits_dtype: torch.dtype,
-    is_difference: bool,
-    ce_report: Tensor | None,
-    shard: VocabShard | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`linear_ce_kl` of a whole vocabulary (`shard` None) or of a rank's part of it."""
-    check_formula(
-        direction,
-        policy_softcap=policy_softcap,
-        reference_softcap=reference_softcap,
-        chunk_tokens=chunk_tokens,
+    tensors: HeadTensors, call: Call, shift: bool, reduction: str
+) -> tuple[Tensor, Tensor, Tensor, TokenMetrics]:
+    """`linear_ce_kl` of a whole vocabulary or of a rank's part of it, with every metric."""
+    check_spec(call.spec)
+    check_positive(chunk_tokens=call.chunk_tokens, head_bytes=call.head_bytes)
+    check_reduction(reduction)
+    flat = _flat(tensors, call, shift)
+    _check(flat, call)
+    flat = _autocast(flat)
+    is_needed = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (flat.hidden, flat.weight, flat.bias)
+    ]
+    frozen = [None if tensor is None else tensor.detach() for tensor in flat[7:]]
+    if reduction == "none":
+        outputs = linear_ce_kl_per_token_op(*flat[:7], *frozen, call.encoded(), is_needed)
+    else:
+        outputs = linear_ce_kl_op(*flat[:7], *frozen, None, call.encoded(), is_needed)
+    results = HeadResults(*outputs)
+    shape = tensors.labels.shape
+    loss = results.loss
+    if reduction == "none":
+        loss = loss.reshape(shape)
+    elif reduction == "mean":
+        loss = loss / _num_weighted(flat, call).clamp_min(1)
+    per_token = (values.reshape(shape) for values in results[1:6])
+    ce, divergence, *metrics = per_token
+    return loss, ce, divergence, TokenMetrics(*metrics)
+
+
+def _flat(tensors: HeadTensors, call: Call, shift: bool) -> _Flat:
+    labels, topk = tensors.labels, tensors.topk
+    check_shift(labels, shift)
+    ce_weights, kl_weights = tensors.ce_weights, tensors.kl_weights
+    if shift:
+        aligned = torch.full_like(labels, call.ignore_index)
+        aligned[..., :-1] = labels[..., 1:]
+        labels = aligned
+    if ce_weights is None:
+        ce_weights = (labels != call.ignore_index).float()
+    if kl_weights is None:
+        kl_weights = torch.zeros_like(ce_weights)
+    if shift:
+        ce_weights, kl_weights = _without_last(ce_weights), _without_last(kl_weights)
+
+    def flat(tensor: Any, dims: int) -> Any:
+        return tensor if tensor is None or tensor.ndim == dims else tensor.flatten(0, -dims)
+
+    return _Flat(
+        hidden=flat(tensors.hidden, 2),
+        weight=tensors.weight,
+        bias=tensors.bias,
+        labels=flat(labels, 1),
+        ce_weights=flat(ce_weights, 1),
+        kl_weights=flat(kl_weights, 1),
+        ce_report=flat(tensors.ce_report, 1),
+        reference_hidden=flat(tensors.reference_hidden, 2),
+        reference_weight=tensors.reference_weight,
+        reference_bias=tensors.reference_bias,
+        reference_lse=flat(tensors.reference_lse, 1),
+        topk_ids=None if topk is None else flat(topk.ids, 2),
+        topk_logits=None if topk is None else flat(topk.logits, 2),
     )
+
+
+def _without_last(weights: Tensor) -> Tensor:
+    weights = weights.clone()
+    weights[..., -1] = 0
+    return weights
+
+
+def _check(flat: _Flat, call: Call) -> None:
+    hidden, weight, columns = flat.hidden, flat.weight, flat.weight.shape[0]
     check_policy(
-        policy_hidden,
-        policy_head,
-        policy_bias,
-        labels,
-        ce_weights=ce_weights,
-        kl_weights=kl_weights,
-        ce_report=ce_report,
-    )
-    check_logits_dtype(logits_dtype, policy_head)
-    columns, device = policy_head.shape[0], policy_hidden.device
-    ce_is_wanted = ce_weights != 0
-    if ce_report is not None:
-        ce_is_wanted = ce_is_wanted.to(ce_report.device) | ce_report
-    check_labels(labels, ce_is_wanted, columns if vocab_size is None and not shard else vocab_size)
-    selection = select_rows(ce_is_wanted, kl_weights.to(ce_is_wanted.device), device)
-    reference = None
-    if reference_hidden is not None and reference_head is not None:
+        hidden, weight, flat.bias, flat.labels, ce_weights=flat.ce_weights,
+        kl_weights=flat.kl_weights, ce_report=flat.ce_report, reference_lse=flat.reference_lse,
+    )  # fmt: skip
+    check_logits_dtype(call.logits_dtype, weight)
+    is_whole = call.vocab_size is None and call.shard is None
+    check_labels(
+        flat.labels, flat.ce_weights, flat.ce_report, call.ignore_index,
+        columns if is_whole else call.vocab_size,
+    )  # fmt: skip
+    if flat.topk_ids is not None and flat.topk_logits is not None:
+        check_topk(flat.topk_ids, flat.topk_logits, hidden, call.spec, flat.reference_hidden)
+    elif flat.reference_hidden is not None and flat.reference_weight is not None:
         check_reference(
-            policy_hidden, policy_head, reference_hidden, reference_head, reference_bias
+            hidden, weight, flat.reference_hidden, flat.reference_weight, flat.reference_bias
         )
-        if is_difference:
-            check_difference(policy_head, policy_bias, reference_head, reference_bias)
-        reference = Reference(
-            reference_hidden.detach(), Head(reference_head.detach(), reference_bias)
-        )
-    elif selection.num_kl > 0:
+        if call.spec.is_difference:
+            check_difference(weight, flat.bias, flat.reference_weight, flat.reference_bias)
+    elif _has_kl(flat.kl_weights):
         raise ShapeError(
-            f"{selection.num_kl} kl_weights are not 0 but reference_hidden or reference_head is "
-            "None: pass both"
+            f"{int((flat.kl_weights != 0).sum())} kl_weights are not 0 but reference_hidden or "
+            "reference_head is None: pass both, or reference_topk"
         )
-    ce_weights, kl_weights = (
-        weights.detach().float().to(device, non_blocking=True)
-        for weights in (ce_weights, kl_weights)
-    )
-    inputs = Inputs(
-        labels=local_labels(labels, columns, vocab_size, shard),
-        ce_weights=ce_weights,
-        ce_is_wanted=ce_is_wanted.to(device, non_blocking=True),
-        kl_weights=kl_weights,
-        grad_scale=grad_scale_for(operand_dtype(policy_head, logits_dtype), ce_weights, kl_weights),
-        selection=selection,
-        reference=reference,
-        formula=Formula(
-            direction=direction,
-            policy_softcap=policy_softcap,
-            reference_softcap=reference_softcap,
-            is_difference=is_difference,
-            num_columns=local_columns(columns, vocab_size, shard),
-        ),
-        chunk_tokens=chunk_tokens or default_chunk_tokens(columns),
-        logits_dtype=logits_dtype,
-        shard=shard,
-        is_grad_enabled=torch.is_grad_enabled(),
-    )
-    # An autocast of the caller would turn the float32 products below into bfloat16 ones.
-    with torch.autocast(device.type, enabled=False):
-        return _LinearCEKL.apply(policy_hidden, policy_head, policy_bias, inputs)
 
 
-class _LinearCEKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        head, order = Head(weight, bias), inputs.selection.order
-        is_needed = [inputs.is_grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
-        grads = Gradients.zeros(hidden, head, len(order), is_needed)
-        with operator(_flops(hidden, head, inputs, is_needed)):
-            statistics = run_chunks(hidden, head, inputs, grads)
-        if inputs.shard is not None:
-            inputs.shard.sum_hidden_grad(grads.hidden)
-        ce_weights, kl_weights = inputs.ce_weights[order], inputs.kl_weights[order]
-        active_ce = cross_entropy_of(statistics, inputs.ce_is_wanted[order])
-        active_divergence = divergence_of(statistics, kl_weights, inputs.formula.direction)
-        loss = weighted_sum(ce_weights, active_ce) + weighted_sum(kl_weights, active_divergence)
-        ce = statistics.new_zeros(len(hidden)).index_copy_(0, order, active_ce)
-        divergence = torch.zeros_like(ce).index_copy_(0, order, active_divergence)
-        ctx.save_for_backward(order, inputs.grad_scale, grads.hidden, grads.weight, grads.bias)
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
-        ctx.mark_non_differentiable(ce, divergence)
-        return loss, ce, divergence
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        order, grad_scale, *grads = ctx.saved_tensors
-        scale = upstream[0] if grad_scale is None else upstream[0] * grad_scale
-        # Kept in float32 and rounded here, once: float16 would underflow before the upstream scale.
-        hidden, weight, bias = (
-            None if grad is None else scaled_to(ctx.dtype, grad, scale) for grad in grads
-        )
-        if hidden is not None:
-            hidden = hidden.new_zeros(ctx.shape).index_copy_(0, order, hidden)
-        return hidden, weight, bias, None
+def _has_kl(kl_weights: Tensor) -> bool:
+    """Asked only where there is no reference; on a device this waits for it."""
+    return not torch.compiler.is_compiling() and bool((kl_weights != 0).any())
 
 
-def _flops(hidden: Tensor, head: Head, inputs: Inputs, is_needed: list[bool]) -> HeadFlops:
-    reference = inputs.reference
-    return linear_ce_kl_flops(
-        num_active=inputs.selection.num_active,
-        num_kl=inputs.selection.num_kl,
-        columns=head.weight.shape[0],
-        hidden_size=hidden.shape[1],
-        reference_hidden_size=0 if reference is None else reference.hidden.shape[1],
-        is_hidden_grad_needed=is_needed[0],
-        is_weight_grad_needed=is_needed[1],
-    )
+def _num_weighted(flat: _Flat, call: Call) -> Tensor:
+    """Number of tokens with a weight, a scalar where the loss is."""
+    device = flat.hidden.device
+    ce_weights = flat.ce_weights.to(device, non_blocking=True)
+    has_ce = (ce_weights != 0) & (flat.labels != call.ignore_index)
+    return (has_ce | (flat.kl_weights.to(device, non_blocking=True) != 0)).sum()
+
+
+def _autocast(flat: _Flat) -> _Flat:
+    """Hidden states and heads in the dtype that an autocast of the caller asks for.
+
+    Products would otherwise run in float32, many times slower than all around them.
+    """
+    device = flat.hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return flat
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor | None) -> Any:
+        return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    names = ("hidden", "weight", "bias", "reference_hidden", "reference_weight", "reference_bias")
+    return flat._replace(**{name: cast(getattr(flat, name)) for name in names})

@@ -7,26 +7,33 @@ import torch
 from torch import Tensor
 
 from safereg_kernels import eager
-from safereg_kernels.block import Block, Formula
+from safereg_kernels.block import Block
+from safereg_kernels.spec import LossSpec
 
 _CHOICES = ("auto", "eager", "triton")
 
 
 class Path(Protocol):
-    """The three functions that a path provides (see `eager` for what they compute)."""
+    """The functions that a path provides (see `eager` for what they compute)."""
 
-    def row_statistics(self, block: Block, formula: Formula) -> Tensor:
-        """Statistics of every row, float32 [rows, 6]."""
+    def row_statistics(self, block: Block, spec: LossSpec) -> Tensor:
+        """Statistics of every row, float32 [rows, 9]."""
         ...
 
-    def merge_statistics(self, partials: Tensor, direction: str) -> Tensor:
-        """[rows, 6] from [rows, parts, 6]."""
+    def add_mixture(self, block: Block, spec: LossSpec, statistics: Tensor) -> None:
+        """Writes these columns' share of the Jensen-Shannon divergence into the statistics."""
         ...
 
-    def write_gradient(
-        self, out: Tensor, block: Block, formula: Formula, statistics: Tensor
-    ) -> None:
+    def merge_statistics(self, partials: Tensor, spec: LossSpec) -> Tensor:
+        """[rows, 9] from [rows, parts, 9]."""
+        ...
+
+    def write_gradient(self, out: Tensor, block: Block, spec: LossSpec, statistics: Tensor) -> None:
         """Writes the gradient in the raw policy logits into `out`."""
+        ...
+
+    def scale_in_place(self, tensor: Tensor, scale: Tensor) -> None:
+        """tensor *= scale, a scalar on its device; contiguous."""
         ...
 
 

@@ -1,36 +1,54 @@
 """A rank's part of a vocabulary that is spread over a tensor-parallel group."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed
 
-from safereg_kernels.block import LABEL_ELSEWHERE, LABEL_INVALID
-from safereg_kernels.path import Path
+from safereg_kernels.block import DIVERGENCE, LABEL_ELSEWHERE, LABEL_INVALID, MIXTURE
+from safereg_kernels.spec import LossSpec
+
+if TYPE_CHECKING:
+    from safereg_kernels.path import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabShard:
     """Columns [start, start + columns) of the logits are here, the rest on the other ranks."""
 
-    group: distributed.ProcessGroup
-    """The tensor-parallel group."""
+    group_name: str
+    """Name of the tensor-parallel group, as torch registers it."""
     start: int
     """Token id of this rank's first column."""
     is_hidden_grad_summed: bool = True
     """True where the gradient of the hidden states is to be summed over the group here."""
 
-    def merged(self, statistics: Tensor, path: Path, direction: str) -> Tensor:
-        """Statistics of whole rows [rows, 6] from this rank's, the same on every rank.
+    @property
+    def group(self) -> distributed.ProcessGroup:
+        """The tensor-parallel group."""
+        return distributed.distributed_c10d._resolve_process_group(self.group_name)
 
-        Collectives: one all-gather of 6 float32 per row.
+    def merged(self, statistics: Tensor, path: "Path", spec: LossSpec) -> Tensor:
+        """Statistics of whole rows [rows, 9] from this rank's, the same on every rank.
+
+        Collectives: one all-gather of 9 float32 per row.
         """
         size = distributed.get_world_size(self.group)
         rows, width = statistics.shape
         gathered = statistics.new_empty(size * rows, width)
         distributed.all_gather_into_tensor(gathered, statistics.contiguous(), group=self.group)
         parts = gathered.view(size, rows, width).transpose(0, 1)
-        return path.merge_statistics(parts, direction)
+        return path.merge_statistics(parts, spec)
+
+    def sum_shares(self, statistics: Tensor) -> None:
+        """Sums what was computed from whole-row statistics: the divergence and the mixture's.
+
+        Collectives: one SUM all-reduce of 2 float32 per row.
+        """
+        shares = statistics[:, [DIVERGENCE, MIXTURE]]
+        distributed.all_reduce(shares, group=self.group)
+        statistics[:, [DIVERGENCE, MIXTURE]] = shares
 
     def sum_hidden_grad(self, grad: Tensor | None) -> None:
         """The hidden states' gradient summed over the group, in place, unless the caller does it.
@@ -49,14 +67,17 @@ def local_columns(columns: int, vocab_size: int | None, shard: VocabShard | None
     return max(0, min(columns, vocab_size - start))
 
 
-def local_labels(labels: Tensor, columns: int, vocab_size: int | None, shard: VocabShard | None):
+def local_labels(
+    labels: Tensor, columns: int, vocab_size: int | None, shard: VocabShard | None
+) -> Tensor:
     """Labels [tokens] as columns here, or LABEL_ELSEWHERE, or LABEL_INVALID.
 
     Without a shard every label must be one of the `columns`; with one, a label past the end is
     known for invalid only where `vocab_size` is given.
     """
     if shard is None:
-        return torch.where((labels >= 0) & (labels < columns), labels, LABEL_INVALID)
+        end = columns if vocab_size is None else vocab_size
+        return torch.where((labels >= 0) & (labels < end), labels, LABEL_INVALID)
     local = labels - shard.start
     local = torch.where((local >= 0) & (local < columns), local, LABEL_ELSEWHERE)
     is_invalid = labels < 0

@@ -1,8 +1,6 @@
 """`LossSpec`: which loss, of which function of the raw logits. One object from door to kernel."""
 
-import json
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
 
 DIRECTIONS = ("forward", "reverse", "l2", "jsd")
 
@@ -40,18 +38,3 @@ class LossSpec:
     from the reference's."""
     has_entropy: bool = False
     """True where the entropy of softmax(x) is wanted."""
-
-    def encoded(self) -> str:
-        """As one string, which a graph can hold."""
-        return _encoded(self)
-
-    @staticmethod
-    @cache
-    def decoded(text: str) -> "LossSpec":
-        """From `encoded`."""
-        return LossSpec(**json.loads(text))
-
-
-@cache
-def _encoded(spec: LossSpec) -> str:
-    return json.dumps(asdict(spec))

@@ -1,0 +1,57 @@
+"""`Call`: all arguments of one call that are no tensors, as one string that a graph can hold."""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+
+from safereg_kernels.shard import VocabShard
+from safereg_kernels.spec import LossSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """How one call computes its loss, besides its tensors."""
+
+    spec: LossSpec
+    """The formula."""
+    vocab_size: int | None = None
+    """Number of tokens of the whole vocabulary; None = every column is one."""
+    shard: VocabShard | None = None
+    """Which columns are here; None = all."""
+    has_metrics: bool = False
+    """True where lse, entropy or accuracy are wanted of every active row."""
+    ignore_index: int = -100
+    """Label of a token without a cross-entropy."""
+    chunk_tokens: int | None = None
+    """Rows whose gradient is collected at a time; None = what `head_bytes` holds."""
+    head_bytes: int | None = None
+    """Bound on the bytes of logits and of their gradient; None = `budget.HEAD_BYTES`."""
+    logits_dtype_name: str = "float32"
+    """Dtype of a chunk's logits."""
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """`logits_dtype_name` as torch knows it."""
+        return getattr(torch, self.logits_dtype_name)
+
+    def encoded(self) -> str:
+        """As JSON."""
+        return _encoded(self)
+
+    @staticmethod
+    @cache
+    def decoded(text: str) -> "Call":
+        """From `encoded`."""
+        fields = json.loads(text)
+        shard = fields.pop("shard")
+        return Call(
+            **{**fields, "spec": LossSpec(**fields["spec"])},
+            shard=None if shard is None else VocabShard(**shard),
+        )
+
+
+@cache
+def _encoded(call: Call) -> str:
+    return json.dumps(asdict(call))
