@@ -90,8 +90,7 @@ kernels() {
 
 # The limits below add up to 535 seconds.
 stage versions 30 "$python" benchmarks/versions.py "$device"
-gate=("$python" kernels/tests/gate.py)
-[[ "$device" == cpu ]] && gate+=(--cpu)
+gate=("$python" kernels/tests/gate.py --device "$device")
 [[ -n "${SAFEREG_GATE:-}" ]] && read -ra gate <<<"$SAFEREG_GATE"
 if ! stage gate 90 "${gate[@]}"; then
   echo "gpu_check: the gate failed: nothing is timed" >&2
