@@ -1,4 +1,4 @@
-"""Packaging of safereg_dist (see CONTRIBUTING.md for why `kernels/` is a source root)."""
+"""Packaging of safereg_dist; `kernels/` is a package of its own (see CONTRIBUTING.md)."""
 
 from setuptools import find_packages, setup
 
@@ -8,9 +8,9 @@ setup(
     description="Risk-adaptive safety regularisation for fine-tuning language models at scale",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["safereg_dist*"]), "safereg_kernels"],
-    package_dir={"safereg_kernels": "kernels/safereg_kernels"},
+    packages=find_packages(include=["safereg_dist*"]),
     install_requires=[
+        "safereg-kernels>=0.2",  # ./kernels
         "torch>=2.11",
         "deepspeed>=0.19",
         "transformers>=5.17",
@@ -27,7 +27,6 @@ setup(
         "tensorboard",
         "matplotlib",
         "ninja",
-        'triton>=3.6; platform_system == "Linux"',
     ],
     extras_require={
         "dev": ["pytest>=8", "hypothesis", "ruff", "pyright", "jaxtyping", "beartype"],

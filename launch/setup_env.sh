@@ -2,7 +2,7 @@
 # Makes the project's Python environment, .venv in its root, or reuses it when it is up to date.
 #
 #   bash launch/setup_env.sh         make it and say what to do next
-#   source launch/setup_env.sh       only define the functions, as demo.sh and test.sh do
+#   source launch/setup_env.sh       only define the functions, as demo.sh and test*.sh do
 #
 # Needs Python 3.11 or 3.12 with its venv module and headers, a C++ compiler and some disk; what is
 # missing is said in one line with the remedy, status 2, before anything is made. Knobs:
@@ -116,7 +116,8 @@ has_cuda() { # true where torch sees a GPU; does not load torch where there is n
 
 stamp_value() { # changes with the pins, the project's metadata, the interpreter and the place
     {
-        cat "$CONSTRAINTS" "$PROJECT_ROOT/setup.py" "$PROJECT_ROOT/pyproject.toml"
+        cat "$CONSTRAINTS" "$PROJECT_ROOT/setup.py" "$PROJECT_ROOT/pyproject.toml" \
+            "$PROJECT_ROOT/kernels/pyproject.toml"
         "$VENV/bin/python" -c 'import sys; print(sys.version)' </dev/null
         printf '%s\n' "$PROJECT_ROOT"
     } | sha256sum | cut -d ' ' -f 1
@@ -157,10 +158,10 @@ install_torch() {
     found="$("$VENV/bin/python" -c 'import torch; print(torch.__version__.split("+")[0])' \
         2>/dev/null </dev/null || true)"
     if [[ "$found" == "$wanted" ]]; then
-        say "3/4 torch $wanted is there already"
+        say "    torch $wanted is there already"
         return
     fi
-    say "3/4 installing torch $wanted (200 MB for CPU, several GB with CUDA)"
+    say "    installing torch $wanted (200 MB for CPU, several GB with CUDA)"
     if [[ -z "${SAFEREG_TORCH_INDEX:-}" ]] && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
         say "    no GPU found; SAFEREG_TORCH_INDEX=https://download.pytorch.org/whl/cpu would" \
             "fetch the small CPU wheel"
@@ -170,13 +171,15 @@ install_torch() {
             "network, or set SAFEREG_TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 }
 
-install_project() { # without build isolation: DeepSpeed's build would fetch a torch of its own
+# Both packages in one call, so that pip meets safereg_dist's need of safereg-kernels from this
+# folder; without build isolation, since DeepSpeed's build would fetch a torch of its own.
+install_project() {
     local extra=()
     "$VENV/bin/python" -c 'import importlib.metadata as m; m.version("triton")' \
         2>/dev/null </dev/null || extra=("$TRITON_FOR_CPU; platform_system == 'Linux'")
     say "4/4 installing the project and its pinned dependencies"
     (cd "$PROJECT_ROOT" && DS_BUILD_OPS=0 pip_install --no-build-isolation \
-        -c "$CONSTRAINTS" ${extra[@]+"${extra[@]}"} -e '.[dev]') ||
+        -c "$CONSTRAINTS" ${extra[@]+"${extra[@]}"} -e ./kernels -e '.[dev]') ||
         fail "installing the dependencies failed (see above): check the package index and the" \
             "network, then run this again; it goes on where it stopped"
 }
@@ -193,6 +196,7 @@ build_environment() {
     pip_install -q -U -c "$CONSTRAINTS" pip setuptools wheel ninja packaging ||
         fail "installing pip, setuptools, wheel failed (see above): check the package index and" \
             "the network"
+    say "3/4 torch"
     install_torch
     install_project
     stamp_value >"$STAMP.tmp"

@@ -12,7 +12,9 @@ import pytest
 from launching import ROOT
 
 PACKAGE = ROOT / "safereg_dist"
-FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+KERNELS = ROOT / "kernels" / "safereg_kernels"
+KERNEL_TESTS = sorted((ROOT / "kernels" / "tests").rglob("*.py"))
+FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 # Layer of a module, by the longest prefix that matches. A module may import lower layers only; and
 # modules of its own layer only where they share a package (`parallel/`, `risk/`, ...).
@@ -109,7 +111,7 @@ def test_heavy_libraries_have_one_door(path):
         if top in ONE_DOOR and PACKAGE in path.parents:
             allowed = ONE_DOOR[top]
             assert str(path.relative_to(PACKAGE)) in allowed, f"{path} imports {top}"
-        if "kernels" in path.parts and PACKAGE not in path.parents:
+        if KERNELS in path.parents:
             known = sys.stdlib_module_names | {"torch", "triton", "safereg_kernels"}
             assert top in known, f"the kernel package imports {top}"
 
@@ -126,6 +128,15 @@ def test_public_names_are_documented(path):
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
             if isinstance(node, kinds) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path}:{node.lineno} {node.name} is undocumented"
+
+
+@pytest.mark.parametrize("path", KERNEL_TESTS, ids=lambda p: p.name)
+def test_kernel_tests_run_where_the_kernels_are_alone(path):
+    """What they need beyond (transformers, accelerate) they ask for with `pytest.importorskip`."""
+    known = sys.stdlib_module_names | {"torch", "triton", "numpy", "pytest", "hypothesis"}
+    known |= {"safereg_kernels"} | {other.stem for other in KERNEL_TESTS}
+    for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+        assert name.split(".")[0] in known, f"{path.name} imports {name}"
 
 
 def test_package_door_is_light():

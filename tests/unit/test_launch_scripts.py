@@ -1,7 +1,7 @@
 """The launch scripts: what they say when something is missing, and how a job saves and requeues.
 
 Claimed: every script parses; each check of setup_env.sh ends with status 2 and one line that names
-the remedy, from any working folder, having made nothing; the pins cover what setup.py needs; the
+the remedy, from any working folder, having made nothing; the pins cover both packages' needs; the
 Slurm job hands an early signal to its ranks and requeues itself exactly when they saved. The
 cluster's commands (srun, scontrol) are stand-ins of a few lines; the agent and torchrun are the
 real ones. Everything here is exact.
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,40 @@ def test_whole_scripts_fail_early(
     assert sorted(path.name for path in copy.parent.iterdir()) == ["launch"]
 
 
+def test_kernels_alone_need_a_python_only(tools: Path) -> None:
+    """test_kernels.sh compiles nothing: it stops where there is no Python, having made nothing."""
+    result = subprocess.run(
+        [BASH, LAUNCH / "test_kernels.sh"],
+        env={"PATH": str(tools), "HOME": str(tools), "TMPDIR": str(tools)},
+        cwd=tools,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert_refused(result, "3.11 or 3.12", "found none:", "apt-get")
+    assert not [path for path in tools.iterdir() if not path.is_symlink()]
+
+
+def test_the_stamp_covers_both_packages(tools: Path, tmp_path: Path) -> None:
+    """An environment is out of date when either package's metadata changes."""
+    copy = tmp_path / "project"
+    for name in ("launch", "setup.py", "pyproject.toml", "kernels/pyproject.toml"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        copying = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copying(ROOT / name, copy / name)
+    executable(copy / ".venv" / "bin" / "python", f"#!{BASH}\necho 3.11\n")
+    for name in ("sha256sum", "cut"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    call = f'source "{copy}/launch/setup_env.sh"; stamp_value'
+    stamps = [run_check(call, tools).stdout]
+    for name in ("setup.py", "pyproject.toml", "kernels/pyproject.toml", "launch/constraints.txt"):
+        with (copy / name).open("a") as file:
+            file.write("# changed\n")
+        stamps.append(run_check(call, tools).stdout)
+    assert all(re.fullmatch(r"[0-9a-f]{64}\n", stamp) for stamp in stamps), stamps
+    assert len(set(stamps)) == 5
+
+
 def test_accelerator_without_a_gpu(tools: Path) -> None:
     call = 'choose_accelerator; echo "${DS_ACCELERATOR:-unset}"'
     has_device = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
@@ -188,10 +223,11 @@ def test_pins_cover_every_dependency() -> None:
     pins = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
     assert all(re.fullmatch(r"\d[\w.]*", version) for version in pins.values()), "no local tags"
     setup = (ROOT / "setup.py").read_text()
-    wanted = set(re.findall(r'"([a-z][a-z0-9_-]*)(?:>=[\d.]+)?",', setup)) - {
-        "safereg_kernels",
-        "safereg_dist",
-    }
+    kernels = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())["project"]
+    needs = [*kernels["dependencies"], *kernels["optional-dependencies"]["test"]]
+    wanted = set(re.findall(r'"([a-z][a-z0-9_-]*)(?:>=[\d.]+)?",', setup))
+    wanted |= {re.split(r"[^\w-]", need)[0] for need in needs}
+    wanted -= {"safereg-kernels", "safereg_dist"}
     assert {"torch", "deepspeed", "pytest", "pyyaml"} <= wanted
     assert wanted <= set(pins) | {"triton"}
     assert {"pip", "setuptools", "wheel", "ninja", "packaging"} <= set(pins)

@@ -7,9 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from launching import ROOT
 
 pytest.importorskip("triton")
 
@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 def test_no_register_is_spilled(capability: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "unit" / "compile_kernels.py", str(capability)],
+        [sys.executable, Path(__file__).parent / "compile_kernels.py", str(capability)],
         env=environment,
         capture_output=True,
         text=True,

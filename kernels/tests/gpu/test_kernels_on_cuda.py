@@ -4,8 +4,8 @@ May round: float32 as on the CPU; a product of bfloat16 operands keeps a float32
 gradient's own rounding to bfloat16 shows (2^-8 of the element), twice that after a matrix product.
 """
 
+import head_oracle as oracle
 import numpy as np
-import oracles
 import pytest
 import torch
 
@@ -30,7 +30,7 @@ def assert_close(got, want, relative):
 
 @pytest.mark.parametrize("vocab", [509, 32003])
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 4e-5), (torch.bfloat16, 2**-7)])
-@pytest.mark.parametrize("direction", oracles.DIRECTIONS)
+@pytest.mark.parametrize("direction", oracle.DIRECTIONS)
 def test_masked_kl(direction, dtype, relative, vocab):
     generator = torch.Generator().manual_seed(vocab)
     x, y = (torch.randn(2, TOKENS, vocab, generator=generator) * 3).to(DEVICE, dtype)
@@ -41,8 +41,8 @@ def test_masked_kl(direction, dtype, relative, vocab):
     (loss * 3).backward()
     w, kept = truth(weights), truth(weights) != 0
     a, b = truth(x)[kept], truth(y)[kept]
-    assert_close(div[kept], oracles.divergence(a, b, direction), 1e-4)
-    grad = oracles.divergence_grad(a, b, direction) * 3 * w[kept, None]
+    assert_close(div[kept], oracle.divergence(a, b, direction), 1e-4)
+    grad = oracle.divergence_grad(a, b, direction) * 3 * w[kept, None]
     assert_close(x.grad[kept], grad, relative)
     assert (x.grad[~torch.from_numpy(kept)] == 0).all()
 
@@ -50,7 +50,7 @@ def test_masked_kl(direction, dtype, relative, vocab):
 @pytest.mark.parametrize("chunk_tokens", [None, 16])
 @pytest.mark.parametrize("is_trained", [True, False])
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-3), (torch.bfloat16, 2**-6)])
-@pytest.mark.parametrize("direction", oracles.DIRECTIONS)
+@pytest.mark.parametrize("direction", oracle.DIRECTIONS)
 def test_linear_ce_kl(direction, dtype, relative, is_trained, chunk_tokens):
     generator = torch.Generator().manual_seed(1)
     vocab = 5003
@@ -72,7 +72,7 @@ def test_linear_ce_kl(direction, dtype, relative, is_trained, chunk_tokens):
         chunk_tokens=chunk_tokens,
     )
     (loss * 3).backward()
-    want = oracles.linear_ce_kl(
+    want = oracle.linear_ce_kl(
         truth(hidden),
         truth(head),
         labels.cpu().numpy(),

@@ -1,7 +1,7 @@
 """Compiles every kernel variant for one GPU architecture, without a GPU; prints JSON lines.
 
 A process of its own: under TRITON_INTERPRET=1, which the tests set, nothing can be compiled.
-Run: python tests/unit/compile_kernels.py 90
+Run: python kernels/tests/compile_kernels.py 90
 """
 
 import json
