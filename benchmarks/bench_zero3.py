@@ -48,7 +48,7 @@ CASES = (("fp32", "none"), ("bf16", "none"), ("bf16", "cpu"))
 WITHIN = {"fp32": 1e-4, "bf16": 3e-2}
 """Largest gap of a loss, a gradient or an updated weight: kernels round alike, sums are taken in
 another order, and a bfloat16 gradient has 8 bits."""
-ROWS, WORDS = 4, 12
+ROWS, WORDS, HIDDEN = 4, 12, 128
 _LR = 1e-3
 _TIMEOUT_S = {"cuda": 50, "cpu": 150}
 
@@ -70,8 +70,8 @@ def write_folder(folder: Path) -> None:
         torch.manual_seed(seed)
         shape = LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
+            hidden_size=HIDDEN,
+            intermediate_size=2 * HIDDEN,
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
@@ -161,9 +161,8 @@ def gap_of(found: Outcome, expected: Outcome) -> float:
     return float(torch.tensor(gaps).max())
 
 
-def work(folder: Path, rows: Rows) -> bool:
+def work(folder: Path, device: torch.device, rows: Rows) -> bool:
     """What the rank does: all cases; True where each agrees with the single-process engine."""
-    device = torch.device("cuda" if os.environ["BENCH_DEVICE"] == "cuda" else "cpu")
     expected = single_outcomes(folder, device)
     backend = start_backend(config_of(folder, "deepspeed", "fp32", "none"))
     is_good = True
@@ -214,7 +213,7 @@ def launch(folder: Path, device: str, out: Path) -> Ended:
     ]
     # Loopback is all that one rank needs, and all that a machine without a network has.
     local = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment = {**local, **os.environ, "BENCH_DEVICE": device, "DS_SKIP_CUDA_CHECK": "1"}
+    environment = {**local, **os.environ, "DS_SKIP_CUDA_CHECK": "1"}
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     rank = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -254,11 +253,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="CSV to which rows are added")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    rows = Rows(
-        arguments.out, **provenance(torch.device(arguments.device)), stage="zero3", N=ROWS, H=128
-    )
+    device = torch.device(arguments.device)
+    rows = Rows(arguments.out, **provenance(device), stage="zero3", N=ROWS, H=HIDDEN)
     if arguments.folder is not None:
-        is_good = work(arguments.folder, rows)
+        is_good = work(arguments.folder, device, rows)
         sys.stdout.flush()
         os._exit(0 if is_good else 1)  # as `safereg_dist.cli.entry` does
     before = len(read_rows(arguments.out))
