@@ -200,7 +200,7 @@ def draw_step(rows: list[Row]) -> Figure:
     ratios = [float(row["ratio_to_sft"]) for row in shown]
     bars = times.barh(names, ratios, color=colours)
     labels = [f"{float(r['ratio_to_sft']):.2f}, {float(r['median_ms']):.0f} ms" for r in shown]
-    times.bar_label(bars, labels, padding=5)
+    times.bar_label(bars, labels, padding=14)
     needed = [float(row["flops"]) / sft for row in shown]
     times.plot(needed, names, "|", color="black", markersize=12, label="by FLOPs")
     times.set_xlabel("time of a step (multiple of SFT)")
@@ -283,7 +283,7 @@ def _unit(rows: list[Row], column: str) -> tuple[float, str]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
+    figure.legend(handles, labels, loc="outside center right", frameon=False, fontsize=7)
 
 
 def _range(values: Iterable[float]) -> tuple[float, float]:
