@@ -5,8 +5,8 @@
     FOLDER/torch-ext/safereg_kernels/*.py          the modules, importing one another relatively
 
 The hub loads a kernel under a name of its own, so that two versions can live in one process; hence
-the only two changes: `from safereg_kernels.x import y` becomes `from .x import y`, and an operator
-"safereg_kernels::x" gets the namespace that the builder's `_ops.py` gives.
+the only two changes: `from safereg_kernels.x import y` becomes `from .x import y`, and operators,
+"safereg_kernels::x" and torch.ops.safereg_kernels, get the namespace of the builder's `_ops.py`.
 """
 
 import re
@@ -26,7 +26,8 @@ _FLAKE = """\
 _FROM_MODULE = re.compile(rf"^(\s*)from {PACKAGE}\.(\S+) import ", re.MULTILINE)
 _FROM_PACKAGE = re.compile(rf"^(\s*)from {PACKAGE} import ", re.MULTILINE)
 _WHOLE = re.compile(rf"^\s*import {PACKAGE}\b", re.MULTILINE)
-_OPERATOR = re.compile(rf'"{PACKAGE}::(\w+)"')
+_NEW_OPERATOR = re.compile(rf'"{PACKAGE}::(\w+)"')
+_OPERATORS = re.compile(rf"\btorch\.ops\.{PACKAGE}\b")
 _FIRST_IMPORT = re.compile(r"^(?:from|import) ", re.MULTILINE)
 
 
@@ -36,9 +37,11 @@ def relative(source: str, name: str) -> str:
         raise ValueError(f"{name} says `import {PACKAGE}`: write `from {PACKAGE}.x import y`")
     source = _FROM_MODULE.sub(r"\1from .\2 import ", source)
     source = _FROM_PACKAGE.sub(r"\1from . import ", source)
-    source, count = _OPERATOR.subn(r'add_op_namespace_prefix("\1")', source)
-    if count:
-        line = "from ._ops import add_op_namespace_prefix\n"
+    source, num_new = _NEW_OPERATOR.subn(r'add_op_namespace_prefix("\1")', source)
+    source, num_used = _OPERATORS.subn("ops", source)
+    names = ["add_op_namespace_prefix"] * bool(num_new) + ["ops"] * bool(num_used)
+    if names:
+        line = f"from ._ops import {', '.join(names)}\n"
         source = _FIRST_IMPORT.sub(lambda found: line + found.group(), source, count=1)
     return source
 

@@ -74,8 +74,7 @@ def add_mixture(block: Block, spec: LossSpec, statistics: Tensor) -> None:
             columns_per_split,
             **_scalars(spec),
             beta=spec.beta,
-            **_shape_of_logits(spec),
-            BLOCK=BLOCK_COLUMNS,
+            **mixture_constants(spec),
             **launch_options(8),
         )
     statistics[:, [DIVERGENCE, MIXTURE]] = partials.sum(1)
@@ -201,6 +200,11 @@ def statistics_constants(block: Block, spec: LossSpec) -> dict[str, Any]:
 def gradient_constants(block: Block, spec: LossSpec) -> dict[str, Any]:
     """What the gradient kernel is compiled with."""
     return _constants(block, spec)
+
+
+def mixture_constants(spec: LossSpec) -> dict[str, Any]:
+    """What the mixture kernel is compiled with."""
+    return {**_shape_of_logits(spec), "BLOCK": BLOCK_COLUMNS}
 
 
 def num_warps(spec: LossSpec) -> int:

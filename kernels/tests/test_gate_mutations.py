@@ -129,8 +129,8 @@ MUTATIONS = [
     ),
     Mutation(
         "sign of the log ratio",
-        r"d = gap \* c - centre",
-        "d = centre - gap * c",
+        r"d = gap \* (\w+) - centre",
+        r"d = centre - gap * \1",
         "whole rows reverse",
     ),
     Mutation(
