@@ -1,53 +1,53 @@
-"""Time and peak memory of our losses next to those of others: python benchmarks/bench_kernels.py.
+"""Time and peak memory of our kernels and losses, against the machine's limits and against others.
 
-First ours is held against a float64 computation on small shapes (exit status 1 where it disagrees);
-then a loss and its gradients are timed, all implementations in one process, turn by turn:
+    python benchmarks/bench_kernels.py STAGE --device cuda|cpu --out FILE.csv
 
-    masked_kl       from two logits tensors, forward and reverse
-    ce + kl         from hidden states: cross-entropy on all rows, divergence on all or 10 % of them
-    ce              the same without a divergence: what the 10 % are to be compared with
+Stages, as `gpu_check.sh` runs them:
 
-each with a trained and with a frozen head. A peer is timed only if its loss and its gradient agree
-with ours. Percent of the copy bandwidth: 5 passes over a [N, V] tensor, which is what `masked_kl`
-must read and write. Percent of the matmul rate: the products no implementation can do without, one
-of [N, V, H] for the policy, one for each gradient, one over the active rows for the reference. Both
-limits are measured in turn with the rest.
+    parts       copy bandwidth and rate of a large matrix product; then each kernel alone against
+                the bytes it must move, and each product against its FLOPs
+    linear      linear_ce_kl and linear_cross_entropy against the bare products, turn by turn
+    masked_kl   forward, reverse and jsd from two logits tensors
+    chunks      linear_ce_kl over chunk sizes; and what makes the host wait in one call, counted
+                in a trace
+    peers       other implementations; `compiled` those that compile first
+
+A loss is timed only if it agrees with float64 (`problems`); ours that does not is exit status 1.
+Both limits are measured in turn with the rest, so percentages hold for the clocks of the moment.
 """
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import parts
 import torch
-from harness import (
-    Limit,
-    copy_limit,
-    matmul_limit,
-    measure_interleaved,
-    print_table,
-    provenance,
-    write_csv,
+from harness import Call, Limit, copy_limit, matmul_limit, measure_interleaved, provenance
+from host_waits import count_waits
+from peers import (
+    COMPILED_LINEAR_LOSSES,
+    COMPILED_LOGITS_LOSSES,
+    LINEAR_LOSSES,
+    LOGITS_LOSSES,
+    OURS,
+    Losses,
+    ours_cross_entropy,
+    ours_linear,
+    ours_masked_kl,
+    status_of,
+    value_and_gradients,
 )
-from peers import LINEAR_LOSSES, LOGITS_LOSSES, OURS, LinearProblem, LogitsProblem, status_of
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from problems import AGREES_WITHIN, OURS_WITHIN, LinearProblem, LogitsProblem, Truth, truth_of
+from result_rows import Rows
 
-from safereg_kernels import linear_ce_kl, masked_kl
-
-RESULTS = Path(__file__).resolve().parent / "results" / "kernels"
-AGREES_WITHIN = 0.1
-"""Relative difference of loss and gradient up to which a peer computes the same: Liger's chunked
-loss rounds its logits to bfloat16, which alone is some percent."""
-CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Relative to the norm; a bfloat16 gradient is rounded to 8 bits."""
+PRODUCTS = "bare products"
 _LIMIT = "limit of the machine"
 _PASSES = 5  # forward reads two logits tensors, backward reads them again and writes one
+_CHUNKS = (832, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,235 +59,295 @@ class Sizes:
     hidden: int
     dtype: torch.dtype
     chunk_tokens: int | None = None
+    """Of the losses; None = their default."""
+    block_rows: int
+    """Rows whose logits are formed at a time, in the kernels and products alone."""
+
+    def linear(self, device: torch.device, fraction: float, *, is_trained: bool) -> LinearProblem:
+        """The problem of `linear_ce_kl` with a divergence on so many of the rows."""
+        return LinearProblem.random(
+            (self.tokens, self.vocab, self.hidden),
+            self.dtype,
+            device,
+            num_active=round(fraction * self.tokens),
+            is_trained=is_trained,
+            chunk_tokens=self.chunk_tokens,
+        )
 
 
 SIZES = {
-    ("cuda", False): Sizes(tokens=8192, vocab=128256, hidden=4096, dtype=torch.bfloat16),
-    ("cuda", True): Sizes(tokens=2048, vocab=32000, hidden=1024, dtype=torch.bfloat16),
-    # Chunks of 64 tokens, so that what works in chunks has several here as well.
-    ("cpu", False): Sizes(tokens=256, vocab=8192, hidden=256, dtype=torch.float32, chunk_tokens=64),
-    ("cpu", True): Sizes(tokens=128, vocab=4096, hidden=128, dtype=torch.float32, chunk_tokens=64),
+    "cuda": Sizes(tokens=8192, vocab=128256, hidden=4096, dtype=torch.bfloat16, block_rows=1024),
+    # Chunks of 32 tokens, so that what works in chunks has several here as well.
+    "cpu": Sizes(
+        tokens=128, vocab=4096, hidden=128, dtype=torch.float32, chunk_tokens=32, block_rows=32
+    ),
 }
-"""By device and --quick."""
+
+
+class Work(NamedTuple):
+    """A call, and what it must do at least: bytes or FLOPs, in the unit of its group's limit."""
+
+    call: Call
+    amount: float
+    columns: Mapping[str, Any] = {}
 
 
 class Bench:
-    """The rows of one run, written after each group, so that a run cut short leaves what it has."""
+    """Measures groups of calls, and adds a row for each."""
 
-    def __init__(self, sizes: Sizes, device: torch.device, out: Path, bar: tqdm) -> None:
-        self.sizes, self.device, self.bar = sizes, device, bar
-        self._out = out
-        self._common = {
-            **provenance(device),
-            "dtype": str(sizes.dtype).removeprefix("torch."),
-            "N": sizes.tokens,
-            "V": sizes.vocab,
-        }
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, stage: str, device: torch.device, rows: Rows) -> None:
+        self.stage, self.device, self.rows = stage, device, rows
+        self.sizes = SIZES[device.type]
+        self.is_good = True
+        """False once one of ours has disagreed with float64."""
 
-    def group(
+    def group(self, works: Mapping[str, Work], limit: Limit, **columns: Any) -> None:
+        """Times the calls in turn with the limit, of which each row says its share."""
+        calls = {name: work.call for name, work in works.items()}
+        measured = measure_interleaved({**calls, _LIMIT: limit.call}, self.device)
+        rate = limit.work / measured[_LIMIT].median_ms  # per millisecond
+        amount_column = "bytes" if "bytes" in limit.rate_column else "flops"
+        for name, work in works.items():
+            median = measured[name].median_ms
+            row = {"status": "ok", **columns, **work.columns, **asdict(measured[name])}
+            row |= {amount_column: round(work.amount), "floor_ms": work.amount / rate}
+            row[limit.percent_column] = 100 * row["floor_ms"] / median
+            row[limit.rate_column] = rate * 1e3
+            for other, column in ((OURS, "ratio_to_ours"), (PRODUCTS, "ratio_to_products")):
+                if other in measured and len(works) > 1:
+                    row[column] = median / measured[other].median_ms
+            self.rows.add(implementation=name, **row)
+
+    def compare(
         self,
-        problem: Any,
-        makers: Mapping[str, Callable[[], Callable[[Any], Tensor]]],
+        problem: LogitsProblem | LinearProblem,
+        losses: Losses,
         limit: Limit,
-        work: int,
+        amount: float,
+        *,
+        others: Mapping[str, Work] | None = None,
         **columns: Any,
     ) -> None:
-        """Measures every implementation on one problem of so many bytes or operations."""
-        self.bar.set_description(" ".join(map(str, columns.values())))
-        calls, status = self._ready(problem, makers)
-        # The limit has its turn as well, or drift would let a call exceed it.
-        measured = measure_interleaved({**calls, _LIMIT: limit.call}, self.device, self.bar.update)
-        rate = limit.work / measured[_LIMIT].median_ms  # per millisecond
-        for name in makers:
-            row = {**self._common, **columns, "implementation": name, "status": status[name]}
-            if name in measured:
-                row |= asdict(measured[name])
-                row["ratio_to_ours"] = row["median_ms"] / measured[OURS].median_ms
-                row[limit.percent_column] = 100 * work / row["median_ms"] / rate
-                row[limit.rate_column] = rate * 1e3
-            self.rows.append(row)
-        write_csv(self.rows, self._out)
-
-    def _ready(
-        self, problem: Any, makers: Mapping[str, Callable[[], Callable[[Any], Tensor]]]
-    ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-        """(what to time, status of all): each has run once and agreed with ours."""
+        """Times the losses that agree with float64, and says why the others have no figure."""
         torch.compiler.reset()  # or later shapes hit the limit on compilations, and run eagerly
-        calls: dict[str, Callable[[], Any]] = {}
-        status: dict[str, str] = {}
-        expected: tuple[Tensor, ...] | None = None
-        for name, make in makers.items():
+        truth, works = truth_of(problem), {}
+        for name, make in losses.items():
+            clear(self.device)
+            gap, status = None, ""
             try:
-                call = _value_and_gradients(make(), problem)
-                found = call()
+                call = value_and_gradients(make(), problem)
+                gap = _gap(call, truth)
             except Exception as error:
                 if name == OURS:
                     raise
-                status[name] = status_of(error)
-                self.bar.write(f"{name}: {status[name]}")
-            else:
-                expected = expected or found
-                gap = max(map(relative_gap, found, expected))
-                status[name] = "ok" if gap < AGREES_WITHIN else f"differs by {gap:.2g}"
-                if status[name] == "ok":
-                    calls[name] = call
-                del found
-            if self.device.type == "cuda":
-                gc.collect()
-                torch.cuda.empty_cache()
-        return calls, status
+                status = status_of(error)
+            limit_of = OURS_WITHIN if name == OURS else AGREES_WITHIN
+            checked = {"gap": gap, "gap_limit": limit_of[self.sizes.dtype]}
+            if gap is not None and gap <= checked["gap_limit"]:
+                works[name] = Work(call, amount, checked)
+                continue
+            self.is_good &= name != OURS
+            status = status or f"differs from float64 by {gap:.2g}"
+            self.rows.add(implementation=name, status=status, **columns, **checked)
+        clear(self.device)
+        self.group({**works, **(others or {})}, limit, **columns)
 
 
-def _value_and_gradients(
-    loss: Callable[[Any], Tensor], problem: Any
-) -> Callable[[], tuple[Tensor, ...]]:
-    def call() -> tuple[Tensor, ...]:
-        value = loss(problem)
-        return value.detach(), *torch.autograd.grad(value, problem.leaves)
-
-    return call
+def _gap(call: Callable[[], tuple[torch.Tensor, ...]], truth: Truth) -> float:
+    loss, *gradients = call()
+    return truth.gap(loss, gradients)
 
 
-def relative_gap(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference by the norm of what is expected."""
-    dtype = torch.promote_types(expected.dtype, torch.float32)  # in which the squares are summed
-    gap, size = (torch.linalg.vector_norm(t, dtype=dtype) for t in (found - expected, expected))
-    return float(gap / size)
+def clear(device: torch.device) -> None:
+    """Gives back what is no longer held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def bench_parts(bench: Bench) -> None:
+    """The two ceilings that every other figure is a share of; kernels and products alone."""
+    _limits(bench)
+    _kernels(bench)
+    _products(bench)
+
+
+def _limits(bench: Bench) -> None:
+    for limit, name in (
+        (copy_limit(bench.device), "copy"),
+        (matmul_limit(bench.device), "matrix product"),
+    ):
+        [found] = measure_interleaved({name: limit.call}, bench.device).values()
+        rate = limit.work / found.median_ms * 1e3
+        bench.rows.add(
+            implementation="torch",
+            what=f"{name}, {rate / 1e12:.3g} T/s",
+            status="ok",
+            **asdict(found),
+            **{limit.rate_column: rate},
+        )
+
+
+def _kernels(bench: Bench) -> None:
+    sizes, limit = bench.sizes, copy_limit(bench.device)
+    for rows, dtype, with_ce in (
+        (sizes.tokens, sizes.dtype, False),  # as masked_kl calls them
+        (sizes.block_rows, torch.float32, True),  # as linear_ce_kl does
+    ):
+        clear(bench.device)
+        shape = (rows, sizes.vocab)
+        for part in parts.kernels(shape, dtype, sizes.dtype, bench.device, with_ce=with_ce):
+            work = {OURS: Work(part.call, part.amount)}
+            name = str(dtype).removeprefix("torch.")
+            bench.group(work, limit, what=f"{part.name}, {rows} rows", N=rows, dtype=name)
+
+
+def _products(bench: Bench) -> None:
+    sizes, limit = bench.sizes, matmul_limit(bench.device)
+    for rows in (sizes.block_rows, sizes.tokens):
+        clear(bench.device)
+        problem = sizes.linear(bench.device, 1.0, is_trained=True)
+        for part in parts.products(problem, rows):
+            work = {PRODUCTS: Work(part.call, part.amount)}
+            bench.group(work, limit, what=f"{part.name}, {rows} rows", N=rows, H=sizes.hidden)
 
 
 def bench_masked_kl(bench: Bench) -> None:
     """Value and gradient from two logits tensors."""
-    sizes = bench.sizes
-    shape = (sizes.tokens, sizes.vocab)
-    policy, reference = (
-        torch.randn(shape, device=bench.device, dtype=sizes.dtype).mul_(2) for _ in range(2)
-    )
-    limit = copy_limit(bench.device)
-    for direction in ("forward", "reverse"):
-        problem = LogitsProblem(
-            policy=policy.requires_grad_(),
-            reference=reference,
-            weights=torch.full((sizes.tokens,), 1 / sizes.tokens, device=bench.device),
-            direction=direction,
+    _compare_logits(bench, ("forward", "reverse", "jsd"), {OURS: lambda: ours_masked_kl})
+
+
+def _compare_logits(bench: Bench, directions: tuple[str, ...], losses: Losses) -> None:
+    sizes, limit = bench.sizes, copy_limit(bench.device)
+    for direction in directions:
+        clear(bench.device)
+        shape = (sizes.tokens, sizes.vocab)
+        problem = LogitsProblem.random(shape, sizes.dtype, bench.device, direction)
+        amount = _PASSES * problem.policy.numel() * problem.policy.element_size()
+        bench.compare(
+            problem, losses, limit, amount, what=f"masked_kl {direction}", active_fraction=1.0
         )
-        bytes_moved = _PASSES * policy.numel() * policy.element_size()
-        what = f"masked_kl {direction}"
-        bench.group(problem, LOGITS_LOSSES, limit, bytes_moved, what=what, active_fraction=1.0)
 
 
 def bench_linear(bench: Bench) -> None:
-    """Loss and gradients from hidden states, over heads and active fractions."""
-    sizes, limit = bench.sizes, matmul_limit(bench.device)
+    """Our losses against the products that no implementation can do without."""
     for head in ("trained", "frozen"):
         for fraction in (1.0, 0.1, 0.0):
-            problem = LinearProblem.random(
-                (sizes.tokens, sizes.vocab, sizes.hidden),
-                sizes.dtype,
-                bench.device,
-                num_active=round(fraction * sizes.tokens),
-                is_trained=head == "trained",
-                chunk_tokens=sizes.chunk_tokens,
-            )
-            num_products = 2 + (head == "trained") + fraction
-            bench.group(
-                problem,
-                LINEAR_LOSSES,
-                limit,
-                round(2 * num_products * sizes.tokens * sizes.vocab * sizes.hidden),
-                what="ce + kl" if fraction > 0 else "ce",
-                active_fraction=fraction,
-                head=head,
-                H=sizes.hidden,
-            )
+            _compare_linear(bench, head, fraction, {OURS: lambda: ours_linear}, name="linear_ce_kl")
+        losses = {OURS: lambda: ours_cross_entropy}
+        _compare_linear(bench, head, 0.0, losses, name="linear_cross_entropy")
 
 
-def check_kernels(device: torch.device) -> bool:
-    """Ours against float64 on small shapes, rows of weight 0 among them; prints what it finds."""
-    is_good = True
-    for dtype in [torch.float32, torch.bfloat16] if device.type == "cuda" else [torch.float32]:
-        for direction in ("forward", "reverse", "l2"):
-            for check in (_check_masked_kl, _check_linear_ce_kl):
-                gap = check(device, dtype, direction)
-                is_within = gap <= CHECK_TOLERANCE[dtype]
-                is_good &= is_within
-                name = f"{check.__name__.removeprefix('_check_')} {direction} {dtype}"
-                print(f"{'ok  ' if is_within else 'FAIL'} {name}: off float64 by {gap:.1e}")
-    return is_good
-
-
-def _check_masked_kl(device: torch.device, dtype: torch.dtype, direction: str) -> float:
-    x, y = (torch.randn(24, 5000).to(device, dtype) for _ in range(2))
-    weights = (torch.rand(24) * (torch.arange(24) % 3 > 0)).to(device)
-    x.requires_grad_()
-    ours = masked_kl(x, y, weights, direction=direction, temperature=1.3)[0]
-    exact = _divergence(x.double() / 1.3, y.double() / 1.3, direction) @ weights.double()
-    return _largest_gap(ours, exact, [x])
-
-
-def _check_linear_ce_kl(device: torch.device, dtype: torch.dtype, direction: str) -> float:
-    problem = LinearProblem.random(
-        (24, 5000, 32), dtype, device, num_active=16, is_trained=True, chunk_tokens=10
+def _compare_linear(
+    bench: Bench, head: str, fraction: float, losses: Losses, *, name: str | None = None
+) -> None:
+    clear(bench.device)
+    sizes, limit = bench.sizes, matmul_limit(bench.device)
+    problem = sizes.linear(bench.device, fraction, is_trained=head == "trained")
+    amount = 2 * problem.num_products * sizes.tokens * sizes.vocab * sizes.hidden
+    bench.compare(
+        problem,
+        losses,
+        limit,
+        amount,
+        others={PRODUCTS: Work(parts.all_products(problem, sizes.block_rows), amount)},
+        what=name or ("ce + kl" if fraction > 0 else "ce"),
+        active_fraction=fraction,
+        head=head,
+        H=sizes.hidden,
     )
-    ce_weights = problem.ce_weights * (torch.arange(24) % 4 > 0)
-    ours = linear_ce_kl(
-        problem.hidden,
-        problem.head,
-        problem.labels,
-        ce_weights=ce_weights,
-        kl_weights=problem.kl_weights,
-        reference_hidden=problem.reference_hidden,
-        reference_head=problem.reference_head,
-        direction=direction,
-        chunk_tokens=problem.chunk_tokens,
-    )[0]
-    x = problem.hidden.double() @ problem.head.double().T
-    y = problem.reference_hidden.double() @ problem.reference_head.double().T
-    exact = cross_entropy(x, problem.labels, reduction="none") @ ce_weights.to(x)
-    exact = exact + _divergence(x, y, direction) @ problem.kl_weights.to(x)
-    return _largest_gap(ours, exact, problem.leaves)
 
 
-def _divergence(x: Tensor, y: Tensor, direction: str) -> Tensor:
-    """Of each row, by its definition and autograd."""
-    if direction == "l2":
-        return (x - y).var(-1, correction=0)
-    a, b = x.log_softmax(-1), y.log_softmax(-1)
-    u, w = (b, a) if direction == "forward" else (a, b)
-    return (u.exp() * (u - w)).sum(-1)
+def bench_chunks(bench: Bench) -> None:
+    """Time and peak memory of `linear_ce_kl` over chunk sizes, its default among them; waits."""
+    _chunks(bench)
+    _waits(bench)
 
 
-def _largest_gap(ours: Tensor, exact: Tensor, leaves: list[Tensor]) -> float:
-    found = [ours.detach(), *torch.autograd.grad(ours, leaves)]
-    expected = [exact.detach(), *torch.autograd.grad(exact, leaves)]
-    return max(map(relative_gap, found, expected))
+def _chunks(bench: Bench) -> None:
+    sizes, limit = bench.sizes, matmul_limit(bench.device)
+    problem = sizes.linear(bench.device, 1.0, is_trained=True)
+    amount = 2 * problem.num_products * sizes.tokens * sizes.vocab * sizes.hidden
+    # By name, since all are ours; the default has the name that the others are compared with.
+    chosen = {OURS: None, **{f"ours, chunk {size}": size for size in chunk_sizes(sizes)}}
+    works = {PRODUCTS: Work(parts.all_products(problem, sizes.block_rows), amount)}
+    for name, chunk_tokens in chosen.items():
+        call = value_and_gradients(parts.linear_in_chunks(chunk_tokens), problem)
+        works[name] = Work(call, amount, {"chunk_tokens": chunk_tokens})
+    bench.group(
+        works,
+        limit,
+        what="linear_ce_kl chunks",
+        active_fraction=1.0,
+        head="trained",
+        H=sizes.hidden,
+    )
+
+
+def chunk_sizes(sizes: Sizes) -> tuple[int, ...]:
+    """The sweep, scaled down with the number of tokens."""
+    return tuple(max(1, size * sizes.tokens // _CHUNKS[-1]) for size in _CHUNKS)
+
+
+def _waits(bench: Bench) -> None:
+    """Where the host waits for the device within one call of value and gradients."""
+    clear(bench.device)
+    for name, call, expected in parts.watched_calls(bench.sizes, bench.device):
+        if bench.device.type != "cuda":
+            bench.rows.add(implementation=OURS, what=name, status="needs CUDA")
+            continue
+        found = count_waits(call)
+        status = "ok" if found.total <= expected else f"expected at most {expected}"
+        bench.rows.add(
+            implementation=OURS, what=name, status=f"{status}: {found.text}", count=found.total
+        )
+
+
+def bench_peers(bench: Bench) -> None:
+    """What needs no compilation."""
+    for fraction in (1.0, 0.0, 0.1):
+        _compare_linear(bench, "trained", fraction, LINEAR_LOSSES)
+    _compare_logits(bench, ("forward", "jsd"), LOGITS_LOSSES)
+
+
+def bench_compiled(bench: Bench) -> None:
+    """What compiles for its first value."""
+    _compare_linear(bench, "trained", 1.0, COMPILED_LINEAR_LOSSES)
+    if bench.device.type == "cpu":
+        return  # enough to know that it works: the rest would only compile
+    _compare_logits(bench, ("forward",), COMPILED_LOGITS_LOSSES)
+    _compare_linear(bench, "trained", 0.0, COMPILED_LINEAR_LOSSES)
+
+
+STAGES: dict[str, Callable[[Bench], None]] = {
+    "parts": bench_parts,
+    "linear": bench_linear,
+    "masked_kl": bench_masked_kl,
+    "chunks": bench_chunks,
+    "peers": bench_peers,
+    "compiled": bench_compiled,
+}
 
 
 def main() -> int:
-    """Checks, measures, writes; the exit status."""
+    """Runs one stage; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, help="CSV (default results/kernels/DEVICE.csv)")
-    parser.add_argument("--quick", action="store_true", help="smaller shapes")
-    parser.add_argument("--check-only", action="store_true", help="no timing")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="CSV to which rows are added")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(arguments.device)
     torch.manual_seed(0)
-    if not check_kernels(device):
-        return 1
-    if arguments.check_only:
-        return 0
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        print("TRITON_INTERPRET=1: interpreted kernels are checked, not timed")
-        return 2
-    with tqdm(unit=" rounds", mininterval=1) as bar:
-        out = arguments.out or RESULTS / f"{device.type}.csv"
-        bench = Bench(SIZES[device.type, arguments.quick], device, out, bar)
-        bench_masked_kl(bench)
-        bench_linear(bench)
-    print_table(bench.rows)
-    print(f"written: {out}")
-    return 0
+    sizes = SIZES[device.type]
+    common = {
+        "stage": arguments.stage,
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+        "N": sizes.tokens,
+        "V": sizes.vocab,
+    }
+    bench = Bench(arguments.stage, device, Rows(arguments.out, **provenance(device), **common))
+    STAGES[arguments.stage](bench)
+    return 0 if bench.is_good else 1
 
 
 if __name__ == "__main__":

@@ -1,58 +1,117 @@
 #!/usr/bin/env bash
-# Kernels on one GPU in under 9 minutes, without a network: versions, correctness, times, figures.
-#   bash benchmarks/gpu_check.sh [FOLDER]
-# Results go to FOLDER (default benchmarks/results/kernels). Liger-Kernel is compared with where it
-# can be imported. Without a CUDA device the kernels are interpreted on the CPU at tiny sizes, the
-# CPU path is timed at small ones, and results go to runs/gpu_check: there are no GPU figures then.
+# Kernels, losses and training steps on one GPU in under 9 minutes, in one shot and without a network.
+#
+#   bash benchmarks/gpu_check.sh [OUT] [--cpu] [--only STAGE[,STAGE]...]
+#
+# OUT (default benchmarks/results/kernels) gets cuda.csv, to which every row is added the moment it
+# is measured, and the figures drawn from it. Nothing is timed unless the gate, the kernels' own test
+# at production shapes, passes. A stage that runs out of time leaves its rows. Exit status: 0 all
+# stages passed, 1 one failed, 2 no GPU or a wrong argument.
+#
+#   --cpu     the same stages at small sizes on the CPU, into OUT/cpu.csv (default runs/gpu_check):
+#             a test of this script; none of its figures is one of a GPU
+#   --only    some stages, added to what OUT holds: versions gate parts linear masked_kl chunks step
+#             zero3 peers compiled figures
+#
+# Environment: PYTHON, the interpreter (default .venv/bin/python where there is one, else python3);
+# SAFEREG_GATE, another command for the gate. Packages that are compared with (liger_kernel,
+# cut_cross_entropy, quack) are used where they can be imported.
 set -uo pipefail
 
+stages=" versions gate parts linear masked_kl chunks step zero3 peers compiled figures "
+device=cuda out="" only=""
+
+refuse() {
+  printf 'gpu_check: %s\n' "$*" >&2
+  exit 2
+}
+
+while (($#)); do
+  case "$1" in
+    --cpu) device=cpu ;;
+    --only)
+      shift
+      only=" ${1:-} "
+      only="${only//,/ }"
+      ;;
+    -*) refuse "unknown option $1: see the head of $0" ;;
+    *) out="$1" ;;
+  esac
+  shift
+done
+for name in $only; do
+  [[ "$stages" == *" $name "* ]] || refuse "no stage $name: choose from$stages"
+done
+
+if [[ "$device" == cuda ]]; then
+  # Asked first, and not torch: a cold import can take a minute.
+  gpu="$(timeout 30 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader \
+    2>&1)" || refuse "no GPU: nvidia-smi says '${gpu%%$'\n'*}': use a machine with one, or --cpu"
+  echo "$gpu"
+fi
+
+[[ -n "$out" && "$out" != /* ]] && out="$PWD/$out"
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
-python=python3
-[[ -x .venv/bin/python ]] && python=.venv/bin/python
-export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+root="$PWD"
+if [[ -z "$out" ]]; then
+  out="$root/benchmarks/results/kernels"
+  [[ "$device" == cpu ]] && out="$root/runs/gpu_check"
+fi
+mkdir -p "$out" || refuse "cannot write to $out"
+csv="$out/$device.csv"
+
+python="${PYTHON:-python3}"
+[[ -z "${PYTHON:-}" && -x .venv/bin/python ]] && python=.venv/bin/python
+export PYTHONPATH="$root/kernels:$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# Whoever runs this may have chosen a path; figures are those of the default one.
+unset SAFEREG_KERNELS TRITON_INTERPRET
+slower=1
+[[ "$device" == cpu ]] && slower=4 # times the limits: a busy machine of two cores
 status=0
 
-# stage SECONDS COMMAND...: runs it, and remembers that it failed or ran out of time.
+# stage NAME SECONDS COMMAND...: runs it where it is asked for; remembers that it failed.
 stage() {
-  local seconds=$1
-  shift
-  printf '\n== %s\n' "$*"
+  local name=$1 seconds=$(($2 * slower)) code
+  shift 2
+  [[ -z "$only" || "$only" == *" $name "* ]] || return 0
+  printf '\n== %s (at most %s s; %s s so far)\n' "$name" "$seconds" "$SECONDS"
   timeout --kill-after=5 "$seconds" "$@"
-  local code=$?
-  ((code == 124)) && echo "gpu_check: out of time after $seconds s; what was written stays"
+  code=$?
+  ((code == 124)) && echo "gpu_check: $name is out of time; the rows it has written stay"
   ((code == 0)) || status=1
   return $code
 }
 
-# The limits below add up to 525 seconds.
-stage 60 "$python" - <<'EOF'
-import importlib
+kernels() {
+  local name=$1 seconds=$2
+  stage "$name" "$seconds" "$python" benchmarks/bench_kernels.py "$name" \
+    --device "$device" --out "$csv"
+}
 
-for name in ("torch", "triton", "transformers", "liger_kernel"):
-    try:
-        print(name, getattr(importlib.import_module(name), "__version__", "(installed)"))
-    except ImportError:
-        print(name, "not installed")
-EOF
-
-if timeout 30 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  folder="${1:-benchmarks/results/kernels}"
-  stage 5 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-  if compgen -G 'tests/gpu/test_*.py' >/dev/null; then
-    stage 90 "$python" -m pytest tests/gpu -q -p no:cacheprovider
-  else
-    echo "no tests in tests/gpu"
-  fi
-  stage 310 "$python" benchmarks/bench_kernels.py --device cuda --out "$folder/cuda.csv"
-else
-  folder="${1:-runs/gpu_check}"
-  echo "no CUDA device: kernels are interpreted on the CPU, and nothing here is a GPU figure"
-  stage 120 env SAFEREG_KERNELS=triton TRITON_INTERPRET=1 \
-    "$python" benchmarks/bench_kernels.py --device cpu --check-only
-  stage 280 env SAFEREG_KERNELS=eager \
-    "$python" benchmarks/bench_kernels.py --device cpu --quick --out "$folder/cpu.csv"
+# The limits below add up to 535 seconds.
+stage versions 30 "$python" benchmarks/versions.py "$device"
+gate=("$python" kernels/tests/gate.py --device "$device")
+[[ -n "${SAFEREG_GATE:-}" ]] && read -ra gate <<<"$SAFEREG_GATE"
+if ! stage gate 90 "${gate[@]}"; then
+  echo "gpu_check: the gate failed: nothing is timed" >&2
+  exit 1
 fi
+[[ -z "$only" ]] && rm -f "$csv"
+kernels parts 45
+kernels linear 55
+kernels masked_kl 25
+kernels chunks 35
+# One big allocation after another of another size: without this, 80 GB can be too few for the last.
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+  stage step 60 "$python" benchmarks/bench_step.py --device "$device" --out "$csv"
+stage zero3 60 "$python" benchmarks/bench_zero3.py --device "$device" --out "$csv"
+kernels peers 55
+kernels compiled 65
+stage figures 15 "$python" benchmarks/plot.py "$out"
 
-stage 30 "$python" benchmarks/plot.py "$folder"
-((status == 0)) && echo "gpu_check: all stages passed" || echo "gpu_check: a stage failed, see above"
+if ((status == 0)); then
+  echo "gpu_check: all stages passed in $SECONDS s"
+else
+  echo "gpu_check: a stage failed, see above ($SECONDS s)"
+fi
 exit $status

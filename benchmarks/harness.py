@@ -2,8 +2,9 @@
 
 What is claimed: times are medians with 20 % and 80 % quantiles of single calls, taken in rounds in
 which every implementation has its turn, so that drift of clocks hits all of them alike. On CUDA the
-L2 cache is overwritten before each call. Peak memory is what one call holds at most beyond what was
-allocated before it. A figure that was not measured is an empty cell.
+L2 cache is overwritten before each call, and time is the device's. Peak memory is what one call
+holds at most beyond what was allocated before it. Each row is written and printed the moment it is
+known, so a run cut short leaves what it has. A figure that was not measured is an empty cell.
 """
 
 import csv
@@ -26,16 +27,21 @@ import torch
 Call = Callable[[], Any]
 
 COLUMNS = [
-    *("date", "hardware", "commit", "torch", "triton", "liger", "dtype", "N", "V", "H"),
-    *("active_fraction", "head", "implementation", "what", "status"),
-    *("median_ms", "q20_ms", "q80_ms", "peak_extra_bytes", "percent_of_copy_bandwidth"),
-    *("percent_of_matmul_rate", "ratio_to_ours", "copy_bytes_per_s", "matmul_flops_per_s"),
+    *("date", "hardware", "driver", "commit", "torch", "triton", "liger", "stage", "dtype"),
+    *("N", "V", "H", "active_fraction", "head", "chunk_tokens", "implementation", "what"),
+    *("status", "median_ms", "q20_ms", "q80_ms", "rounds", "peak_extra_bytes"),
+    *("percent_of_copy_bandwidth", "percent_of_matmul_rate", "copy_bytes_per_s"),
+    *("matmul_flops_per_s", "bytes", "flops", "floor_ms", "ratio_to_ours", "ratio_to_products"),
+    *("ratio_to_sft", "peak_memory_bytes", "loss", "gap", "gap_limit", "count"),
 ]
-SECONDS_PER_CALL = {"cuda": 1.5, "cpu": 1.5}
+"""Of the results of `gpu_check.sh`, all stages alike: what a stage does not know stays empty."""
+SECONDS_PER_CALL = {"cuda": 1.0, "cpu": 0.2}
 """Time spent on the repetitions of one call, within the limits below."""
-MIN_ROUNDS, MAX_ROUNDS = 5, 50
-WARM_UPS = 2
-_FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU there is
+MIN_ROUNDS, MAX_ROUNDS = {"cuda": 5, "cpu": 3}, 50
+WARM_UPS = {"cuda": 2, "cpu": 1}
+_FLUSH_BYTES = 1 << 30
+"""Several times the L2 cache of any GPU there is; to write it takes long enough for the host to be
+ahead of the device when the timed call begins, as it is in training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,32 +51,37 @@ class Measurement:
     median_ms: float
     q20_ms: float
     q80_ms: float
+    rounds: int
     peak_extra_bytes: int
 
 
 def measure_interleaved(
-    calls: Mapping[str, Call], device: torch.device, on_round: Callable[[], Any] = lambda: None
+    calls: Mapping[str, Call], device: torch.device, *, rounds: int | None = None
 ) -> dict[str, Measurement]:
-    """Time and peak memory of each call, in rounds; `on_round` is called after each one's turn."""
+    """Time and peak memory of each call, in rounds in which each has its turn.
+
+    `rounds` None = as many for all as the slowest one has time for.
+    """
     peaks, wanted = {}, {}
     for name, fn in calls.items():
-        for _ in range(WARM_UPS):
+        for _ in range(WARM_UPS[device.type]):
             fn()
         peaks[name] = peak_extra_bytes(fn, device)
         seconds = time_once(fn, device) / 1e3
         wanted[name] = round(SECONDS_PER_CALL[device.type] / max(seconds, 1e-6))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    # As many rounds for all as the slowest one has time for.
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, min(wanted.values(), default=0)))
+    rounds = rounds or min(
+        MAX_ROUNDS, max(MIN_ROUNDS[device.type], min(wanted.values(), default=0))
+    )
     for _ in range(rounds):
         for name, fn in calls.items():
             samples[name].append(time_once(fn, device))
-        on_round()
     return {
         name: Measurement(
             median_ms=statistics.median(times),
             q20_ms=statistics.quantiles(times, n=5, method="inclusive")[0],
             q80_ms=statistics.quantiles(times, n=5, method="inclusive")[3],
+            rounds=rounds,
             peak_extra_bytes=peaks[name],
         )
         for name, times in samples.items()
@@ -78,13 +89,13 @@ def measure_interleaved(
 
 
 def time_once(fn: Call, device: torch.device) -> float:
-    """Milliseconds of one call, host work included where the device waits for it."""
+    """Milliseconds of one call; on CUDA the device's, in which it waits for a host that is late."""
     gc.disable()  # a collection in between would be billed to the call
     try:
         if device.type == "cuda":
-            _flush_buffer(device).zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(device)
+            _flush_buffer(device).zero_()
             begin.record()
             fn()
             end.record()
@@ -157,7 +168,7 @@ class Limit:
 
 def copy_limit(device: torch.device) -> Limit:
     """A copy of a large tensor; bytes read and bytes written both count."""
-    size = (1 << 30) if device.type == "cuda" else (128 << 20)
+    size = (2 << 30) if device.type == "cuda" else (128 << 20)
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return Limit(
@@ -186,6 +197,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "hardware": hardware(device),
+        "driver": driver(device),
         "commit": commit(),
         "torch": torch.__version__,
         "triton": installed("triton"),
@@ -204,6 +216,18 @@ def hardware(device: torch.device) -> str:
                 name = line.split(":", 1)[1].strip()
                 break
     return f"{name}, cores used: {min(torch.get_num_threads(), os.cpu_count() or 1)}"
+
+
+def driver(device: torch.device) -> str:
+    """Version of the GPU's driver, empty where nvidia-smi does not tell."""
+    if device.type != "cuda":
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.split("\n")[0].strip()
 
 
 def commit() -> str:
@@ -228,21 +252,6 @@ def installed(package: str) -> str:
         return ""
 
 
-def print_table(rows: Iterable[Mapping[str, Any]]) -> None:
-    """The rows as people read them; where nothing was measured, the status."""
-    for row in rows:
-        case = f"{row['what']} {row['active_fraction']:.0%} {row.get('head', '')}".strip()
-        text = f"{case:28s} {row['implementation']:27s}"
-        if "median_ms" not in row:
-            print(f"{text} {row['status']}")
-            continue
-        of_limit = row.get("percent_of_copy_bandwidth") or row["percent_of_matmul_rate"]
-        print(
-            f"{text} {row['median_ms']:9.3f} ms  x{row['ratio_to_ours']:<6.2f}"
-            f"{row['peak_extra_bytes'] / 2**20:10.1f} MiB {of_limit:6.1f} % of the limit"
-        )
-
-
 def write_csv(rows: Iterable[Mapping[str, Any]], path: Path, columns: list[str] = COLUMNS) -> None:
     """Writes the rows; a column that a row lacks stays empty, one that is not known is an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,8 +259,9 @@ def write_csv(rows: Iterable[Mapping[str, Any]], path: Path, columns: list[str] 
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({key: _cell(value) for key, value in row.items()})
+            writer.writerow({key: cell(value) for key, value in row.items()})
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
+    """A value as it stands in a CSV."""
     return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value

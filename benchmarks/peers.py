@@ -1,6 +1,6 @@
 """Other implementations of the same losses, from PyPI, behind one interface.
 
-Each is a function from a `Problem` to a scalar loss whose gradients autograd takes; packages are
+Each is a function from a problem to a scalar loss whose gradients autograd takes; packages are
 imported when asked for. One that cannot run gets a status in words, never a number:
 `not installed`, `out of memory`, what it cannot express, or the class of its error.
 
@@ -9,122 +9,62 @@ float32 by ours and in bfloat16 by Liger, and Liger's chunked loss rounds logits
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
+from problems import LinearProblem, LogitsProblem, divergence_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from safereg_kernels import linear_ce_kl, masked_kl
+from safereg_kernels import linear_ce_kl, linear_cross_entropy, masked_kl
 
 OURS = "ours"
+OPTIONAL = ("liger_kernel", "cut_cross_entropy", "quack", "cutlass")
+"""Packages that a machine may lack."""
 
 
 class CannotRunError(Exception):
     """The peer has no way to compute this; the message says why."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogitsProblem:
-    """Sum over rows of the divergence between two sets of logits, times 1 / N."""
-
-    policy: Tensor
-    """[N, V], differentiable."""
-    reference: Tensor
-    weights: Tensor
-    """[N], all 1 / N."""
-    direction: str
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """What a gradient is wanted of."""
-        return [self.policy]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearProblem:
-    """1 / N times the sum of the cross-entropy of all rows and of KL(q||p) of the active rows."""
-
-    hidden: Tensor
-    """[N, H], differentiable."""
-    head: Tensor
-    """[V, H], differentiable where it is trained."""
-    reference_hidden: Tensor
-    reference_head: Tensor
-    labels: Tensor
-    ce_weights: Tensor
-    """[N] on the CPU, so that counting rows does not wait for the device."""
-    kl_weights: Tensor
-    """The same, 0 where a row is not active."""
-    active: Tensor
-    """Numbers of the active rows, for peers that know no weights."""
-    chunk_tokens: int | None
-    """Tokens a chunk for those that work in chunks; None = each one's default."""
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """What a gradient is wanted of."""
-        return [tensor for tensor in (self.hidden, self.head) if tensor.requires_grad]
-
-    @classmethod
-    def random(
-        cls,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        num_active: int,
-        is_trained: bool,
-        chunk_tokens: int | None,
-    ) -> "LinearProblem":
-        """A problem of (N, V, H): logits of two unlike models, of standard deviation 2."""
-        tokens, vocab, width = shape
-
-        def normal(rows: int, std: float) -> Tensor:
-            return torch.randn(rows, width, device=device, dtype=dtype).mul_(std)
-
-        active = torch.randperm(tokens)[:num_active].sort().values
-        weights = torch.full((tokens,), 1 / tokens)
-        return cls(
-            hidden=normal(tokens, 1).requires_grad_(),
-            head=normal(vocab, 2 / width**0.5).requires_grad_(is_trained),
-            reference_hidden=normal(tokens, 1),
-            reference_head=normal(vocab, 2 / width**0.5),
-            labels=torch.randint(vocab, (tokens,), device=device),
-            ce_weights=weights,
-            kl_weights=torch.zeros(tokens).index_copy_(0, active, weights[active]),
-            active=active.to(device),
-            chunk_tokens=chunk_tokens,
-        )
-
-    @property
-    def is_dense(self) -> bool:
-        """True where every row is active."""
-        return len(self.active) == len(self.labels)
-
-
 LogitsLoss = Callable[[LogitsProblem], Tensor]
 LinearLoss = Callable[[LinearProblem], Tensor]
+
+
+def value_and_gradients(
+    loss: Callable[[Any], Tensor], problem: Any
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that gives the loss and the gradients of the problem's leaves."""
+
+    def call() -> tuple[Tensor, ...]:
+        value = loss(problem)
+        return value.detach(), *torch.autograd.grad(value, problem.leaves)
+
+    return call
 
 
 def status_of(error: Exception) -> str:
     """Why a peer has no figure, in a few words."""
     if isinstance(error, CannotRunError):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name == "liger_kernel":
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in OPTIONAL:
         return "not installed"
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return type(error).__name__
 
 
-def _ours_masked_kl(problem: LogitsProblem) -> Tensor:
+def ours_masked_kl(problem: LogitsProblem) -> Tensor:
+    """`masked_kl`."""
     return masked_kl(
         problem.policy, problem.reference, problem.weights, direction=problem.direction
     )[0]
 
 
-def _full_logits_kl(policy: Tensor, reference: Tensor, direction: str) -> Tensor:
+def _full_logits_divergence(policy: Tensor, reference: Tensor, direction: str) -> Tensor:
+    """Full log-probabilities in float32."""
+    if direction == "jsd":
+        return divergence_of(policy.float(), reference.float(), direction).sum() / len(policy)
     return _kl_sum(policy, reference, direction) / len(policy)
 
 
@@ -133,31 +73,32 @@ def _of_logits(function: Callable[[Tensor, Tensor, str], Tensor]) -> LogitsLoss:
 
 
 def _kl_sum(x: Tensor, y: Tensor, direction: str = "forward") -> Tensor:
-    """Full log-probabilities in float32."""
     a, b = (log_softmax(logits, dim=-1, dtype=torch.float32) for logits in (x, y))
     first, second = (a, b) if direction == "forward" else (b, a)
     return kl_div(first, second, reduction="sum", log_target=True)
 
 
-def _liger_kl_div() -> LogitsLoss:
+def _liger_divergence() -> LogitsLoss:
+    from liger_kernel.transformers.jsd import LigerJSD
     from liger_kernel.transformers.kl_div import LigerKLDIVLoss
 
-    loss = LigerKLDIVLoss(reduction="sum", log_target=True)
+    kl, jsd = LigerKLDIVLoss(reduction="sum", log_target=True), LigerJSD(beta=0.5)
 
     def run(problem: LogitsProblem) -> Tensor:
         _need_cuda(problem.policy)
-        if problem.direction != "forward":
+        if problem.direction == "reverse":
             raise CannotRunError("gradient of the first argument only")
         a, b = (
             log_softmax(logits, dim=-1, dtype=torch.float32)
             for logits in (problem.policy, problem.reference)
         )
-        return loss(a, b) / len(a)
+        return jsd(a, b) if problem.direction == "jsd" else kl(a, b) / len(a)
 
     return run
 
 
-def _ours_linear(problem: LinearProblem) -> Tensor:
+def ours_linear(problem: LinearProblem) -> Tensor:
+    """`linear_ce_kl`."""
     return linear_ce_kl(
         problem.hidden,
         problem.head,
@@ -168,6 +109,13 @@ def _ours_linear(problem: LinearProblem) -> Tensor:
         reference_head=problem.reference_head,
         chunk_tokens=problem.chunk_tokens,
     )[0]
+
+
+def ours_cross_entropy(problem: LinearProblem) -> Tensor:
+    """`linear_cross_entropy`."""
+    return linear_cross_entropy(
+        problem.hidden, problem.head, problem.labels, chunk_tokens=problem.chunk_tokens
+    )
 
 
 def _full_logits_linear(
@@ -260,23 +208,83 @@ def _liger_triton() -> LinearLoss:
     return run
 
 
+def _liger_target() -> LinearLoss:
+    """Liger's cross-entropy, and its divergence from probabilities, which are made beforehand."""
+    from liger_kernel.transformers import LigerFusedLinearKLDivLoss
+    from liger_kernel.transformers.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyLoss,
+    )
+
+    linear_ce, divergence = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearKLDivLoss()
+
+    def run(problem: LinearProblem) -> Tensor:
+        _need_cuda(problem.hidden)
+        if len(problem.active) == 0:
+            raise CannotRunError("the same as Liger FLCE + FLJSD")
+        loss = linear_ce(problem.head, problem.hidden, problem.labels)
+        hidden, reference = problem.hidden, problem.reference_hidden
+        if not problem.is_dense:
+            hidden, reference = hidden[problem.active], reference[problem.active]
+        with torch.no_grad():
+            target = (reference @ problem.reference_head.T).softmax(-1, dtype=torch.float32)
+        kl = divergence(hidden, problem.head, target)
+        return loss + kl * (len(problem.active) / len(problem.labels))
+
+    return run
+
+
+def _cut_cross_entropy() -> LinearLoss:
+    from cut_cross_entropy import linear_cross_entropy as cce
+
+    def run(problem: LinearProblem) -> Tensor:
+        _need_cuda(problem.hidden)
+        if len(problem.active) > 0:
+            raise CannotRunError("no divergence")
+        return cce(problem.hidden, problem.head, problem.labels)
+
+    return run
+
+
+def _quack() -> LinearLoss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def run(problem: LinearProblem) -> Tensor:
+        _need_cuda(problem.hidden)
+        if len(problem.active) > 0:
+            raise CannotRunError("no divergence")
+        return chunked_linear_cross_entropy(problem.hidden, problem.head, problem.labels)
+
+    return run
+
+
 def _need_cuda(tensor: Tensor) -> None:
     if not tensor.is_cuda:
         raise CannotRunError("needs CUDA")
 
 
-LOGITS_LOSSES: dict[str, Callable[[], LogitsLoss]] = {
-    OURS: lambda: _ours_masked_kl,
-    "torch eager": lambda: _of_logits(_full_logits_kl),
-    "torch compile": lambda: _of_logits(torch.compile(_full_logits_kl, dynamic=False)),
-    "Liger KLDIVLoss": _liger_kl_div,
+Losses = dict[str, Callable[[], Callable[[Any], Tensor]]]
+LOGITS_LOSSES: Losses = {
+    OURS: lambda: ours_masked_kl,
+    "torch eager": lambda: _of_logits(_full_logits_divergence),
+    "Liger KLDIVLoss / JSD": _liger_divergence,
 }
-LINEAR_LOSSES: dict[str, Callable[[], LinearLoss]] = {
-    OURS: lambda: _ours_linear,
+LINEAR_LOSSES: Losses = {
+    OURS: lambda: ours_linear,
     "torch eager": lambda: _of_hidden(_full_logits_linear),
-    "torch compile": lambda: _of_hidden(torch.compile(_full_logits_linear, dynamic=False)),
-    "torch linear_cross_entropy": _torch_linear_cross_entropy,
-    "Liger chunked JSDLoss": _liger_chunked,
     "Liger FLCE + FLJSD": _liger_triton,
+    "Liger FLCE + FLKLDiv": _liger_target,
+    "torch linear_cross_entropy": _torch_linear_cross_entropy,
+    "cut-cross-entropy": _cut_cross_entropy,
+    "quack": _quack,
 }
-"""What makes each loss, by the name under which it is listed; may raise what `status_of` names."""
+COMPILED_LOGITS_LOSSES: Losses = {
+    OURS: lambda: ours_masked_kl,
+    "torch compile": lambda: _of_logits(torch.compile(_full_logits_divergence, dynamic=False)),
+}
+COMPILED_LINEAR_LOSSES: Losses = {
+    OURS: lambda: ours_linear,
+    "torch compile": lambda: _of_hidden(torch.compile(_full_logits_linear, dynamic=False)),
+    "Liger chunked JSDLoss": _liger_chunked,
+}
+"""What makes each loss, by the name under which it is listed; may raise what `status_of` names.
+Those that compile are apart: they take long before they give their first value."""

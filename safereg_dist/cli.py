@@ -367,10 +367,12 @@ def _add_plan(verbs: argparse._SubParsersAction) -> None:
     for name, default in (
         *(("gpus-per-node", 8), ("seq-length", 1024), ("micro-batch", 4), ("grad-accum", 1)),
         *(("hpz-partition-size", 1), ("tensor-parallel", 1), ("pipeline-parallel", 1)),
-        *(("zero-stage", 3), ("chunk-tokens", 1024)),
+        ("zero-stage", 3),
     ):
         plan.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     plan.add_argument("--rows-per-pass", type=int, help="of the reference; default: --micro-batch")
+    plan.add_argument("--head-bytes", type=int, help="of the head's logits; default: its own")
+    plan.add_argument("--chunk-tokens", type=int, help="of the head at a time; default: by memory")
     for name, default, what in (
         ("response-share", 0.5, "of a row's tokens"),
         ("risky-fraction", 0.1, "of the rows, anchor rows among them"),

@@ -35,10 +35,13 @@ class Objective:
     micro-batches of one optimizer step.
     """
 
-    def __init__(self, config: RegularizerConfig, *, chunk_tokens: int) -> None:
+    def __init__(
+        self, config: RegularizerConfig, *, chunk_tokens: int | None, head_bytes: int | None
+    ) -> None:
         self._additive = config.objective == "additive"
         self._direction = _DIRECTIONS[config.divergence]
         self._chunk_tokens = chunk_tokens
+        self._head_bytes = head_bytes
 
     @part(HEAD_CE)
     def __call__(
@@ -65,10 +68,13 @@ class Objective:
             reference_head=reference_head.weight,
             direction=self._direction,
             chunk_tokens=self._chunk_tokens,
+            head_bytes=self._head_bytes,
             policy_bias=head.bias,
             reference_bias=reference_head.bias,
             policy_softcap=head.softcap,
             reference_softcap=reference_head.softcap,
+            policy_logit_scale=head.scale,
+            reference_logit_scale=reference_head.scale,
             # The task loss is logged for rows with b = 1 too, whose cross-entropy weighs nothing.
             ce_report=self._task_tokens(batch),
         )

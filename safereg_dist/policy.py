@@ -10,12 +10,7 @@ from safereg_dist.errors import ConfigError
 from safereg_dist.parts import POLICY_FORWARD, part
 from safereg_dist.types import Head, MicroBatch, head_of
 
-_UNSUPPORTED_HEADS = (
-    "logits_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-)
+_UNSUPPORTED_HEADS = ("logits_soft_cap",)
 
 
 class PolicyStates(NamedTuple):
@@ -72,14 +67,14 @@ class Policy(nn.Module):
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Raises ConfigError where logits are more than hidden @ head.T + bias, soft-capped."""
+    """Raises ConfigError where logits are more than `types.Head` says."""
     config = model.config.get_text_config()
     for name in _UNSUPPORTED_HEADS:
         value = getattr(config, name, None)
         if value not in (None, 1, 1.0):
             raise ConfigError(
-                f"{type(model).__name__} scales its logits ({name}={value}): the fused head "
-                "does not support this yet"
+                f"{type(model).__name__} changes its logits ({name}={value}) in a way that the fused "
+                "head does not know"
             )
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ConfigError(

@@ -111,14 +111,19 @@ class RowRisks(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A language-model head, whole on this rank: logits = hidden @ weight.T + bias, soft-capped."""
+    """A language-model head, whole on this rank.
+
+    logits = softcap tanh(scale (hidden @ weight.T + bias) / softcap), without a cap the inside.
+    """
 
     weight: nn.Parameter | None
     """[V, H]; None where no head was gathered, since nobody needs it."""
     bias: nn.Parameter | None
     """[V], or None."""
     softcap: float | None
-    """c of logits c tanh(raw / c) (Gemma 2), or None."""
+    """Soft cap of the logits (Gemma 2), or None."""
+    scale: float
+    """Factor of the raw logits (Cohere, Granite), else 1."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -126,7 +131,7 @@ class Head(NamedTuple):
         return [parameter for parameter in self[:2] if parameter is not None]
 
 
-NO_HEAD = Head(None, None, None)
+NO_HEAD = Head(None, None, None, 1.0)
 
 
 def head_of(model: nn.Module) -> Head:
@@ -134,7 +139,11 @@ def head_of(model: nn.Module) -> Head:
     head = model.get_output_embeddings()  # type: ignore[operator]
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(head.weight, getattr(head, "bias", None), softcap)
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        scale *= getattr(config, name, None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return Head(head.weight, getattr(head, "bias", None), softcap, scale)
 
 
 class ReferenceStates(NamedTuple):

@@ -23,16 +23,6 @@ def row_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SAFEREG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture(params=["eager", "triton"])
-def path(request, monkeypatch) -> str:
-    """Runs a test on both paths of the kernels; blocks are small, so that a row spans several."""
-    from safereg_kernels import fused
-
-    monkeypatch.setenv("SAFEREG_KERNELS", request.param)
-    monkeypatch.setattr(fused, "BLOCK_COLUMNS", 256)
-    return request.param
-
-
 @pytest.fixture
 def launch(tmp_path) -> Launcher:
     """Runs scripts under the deepspeed launcher or torchrun; logs go below `tmp_path`."""

@@ -1,7 +1,7 @@
 """`Call`: all arguments of one call that are no tensors, as one string that a graph can hold."""
 
-import json
-from dataclasses import asdict, dataclass
+from ast import literal_eval
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -37,21 +37,27 @@ class Call:
         return getattr(torch, self.logits_dtype_name)
 
     def encoded(self) -> str:
-        """As JSON."""
-        return _encoded(self)
+        """As a Python literal, in steps that a tracing compiler can follow."""
+        own = _literals(self, [name for name in _NAMES if name not in ("spec", "shard")])
+        shard = "None" if self.shard is None else _literals(self.shard, _SHARD_NAMES)
+        return f"({_literals(self.spec, _SPEC_NAMES)}, {shard}, {own})"
 
     @staticmethod
     @cache
     def decoded(text: str) -> "Call":
         """From `encoded`."""
-        fields = json.loads(text)
-        shard = fields.pop("shard")
-        return Call(
-            **{**fields, "spec": LossSpec(**fields["spec"])},
-            shard=None if shard is None else VocabShard(**shard),
-        )
+        spec, shard, own = literal_eval(text)
+        shard = None if shard is None else VocabShard(**shard)
+        return Call(spec=LossSpec(**spec), shard=shard, **own)
 
 
-@cache
-def _encoded(call: Call) -> str:
-    return json.dumps(asdict(call))
+_NAMES = [field.name for field in fields(Call)]
+_SPEC_NAMES = [field.name for field in fields(LossSpec)]
+_SHARD_NAMES = [field.name for field in fields(VocabShard)]
+
+
+def _literals(of: object, names: list[str]) -> str:
+    pairs = []
+    for name in names:
+        pairs.append(f"'{name}': {getattr(of, name)!r}")
+    return "{" + ", ".join(pairs) + "}"

@@ -134,9 +134,13 @@ def run_chunks(inputs: Inputs, is_needed: Sequence[bool]) -> tuple[Tensor, Gradi
         hidden = inputs.hidden[rows].to(head.weight.dtype)
         for chunk in _slices(group.start, group.stop, sizes.logits_rows):
             in_group = slice(chunk.start - group.start, chunk.stop - group.start)
-            block = _block(hidden[in_group], head, reference, inputs, chunk, buffers)
-            grad = buffers.grad_of(in_group) if is_grad_needed else None
-            statistics[chunk] = _run_block(block, inputs, chunk, grad)
+            # Nothing here may hold a block: its logits' memory goes to dW in the end.
+            statistics[chunk] = _run_block(
+                _block(hidden[in_group], head, reference, inputs, chunk, buffers),
+                inputs,
+                chunk,
+                buffers.grad_of(in_group) if is_grad_needed else None,
+            )
         if is_grad_needed:
             if group.stop == selection.num_active and sizes.grad_rows > sizes.logits_rows:
                 buffers.free_logits()  # dW takes their place

@@ -9,8 +9,9 @@ Divergence of a row, and its gradient in x:
     jsd      -sum_v (beta q d + m L)                        -(1 - beta) p (L + KL(p||m)) / T
 
 with m = beta q + (1 - beta) p, L = log m/p = log1p(beta (e^-d - 1)) and KL(p||m) = -sum_v p L.
-Every term of a divergence is >= 0 and, to first order, insensitive to an error of d, so that one of
-1e-7 nats keeps its digits. The cross-entropy, its z-loss and the entropy are of softmax(x):
+Every term of a divergence is >= 0, and an error that all d share (the normalisers' rounding) acts
+on the sum in second order only, so that 1e-7 nats keep their digits; sum_v q d would lose them. The
+cross-entropy, its z-loss and the entropy are of softmax(x):
 
     CE + z lse^2 = lse - x_label + z lse^2                  (1 + 2 z lse) softmax(x) - onehot
 
@@ -22,8 +23,10 @@ H = sum_k P_k H_k + H(P), with P_k, Q_k the mass of part k. The gradient needs n
 row. Only `jsd` takes a second look at the logits, `add_mixture`, since m needs both normalisers.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,9 +48,9 @@ from safereg_kernels.block import (
 )
 from safereg_kernels.spec import LossSpec
 
-LOGITS_PER_THREAD = 1 << 16
-"""Logits that a thread works on at a time: its share of a temporary is 256 KiB, which bounds the
-memory, stays in its cache, and is long enough to pay for starting and joining the threads."""
+LOGITS_PER_THREAD = 1 << 17
+"""Logits that a thread works on at a time: 512 KiB of each of four temporaries, which bounds the
+memory. With half as many the hundred calls and joins of threads that a piece costs are felt."""
 
 _LOG_RATIO_LIMIT = 80.0  # the less likely token is then one of e^-80, and float32 holds e^80
 
@@ -56,9 +59,10 @@ Rows = slice | Tensor
 
 def row_statistics(block: Block, spec: LossSpec) -> Tensor:
     """Statistics of every row over this block's columns, float32 [rows, NUM_STATISTICS]."""
-    statistics = _nothing_seen(len(block.policy), block.policy, spec)
-    for piece in _pieces(block, spec):
-        statistics[piece.rows] = _statistics_of(piece, spec)
+    statistics = _nothing_seen(block, spec)
+    for piece in _pieces(block, spec, statistics):
+        _fill_statistics(piece, spec)
+        statistics[piece.rows] = piece.statistics
     return statistics
 
 
@@ -68,11 +72,10 @@ def add_mixture(block: Block, spec: LossSpec, statistics: Tensor) -> None:
     `statistics` are those of whole rows; the shares of shards add up.
     """
     statistics[:, DIVERGENCE] = statistics[:, MIXTURE] = 0.0
-    for piece in _pieces(block, spec):
-        own = statistics[piece.rows]
-        _exponentiate(piece, spec, own)
-        _fill_mixture(piece, spec, own)
-        statistics[piece.rows] = own
+    for piece in _pieces(block, spec, statistics):
+        _exponentiate(piece, spec)
+        _fill_mixture(piece, spec)
+        statistics[piece.rows] = piece.statistics
 
 
 def merge_statistics(partials: Tensor, spec: LossSpec) -> Tensor:
@@ -99,10 +102,9 @@ def write_gradient(out: Tensor, block: Block, spec: LossSpec, statistics: Tensor
     rows whose weights are both 0. `statistics` are those of whole rows.
     """
     _clear_unread(out, block)
-    for piece in _pieces(block, spec):
-        own = statistics[piece.rows]
-        _exponentiate(piece, spec, own)
-        out[piece.rows, : block.num_columns] = _gradient_of(piece, spec, own).to(out.dtype)
+    for piece in _pieces(block, spec, statistics):
+        _exponentiate(piece, spec)
+        _store_gradient(out, piece, spec)
 
 
 def statistics_and_gradient(out: Tensor, block: Block, spec: LossSpec) -> Tensor:
@@ -110,14 +112,14 @@ def statistics_and_gradient(out: Tensor, block: Block, spec: LossSpec) -> Tensor
 
     Returns the statistics.
     """
-    statistics = _nothing_seen(len(block.policy), block.policy, spec)
+    statistics = _nothing_seen(block, spec)
     _clear_unread(out, block)
-    for piece in _pieces(block, spec):
-        own = _statistics_of(piece, spec)
+    for piece in _pieces(block, spec, statistics):
+        _fill_statistics(piece, spec)
         if spec.direction == "jsd":
-            _fill_mixture(piece, spec, own)
-        statistics[piece.rows] = own
-        out[piece.rows, : block.num_columns] = _gradient_of(piece, spec, own).to(out.dtype)
+            _fill_mixture(piece, spec)
+        statistics[piece.rows] = piece.statistics
+        _store_gradient(out, piece, spec)
     return statistics
 
 
@@ -129,61 +131,111 @@ def scale_in_place(tensor: Tensor, scale: Tensor) -> None:
 # ---- what is worked on at a time ------------------------------------------------------------
 
 
+class _Labels(NamedTuple):
+    """Of some rows, each [rows, 1]."""
+
+    column: Tensor
+    """Of the label; 0 where it is not here."""
+    is_here: Tensor
+    logit_elsewhere: Tensor
+    """Its logit where it is not here: 0, or NaN where it is invalid."""
+    weight: Tensor
+    """Of the cross-entropy; NaN where it is not 0 but the label is invalid."""
+    gradient: Tensor
+    """What the label's own logit gets: minus the weight; 0 where it is not here."""
+
+
 @dataclass(slots=True, kw_only=True)
 class _Piece:
-    """Some of the rows that are read, those with a KL weight first, without padding."""
+    """Some of the rows that are read, without padding; those with a KL weight are the *first*."""
 
     rows: Rows
     """Where they are in the block."""
+    num_kl: int
+    """How many have a KL weight."""
     x: Tensor
     """[rows, tokens] float32."""
-    y: Tensor | None
-    """[rows with a KL weight, tokens] float32, or None where there is no reference."""
-    labels: Tensor | None
-    ce_weights: Tensor | None
+    y: Tensor
+    """[first rows, tokens] float32; [0, tokens] where there is no reference."""
+    labels: _Labels | None
     kl_weights: Tensor
-    """Of the rows that have one: so many are the first rows."""
-    exp_p: Tensor | None = None
-    """exp(x - max x), where needed. The gradient overwrites all three."""
-    exp_pt: Tensor | None = None
+    """[first rows, 1]."""
+    statistics: Tensor
+    """[rows, NUM_STATISTICS]."""
+    whole: tuple[Tensor, ...]
+    """Its columns, views [rows, 1]."""
+    first: tuple[Tensor, ...]
+    """The same of the first rows."""
+    exp_p: Tensor
+    """exp(x - max x); here and below nothing until `_exponentiate`, nor where it is not needed."""
+    exp_pt: Tensor
     """exp((x - max x) / T) of the first rows; where T is 1, a view of `exp_p`."""
-    exp_q: Tensor | None = None
+    exp_q: Tensor
     """exp((y - max y) / T)."""
 
 
-def _pieces(block: Block, spec: LossSpec) -> Iterator[_Piece]:
-    """All rows that are to be read: a view of the logits where those with a KL weight lie first."""
+def _pieces(block: Block, spec: LossSpec, statistics: Tensor) -> Iterator[_Piece]:
+    """All rows that are to be read: views of the logits where those with a KL weight lie first."""
     if block.num_columns == 0:
         return
     has_kl = block.kl_weights != 0
     num_kl = int(has_kl.sum())
     num_read = num_kl if block.labels is None else len(has_kl)
     order = None if bool(has_kl[:num_kl].all()) else torch.argsort(~has_kl, stable=True)
+    labels = _labels_of(block)
     threads = torch.get_num_threads()
     step = max(threads, threads * LOGITS_PER_THREAD // block.num_columns)
     for begin in range(0, num_read, step):
         end = min(begin + step, num_read)
-        rows = slice(begin, end) if order is None else order[begin:end]
-        yield _read(block, spec, rows, max(0, min(end, num_kl) - begin))
-
-
-def _read(block: Block, spec: LossSpec, rows: Rows, num_kl: int) -> _Piece:
-    raw, y = block.policy[:, : block.num_columns][rows].float(), None
-    if block.reference is not None and num_kl > 0:
-        first = (
-            rows[:num_kl] if isinstance(rows, Tensor) else slice(rows.start, rows.start + num_kl)
+        first_end = max(begin, min(end, num_kl))
+        rows, first = slice(begin, end), slice(begin, first_end)
+        if order is not None:
+            rows, first = order[rows], order[first]
+        x, y = _read(block, spec, rows, first)
+        own, nothing = statistics[rows], x[:0]
+        yield _Piece(
+            rows=rows,
+            num_kl=first_end - begin,
+            x=x,
+            y=y,
+            labels=None if labels is None else _Labels(*(column[rows] for column in labels)),
+            kl_weights=block.kl_weights[first, None],
+            statistics=own,
+            whole=own.split(1, -1),
+            first=own[: first_end - begin].split(1, -1),
+            exp_p=nothing,
+            exp_pt=nothing,
+            exp_q=nothing,
         )
-        y = block.reference[:, : block.num_columns][first].float()
-        if spec.is_difference:
-            raw = torch.cat([raw[:num_kl] + y, raw[num_kl:]])
-        y = _logits(y, spec.reference_logit_scale, spec.reference_softcap)
-    return _Piece(
-        rows=rows,
-        x=_logits(raw, spec.policy_logit_scale, spec.policy_softcap),
-        y=y,
-        labels=None if block.labels is None else block.labels[rows],
-        ce_weights=None if block.ce_weights is None else block.ce_weights[rows],
-        kl_weights=block.kl_weights[rows][:num_kl],
+
+
+def _labels_of(block: Block) -> _Labels | None:
+    if block.labels is None or block.ce_weights is None:
+        return None
+    labels, weights = block.labels[:, None], block.ce_weights[:, None]
+    is_here = (labels >= 0) & (labels < block.num_columns)
+    is_invalid = (labels == LABEL_INVALID) | (labels >= block.num_columns)
+    elsewhere = torch.where(is_invalid, float("nan"), 0.0)
+    return _Labels(
+        column=torch.where(is_here, labels, 0),
+        is_here=is_here,
+        logit_elsewhere=elsewhere,
+        weight=torch.where(weights != 0, weights + elsewhere, 0.0),
+        gradient=torch.where(is_here, -weights, 0.0),
+    )
+
+
+def _read(block: Block, spec: LossSpec, rows: Rows, first: Rows) -> tuple[Tensor, Tensor]:
+    """(x, y) of a piece; x is a view where nothing is to be done to the raw logits."""
+    raw = block.policy[:, : block.num_columns][rows].float()
+    if block.reference is None:
+        return _logits(raw, spec.policy_logit_scale, spec.policy_softcap), raw[:0]
+    y = block.reference[:, : block.num_columns][first].float()
+    if spec.is_difference:
+        raw = torch.cat([raw[: len(y)] + y, raw[len(y) :]])
+    return (
+        _logits(raw, spec.policy_logit_scale, spec.policy_softcap),
+        _logits(y, spec.reference_logit_scale, spec.reference_softcap),
     )
 
 
@@ -194,7 +246,8 @@ def _logits(raw: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 def _clear_unread(out: Tensor, block: Block) -> None:
     """0 in padding, and in rows that no piece holds."""
-    out[:, block.num_columns :] = 0
+    if block.num_columns < out.shape[1]:
+        out[:, block.num_columns :] = 0
     if block.labels is None:
         unread = block.kl_weights == 0
         if bool(unread.any()):
@@ -204,130 +257,119 @@ def _clear_unread(out: Tensor, block: Block) -> None:
 # ---- statistics -----------------------------------------------------------------------------
 
 
-def _nothing_seen(rows: int, like: Tensor, spec: LossSpec) -> Tensor:
+def _nothing_seen(block: Block, spec: LossSpec) -> Tensor:
     """The neutral element of `merge_statistics`, for every row."""
-    statistics = torch.zeros(rows, NUM_STATISTICS, device=like.device)
+    rows, device = len(block.policy), block.policy.device
+    statistics = torch.zeros(rows, NUM_STATISTICS, dtype=torch.float32, device=device)
     statistics[:, MAX_P] = LOGIT_FLOOR
     if spec.direction != "l2":
         statistics[:, REF_A] = LOGIT_FLOOR
     return statistics
 
 
-def _statistics_of(piece: _Piece, spec: LossSpec) -> Tensor:
-    """[rows of the piece, NUM_STATISTICS]; leaves the exponentials in the piece."""
-    statistics = _nothing_seen(len(piece.x), piece.x, spec)
-    with_kl = statistics[: len(piece.kl_weights)]
-    statistics[:, MAX_P] = piece.x.amax(-1).clamp_min_(LOGIT_FLOOR)
-    if piece.y is not None and spec.direction != "l2":
-        with_kl[:, REF_A] = piece.y.amax(-1).clamp_min_(LOGIT_FLOOR)
-    _exponentiate(piece, spec, statistics)
-    _fill_mass(piece, spec, statistics)
+def _fill_statistics(piece: _Piece, spec: LossSpec) -> None:
+    """All but the mixture; leaves the exponentials in the piece."""
+    whole, first = piece.whole, piece.first
+    has_reference = len(piece.y) > 0
+    torch.amax(piece.x, -1, keepdim=True, out=whole[MAX_P]).clamp_min_(LOGIT_FLOOR)
+    if has_reference and spec.direction != "l2":
+        torch.amax(piece.y, -1, keepdim=True, out=first[REF_A]).clamp_min_(LOGIT_FLOOR)
+    _exponentiate(piece, spec)
+    _fill_mass(piece, spec)
     if piece.labels is not None:
-        statistics[:, LABEL_LOGIT] = _label_logits(piece.x, piece.labels)
+        label_logit = piece.x.gather(-1, piece.labels.column)
+        whole[LABEL_LOGIT].copy_(
+            torch.where(piece.labels.is_here, label_logit, piece.labels.logit_elsewhere)
+        )
     if spec.has_entropy:
-        statistics[:, ENTROPY] = _entropy(piece, statistics)
-    if piece.y is not None:
-        if spec.direction == "l2":
-            _fill_l2(piece, spec, with_kl)
-        elif spec.direction != "jsd":
-            with_kl[:, DIVERGENCE] = _kl(piece, spec, with_kl)
-    return statistics
+        whole[ENTROPY].copy_(_entropy(piece))
+    if has_reference and spec.direction == "l2":
+        _fill_l2(piece, spec)
+    elif has_reference and spec.direction != "jsd":
+        first[DIVERGENCE].copy_(_kl(piece, spec))
 
 
-def _exponentiate(piece: _Piece, spec: LossSpec, statistics: Tensor) -> None:
+def _exponentiate(piece: _Piece, spec: LossSpec) -> None:
     """Sets those exponentials that the formula has, from the maxima."""
-    num_kl, temperature = len(piece.kl_weights), spec.temperature
-    has_p = piece.labels is not None or spec.has_entropy
-    has_pt = spec.direction != "l2"
-    below = piece.x - statistics[:, MAX_P, None] if has_p or has_pt else piece.x
-    if temperature == 1.0 and (has_p or has_pt):
-        piece.exp_p = below.exp_()
-        piece.exp_pt = piece.exp_p[:num_kl]
-    else:
-        piece.exp_pt = (below[:num_kl] / temperature).exp_() if has_pt else None
-        piece.exp_p = below.exp_() if has_p else None
-    if piece.y is not None and has_pt:
-        below = piece.y - statistics[:num_kl, REF_A, None]
-        piece.exp_q = (below if temperature == 1.0 else below.div_(temperature)).exp_()
-
-
-def _fill_mass(piece: _Piece, spec: LossSpec, statistics: Tensor) -> None:
-    with_kl = statistics[: len(piece.kl_weights)]
-    if piece.exp_p is not None:
-        statistics[:, SUM_P] = piece.exp_p.sum(-1)
+    has_p, has_kl = piece.labels is not None or spec.has_entropy, spec.direction != "l2"
+    if not has_p and not has_kl:
+        return
+    below = piece.x - piece.whole[MAX_P]
     if spec.temperature == 1.0:
-        statistics[:, SUM_PT] = statistics[:, SUM_P]
-    elif piece.exp_pt is not None:
-        with_kl[:, SUM_PT] = piece.exp_pt.sum(-1)
-    if piece.exp_q is not None:
-        with_kl[:, REF_B] = piece.exp_q.sum(-1)
+        piece.exp_p = below.exp_()
+        piece.exp_pt = piece.exp_p[: piece.num_kl]
+    else:
+        if has_kl:
+            piece.exp_pt = (below[: piece.num_kl] / spec.temperature).exp_()
+        if has_p:
+            piece.exp_p = below.exp_()
+    if has_kl and len(piece.y) > 0:
+        piece.exp_q = _tempered(piece.y - piece.first[REF_A], spec).exp_()
 
 
-def _label_logits(x: Tensor, labels: Tensor) -> Tensor:
-    is_here = (labels >= 0) & (labels < x.shape[-1])
-    here = x.gather(-1, torch.where(is_here, labels, 0)[:, None]).squeeze(-1)
-    here = torch.where(is_here, here, 0.0)
-    return torch.where(_is_invalid(x, labels), float("nan"), here)
+def _tempered(logits: Tensor, spec: LossSpec) -> Tensor:
+    return logits if spec.temperature == 1.0 else logits.div_(spec.temperature)
 
 
-def _is_invalid(x: Tensor, labels: Tensor) -> Tensor:
-    return (labels == LABEL_INVALID) | (labels >= x.shape[-1])
+def _fill_mass(piece: _Piece, spec: LossSpec) -> None:
+    if len(piece.exp_p) > 0:
+        torch.sum(piece.exp_p, -1, keepdim=True, out=piece.whole[SUM_P])
+    if spec.temperature == 1.0:
+        piece.whole[SUM_PT].copy_(piece.whole[SUM_P])
+    elif len(piece.exp_pt) > 0:
+        torch.sum(piece.exp_pt, -1, keepdim=True, out=piece.first[SUM_PT])
+    if len(piece.exp_q) > 0:
+        torch.sum(piece.exp_q, -1, keepdim=True, out=piece.first[REF_B])
 
 
-def _entropy(piece: _Piece, statistics: Tensor) -> Tensor:
-    """log s - sum_v softmax(x) (x - max x): no term is negative."""
-    assert piece.exp_p is not None
-    largest, total = statistics[:, MAX_P], statistics[:, SUM_P]
-    below = (piece.x - largest[:, None]).clamp_min_(LOGIT_FLOOR)  # 0 * -inf
-    entropy = total.log() - below.mul_(piece.exp_p).sum(-1) / total
+def _entropy(piece: _Piece) -> Tensor:
+    """log s - sum_v softmax(x) (x - max x), whose terms are not negative; 0 without a token."""
+    total = piece.whole[SUM_P]
+    below = (piece.x - piece.whole[MAX_P]).clamp_min_(LOGIT_FLOOR)  # 0 * -inf
+    entropy = total.log() - below.mul_(piece.exp_p).sum(-1, keepdim=True) / total
     return torch.where(total != 0, entropy, 0.0)
 
 
-def _fill_l2(piece: _Piece, spec: LossSpec, statistics: Tensor) -> None:
+def _fill_l2(piece: _Piece, spec: LossSpec) -> None:
     gap, kept = _gap(piece, spec)
-    count = kept.sum(-1)
-    mean = gap.sum(-1) / count.clamp_min(1)
-    centred = torch.where(kept, gap - mean[:, None], 0.0)
-    statistics[:, REF_A], statistics[:, REF_B] = mean, count.float()
-    statistics[:, DIVERGENCE] = (centred * centred).sum(-1)
+    count = kept.sum(-1, keepdim=True)
+    mean = gap.sum(-1, keepdim=True) / count.clamp_min(1)
+    centred = gap.sub_(mean).mul_(kept)
+    piece.first[REF_A].copy_(mean)
+    piece.first[REF_B].copy_(count)
+    torch.sum(centred.square_(), -1, keepdim=True, out=piece.first[DIVERGENCE])
 
 
 def _gap(piece: _Piece, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """(u = (x - y) / T, which tokens take part: not those that a model suppresses)."""
-    assert piece.y is not None
-    x = piece.x[: len(piece.y)]
-    kept = torch.isfinite(x) & torch.isfinite(piece.y)
-    return torch.where(kept, (x - piece.y).div_(spec.temperature), 0.0), kept
+    gap = _tempered(piece.x[: len(piece.y)] - piece.y, spec)
+    kept = torch.isfinite(gap)
+    return gap.masked_fill_(~kept, 0.0), kept
 
 
-def _kl(piece: _Piece, spec: LossSpec, statistics: Tensor) -> Tensor:
-    """KL between the distributions conditioned on these columns; 0 where one has no mass here."""
-    assert piece.exp_pt is not None
-    assert piece.exp_q is not None
-    log_ratio = _log_ratio(piece, spec, statistics)  # log w/u, u the weighting distribution
-    if spec.direction == "reverse":
-        log_ratio.neg_()
-    sum_p, sum_q = statistics[:, SUM_PT], statistics[:, REF_B]
+def _kl(piece: _Piece, spec: LossSpec) -> Tensor:
+    """KL [rows, 1] of the distributions conditioned on these columns; 0 where one has no mass."""
+    sum_p, sum_q = piece.first[SUM_PT], piece.first[REF_B]
     u, w = _weighting_first(spec, piece.exp_pt, piece.exp_q)
     sum_u, sum_w = _weighting_first(spec, sum_p, sum_q)
+    log_ratio = _log_ratio(piece, spec)  # log w/u
+    if spec.direction == "reverse":
+        log_ratio.neg_()
     terms = torch.expm1(log_ratio).sub_(log_ratio).mul_(u)
-    value = terms.sum(-1).div_(sum_u).clamp_min_(0)  # of two equal rows rounding may make it less
-    is_wild = ~torch.isfinite(value)
-    if bool(is_wild.any()):  # a suppressed token, or w / u overflows
-        shares_u, shares_w = u[is_wild] / sum_u[is_wild, None], w[is_wild] / sum_w[is_wild, None]
-        value[is_wild] = _kl_terms(shares_u, shares_w, -log_ratio[is_wild]).sum(-1)
-    return torch.where((sum_p != 0) & (sum_q != 0), value, 0.0)
+    value = terms.sum(-1, keepdim=True).div_(sum_u)
+    if not math.isfinite(float(value.sum())):  # a suppressed token, or w/u overflows
+        is_wild = ~torch.isfinite(value.squeeze(-1))
+        share_u, share_w = u[is_wild] / sum_u[is_wild], w[is_wild] / sum_w[is_wild]
+        value[is_wild] = _kl_terms(share_u, share_w, -log_ratio[is_wild]).sum(-1, keepdim=True)
+        value = torch.where((sum_p != 0) & (sum_q != 0), value, 0.0)
+    return value.clamp_min_(0)  # rounding may bring a value near 0 below it
 
 
-def _log_ratio(piece: _Piece, spec: LossSpec, statistics: Tensor) -> Tensor:
+def _log_ratio(piece: _Piece, spec: LossSpec) -> Tensor:
     """d = log p - log q in a new tensor; NaN for tokens that both models suppress."""
-    assert piece.y is not None
-    ratio = piece.x[: len(piece.y)] - piece.y
-    if spec.temperature != 1.0:
-        ratio.div_(spec.temperature)
-    maxima = (statistics[:, MAX_P] - statistics[:, REF_A]) / spec.temperature
-    shift = maxima + (statistics[:, SUM_PT].log() - statistics[:, REF_B].log())
-    return ratio.sub_(shift[:, None])
+    first = piece.first
+    shift = _tempered(first[MAX_P] - first[REF_A], spec) + (first[SUM_PT] / first[REF_B]).log_()
+    return _tempered(piece.x[: piece.num_kl] - piece.y, spec).sub_(shift)
 
 
 def _weighting_first(spec: LossSpec, of_p: Tensor, of_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -342,28 +384,22 @@ def _kl_terms(u: Tensor, w: Tensor, d: Tensor) -> Tensor:
     return torch.where((d.abs() < 1) & (u > 0), close, literal)
 
 
-def _fill_mixture(piece: _Piece, spec: LossSpec, statistics: Tensor) -> None:
-    if piece.y is None:
+def _fill_mixture(piece: _Piece, spec: LossSpec) -> None:
+    """These columns' share of the divergence and of KL(p||m), from whole rows' normalisers."""
+    if len(piece.y) == 0:
         return
-    with_kl = statistics[: len(piece.y)]
-    p, q = _probabilities(piece, with_kl)
-    ratio, log_mixture = _mixture(piece, spec, with_kl)
+    first = piece.first
+    p, q = piece.exp_pt / first[SUM_PT], piece.exp_q / first[REF_B]
+    ratio, log_mixture = _mixture(piece, spec)
     mixture = p.mul(1 - spec.beta).add_(q, alpha=spec.beta)
     terms = mixture.mul_(log_mixture).add_(ratio.mul_(q), alpha=spec.beta)
-    with_kl[:, DIVERGENCE] = terms.sum(-1).neg_().clamp_min_(0)
-    with_kl[:, MIXTURE] = p.mul_(log_mixture).sum(-1).neg_()
+    first[DIVERGENCE].copy_(terms.sum(-1, keepdim=True).neg_().clamp_min_(0))
+    first[MIXTURE].copy_(p.mul_(log_mixture).sum(-1, keepdim=True).neg_())
 
 
-def _probabilities(piece: _Piece, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, q) in new tensors."""
-    assert piece.exp_pt is not None
-    assert piece.exp_q is not None
-    return piece.exp_pt / statistics[:, SUM_PT, None], piece.exp_q / statistics[:, REF_B, None]
-
-
-def _mixture(piece: _Piece, spec: LossSpec, statistics: Tensor) -> tuple[Tensor, Tensor]:
+def _mixture(piece: _Piece, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """(d, L = log m/p), both finite: where they are clamped one of p, q is 0 to float32."""
-    ratio = _log_ratio(piece, spec, statistics).nan_to_num_(0.0)
+    ratio = _log_ratio(piece, spec).nan_to_num_(0.0)
     ratio.clamp_(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
     return ratio, torch.neg(ratio).expm1_().mul_(spec.beta).log1p_()
 
@@ -405,96 +441,96 @@ def _merge_reference(merged: Tensor, partials: Tensor, log_share_p: Tensor, spec
 # ---- gradient -------------------------------------------------------------------------------
 
 
-def _gradient_of(piece: _Piece, spec: LossSpec, statistics: Tensor) -> Tensor:
-    """Gradient in the raw logits, [rows of the piece, tokens]; uses up the exponentials."""
-    with_kl = statistics[: len(piece.kl_weights)]
-    of_kl, rest = _divergence_factors(piece, spec, with_kl)
-    of_ce = None if piece.labels is None else _ce_factor(piece, spec, statistics)
-    grad = _sum_of_terms(piece, spec, of_ce, of_kl, rest)
-    if piece.labels is not None:
-        _subtract_at_label(grad, piece)
-    if spec.policy_softcap is not None:
-        grad *= (piece.x / spec.policy_softcap).square_().neg_().add_(1)
-    if spec.policy_logit_scale != 1.0:
-        grad *= spec.policy_logit_scale
-    if piece.labels is not None:
-        _clear_idle(grad, piece)
-    return grad
-
-
-def _sum_of_terms(
-    piece: _Piece,
-    spec: LossSpec,
-    of_ce: Tensor | None,
-    of_kl: Tensor | None,
-    rest: Tensor | None,
-) -> Tensor:
-    """exp_p * of_ce + exp_pt * of_kl + rest; the last two have the first rows only."""
-    num_kl = len(piece.kl_weights)
-    if of_ce is None:
-        grad = None if of_kl is None else piece.exp_pt.mul_(of_kl)
-    elif of_kl is not None and spec.temperature == 1.0:  # exp_pt is the first rows of exp_p
-        grad = piece.exp_p
-        grad[:num_kl] *= of_kl.add_(of_ce[:num_kl])
-        grad[num_kl:] *= of_ce[num_kl:]
+def _store_gradient(out: Tensor, piece: _Piece, spec: LossSpec) -> None:
+    """Fills the piece's rows of `out`, directly where its layout allows."""
+    n = piece.x.shape[1]
+    if isinstance(piece.rows, slice) and out.dtype == torch.float32:
+        _fill_gradient(out[piece.rows, :n], piece, spec)
     else:
-        grad = piece.exp_p.mul_(of_ce)
-        if of_kl is not None:
-            grad[:num_kl] += piece.exp_pt.mul_(of_kl)
-    if grad is None or rest is None:
-        return rest if grad is None else grad
-    grad[:num_kl] += rest
-    return grad
+        grad = torch.empty_like(piece.x)
+        _fill_gradient(grad, piece, spec)
+        out[piece.rows, :n] = grad.to(out.dtype)
 
 
-def _ce_factor(piece: _Piece, spec: LossSpec, statistics: Tensor) -> Tensor:
-    """[rows, 1]: ce_weight (1 + 2 z lse) / s; 0 where the weight is, NaN for an invalid label."""
-    weights, total = piece.ce_weights, statistics[:, SUM_P]
-    lse = statistics[:, MAX_P] + total.log()
-    factor = weights * (1 + 2 * spec.z_loss * lse) / total
-    factor = torch.where(_is_invalid(piece.x, piece.labels), float("nan"), factor)
-    return torch.where(weights != 0, factor, 0.0)[:, None]
+def _fill_gradient(out: Tensor, piece: _Piece, spec: LossSpec) -> None:
+    """Gradient in the raw logits; `out` may be x. Uses up the exponentials."""
+    of_kl, rest = _divergence_factors(piece, spec)
+    slope = None  # from x, while it is there
+    if spec.policy_softcap is not None:
+        slope = (piece.x / spec.policy_softcap).square_().neg_().add_(1)
+    _fill_sum(out, piece, spec, of_kl, rest)
+    if piece.labels is not None:
+        out.scatter_add_(-1, piece.labels.column, piece.labels.gradient)
+    if slope is not None:
+        out *= slope
+    if spec.policy_logit_scale != 1.0:
+        out *= spec.policy_logit_scale
+    if piece.labels is not None and piece.num_kl < len(out):
+        _clear_idle(out[piece.num_kl :], piece.labels.weight[piece.num_kl :])
 
 
-def _subtract_at_label(grad: Tensor, piece: _Piece) -> None:
-    is_here = (piece.labels >= 0) & (piece.labels < grad.shape[-1])
-    column = torch.where(is_here, piece.labels, 0)[:, None]
-    grad.scatter_add_(-1, column, torch.where(is_here, -piece.ce_weights, 0.0)[:, None])
+def _fill_sum(
+    out: Tensor, piece: _Piece, spec: LossSpec, of_kl: Tensor | None, rest: Tensor | None
+) -> None:
+    """out = exp_p * of_ce + exp_pt * of_kl + rest, where the last two have the first rows only."""
+    num_kl = piece.num_kl
+    terms = [] if rest is None else [rest]
+    if piece.labels is not None:
+        of_ce = _ce_factor(piece, piece.labels, spec)
+        torch.mul(piece.exp_p[num_kl:], of_ce[num_kl:], out=out[num_kl:])
+        if of_kl is not None and spec.temperature == 1.0:  # one exponential for both
+            of_kl.add_(of_ce[:num_kl])
+        else:
+            terms.append(piece.exp_p[:num_kl].mul_(of_ce[:num_kl]))
+    if of_kl is not None:
+        terms.append(piece.exp_pt.mul_(of_kl))
+    if len(terms) == 1:
+        out[:num_kl] = terms[0]
+        return
+    torch.add(terms[0], terms[1], out=out[:num_kl])
+    for term in terms[2:]:
+        out[:num_kl] += term
 
 
-def _clear_idle(grad: Tensor, piece: _Piece) -> None:
-    """0 in rows whose cross-entropy is only reported: 0 * nan."""
-    is_idle = piece.ce_weights == 0
-    is_idle[: len(piece.kl_weights)] = False
+def _ce_factor(piece: _Piece, labels: _Labels, spec: LossSpec) -> Tensor:
+    """[rows, 1]: the gradient of ce_weight (CE + z lse^2) is exp_p times this, but at the label."""
+    total = piece.whole[SUM_P]
+    factor = labels.weight / total
+    if spec.z_loss != 0.0:
+        lse = piece.whole[MAX_P] + total.log()
+        factor *= lse.mul_(2 * spec.z_loss).add_(1)
+    return factor
+
+
+def _clear_idle(out: Tensor, ce_weights: Tensor) -> None:
+    """0 in rows without any weight, whose cross-entropy is only reported: 0 * nan."""
+    is_idle = ce_weights == 0
     if bool(is_idle.any()):
-        grad[is_idle] = 0
+        out.masked_fill_(is_idle, 0.0)
 
 
-def _divergence_factors(
-    piece: _Piece, spec: LossSpec, statistics: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _divergence_factors(piece: _Piece, spec: LossSpec) -> tuple[Tensor | None, Tensor | None]:
     """(of_kl, rest): kl_weight times the gradient of D in x is exp_pt * of_kl + rest."""
-    weights = (piece.kl_weights / spec.temperature)[:, None]
+    weights, first = piece.kl_weights / spec.temperature, piece.first
     if spec.direction == "l2":
-        return None, None if piece.y is None else _l2_gradient(piece, spec, statistics) * weights
-    of_p = weights / statistics[:, SUM_PT, None]
-    if piece.y is None:  # a top-k teacher's share is the caller's
+        return None, _l2_gradient(piece, spec).mul_(weights) if len(piece.y) > 0 else None
+    of_p = weights / first[SUM_PT]
+    if len(piece.y) == 0:  # no row with a KL weight; or a top-k teacher, whose part is the caller's
         return of_p, None
     if spec.direction == "forward":
-        return of_p, piece.exp_q.mul_(-weights / statistics[:, REF_B, None])
-    return _centred_score(piece, spec, statistics).mul_(of_p), None
+        return of_p, piece.exp_q.mul_(-weights / first[REF_B])
+    return _centred_score(piece, spec).mul_(of_p), None
 
 
-def _l2_gradient(piece: _Piece, spec: LossSpec, statistics: Tensor) -> Tensor:
+def _l2_gradient(piece: _Piece, spec: LossSpec) -> Tensor:
     gap, kept = _gap(piece, spec)
-    centred = torch.where(kept, gap - statistics[:, REF_A, None], 0.0)
-    return centred.mul_(2 / statistics[:, REF_B, None].clamp_min(1))
+    return gap.sub_(piece.first[REF_A]).mul_(kept).mul_(2 / piece.first[REF_B].clamp_min(1))
 
 
-def _centred_score(piece: _Piece, spec: LossSpec, statistics: Tensor) -> Tensor:
+def _centred_score(piece: _Piece, spec: LossSpec) -> Tensor:
     """The gradient of D in x is p times this, by T; 0 where p is."""
     if spec.direction == "jsd":
-        _, log_mixture = _mixture(piece, spec, statistics)
-        return log_mixture.add_(statistics[:, MIXTURE, None]).mul_(spec.beta - 1)
-    score = _log_ratio(piece, spec, statistics).sub_(statistics[:, DIVERGENCE, None])
+        _, log_mixture = _mixture(piece, spec)
+        return log_mixture.add_(piece.first[MIXTURE]).mul_(spec.beta - 1)
+    score = _log_ratio(piece, spec).sub_(piece.first[DIVERGENCE])
     return score.masked_fill_(piece.exp_pt == 0, 0.0)

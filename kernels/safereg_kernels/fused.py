@@ -15,9 +15,9 @@ from safereg_kernels import triton_kernels as kernels
 from safereg_kernels.block import DIVERGENCE, MIXTURE, NUM_STATISTICS, Block
 from safereg_kernels.spec import DIRECTIONS, LossSpec
 
-BLOCK_COLUMNS = 4096
-"""Columns a program holds at a time: 16 per thread with 8 warps, which leaves no register spilled
-(kernels/tests/test_compile.py)."""
+BLOCK_COLUMNS = 2048
+"""Columns a program holds at a time: 8 per thread with 8 warps, so that its registers leave room
+for four to five programs on a multiprocessor (kernels/tests/test_compile.py)."""
 PROGRAMS_PER_PROCESSOR = 16
 """Programs wanted for each multiprocessor, about four times as many as it holds: with fewer, rows
 are split, or processors would idle behind the last ones."""
@@ -74,8 +74,7 @@ def add_mixture(block: Block, spec: LossSpec, statistics: Tensor) -> None:
             columns_per_split,
             **_scalars(spec),
             beta=spec.beta,
-            **_shape_of_logits(spec),
-            BLOCK=BLOCK_COLUMNS,
+            **mixture_constants(spec),
             **launch_options(8),
         )
     statistics[:, [DIVERGENCE, MIXTURE]] = partials.sum(1)
@@ -201,6 +200,11 @@ def statistics_constants(block: Block, spec: LossSpec) -> dict[str, Any]:
 def gradient_constants(block: Block, spec: LossSpec) -> dict[str, Any]:
     """What the gradient kernel is compiled with."""
     return _constants(block, spec)
+
+
+def mixture_constants(spec: LossSpec) -> dict[str, Any]:
+    """What the mixture kernel is compiled with."""
+    return {**_shape_of_logits(spec), "BLOCK": BLOCK_COLUMNS}
 
 
 def num_warps(spec: LossSpec) -> int:

@@ -34,7 +34,6 @@ _L2 = tl.constexpr(DIRECTIONS.index("l2"))
 _JSD = tl.constexpr(DIRECTIONS.index("jsd"))
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -90,6 +89,9 @@ def statistics_kernel(
     reference_row = reference_ptr + row * reference_stride
     has_kl = tl.load(kl_weight_ptr + row) != 0
     c = inv_temperature * _LOG2_E
+    unit = c  # of d and of the centre: octaves, or for l2 what its result has
+    if DIRECTION == _L2:
+        unit = inv_temperature
 
     N: tl.constexpr = BLOCK // GROUP
     zero = tl.zeros([N], tl.float32)
@@ -107,7 +109,7 @@ def statistics_kernel(
             policy_cap, reference_cap, IS_SCALED, POLICY_CAPPED, REFERENCE_CAPPED, IS_DIFFERENCE,
             True,
         )  # fmt: skip
-        centre = _centre(x, y, gap, c, DIRECTION)
+        centre = _centre(x, y, gap, unit, DIRECTION)
         for start in range(first, whole_end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x, y, gap = _load_both(
@@ -116,7 +118,7 @@ def statistics_kernel(
                 IS_DIFFERENCE, False,
             )  # fmt: skip
             m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e = _add_both(
-                x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, centre,
+                x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, unit, centre,
                 DIRECTION, HAS_LABELS, HAS_ENTROPY, IS_TEMPERED, HAS_REFERENCE_LSE, N, GROUP,
             )  # fmt: skip
         if whole_end < end:
@@ -127,7 +129,7 @@ def statistics_kernel(
                 IS_DIFFERENCE, True,
             )  # fmt: skip
             m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e = _add_both(
-                x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, centre,
+                x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, unit, centre,
                 DIRECTION, HAS_LABELS, HAS_ENTROPY, IS_TEMPERED, HAS_REFERENCE_LSE, N, GROUP,
             )  # fmt: skip
     elif has_kl or HAS_LABELS:
@@ -153,7 +155,7 @@ def statistics_kernel(
     if HAS_LABELS:
         label = tl.load(label_ptr + row)
         if label == _LABEL_INVALID:
-            label_logit = _NAN
+            label_logit = float("nan")
         if (label >= first) & (label < end):
             raw = tl.load(policy_row + label).to(tl.float32)
             if IS_DIFFERENCE:
@@ -349,7 +351,7 @@ def gradient_kernel(
         ce_weight = tl.load(ce_weight_ptr + row)
         label = tl.load(label_ptr + row).to(tl.int32)
         if (label == _LABEL_INVALID) & (ce_weight != 0):
-            ce_weight = _NAN
+            ce_weight = float("nan")
         lse = max_p + tl.log(s_p)
         on_p1 = ce_weight * (1.0 + 2.0 * z_loss * lse) / _rounded(s_p, max_p, _LOG2_E * 1.0)
         on_p1 = tl.where(ce_weight != 0, on_p1, 0.0)
@@ -480,13 +482,23 @@ def _product(a, b):
 @triton.jit
 def _unrounded(sum_of_exp, largest, c):
     """A sum of 2^(c x - round(c m)) as one of 2^(c (x - m))."""
-    return sum_of_exp * _exp2(tl.fma(-largest, c, _product(largest, c)))
+    return sum_of_exp / _rounding(largest, c)
 
 
 @triton.jit
 def _rounded(sum_of_exp, largest, c):
     """The inverse of `_unrounded`."""
-    return sum_of_exp * _exp2(tl.fma(largest, c, -_product(largest, c)))
+    return sum_of_exp * _rounding(largest, c)
+
+
+@triton.jit
+def _rounding(largest, c):
+    """2^(c m - round(c m)), where c x - round(c m) is one operation that rounds once."""
+    if _IS_INTERPRETED:
+        factor = 1.0
+    else:
+        factor = _exp2(tl.fma(largest, c, -_product(largest, c)))
+    return factor
 
 
 @triton.jit
@@ -555,11 +567,11 @@ def _load_both(
 
 
 @triton.jit
-def _centre(x, y, gap, c, DIRECTION: tl.constexpr):
+def _centre(x, y, gap, unit, DIRECTION: tl.constexpr):
     """Mean of d over a block, of tokens that are finite in both; any number would be right."""
     is_kept = (tl.abs(x) < _INF) & (tl.abs(y) < _INF)
     total = tl.sum(tl.where(is_kept, gap, 0.0), 0)
-    mean = total / tl.maximum(tl.sum(is_kept.to(tl.float32), 0), 1.0) * c
+    mean = total / tl.maximum(tl.sum(is_kept.to(tl.float32), 0), 1.0) * unit
     if DIRECTION == _FORWARD:
         mean = -mean
     return mean
@@ -606,7 +618,7 @@ def _add_exponentials(
 
 @triton.jit
 def _add_both(
-    x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, centre,
+    x, y, gap, m_p, s_p, s_pt, h_p, m_q, s_q, sum_d, sum_e, c, unit, centre,
     DIRECTION: tl.constexpr, NEEDS_MASS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     IS_TEMPERED: tl.constexpr, HAS_REFERENCE_LSE: tl.constexpr,
     N: tl.constexpr, GROUP: tl.constexpr,
@@ -618,7 +630,7 @@ def _add_both(
                 x, m_p, s_p, s_pt, h_p, c, HAS_ENTROPY, IS_TEMPERED, N, GROUP
             )
         is_kept = (tl.abs(x) < _INF) & (tl.abs(y) < _INF)
-        apart = tl.reshape(tl.where(is_kept, gap * c - centre, 0.0), [N, GROUP])
+        apart = tl.reshape(tl.where(is_kept, gap * unit - centre, 0.0), [N, GROUP])
         s_q += tl.sum(tl.reshape(is_kept.to(tl.float32), [N, GROUP]), 1)
         sum_d += tl.sum(apart, 1)
         sum_e += tl.sum(apart * apart, 1)
@@ -641,11 +653,11 @@ def _add_both(
         e_q = _exp2(y * c - at_q[:, None])
         s_q = s_q * rescale_q + tl.sum(e_q, 1)
         if DIRECTION == _FORWARD:
-            d = -(gap * c) - centre
+            d = -(gap * unit) - centre
             ratio = _exp2(tl.minimum(at_p - at_q + centre, _LARGEST_EXPONENT))
             sum_d, sum_e = _add_kl_terms(e_q, e_p, d, ratio, sum_d, sum_e, rescale_q)
         elif DIRECTION == _REVERSE:
-            d = gap * c - centre
+            d = gap * unit - centre
             ratio = _exp2(tl.minimum(at_q - at_p + centre, _LARGEST_EXPONENT))
             rescale_p = _exp2(_product(m_p, c) - at_p)
             sum_d, sum_e = _add_kl_terms(e_p, e_q, d, ratio, sum_d, sum_e, rescale_p)
@@ -671,8 +683,7 @@ def _divergence(m_p, max_p, sum_pt, m_q, s_q, sum_d, sum_e, c, centre, DIRECTION
         count = tl.sum(s_q, 0)
         apart = tl.sum(sum_d, 0) / tl.maximum(count, 1.0)
         spread = tl.sum(sum_e, 0) - apart * apart * count
-        ref_a = (apart + centre) * _LN_2
-        return ref_a, count, tl.maximum(spread, 0.0) * (_LN_2 * _LN_2)
+        return apart + centre, count, tl.maximum(spread, 0.0)
     max_q = tl.max(m_q, 0)
     at_p = _product(max_p, c)
     at_q = _product(max_q, c)

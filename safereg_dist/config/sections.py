@@ -211,8 +211,10 @@ class TrainConfig:
     """Newest checkpoints to keep, >= 1."""
     eval_every: int = 0
     """Optimizer steps between validation losses; 0 = never."""
-    chunk_tokens: int = 1024
-    """Response tokens per chunk of the head, >= 1: bounds memory, not the result."""
+    head_bytes: int | None = None
+    """Memory of the head for logits and their gradient in bytes, >= 1 MiB; null = 3 GiB on a GPU."""
+    chunk_tokens: int | None = None
+    """Response tokens at a time in the head, >= 1, in the place of `head_bytes`; null = by memory."""
     export_shard_bytes: int = 5_000_000_000
     """Largest safetensors shard of the exported model, in bytes."""
 
@@ -224,8 +226,12 @@ class TrainConfig:
             at_least("train.steps", self.steps, 1)
         if self.epochs is not None:
             positive("train.epochs", self.epochs)
-        for name in ("micro_batch_size", "grad_accum_steps", "keep_checkpoints", "chunk_tokens"):
+        for name in ("micro_batch_size", "grad_accum_steps", "keep_checkpoints"):
             at_least(f"train.{name}", getattr(self, name), 1)
+        if self.chunk_tokens is not None:
+            at_least("train.chunk_tokens", self.chunk_tokens, 1)
+        if self.head_bytes is not None:
+            at_least("train.head_bytes", self.head_bytes, 1 << 20)
         for name in ("save_every", "eval_every", "seed"):
             at_least(f"train.{name}", getattr(self, name), 0)
         at_least("train.export_shard_bytes", self.export_shard_bytes, 1)

@@ -90,7 +90,11 @@ def build_run(config: Config, backend: Backend) -> Run:
                 ceilings=category_ceilings(signals),
             ),
             reference=reference,
-            objective=Objective(config.regularizer, chunk_tokens=config.train.chunk_tokens),
+            objective=Objective(
+                config.regularizer,
+                chunk_tokens=config.train.chunk_tokens,
+                head_bytes=config.train.head_bytes,
+            ),
         )
     step.train()
     engine = backend.wrap_policy(step, config=config)

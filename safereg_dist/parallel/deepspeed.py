@@ -170,7 +170,7 @@ class DeepSpeedBackend:
         places = zip(head.parameters(), stored.parameters, strict=True)
         with self.ranks.together():
             _fill_shards(list(places), rank=self.ranks.rank)
-        return Head(head.weight, head.bias, stored.softcap)
+        return Head(head.weight, head.bias, stored.softcap, stored.scale)
 
     def wrap_policy(self, step: nn.Module, *, config: Config) -> "DeepSpeedPolicy":
         """The ZeRO-3 training engine of `step`."""

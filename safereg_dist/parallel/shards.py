@@ -127,6 +127,7 @@ class StoredHead(NamedTuple):
     weight: StoredParameter
     bias: StoredParameter | None
     softcap: float | None
+    scale: float
     """See `types.Head`."""
 
     @property
@@ -146,7 +147,7 @@ def stored_head(folder: Path) -> StoredHead:
     stored = stored_parameters(model, folder)
     by_id = {id(parameter): stored[name] for name, parameter in model.named_parameters()}
     bias = None if head.bias is None else by_id[id(head.bias)]
-    return StoredHead(by_id[id(head.weight)], bias, head.softcap)
+    return StoredHead(by_id[id(head.weight)], bias, head.softcap, head.scale)
 
 
 def weights_fingerprint(folder: Path, ranks: Ranks) -> str:

@@ -86,7 +86,7 @@ class SingleBackend:
             values = flat.reshape(place.shape).to(self.ranks.device, dtype_of(precision), copy=True)
             return nn.Parameter(values, requires_grad=False)
 
-        return Head(whole(stored.weight), whole(stored.bias), stored.softcap)
+        return Head(whole(stored.weight), whole(stored.bias), stored.softcap, stored.scale)
 
     def wrap_policy(self, step: nn.Module, *, config: Config) -> "SinglePolicy":
         """AdamW over float32 master weights."""

@@ -12,6 +12,7 @@ from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape
 from safereg_dist.plan.traffic import group_batches
+from safereg_kernels import budget
 
 SUB_GROUP = 1_000_000_000
 """DeepSpeed's `sub_group_size`, in parameters."""
@@ -146,21 +147,32 @@ def _mlp_matrices(shape: ModelShape) -> int:
 
 
 def _head(shape: ModelShape, settings: Settings, tokens: int) -> float:
-    """Logits of one chunk in float32 with their gradient, and the float32 gradient of the weight.
+    """Float32 logits and their gradient as the head takes them at a time, and that of its weight.
 
     `always_on`: the logits and log-probabilities of all tokens and both models, in float32.
     """
     columns, size = shape.vocab_size, settings.itemsize
-    gradient = 4.0 * shape.head_parameters
     if settings.arm == "always_on":
         return tokens * columns * 16.0 + 2 * shape.head_parameters * size
-    logits = 4 if settings.arm == "sft" else 8
-    per_logit = logits + (size if size == 2 else 0)
-    trained = settings.response_share * tokens
+    trained = round(settings.response_share * tokens)
+    stride = budget.padded(columns)
+    logits_bytes = stride * (4 if settings.arm == "sft" else 8)
+    rows = budget.chunk_sizes(
+        trained,
+        logits_bytes=logits_bytes,
+        grad_bytes=stride * size,
+        is_collected=True,
+        head_bytes=settings.head_bytes or budget.HEAD_BYTES["cuda"],
+        chunk_tokens=settings.chunk_tokens,
+    )
+    logits, gradient = rows.logits_rows * logits_bytes, rows.grad_rows * stride * size
+    if trained <= rows.grad_rows:  # one pass: dW takes the logits' place, in its own dtype
+        working = gradient + max(logits, size * shape.head_parameters)
+    else:
+        working = gradient + logits + 4.0 * shape.head_parameters * (1 + size / 4)
     states = 4.0 * trained * shape.hidden_size
     head = shape.head_parameters * size if settings.arm != "sft" else 0.0
-    chunk = min(trained, settings.chunk_tokens) * columns * per_logit
-    return chunk + gradient * (1 + size / 4) + states + head
+    return working + states + head
 
 
 def _reference_pass(shape: ModelShape, settings: Settings) -> float:

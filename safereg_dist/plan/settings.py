@@ -48,7 +48,9 @@ class Settings:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     """Ranks that share each layer, and stages of layers, >= 1."""
-    chunk_tokens: int = 1024
+    head_bytes: int | None = None
+    """`train.head_bytes`; None = what the head takes of itself."""
+    chunk_tokens: int | None = None
     """`train.chunk_tokens`."""
     rows_per_pass: int | None = None
     """`reference.rows_per_pass`; None = `micro_batch`."""
@@ -62,9 +64,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name in (
             *("world_size", "gpus_per_node", "micro_batch", "grad_accum", "hpz"),
-            *("tensor_parallel", "pipeline_parallel", "chunk_tokens", "reuse_distance"),
+            *("tensor_parallel", "pipeline_parallel", "reuse_distance"),
         ):
             at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        for name in ("chunk_tokens", "head_bytes"):
+            if getattr(self, name) is not None:
+                at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         if self.rows_per_pass is not None:
             at_least("--rows-per-pass", self.rows_per_pass, 1)
         at_least("--seq-length", self.seq_length, 2)

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "tests"))
 
+import head_oracle as oracles
 import numpy as np
-import oracles
 import torch
 from torch import distributed as dist
 

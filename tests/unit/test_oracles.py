@@ -1,78 +1,14 @@
-"""The oracle itself: its hand-derived gradients against central differences, and known values.
+"""The oracle of a step: its hand-derived gradients against central differences, and known values.
 
 Claimed: every gradient in tests/oracles.py is the derivative of its value; the schedules and
 weights give what the equations give by hand. Exact: schedules at their break points. May round:
 central differences in float64 with a step of 1e-5 agree to about 1e-9 of the gradient's scale.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import oracles
 import pytest
-
-STEP = 1e-5
-
-
-def central_differences(value: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:
-    grad = np.zeros_like(at)
-    for index in np.ndindex(at.shape):
-        up, down = at.copy(), at.copy()
-        up[index] += STEP
-        down[index] -= STEP
-        grad[index] = (value(up) - value(down)) / (2 * STEP)
-    return grad
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-@pytest.mark.parametrize("direction", oracles.DIRECTIONS)
-def test_divergence_gradient_is_the_derivative(direction: str, temperature: float) -> None:
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2, 3, 11)) * 3
-    got = oracles.divergence_grad(x, y, direction, temperature)
-    want = central_differences(lambda z: oracles.divergence(z, y, direction, temperature).sum(), x)
-    np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize("direction", oracles.DIRECTIONS)
-def test_divergence_gradient_with_suppressed_tokens(direction: str) -> None:
-    rng = np.random.default_rng(1)
-    x, y = rng.normal(size=(2, 2, 9))
-    x[:, 4] = y[:, 4] = -np.inf
-    live = np.isfinite(x[0])
-
-    def value(z: np.ndarray) -> float:
-        full = x.copy()
-        full[:, live] = z
-        return oracles.divergence(full, y, direction).sum()
-
-    got = oracles.divergence_grad(x, y, direction)
-    np.testing.assert_allclose(got[:, live], central_differences(value, x[:, live]), atol=1e-9)
-    assert (got[:, 4] == 0).all()
-
-
-def test_cross_entropy_gradient_is_the_derivative() -> None:
-    rng = np.random.default_rng(2)
-    x, labels = rng.normal(size=(4, 7)) * 2, np.array([0, 6, 3, 3])
-    want = central_differences(lambda z: oracles.cross_entropy(z, labels).sum(), x)
-    np.testing.assert_allclose(oracles.cross_entropy_grad(x, labels), want, rtol=1e-7, atol=1e-9)
-
-
-def test_known_values() -> None:
-    x, y = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.25, 0.5]])
-    forward = 0.25 * np.log(0.5) + 0.5 * np.log(2)
-    np.testing.assert_allclose(oracles.softmax(x + 7.0), [[0.5, 0.25, 0.25]])
-    np.testing.assert_allclose(oracles.divergence(x, y, "forward"), [forward])
-    np.testing.assert_allclose(oracles.divergence(y, x, "reverse"), [forward])
-    u = np.array([np.log(2), 0.0, -np.log(2)])  # already centred
-    np.testing.assert_allclose(oracles.divergence(x, y, "l2"), [(u**2).mean()])
-    np.testing.assert_allclose(oracles.cross_entropy(x, np.array([1])), [np.log(4)])
-
-
-def test_a_token_the_policy_forbids_makes_forward_kl_infinite() -> None:
-    x, y = np.array([[0.0, -np.inf]]), np.array([[0.0, 0.0]])
-    assert oracles.divergence(x, y, "forward") == np.inf
-    np.testing.assert_allclose(oracles.divergence(x, y, "reverse"), [np.log(2)])
+from head_oracle import central_differences
 
 
 @pytest.mark.parametrize(

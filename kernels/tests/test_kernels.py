@@ -11,69 +11,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import head_oracle as oracle
 import numpy as np
-import oracles
 import pytest
 import torch
+from cases import (
+    DIRECTIONS,
+    GRADIENT,
+    HIDDEN,
+    REFERENCE_HIDDEN,
+    TOKENS,
+    VOCAB,
+    as_truth,
+    assert_close,
+    assert_head_matches,
+    grad_of,
+    head_inputs,
+    head_truth,
+    kl_truth,
+    logits_pair,
+    with_biases,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from safereg_kernels import ShapeError, fused, linear_ce_kl, masked_kl
 
-TOKENS, VOCAB, HIDDEN, REFERENCE_HIDDEN = 37, 509, 24, 17
-GRADIENT = 4e-5
-"""Relative error of a float32 gradient: a logit of magnitude 20 is itself off by 1e-6, and
-p (a - b - KL) is a difference of numbers as large."""
-DIRECTIONS = pytest.mark.parametrize("direction", oracles.DIRECTIONS)
-
-
 pytestmark = pytest.mark.usefixtures("path")
-
-
-def as_truth(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
-
-
-def grad_of(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad
-
-
-def assert_close(got: Tensor, want: Any, *, relative: float = 1e-5) -> None:
-    """Elementwise within `relative` of the element plus `relative` of 10 % of the largest one.
-
-    The second part: an element that is a difference of larger terms is no more exact than they are.
-    """
-    want = np.asarray(want)
-    scale = np.abs(want[np.isfinite(want)]).max(initial=0.0)
-    np.testing.assert_allclose(
-        as_truth(got), want, rtol=relative, atol=relative * 0.1 * scale + 1e-9
-    )
-
-
-def logits_pair(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Policy and reference logits with NaN in skipped rows, and weights with zeros among them."""
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(2, TOKENS, VOCAB, generator=generator) * 4).to(dtype)
-    weights = torch.rand(TOKENS, generator=generator) + 0.1
-    weights[::3] = 0.0
-    x[weights == 0] = float("nan")
-    y[weights == 0] = float("nan")
-    return x.requires_grad_(), y, weights
-
-
-def kl_truth(
-    x: Tensor, y: Tensor, weights: Tensor, direction: str, temperature: float = 1.0
-) -> tuple[float, np.ndarray, np.ndarray]:
-    w, rows = as_truth(weights), as_truth(weights) != 0
-    div, grad = np.zeros(len(w)), np.zeros(x.shape)
-    div[rows] = oracles.divergence(as_truth(x)[rows], as_truth(y)[rows], direction, temperature)
-    grad[rows] = oracles.divergence_grad(
-        as_truth(x)[rows], as_truth(y)[rows], direction, temperature
-    )
-    return float(w @ div), div, grad * w[:, None]
 
 
 # ---- masked_kl ---------------------------------------------------------------------------------
@@ -167,7 +132,7 @@ def test_tiny_divergences_keep_one_per_cent(
     y = torch.randn(16, 50257, generator=generator) * 3
     x = y + 0.0045 * torch.randn(y.shape, generator=generator) + 5.0
     _, div = masked_kl(x, y, torch.ones(16), direction=direction)
-    want = oracles.divergence(as_truth(x), as_truth(y), direction)
+    want = oracle.divergence(as_truth(x), as_truth(y), direction)
     if direction != "l2":
         assert (want < 5e-5).all()
         assert (want > 1e-6).all()
@@ -177,97 +142,24 @@ def test_tiny_divergences_keep_one_per_cent(
 # ---- linear_ce_kl ------------------------------------------------------------------------------
 
 
-def head_inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
-    """Arguments with rows of every kind: CE only, KL only, both, skipped; NaN where unread."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
-
-    ce_weights = torch.rand(TOKENS, generator=generator) + 0.1
-    kl_weights = torch.rand(TOKENS, generator=generator) + 0.1
-    ce_weights[torch.arange(TOKENS) % 4 >= 2] = 0.0
-    kl_weights[torch.arange(TOKENS) % 4 % 2 == 1] = 0.0
-    hidden, reference_hidden = normal(TOKENS, HIDDEN), normal(TOKENS, REFERENCE_HIDDEN)
-    labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
-    labels[ce_weights == 0] = -100
-    hidden[(ce_weights == 0) & (kl_weights == 0)] = torch.nan
-    reference_hidden[kl_weights == 0] = torch.nan
-    return {
-        "policy_hidden": hidden.requires_grad_(),
-        "policy_head": normal(VOCAB, HIDDEN, scale=0.5).requires_grad_(),
-        "labels": labels,
-        "ce_weights": ce_weights,
-        "kl_weights": kl_weights,
-        "reference_hidden": reference_hidden,
-        "reference_head": normal(VOCAB, REFERENCE_HIDDEN, scale=0.5),
-    }
-
-
-def head_truth(inputs: dict[str, Any], direction: str = "forward") -> oracles.HeadResult:
-    arrays: dict[str, Any] = {
-        name: None if value is None else as_truth(value)
-        for name, value in inputs.items()
-        if name not in ("labels", "policy_bias", "reference_bias")
-    }
-    return oracles.linear_ce_kl(
-        arrays.pop("policy_hidden"),
-        arrays.pop("policy_head"),
-        inputs["labels"].numpy(),
-        direction=direction,
-        bias=as_truth(inputs["policy_bias"]) if "policy_bias" in inputs else 0.0,
-        reference_bias=as_truth(inputs["reference_bias"]) if "reference_bias" in inputs else 0.0,
-        **arrays,
-    )
-
-
-def assert_head_matches(
-    inputs: dict[str, Any],
-    direction: str,
-    *,
-    scale: float = 1.0,
-    grad_relative: float = GRADIENT,
-    **options: Any,
-) -> None:
-    loss, ce, div = linear_ce_kl(**inputs, direction=direction, **options)
-    (loss * scale).backward()
-    want = head_truth(inputs, direction)
-    assert loss.dtype == ce.dtype == div.dtype == torch.float32
-    assert not ce.requires_grad
-    assert not div.requires_grad
-    assert_close(loss, want.loss)
-    assert_close(ce, want.ce)
-    assert_close(div, want.divergence)
-    hidden, head = inputs["policy_hidden"], inputs["policy_head"]
-    assert_close(grad_of(hidden), want.grad_hidden * scale, relative=grad_relative)
-    assert_close(grad_of(head), want.grad_head * scale, relative=grad_relative)
-    assert grad_of(hidden).dtype == hidden.dtype
-    assert grad_of(head).dtype == head.dtype
-
-
 @pytest.mark.parametrize("scale", [0.25, 3.0])
 @pytest.mark.parametrize("chunk_tokens", [7, 1024])
 @DIRECTIONS
 def test_linear_value_and_gradient(direction: str, chunk_tokens: int, scale: float) -> None:
-    assert_head_matches(head_inputs(), direction, scale=scale, chunk_tokens=chunk_tokens)
+    given = {**head_inputs(), "direction": direction, "chunk_tokens": chunk_tokens}
+    assert_head_matches(given, upstream=scale)
 
 
 @DIRECTIONS
 def test_linear_bfloat16(direction: str) -> None:
     """Logits stay in float32, so only the two gradients are rounded to bfloat16."""
-    inputs = head_inputs(torch.bfloat16)
-    assert_head_matches(inputs, direction, scale=3.0, chunk_tokens=7, grad_relative=2**-8)
+    given = {**head_inputs(torch.bfloat16), "direction": direction, "chunk_tokens": 7}
+    assert_head_matches(given, grad_relative=2**-8)
 
 
 @DIRECTIONS
 def test_linear_bias(direction: str) -> None:
-    generator = torch.Generator().manual_seed(5)
-    inputs = head_inputs()
-    inputs["policy_bias"] = torch.randn(VOCAB, generator=generator).requires_grad_()
-    inputs["reference_bias"] = torch.randn(VOCAB, generator=generator)
-    assert_head_matches(inputs, direction, scale=3.0, chunk_tokens=7)
-    want = head_truth(inputs, direction).grad_bias * 3.0
-    assert_close(grad_of(inputs["policy_bias"]), want, relative=GRADIENT)
+    assert_head_matches({**with_biases(head_inputs()), "direction": direction, "chunk_tokens": 7})
 
 
 def test_frozen_head_gets_no_gradient() -> None:
@@ -320,7 +212,7 @@ def test_reported_cross_entropy_changes_neither_loss_nor_gradient(chunk_tokens: 
     loss.backward()
     want = head_truth(inputs)
     logits = as_truth(inputs["policy_hidden"]) @ as_truth(inputs["policy_head"]).T
-    all_ce = oracles.cross_entropy(logits, inputs["labels"].numpy())
+    all_ce = oracle.cross_entropy(logits, inputs["labels"].numpy())
     shown = (report | (inputs["ce_weights"] != 0)).numpy()
     assert_close(loss, want.loss)
     assert_close(ce, np.where(shown, all_ce, 0.0))
@@ -352,7 +244,7 @@ def test_no_divergence_wanted(with_reference: bool) -> None:
         inputs["reference_hidden"].fill_(torch.nan)
     else:
         inputs["reference_hidden"] = inputs["reference_head"] = None
-    assert_head_matches(inputs, "forward")
+    assert_head_matches(inputs)
 
 
 def test_linear_all_rows_skipped() -> None:
@@ -373,7 +265,7 @@ def test_suppressed_tokens_through_the_bias(direction: str) -> None:
     bias = torch.zeros(VOCAB)
     bias[-5:] = -torch.inf
     inputs |= {"policy_bias": bias, "reference_bias": bias}
-    assert_head_matches(inputs, direction, chunk_tokens=7)
+    assert_head_matches({**inputs, "direction": direction, "chunk_tokens": 7})
 
 
 # ---- what both promise -------------------------------------------------------------------------
@@ -439,20 +331,6 @@ def test_backward_twice_gives_the_same_gradient(direction: str) -> None:
     assert torch.equal(first, second)
 
 
-def test_autocast_does_not_lower_the_precision() -> None:
-    """Trainers wrap the step in bfloat16 autocast; the contract is float32 all the same."""
-    inputs = head_inputs()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, ce, div = linear_ce_kl(**inputs, chunk_tokens=7)
-    loss.backward()
-    want = head_truth(inputs)
-    assert_close(loss, want.loss)
-    assert_close(ce, want.ce)
-    assert_close(div, want.divergence)
-    assert_close(grad_of(inputs["policy_hidden"]), want.grad_hidden, relative=GRADIENT)
-    assert_close(grad_of(inputs["policy_head"]), want.grad_head, relative=GRADIENT)
-
-
 @pytest.mark.parametrize("chunk_tokens", [1, 7])
 def test_chunks_change_memory_not_results(chunk_tokens: int) -> None:
     results = []
@@ -477,7 +355,7 @@ def test_gradient_is_the_derivative_of_the_oracle_value(direction: str) -> None:
         values = []
         for sign in (1, -1):
             moved = inputs | {name: inputs[name].detach().double() + sign * 1e-6 * along}
-            values.append(head_truth(moved, direction).loss)
+            values.append(head_truth({**moved, "direction": direction}).loss)
         slope = (values[0] - values[1]) / 2e-6
         grad = torch.nan_to_num(inputs[name].grad.double())
         assert float((grad * along).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-4)
