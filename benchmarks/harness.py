@@ -187,7 +187,7 @@ class Limit:
 
 def copy_limit(device: torch.device) -> Limit:
     """A copy of a large tensor; bytes read and bytes written both count."""
-    size = (2 << 30) if device.type == "cuda" else (128 << 20)
+    size = (2 << 30) if device.type == "cuda" else (64 << 20)
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return Limit(
@@ -200,7 +200,7 @@ def copy_limit(device: torch.device) -> Limit:
 
 def matmul_limit(device: torch.device) -> Limit:
     """A large square product (bf16 on CUDA, float32 on a CPU)."""
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return Limit(
