@@ -73,8 +73,8 @@ def check_head(model: PreTrainedModel) -> None:
         value = getattr(config, name, None)
         if value not in (None, 1, 1.0):
             raise ConfigError(
-                f"{type(model).__name__} changes its logits ({name}={value}) in a way that the fused "
-                "head does not know"
+                f"{type(model).__name__} changes its logits ({name}={value}) in a way that the "
+                "fused head does not know"
             )
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ConfigError(

@@ -24,6 +24,8 @@ DIVERGENCE = 6  # KL between the distributions conditioned on these columns
 MIXTURE = 7  # jsd after `add_mixture`: these columns' share of KL(p||m); else 0
 ENTROPY = 8  # of softmax(x) (T = 1) conditioned on these columns, where `has_entropy`; else 0
 NUM_STATISTICS = 9
+SHARES = slice(DIVERGENCE, MIXTURE + 1)
+"""What is known of some columns only once the statistics of whole rows are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

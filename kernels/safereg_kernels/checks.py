@@ -159,6 +159,15 @@ def check_reference(
     _check_same("device", policy_hidden=hidden.device, reference_hidden=ref_hidden.device)
 
 
+def check_reference_is_there(num_kl: int, *, is_there: bool) -> None:
+    """ShapeError where rows have a KL weight and there is nothing to diverge from."""
+    if num_kl > 0 and not is_there:
+        raise ShapeError(
+            f"{num_kl} kl_weights are not 0 but reference_hidden or reference_head is None: pass "
+            "both, or reference_topk"
+        )
+
+
 def check_difference(
     policy_head: Tensor, policy_bias: Tensor | None, ref_head: Tensor, ref_bias: Tensor | None
 ) -> None:

@@ -1,9 +1,9 @@
 """The loop over rows: logits of a few, the gradient of many, and the products around them.
 
-    for rows whose gradient is collected:             as many as memory allows
-        for rows whose logits exist at once:          about a thousand
-            logits, statistics, gradient in the logits
-        dX = gradient @ head,    dW += gradient.T @ hidden
+for rows whose gradient is collected:             as many as memory allows
+    for rows whose logits exist at once:          about a thousand
+        logits, statistics, gradient in the logits
+    dX = gradient @ head,    dW += gradient.T @ hidden
 """
 
 from collections.abc import Iterator, Sequence
@@ -145,9 +145,7 @@ def run_chunks(inputs: Inputs, is_needed: Sequence[bool]) -> tuple[Tensor, Gradi
     num_passes = len(range(0, selection.num_active, sizes.grad_rows))
     grads = Gradients(inputs, is_needed, num_passes=num_passes)
     buffers = _Buffers.allocate(inputs, head, reference, sizes, is_grad_needed=is_grad_needed)
-    statistics = inputs.hidden.new_empty(
-        selection.num_active, NUM_STATISTICS, dtype=torch.float32
-    )
+    statistics = inputs.hidden.new_empty(selection.num_active, NUM_STATISTICS, dtype=torch.float32)
     for group in _slices(0, selection.num_active, sizes.grad_rows):
         rows = group if selection.is_in_order else selection.order[group]
         hidden = inputs.hidden[rows].to(head.weight.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safereg_kernels import triton_kernels as kernels
-from safereg_kernels.block import DIVERGENCE, MIXTURE, NUM_STATISTICS, Block
+from safereg_kernels.block import NUM_STATISTICS, SHARES, Block
 from safereg_kernels.spec import DIRECTIONS, LossSpec
 
 BLOCK_COLUMNS = 2048
@@ -77,7 +77,7 @@ def add_mixture(block: Block, spec: LossSpec, statistics: Tensor) -> None:
             **mixture_constants(spec),
             **launch_options(8),
         )
-    statistics[:, [DIVERGENCE, MIXTURE]] = partials.sum(1)
+    statistics[:, SHARES] = partials.sum(1)
 
 
 def merge_statistics(partials: Tensor, spec: LossSpec) -> Tensor:

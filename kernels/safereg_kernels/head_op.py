@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from safereg_kernels.call import Call
+from safereg_kernels.checks import check_reference_is_there
 from safereg_kernels.chunks import Gradients, Head, Inputs, Reference, grad_scale_for, run_chunks
 from safereg_kernels.flops import HeadFlops, linear_ce_kl_flops, operator
 from safereg_kernels.path import path_for
@@ -141,6 +142,8 @@ def _inputs(
     call: Call,
 ) -> Inputs:
     """What the chunks read, in working order and on the device of the hidden states."""
+    # Here, where the rows are counted: counting them apart would wait for the device once more.
+    check_reference_is_there(selection.num_kl, is_there=reference is not None or topk is not None)
     order, columns, shard = selection.order, len(head.weight), call.shard
     row_labels = labels[order]
     selection = selection.weighted(row_labels == call.ignore_index, upstream)
@@ -211,9 +214,7 @@ def _fake_results(
 
 @_linear_ce_kl.register_fake
 def _(hidden, weight, bias, labels, *rest):
-    return _fake_results(
-        hidden, weight, bias, rest[-1], hidden.new_empty((), dtype=torch.float32)
-    )
+    return _fake_results(hidden, weight, bias, rest[-1], hidden.new_empty((), dtype=torch.float32))
 
 
 @_linear_ce_kl_per_token.register_fake
@@ -315,8 +316,8 @@ def _counted_flops(
         columns=weight.shape[0],
         hidden_size=hidden.shape[1],
         reference_hidden_size=0 if reference_weight is None else reference_weight.shape[1],
-        is_hidden_grad_needed=not is_per_token and rest[-2][0],
-        is_weight_grad_needed=not is_per_token and rest[-2][1],
+        is_hidden_grad_needed=not is_per_token and rest[-1][0],
+        is_weight_grad_needed=not is_per_token and rest[-1][1],
     ).total
 
 

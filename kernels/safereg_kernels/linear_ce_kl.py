@@ -26,9 +26,7 @@ from safereg_kernels.checks import (
     check_topk,
     check_vocab_size,
 )
-from safereg_kernels.errors import ShapeError
 from safereg_kernels.head_op import HeadResults, linear_ce_kl_op, linear_ce_kl_per_token_op
-from safereg_kernels.shard import VocabShard
 from safereg_kernels.spec import LossSpec
 from safereg_kernels.topk import TopK
 
@@ -97,7 +95,7 @@ def linear_ce_kl(
             if none is positive.
         reference_head: [vocab, H_ref]; None like `reference_hidden`.
         direction: `forward` KL(q||p), `reverse` KL(p||q), `l2` of centred logits, `jsd` of `beta`.
-        temperature: divides both logits in the divergence; no factor T^2; the cross-entropy is at 1.
+        temperature: divides both logits in the divergence, without T^2; the cross-entropy is at 1.
         chunk_tokens: rows at a time; a bound on memory, never on the result. None = by memory.
         head_bytes: memory for logits and their gradient (a head that is trained in several passes
             takes 4 bytes a weight more); None = `budget.HEAD_BYTES`.
@@ -304,16 +302,6 @@ def _check(flat: _Flat, call: Call) -> None:
         )
         if call.spec.is_difference:
             check_difference(weight, flat.bias, flat.reference_weight, flat.reference_bias)
-    elif _has_kl(flat.kl_weights):
-        raise ShapeError(
-            f"{int((flat.kl_weights != 0).sum())} kl_weights are not 0 but reference_hidden or "
-            "reference_head is None: pass both, or reference_topk"
-        )
-
-
-def _has_kl(kl_weights: Tensor) -> bool:
-    """Asked only where there is no reference; on a device this waits for it."""
-    return not torch.compiler.is_compiling() and bool((kl_weights != 0).any())
 
 
 def _num_weighted(flat: _Flat, call: Call) -> Tensor:

@@ -83,7 +83,10 @@ def run_masked_kl(
     check_spec(call.spec)
     shape = weights.shape
     if policy_logits.ndim == 3:
-        policy_logits, reference_logits = policy_logits.flatten(0, 1), reference_logits.flatten(0, 1)
+        policy_logits, reference_logits = (
+            policy_logits.flatten(0, 1),
+            reference_logits.flatten(0, 1),
+        )
         weights = weights.flatten()
     if reference_lse is not None:
         reference_lse = reference_lse.detach().float().flatten()

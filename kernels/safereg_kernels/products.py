@@ -52,4 +52,3 @@ def project_into(out: Tensor, hidden: Tensor, head: Tensor, bias: Tensor | None)
 def scaled_to(dtype: torch.dtype, tensor: Tensor, scale: Tensor) -> Tensor:
     """tensor * scale in a new tensor of `dtype`, rounded once, without a float32 copy on CUDA."""
     return torch.mul(tensor, scale, out=tensor.new_empty(tensor.shape, dtype=dtype))
-

@@ -97,6 +97,4 @@ def to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     buffer = torch.empty(sum(map(len, raw)), dtype=torch.uint8, pin_memory=device.type == "cuda")
     torch.cat(raw, out=buffer)
     pieces = buffer.to(device, non_blocking=True).split([len(piece) for piece in raw])
-    return [
-        piece.view(tensor.dtype) for piece, tensor in zip(pieces, tensors, strict=True)
-    ]
+    return [piece.view(tensor.dtype) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed
 
-from safereg_kernels.block import DIVERGENCE, LABEL_ELSEWHERE, LABEL_INVALID, MIXTURE
+from safereg_kernels.block import LABEL_ELSEWHERE, LABEL_INVALID, SHARES
 from safereg_kernels.spec import LossSpec
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class VocabShard:
 
         Collectives: one SUM all-reduce of 2 float32 per row.
         """
-        shares = statistics[:, [DIVERGENCE, MIXTURE]]
+        shares = statistics[:, SHARES].contiguous()
         distributed.all_reduce(shares, group=self.group)
-        statistics[:, [DIVERGENCE, MIXTURE]] = shares
+        statistics[:, SHARES] = shares
 
     def sum_hidden_grad(self, grad: Tensor | None) -> None:
         """The hidden states' gradient summed over the group, in place, unless the caller does it.

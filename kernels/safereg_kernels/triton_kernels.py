@@ -1,8 +1,8 @@
 """The same functions as Triton kernels: one program per row and range of columns.
 
-Notation of `eager`: x, y = logits of policy and reference, m, s = maximum and sum of exp(. - m). All
-exponentials are powers of two, exp(x / T) = 2^(c x) with c = log2(e) / T, one multiply-add and one
-instruction each. What a row needs is kept per thread, [N] accumulators of groups of G columns that
+Notation of `eager`: x, y = logits of policy and reference, m, s = maximum and sum of exp(. - m).
+All exponentials are powers of two, exp(x / T) = 2^(c x) with c = log2(e) / T: one multiply-add and
+one instruction each. What a row needs is kept per thread, [N] accumulators of groups of G columns that
 lie in one thread; threads meet once, after the last column, so no barrier is in a loop.
 
 The KL of u to w (u = q, w = p for `forward`, u = p, w = q for `reverse`) comes from two sums over
@@ -93,7 +93,7 @@ def statistics_kernel(
     if DIRECTION == _L2:
         unit = inv_temperature
 
-    N: tl.constexpr = BLOCK // GROUP
+    N: tl.constexpr = BLOCK // GROUP  # noqa: N806
     zero = tl.zeros([N], tl.float32)
     m_p = tl.full([N], _FLOOR, tl.float32)
     s_p, s_pt, h_p = zero, zero, zero
@@ -113,7 +113,8 @@ def statistics_kernel(
         for start in range(first, whole_end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x, y, gap = _load_both(
-                policy_row, reference_row, columns, end, num_readable, policy_scale, reference_scale,
+                policy_row, reference_row, columns, end, num_readable, policy_scale,
+                reference_scale,
                 policy_cap, reference_cap, IS_SCALED, POLICY_CAPPED, REFERENCE_CAPPED,
                 IS_DIFFERENCE, False,
             )  # fmt: skip
@@ -124,7 +125,8 @@ def statistics_kernel(
         if whole_end < end:
             columns = whole_end + tl.arange(0, BLOCK)
             x, y, gap = _load_both(
-                policy_row, reference_row, columns, end, num_readable, policy_scale, reference_scale,
+                policy_row, reference_row, columns, end, num_readable, policy_scale,
+                reference_scale,
                 policy_cap, reference_cap, IS_SCALED, POLICY_CAPPED, REFERENCE_CAPPED,
                 IS_DIFFERENCE, True,
             )  # fmt: skip
@@ -136,7 +138,15 @@ def statistics_kernel(
         for start in range(first, whole_end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x = _load(
-                policy_row, columns, end, num_readable, policy_scale, policy_cap, IS_SCALED, POLICY_CAPPED, False
+                policy_row,
+                columns,
+                end,
+                num_readable,
+                policy_scale,
+                policy_cap,
+                IS_SCALED,
+                POLICY_CAPPED,
+                False,
             )
             m_p, s_p, s_pt, h_p = _add_policy(
                 x, m_p, s_p, s_pt, h_p, c, HAS_ENTROPY, IS_TEMPERED, N, GROUP
@@ -230,7 +240,8 @@ def mixture_kernel(
         for start in range(first, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x, y, gap = _load_both(
-                policy_row, reference_row, columns, end, num_readable, policy_scale, reference_scale,
+                policy_row, reference_row, columns, end, num_readable, policy_scale,
+                reference_scale,
                 policy_cap, reference_cap, IS_SCALED, POLICY_CAPPED, REFERENCE_CAPPED,
                 IS_DIFFERENCE, True,
             )  # fmt: skip
@@ -343,7 +354,8 @@ def gradient_kernel(
     max_p = tl.load(at)
     s_p = tl.load(at + 1)
     c = inv_temperature * _LOG2_E
-    # grad = 2^(c x - at_p) (on_p1 + ...) - ...: sums, weights and 1 / T are folded into the factors.
+    # grad = 2^(c x - at_p) (on_p1 + ...) - ...: sums,
+    weights and 1 / T are folded into the factors.
     at_p1 = _product(max_p, _LOG2_E * 1.0)
     at_p = _product(max_p, c)
     at_q = at_p
@@ -369,9 +381,7 @@ def gradient_kernel(
         shift = 0.0
         if DIRECTION == _REVERSE:
             shift = (
-                (max_p - ref_a) * c
-                + (tl.log2(s_pt) - tl.log2(ref_b))
-                + tl.load(at + 6) * _LOG2_E
+                (max_p - ref_a) * c + (tl.log2(s_pt) - tl.log2(ref_b)) + tl.load(at + 6) * _LOG2_E
             )
             on_pt *= _LN_2
         elif DIRECTION == _L2:
@@ -385,8 +395,10 @@ def gradient_kernel(
         for start in range(first, whole_end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             grad, x = _gradient_with_reference(
-                policy_row, reference_row, columns, end, num_readable, policy_scale, reference_scale, policy_cap,
-                reference_cap, inv_temperature, c, at_p1, at_p, on_p1, on_pt, ref_a, at_q, on_q, shift,
+                policy_row, reference_row, columns, end, num_readable, policy_scale,
+                reference_scale, policy_cap,
+                reference_cap, inv_temperature, c, at_p1, at_p, on_p1, on_pt, ref_a, at_q, on_q,
+                shift,
                 beta, DIRECTION, HAS_LABELS, HAS_REFERENCE, IS_TEMPERED, IS_SCALED, POLICY_CAPPED,
                 REFERENCE_CAPPED, IS_DIFFERENCE, False,
             )  # fmt: skip
@@ -401,7 +413,8 @@ def gradient_kernel(
             grad, x = _gradient_with_reference(
                 policy_row, reference_row, columns, token_end, num_readable, policy_scale,
                 reference_scale, policy_cap, reference_cap, inv_temperature, c, at_p1, at_p, on_p1,
-                on_pt, ref_a, at_q, on_q, shift, beta, DIRECTION, HAS_LABELS, HAS_REFERENCE, IS_TEMPERED,
+                on_pt, ref_a, at_q, on_q, shift, beta, DIRECTION, HAS_LABELS, HAS_REFERENCE,
+                IS_TEMPERED,
                 IS_SCALED, POLICY_CAPPED, REFERENCE_CAPPED, IS_DIFFERENCE, True,
             )  # fmt: skip
             if HAS_LABELS:
@@ -415,7 +428,15 @@ def gradient_kernel(
         for start in range(first, whole_end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x = _load(
-                policy_row, columns, end, num_readable, policy_scale, policy_cap, IS_SCALED, POLICY_CAPPED, False
+                policy_row,
+                columns,
+                end,
+                num_readable,
+                policy_scale,
+                policy_cap,
+                IS_SCALED,
+                POLICY_CAPPED,
+                False,
             )
             grad = _exp2(x * _LOG2_E - at_p1) * on_p1
             grad -= tl.where(columns == label, ce_weight, 0.0)
@@ -545,7 +566,8 @@ def _load(
 
 @triton.jit
 def _load_both(
-    policy_row, reference_row, columns, end, num_readable, policy_scale, reference_scale, policy_cap,
+    policy_row, reference_row, columns, end, num_readable, policy_scale, reference_scale,
+    policy_cap,
     reference_cap, IS_SCALED: tl.constexpr, POLICY_CAPPED: tl.constexpr,
     REFERENCE_CAPPED: tl.constexpr, IS_DIFFERENCE: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -571,7 +593,8 @@ def _load_both(
             gap = apart
     else:
         x = _load(
-            policy_row, columns, end, num_readable, policy_scale, policy_cap, IS_SCALED, POLICY_CAPPED,
+            policy_row, columns, end, num_readable, policy_scale, policy_cap, IS_SCALED,
+            POLICY_CAPPED,
             IS_MASKED,
         )  # fmt: skip
         gap = x - y
@@ -834,7 +857,8 @@ def _log_to_mixture(d, beta):
 
 @triton.jit
 def _gradient_with_reference(
-    policy_row, reference_row, columns, end, num_readable, policy_scale, reference_scale, policy_cap,
+    policy_row, reference_row, columns, end, num_readable, policy_scale, reference_scale,
+    policy_cap,
     reference_cap, inv_temperature, c, at_p1, at_p, on_p1, on_pt, ref_a, at_q, on_q, shift, beta,
     DIRECTION: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_REFERENCE: tl.constexpr,
     IS_TEMPERED: tl.constexpr, IS_SCALED: tl.constexpr, POLICY_CAPPED: tl.constexpr,
@@ -849,7 +873,8 @@ def _gradient_with_reference(
         )  # fmt: skip
     else:
         x = _load(
-            policy_row, columns, end, num_readable, policy_scale, policy_cap, IS_SCALED, POLICY_CAPPED,
+            policy_row, columns, end, num_readable, policy_scale, policy_cap, IS_SCALED,
+            POLICY_CAPPED,
             IS_MASKED,
         )  # fmt: skip
     if not HAS_REFERENCE:

@@ -212,9 +212,9 @@ class TrainConfig:
     eval_every: int = 0
     """Optimizer steps between validation losses; 0 = never."""
     head_bytes: int | None = None
-    """Memory of the head for logits and their gradient in bytes, >= 1 MiB; null = 3 GiB on a GPU."""
+    """Bytes for the head's logits and their gradient, >= 1 MiB; null = 3 GiB on a GPU."""
     chunk_tokens: int | None = None
-    """Response tokens at a time in the head, >= 1, in the place of `head_bytes`; null = by memory."""
+    """Response tokens at a time in the head, >= 1, instead of `head_bytes`; null = by memory."""
     export_shard_bytes: int = 5_000_000_000
     """Largest safetensors shard of the exported model, in bytes."""
 
