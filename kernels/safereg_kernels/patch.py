@@ -52,6 +52,7 @@ def patch_model(model: Model) -> Model:
     Without labels, and so in `generate`, the forward is the original one. Class, parameters and
     `state_dict` stay as they are; a pickled model is the original one, a deep copy is patched.
     Patch before an engine wraps the model; a PEFT model's base is patched. Patching twice is once.
+    Not for `nn.DataParallel`, whose replicas share one forward.
 
     Args:
         model: a causal LM with `get_output_embeddings`, a head that is an `nn.Linear`, and
@@ -323,9 +324,10 @@ def _check_head(model: nn.Module, head: Any) -> None:
     """ValueError unless the head is an `nn.Linear` that multiplies as one."""
     # Quantised and adapted heads derive from nn.Linear and have a forward of their own.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
         raise ValueError(
-            f"{_name(model)} has the head {type(head).__name__}, expected nn.Linear: train the "
-            "head unquantised and without an adapter, or use the model's own loss"
+            f"{_name(model)} has the head {kind}, expected nn.Linear: train the head unquantised "
+            "and without an adapter, or use the model's own loss"
         )
     if "forward" in vars(head):
         raise ValueError(

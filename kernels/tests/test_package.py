@@ -71,6 +71,15 @@ def test_build_toml_fits_the_package():
     assert (general["edition"], "torch-noarch" in build) == (5, True)
 
 
+def test_the_readmes_first_example_runs():
+    text = (KERNELS / "README.md").read_text()
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert example is not None
+    names: dict = {}
+    exec(example.group(1), names)
+    assert names["hidden"].grad.shape == names["hidden"].shape
+
+
 def test_only_the_imports_and_operator_names_change(hub):
     source = 'from safereg_kernels import b\n\nA = "safereg_kernels::a"\n'
     source += "def f():\n    from safereg_kernels.c.d import e\n"
