@@ -22,7 +22,7 @@ from result_rows import Rows, read_rows
 
 CASES = (("fp32", "none"), ("bf16", "none"), ("bf16", "cpu"))
 """Precision, and where the reference's shards rest."""
-_TIMEOUT_S = {"cuda": 50, "cpu": 150}
+_TIMEOUT_S = {"cuda": 65, "cpu": 200}
 
 
 def rows_of(device: str, out: Path) -> Rows:

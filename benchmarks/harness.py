@@ -1,8 +1,9 @@
 """Measures time, peak memory and the machine's own limits, and writes them as one tidy CSV.
 
 What is claimed: times are medians with 20 % and 80 % quantiles of single calls, taken in rounds in
-which every implementation has its turn, so that drift of clocks hits all of them alike. On CUDA the
-L2 cache is overwritten before each call, and time is the device's. Peak memory is what one call
+which every implementation has its turn, in an order drawn anew, so that drift of clocks and heat
+left by others hit all of them alike. On CUDA the L2 cache is overwritten before each call, and time
+is the device's. Peak memory is what one call
 holds at most beyond what was allocated before it. Each row is written and printed the moment it is
 known, so a run cut short leaves what it has. A figure that was not measured is an empty cell.
 """
@@ -12,6 +13,7 @@ import functools
 import gc
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -58,13 +60,19 @@ class Measurement:
 
 
 def measure_interleaved(
-    calls: Mapping[str, Call], device: torch.device, *, rounds: int | None = None
+    calls: Mapping[str, Call],
+    device: torch.device,
+    *,
+    rounds: int | None = None,
+    is_queued: bool = True,
 ) -> dict[str, Measurement]:
     """Time and peak memory of each call, in rounds in which each has its turn.
 
-    `rounds` None = as many for all as the slowest one has time for.
+    `rounds` None = as many for all as the slowest one has time for. `is_queued`: a GPU has other
+    work when the call begins, as in the middle of a training step, so what the host does ahead of
+    the device is not billed; False = the device is idle, as at the begin of a step.
     """
-    peaks, wanted = {}, {}
+    peaks, wanted, draw = {}, {}, random.Random(0)
     for name, fn in calls.items():
         for _ in range(WARM_UPS[device.type]):
             fn()
@@ -75,9 +83,11 @@ def measure_interleaved(
     rounds = rounds or min(
         MAX_ROUNDS, max(MIN_ROUNDS[device.type], min(wanted.values(), default=0))
     )
+    order = list(calls)
     for _ in range(rounds):
-        for name, fn in calls.items():
-            samples[name].append(time_once(fn, device))
+        draw.shuffle(order)
+        for name in order:
+            samples[name].append(time_once(calls[name], device, is_queued=is_queued))
     return {
         name: Measurement(
             median_ms=statistics.median(times),
@@ -90,7 +100,7 @@ def measure_interleaved(
     }
 
 
-def time_once(fn: Call, device: torch.device) -> float:
+def time_once(fn: Call, device: torch.device, *, is_queued: bool = True) -> float:
     """Milliseconds of one call; on CUDA the device's, in which it waits for a host that is late."""
     gc.disable()  # a collection in between would be billed to the call
     try:
@@ -98,6 +108,8 @@ def time_once(fn: Call, device: torch.device) -> float:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(device)
             _flush_buffer(device).zero_()
+            if is_queued:
+                torch.cuda._sleep(_QUEUED_CYCLES)
             begin.record()
             fn()
             end.record()
@@ -108,6 +120,9 @@ def time_once(fn: Call, device: torch.device) -> float:
         return (time.perf_counter() - started) * 1e3
     finally:
         gc.enable()
+
+
+_QUEUED_CYCLES = 10_000_000  # 5 ms at 2 GHz, more than any call's host work before its first kernel
 
 
 @functools.cache
@@ -187,7 +202,7 @@ class Limit:
 
 def copy_limit(device: torch.device) -> Limit:
     """A copy of a large tensor; bytes read and bytes written both count."""
-    size = (2 << 30) if device.type == "cuda" else (128 << 20)
+    size = (2 << 30) if device.type == "cuda" else (64 << 20)
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return Limit(
@@ -200,7 +215,7 @@ def copy_limit(device: torch.device) -> Limit:
 
 def matmul_limit(device: torch.device) -> Limit:
     """A large square product (bf16 on CUDA, float32 on a CPU)."""
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return Limit(

@@ -55,7 +55,7 @@ def chunk_sizes(
         return ChunkSizes(rows, rows)
     grad_rows = _whole_steps((head_bytes - LOGITS_ROWS * logits_bytes) // max(grad_bytes, 1))
     grad_rows = _even(num_rows, grad_rows)
-    return ChunkSizes(_even(grad_rows, LOGITS_ROWS), grad_rows)
+    return ChunkSizes(min(grad_rows, LOGITS_ROWS), grad_rows)
 
 
 def _whole_steps(rows: int) -> int:

@@ -69,40 +69,59 @@ class Gradients:
     """Gradients for an upstream scalar of 1, formed pass by pass; None where none is needed."""
 
     def __init__(self, inputs: Inputs, is_needed: Sequence[bool], *, num_passes: int) -> None:
-        hidden, weight, num_active = inputs.hidden, inputs.head.weight, inputs.selection.num_active
-        needs_hidden, needs_weight, needs_bias = is_needed
-        is_whole = num_active == len(hidden)
-        make = torch.empty if is_whole else torch.zeros
-        dtype, device = torch.float32, hidden.device
-        self.hidden = make(hidden.shape, dtype=dtype, device=device) if needs_hidden else None
+        self._needs_hidden, self._needs_weight, self._needs_bias = is_needed
+        self._inputs = inputs
+        self.hidden: Tensor | None = None
         """[tokens, H] float32."""
-        self.bias = torch.zeros(len(weight), dtype=dtype, device=device) if needs_bias else None
-        """[vocab] float32."""
         self.weight: Tensor | None = None
         """[vocab, H], float32, or bfloat16 where one pass gives all of it."""
-        self._needs_weight = needs_weight
+        self.bias: Tensor | None = None
+        """[vocab] float32."""
         # float16 would underflow before the upstream scale; sums of several passes want float32.
+        weight = inputs.head.weight
         rounds_at_once = weight.is_cuda and weight.dtype == torch.bfloat16 and num_passes == 1
-        self._weight_dtype = weight.dtype if rounds_at_once else dtype
-        if needs_weight and num_active == 0:
-            self.weight = torch.zeros(weight.shape, dtype=self._weight_dtype, device=device)
+        self._weight_dtype = weight.dtype if rounds_at_once else torch.float32
+        if num_passes == 0:
+            self._fill_with_zeros()
 
     def add(self, grad: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor | slice) -> None:
-        """Adds what the gradient in the raw logits [rows, vocab] of one pass gives."""
-        if self.hidden is not None:
-            if isinstance(rows, slice):
-                multiply_into(self.hidden[rows], grad, weight)
-            else:
-                of_rows = self.hidden.new_empty(len(grad), weight.shape[1])
-                multiply_into(of_rows, grad, weight)
-                self.hidden.index_copy_(0, rows, of_rows)
+        """Adds what the gradient in the raw logits [rows, vocab] of one pass gives.
+
+        Memory is taken here, not earlier: by now that of the logits is free again.
+        """
+        if self._needs_hidden:
+            self._add_hidden(grad, weight, rows)
         if self._needs_weight:
             is_first = self.weight is None
             if self.weight is None:
                 self.weight = hidden.new_empty(weight.shape, dtype=self._weight_dtype)
             multiply_into(self.weight, grad.T, hidden, accumulate=not is_first)
-        if self.bias is not None:
-            self.bias.add_(grad.sum(0, dtype=torch.float32))
+        if self._needs_bias:
+            of_rows = grad.sum(0, dtype=torch.float32)
+            self.bias = of_rows if self.bias is None else self.bias.add_(of_rows)
+
+    def _add_hidden(self, grad: Tensor, weight: Tensor, rows: Tensor | slice) -> None:
+        of_all = self._inputs.hidden
+        if self.hidden is None:
+            is_whole = self._inputs.selection.num_active == len(of_all)
+            make = torch.empty if is_whole else torch.zeros
+            self.hidden = make(of_all.shape, dtype=torch.float32, device=of_all.device)
+        if isinstance(rows, slice):
+            multiply_into(self.hidden[rows], grad, weight)
+            return
+        of_rows = self.hidden.new_empty(len(grad), weight.shape[1])
+        multiply_into(of_rows, grad, weight)
+        self.hidden.index_copy_(0, rows, of_rows)
+
+    def _fill_with_zeros(self) -> None:
+        """No row is active: everything that is needed is 0."""
+        hidden, head = self._inputs.hidden, self._inputs.head
+        if self._needs_hidden:
+            self.hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        if self._needs_weight:
+            self.weight = torch.zeros_like(head.weight, dtype=self._weight_dtype)
+        if self._needs_bias and head.bias is not None:
+            self.bias = torch.zeros_like(head.bias, dtype=torch.float32)
 
 
 def grad_scale_for(dtype: torch.dtype, *weights: Tensor) -> Tensor | None:

@@ -1,14 +1,25 @@
 """The trunk of the reference: all of a causal language model but its head."""
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from safereg_dist.architecture import decoder_layers
 from safereg_dist.errors import ConfigError
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm")
+
+
+class _KeepsNothing(DynamicCache):
+    """A cache that is empty and stays so."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The states themselves."""
+        return key_states, value_states
 
 
 class ReferenceTrunk(nn.Module):
@@ -22,7 +33,10 @@ class ReferenceTrunk(nn.Module):
     def forward(self, input_ids: Tensor, num_layers: int | None = None) -> Tensor:
         """[B, S, H] last hidden states, or those after the first `num_layers` layers."""
         trunk = self.model.base_model if num_layers is None else self._stop_after(num_layers)
-        return trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+        # Without a cache transformers (5.17 to 5.23) looks at the position ids on the host, for
+        # packed rows: the host would wait for the policy's forward before it launches this one.
+        output = trunk(input_ids=input_ids, use_cache=False, past_key_values=_KeepsNothing())
+        return output.last_hidden_state
 
     def _stop_after(self, num_layers: int) -> nn.Module:
         """A shallow copy of the trunk with fewer layers and no final norm.
