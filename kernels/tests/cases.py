@@ -38,7 +38,9 @@ def grad_of(tensor: Tensor) -> Tensor:
     return tensor.grad
 
 
-def assert_close(got: Tensor, want: Any, *, relative: float = 1e-5, what: str = "") -> None:
+def assert_close(
+    got: Tensor, want: Any, *, relative: float = 1e-5, absolute: float = 1e-9, what: str = ""
+) -> None:
     """Elementwise within `relative` of the element plus `relative` of 10 % of the largest one.
 
     The second part: an element that is a difference of larger terms is no more exact than they are.
@@ -46,7 +48,7 @@ def assert_close(got: Tensor, want: Any, *, relative: float = 1e-5, what: str = 
     want = np.asarray(want)
     scale = np.abs(want[np.isfinite(want)]).max(initial=0.0)
     np.testing.assert_allclose(
-        as_truth(got), want, rtol=relative, atol=relative * 0.1 * scale + 1e-9, err_msg=what
+        as_truth(got), want, rtol=relative, atol=relative * 0.1 * scale + absolute, err_msg=what
     )
 
 
@@ -153,15 +155,20 @@ def assert_head_matches(
     *,
     upstream: Tensor | float = 3.0,
     grad_relative: float = GRADIENT,
+    absolute: float = 1e-9,
 ) -> TokenMetrics | None:
     """One call of `linear_ce_kl`, values and every gradient, against the oracle; its metrics."""
+
+    def close(got: Tensor, want: np.ndarray, what: str, relative: float = 1e-5) -> None:
+        assert_close(got, want, relative=relative, absolute=absolute, what=what)
+
     loss, ce, div, *metrics = linear_ce_kl(**given)
     (loss * upstream).sum().backward()
     want = head_truth(given, upstream)
     for name, got in (("loss", loss), ("ce", ce), ("divergence", div)):
         assert got.dtype == torch.float32, name
         assert got.requires_grad == (name == "loss"), name
-        assert_close(got, getattr(want, name), what=name)
+        close(got, getattr(want, name), name)
     assert ce.shape == div.shape == given["labels"].shape
     for name, truth in (
         ("policy_hidden", want.grad_hidden),
@@ -172,10 +179,10 @@ def assert_head_matches(
         if tensor is None or not tensor.requires_grad:
             continue
         assert grad_of(tensor).dtype == tensor.dtype
-        assert_close(grad_of(tensor), truth, relative=grad_relative, what=f"gradient of {name}")
+        close(grad_of(tensor), truth, f"gradient of {name}", grad_relative)
     for got in metrics:
         for name in ("lse", "entropy", "accuracy"):
             if getattr(got, name) is not None:
                 assert not getattr(got, name).requires_grad
-                assert_close(getattr(got, name), getattr(want, name), what=name)
+                close(getattr(got, name), getattr(want, name), name)
     return metrics[0] if metrics else None

@@ -30,7 +30,7 @@ from gate_measures import worst
 
 COMPILERS = 8
 """Processes that compile, each with a CUDA context of half a gigabyte."""
-COMPILE_TIMEOUT_S = 120
+COMPILE_TIMEOUT_S = 45
 
 
 def compile_ahead(cases: list[Case]) -> None:

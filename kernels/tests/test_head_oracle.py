@@ -1,8 +1,9 @@
 """The oracle itself: its hand-derived gradients against central differences, and known values.
 
-Claimed: every gradient in head_oracle.py is the derivative of its value, with every option. Exact:
-rows that take no part. May round: central differences in float64 with a step of 1e-5 agree to about
-1e-9 of the gradient's scale.
+Claimed: every gradient in head_oracle.py is the derivative of its value, with every option, and
+device_truth.py, the gate's judge, says the same. Exact: rows that take no part. May
+round: central differences in float64 with a step of 1e-5 agree to about 1e-9 of the gradient's
+scale.
 """
 
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import head_oracle as oracle
 import numpy as np
 import pytest
+import torch
+from device_truth import Formula, rows_of_logits
 from head_oracle import central_differences
 
 DIRECTIONS = pytest.mark.parametrize("direction", oracle.DIRECTIONS)
@@ -233,3 +236,43 @@ def test_an_invalid_label_poisons_its_row() -> None:
     assert np.isnan(got.ce).tolist() == [False, True, False, False, False]
     assert np.isnan(got.grad_hidden).all(1).tolist() == [False, True, False, False, False]
     assert np.isnan(got.grad_head).all()
+
+
+# ---- the gate's judge ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "z_loss": 0.1, "vocab_size": 9},
+        {"policy_softcap": 2.0, "policy_logit_scale": 0.6, "reference_softcap": 3.0},
+        {"reference_logit_scale": 1.7, "temperature": 2.5, "beta": 0.2},
+    ],
+    ids=str,
+)
+@DIRECTIONS
+def test_the_truth_on_a_device_is_the_oracles(direction: str, options: dict[str, Any]) -> None:
+    """The head is the identity, so hidden states are logits; row 3 has no weight, and is NaN."""
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(2, 5, 11)) * 2
+    x[3] = np.nan
+    labels, case = rng.integers(0, 9, 5), head_case()
+    weights = {name: case[name] for name in ("ce_weights", "kl_weights")}
+    got = rows_of_logits(
+        *(torch.from_numpy(array) for array in (x, y, labels, *weights.values())),
+        Formula(direction=direction, **options),
+    )
+    renamed = {name.removeprefix("policy_"): value for name, value in options.items()}
+    want = oracle.linear_ce_kl(
+        *(x, np.eye(11), labels),
+        **weights,
+        reference_hidden=y,
+        reference_head=np.eye(11),
+        direction=direction,
+        reduction="none",
+        **renamed,
+    )
+    for name in ("loss", "ce", "divergence", "lse", "entropy"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got.grad, want.grad_hidden, rtol=1e-10, atol=1e-12)

@@ -30,7 +30,7 @@ from cases import (
 
 from safereg_kernels import (
     ShapeError,
-    chunks,
+    budget,
     linear_ce_kl,
     masked_kl,
     triton_kernels,
@@ -379,8 +379,20 @@ def test_memory_does_not_grow_with_the_tokens() -> None:
     assert small < 16 * chunk
 
 
-def test_default_chunk_fits_its_budget() -> None:
-    tokens = chunks.default_chunk_tokens(128256)
-    assert tokens % 64 == 0
-    assert 0.9 * chunks.CHUNK_BYTES < tokens * 128256 * 10 <= chunks.CHUNK_BYTES
-    assert chunks.default_chunk_tokens(0) >= 64
+@pytest.mark.parametrize("is_collected", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 100, 1023, 8192, 50000])
+def test_default_chunks_fit_their_budget(num_rows: int, is_collected: bool) -> None:
+    logits_bytes, grad_bytes, limit = 128256 * 8, 128256 * 2, 3 << 30
+    sizes = budget.chunk_sizes(
+        num_rows,
+        logits_bytes=logits_bytes,
+        grad_bytes=grad_bytes,
+        is_collected=is_collected,
+        head_bytes=limit,
+        chunk_tokens=None,
+    )
+    assert 1 <= sizes.logits_rows <= sizes.grad_rows <= num_rows
+    used = sizes.logits_rows * logits_bytes + sizes.grad_rows * grad_bytes
+    assert used <= limit
+    if num_rows > 10000:  # as many rows as there is memory for, or as a product has use for
+        assert used > 0.8 * limit or sizes.logits_rows >= 960

@@ -106,7 +106,7 @@ def test_suppressed_tokens(direction: str, which: str) -> None:
     assert_close(div, want_div)
     assert_close(loss, want)
     if np.isfinite(want):
-        assert_close(grad_of(x), want_grad)
+        assert_close(grad_of(x), want_grad, relative=GRADIENT)
         if which == "both":
             assert (grad_of(x)[:, [3, 400]] == 0).all()
     else:
@@ -292,8 +292,8 @@ def test_no_grad_does_no_gradient_work() -> None:
     assert_close(div, want.divergence)
     with counted_flops() as counter:
         linear_ce_kl(**inputs)
-    # `addmm_` of the head's gradient is unknown to the counter; that of the hidden states is not.
-    assert counter.get_total_flops() == forward_only + 2 * VOCAB * rows * HIDDEN
+    # Two more products: the gradients of the hidden states and of the head.
+    assert counter.get_total_flops() == forward_only + 2 * 2 * VOCAB * rows * HIDDEN
 
 
 def test_no_grad_keeps_no_gradient_of_masked_kl() -> None:
@@ -456,7 +456,7 @@ def test_linear_shape_errors(change: dict[str, Any], message: str) -> None:
     [
         ((4, 5), (4, 6), (4,), "same padded vocabulary"),
         ((4, 5), (3, 5), (4,), r"\(4, 5\)"),
-        ((2, 4, 5), (2, 4, 5), (4,), "tokens, vocab"),
+        ((2, 4, 5), (2, 4, 5), (4,), "one per token"),
         ((4, 5), (4, 5), (4, 1), "one per token"),
     ],
 )

@@ -516,12 +516,16 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     shift = len(shape) == 2 and draw(st.booleans())
     if shift:
         kl_weights[:, -1] = 0.0
+    ce_weights = optional(st.just(weights()))
+    # An ignored label under a weight that is given: whether its logits are computed, and so have
+    # metrics, depends on where the weights are.
+    has_metrics = ce_weights is None or not (shift or (labels == -100).any())
     given: dict[str, Any] = {
         "policy_hidden": normal(*shape, width).requires_grad_(),
         "policy_head": normal(vocab, width).requires_grad_(),
         "policy_bias": normal(vocab).requires_grad_() if draw(st.booleans()) else None,
         "labels": labels,
-        "ce_weights": optional(st.just(weights())),
+        "ce_weights": ce_weights,
         "policy_softcap": optional(st.floats(1.0, 10.0)),
         "policy_logit_scale": draw(st.sampled_from([1.0, 0.3, 2.0])),
         "temperature": draw(st.sampled_from([1.0, 0.7, 2.5])),
@@ -531,7 +535,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "head_bytes": optional(st.sampled_from([1, 4000])),
         "reduction": draw(st.sampled_from(["sum", "mean", "none"])),
         "shift": shift,
-        **{name: draw(st.booleans()) for name in METRICS},
+        **{name: has_metrics and draw(st.booleans()) for name in METRICS},
     }
     teacher = draw(st.sampled_from(["none", "hidden", "topk"]))
     if teacher != "none":
@@ -559,8 +563,9 @@ def test_any_options_together(call: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     is_vector = call["reduction"] == "none"
     upstream = torch.randn(call["labels"].shape if is_vector else (), generator=generator)
-    # Differences of terms near 10 in a loss near 0: float32 leaves them 1e-6 of the terms.
-    assert_head_matches(call, upstream=upstream, grad_relative=2 * GRADIENT)
+    # A label that is nearly certain leaves a difference of terms of 20: float32 has 2e-6 of it.
+    how = {"grad_relative": 2 * GRADIENT, "absolute": 2e-5}
+    assert_head_matches(call, upstream=upstream, **how)
 
 
 # ---- autocast ------------------------------------------------------------------------------------
