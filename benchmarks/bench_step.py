@@ -221,7 +221,11 @@ class Bench:
             risk=RiskStage([Part("", signal, DEFAULT_THRESHOLD)]),
             coefficient=Coefficient(config.regularizer, threshold=None, ranks=self._ranks),
             reference=reference,
-            objective=Objective(config.regularizer, chunk_tokens=config.train.chunk_tokens),
+            objective=Objective(
+                config.regularizer,
+                chunk_tokens=config.train.chunk_tokens,
+                head_bytes=config.train.head_bytes,
+            ),
         )
         step.train()
         return step

@@ -14,8 +14,10 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -130,7 +132,10 @@ def peak_extra_bytes(fn: Call, device: torch.device) -> int:
 def _cpu_peak(fn: Call) -> int:
     """Highest sum of the allocator's events; scratch space inside BLAS is not among them."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with (
+        _without_stderr(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profiler,
+    ):
         fn()
     results = getattr(profiler.profiler, "kineto_results", None)
     assert results is not None, "this torch has no allocator events in its profiler"
@@ -140,6 +145,20 @@ def _cpu_peak(fn: Call) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """A block whose writes to stderr are lost: the profiler of torch 2.13 tells when it begins."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from peers import ours_linear, value_and_gradients
+from peers import ours_cross_entropy, ours_linear, value_and_gradients
 from problems import LinearProblem, LogitsProblem
 from torch import Tensor
 
@@ -150,6 +150,7 @@ def watched_calls(sizes: Any, device: torch.device) -> Iterator[tuple[str, Calla
 
     ce_weights, kl_weights = (w.to(device) for w in (linear.ce_weights, linear.kl_weights))
     yield "linear_ce_kl, weights on the device", value_and_gradients(on_device, linear), 1
+    yield "linear_cross_entropy", value_and_gradients(ours_cross_entropy, linear), 1
     logits = LogitsProblem.random((sizes.block_rows, sizes.vocab), sizes.dtype, device, "forward")
     yield (
         "masked_kl, weights on the device",

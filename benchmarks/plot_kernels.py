@@ -98,7 +98,6 @@ def draw_masked_kl(rows: list[Row]) -> Figure:
     figure, (times, shares) = plt.subplots(2, 1, figsize=(8, 6), layout="constrained")
     _bars(times, rows, _values(rows, "median_ms"), "{:.3g}")
     times.set_ylabel("time of value and gradient (ms)")
-    times.set_yscale("log")
     _bars(shares, rows, _values(rows, "percent_of_copy_bandwidth"), "{:.0f}")
     shares.set_ylabel("share of copy bandwidth (%),\n5 passes over the logits")
     shares.axhline(100, color="#4D4D4D", linewidth=0.8)
@@ -114,8 +113,8 @@ def draw_linear(rows: list[Row]) -> Figure:
     figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
     _bars(axes, rows, _values(rows, "ratio_to_products"), "{:.2f}")
     axes.set_ylabel("time (multiple of the bare products)")
-    axes.axhline(_TARGET, color=COLOURS[OURS], linewidth=0.8, linestyle="--", zorder=0)
-    axes.annotate(f"goal {_TARGET}", (-0.45, _TARGET), fontsize=7, va="bottom")
+    axes.hlines(_TARGET, -0.45, 0.45, color="black", linewidth=0.8, linestyle="--")
+    axes.annotate(f"goal {_TARGET}", (-0.45, _TARGET), fontsize=6, va="bottom")
     _legend(figure, axes)
     ratio = next(
         float(row["ratio_to_products"]) for row in rows if row["implementation"] == OURS
@@ -201,7 +200,7 @@ def draw_step(rows: list[Row]) -> Figure:
     ratios = [float(row["ratio_to_sft"]) for row in shown]
     bars = times.barh(names, ratios, color=colours)
     labels = [f"{float(r['ratio_to_sft']):.2f}, {float(r['median_ms']):.0f} ms" for r in shown]
-    times.bar_label(bars, labels, padding=5)
+    times.bar_label(bars, labels, padding=14)
     needed = [float(row["flops"]) / sft for row in shown]
     times.plot(needed, names, "|", color="black", markersize=12, label="by FLOPs")
     times.set_xlabel("time of a step (multiple of SFT)")
@@ -284,7 +283,7 @@ def _unit(rows: list[Row], column: str) -> tuple[float, str]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=4, frameon=False, fontsize=7)
+    figure.legend(handles, labels, loc="outside center right", frameon=False, fontsize=7)
 
 
 def _range(values: Iterable[float]) -> tuple[float, float]:

@@ -224,8 +224,8 @@ def mixture_kernel(
     log_s_q = tl.log2(tl.load(at + 5))
     max_p = tl.load(at)
     max_q = tl.load(at + 4)
+    jsd = tl.zeros([BLOCK], tl.float32)
     of_p = tl.zeros([BLOCK], tl.float32)
-    of_q = tl.zeros([BLOCK], tl.float32)
     if tl.load(kl_weight_ptr + row) != 0:
         for start in range(first, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
@@ -234,14 +234,17 @@ def mixture_kernel(
                 policy_cap, reference_cap, IS_SCALED, POLICY_CAPPED, REFERENCE_CAPPED,
                 IS_DIFFERENCE, True,
             )  # fmt: skip
-            a = (x - max_p) * c - log_s_p
-            b = (y - max_q) * c - log_s_q
-            d = gap * c - ((max_p - max_q) * c + (log_s_p - log_s_q))
-            of_p += _mixture_terms(_exp2(a), _exp2(b), d, beta)
-            of_q += _mixture_terms(_exp2(b), _exp2(a), -d, 1.0 - beta)
-    sum_p = tl.sum(of_p, 0)
-    tl.store(out, beta * tl.sum(of_q, 0) + (1.0 - beta) * sum_p)
-    tl.store(out + 1, sum_p)
+            # beta (q log(q/m) - q + m) + (1 - beta) (p log(p/m) - p + m): what is not of a
+            # logarithm cancels; each term is >= 0.
+            p = _exp2((x - max_p) * c - log_s_p)
+            q = _exp2((y - max_q) * c - log_s_q)
+            m = beta * q + (1.0 - beta) * p
+            d = _within(gap * c - ((max_p - max_q) * c + (log_s_p - log_s_q)))
+            log_ratio = _log_to_mixture(d, beta)
+            jsd -= m * log_ratio + (beta * _LN_2) * q * d
+            of_p += (m - p) - p * log_ratio
+    tl.store(out, tl.sum(jsd, 0))
+    tl.store(out + 1, tl.sum(of_p, 0))
 
 
 @triton.jit
@@ -463,6 +466,18 @@ def _exp2(x):
     else:
         result = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
+def _log2(x):
+    """log2 x in one instruction, within 2^-22 of it where x is near 1."""
+    if _IS_INTERPRETED:
+        result = tl.log2(x)
+    else:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     return result
 
@@ -797,23 +812,21 @@ def _store_statistics(
 
 
 @triton.jit
-def _against_mixture(d, beta):
-    """(m/p - 1, log(m/p)) for d = log2(p/q) and m = beta q + (1 - beta) p; the log in nats."""
-    series = d * (_T1 + d * (_T2 + d * (_T3 + d * (_T4 + d * _T5))))
-    e = _exp2(tl.minimum(-d, _LARGEST_EXPONENT)) - 1.0
-    e = beta * tl.where(tl.abs(d) < _SERIES_BELOW, series, e)
-    v = e * (1.0 - e * (0.5 - e * (1 / 3 - e * (0.25 - e * (0.2 - e * (1 / 6))))))
-    log_ratio = tl.where(tl.abs(e) < 0.06, v, tl.log(1.0 + e))
-    return e, tl.where(-d > _LARGEST_EXPONENT, tl.log(beta) - d * _LN_2, log_ratio)
+def _within(d):
+    """d where both models have the token; +-100 where one has not, which is as good as infinite."""
+    return tl.minimum(tl.maximum(d, -_LARGEST_EXPONENT), _LARGEST_EXPONENT)
 
 
 @triton.jit
-def _mixture_terms(p, q, d, beta):
-    """p log(p/m) - p + m >= 0, for d = log2(p/q); p (e - log1p(e)) with e = m/p - 1."""
-    e, log_ratio = _against_mixture(d, beta)
-    series = p * (e * e * (0.5 - e * (1 / 3 - e * (0.25 - e * (0.2 - e * (1 / 6))))))
-    literal = beta * (q - p) - tl.where(p > 0, p * log_ratio, 0.0)
-    return tl.where((tl.abs(e) < 0.06) & (p > 0), series, literal)
+def _log_to_mixture(d, beta):
+    """log(m/p) in nats for m = beta q + (1 - beta) p and d = log2(p/q) within +-100.
+
+    m/p - 1 = beta (2^-d - 1), of which both the power and the logarithm are series for small d.
+    """
+    e = beta * (d * (_T1 + d * (_T2 + d * (_T3 + d * (_T4 + d * _T5)))))
+    series = e * (1.0 - e * (0.5 - e * (1 / 3 - e * (0.25 - e * (0.2 - e * (1 / 6))))))
+    literal = _log2(1.0 + beta * (_exp2(-d) - 1.0)) * _LN_2
+    return tl.where(tl.abs(d) < _SERIES_BELOW, series, literal)
 
 
 # ---- gradient ----------------------------------------------------------------------------------
@@ -854,8 +867,7 @@ def _gradient_with_reference(
         grad = tl.where(is_kept, (gap * inv_temperature - ref_a) * on_q, 0.0)
     else:
         e_p = _exp2(x * c - at_p)
-        _, log_ratio = _against_mixture(gap * c - shift, beta)
-        on_p = -(log_ratio + on_q) * on_pt
+        on_p = -(_log_to_mixture(_within(gap * c - shift), beta) + on_q) * on_pt
         if HAS_LABELS and not IS_TEMPERED:
             on_p += on_p1
         grad = tl.where(e_p > 0, e_p * on_p, 0.0)

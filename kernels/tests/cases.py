@@ -53,11 +53,13 @@ def assert_close(got: Tensor, want: Any, *, relative: float = 1e-5, what: str = 
 # ---- masked_kl ---------------------------------------------------------------------------------
 
 
-def logits_pair(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def logits_pair(
+    dtype: torch.dtype = torch.float32, seed: int = 0, tokens: int = TOKENS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Policy and reference logits with NaN in skipped rows, and weights with zeros among them."""
     generator = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(2, TOKENS, VOCAB, generator=generator) * 4).to(dtype)
-    weights = torch.rand(TOKENS, generator=generator) + 0.1
+    x, y = (torch.randn(2, tokens, VOCAB, generator=generator) * 4).to(dtype)
+    weights = torch.rand(tokens, generator=generator) + 0.1
     weights[::3] = 0.0
     x[weights == 0] = float("nan")
     y[weights == 0] = float("nan")
@@ -90,19 +92,21 @@ def kl_truth(
 # ---- linear_ce_kl ------------------------------------------------------------------------------
 
 
-def head_inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+def head_inputs(
+    dtype: torch.dtype = torch.float32, seed: int = 0, tokens: int = TOKENS
+) -> dict[str, Any]:
     """Arguments with rows of every kind: CE only, KL only, both, skipped; NaN where unread."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
-    ce_weights = torch.rand(TOKENS, generator=generator) + 0.1
-    kl_weights = torch.rand(TOKENS, generator=generator) + 0.1
-    ce_weights[torch.arange(TOKENS) % 4 >= 2] = 0.0
-    kl_weights[torch.arange(TOKENS) % 4 % 2 == 1] = 0.0
-    hidden, reference_hidden = normal(TOKENS, HIDDEN), normal(TOKENS, REFERENCE_HIDDEN)
-    labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    ce_weights = torch.rand(tokens, generator=generator) + 0.1
+    kl_weights = torch.rand(tokens, generator=generator) + 0.1
+    ce_weights[torch.arange(tokens) % 4 >= 2] = 0.0
+    kl_weights[torch.arange(tokens) % 4 % 2 == 1] = 0.0
+    hidden, reference_hidden = normal(tokens, HIDDEN), normal(tokens, REFERENCE_HIDDEN)
+    labels = torch.randint(0, VOCAB, (tokens,), generator=generator)
     labels[ce_weights == 0] = -100
     hidden[(ce_weights == 0) & (kl_weights == 0)] = torch.nan
     reference_hidden[kl_weights == 0] = torch.nan

@@ -7,8 +7,10 @@ float32 (1e-5 for values, 4e-5 for gradients); under autocast the operands are b
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import cases
 import head_oracle as oracle
 import numpy as np
 import pytest
@@ -17,16 +19,13 @@ from cases import (
     DIRECTIONS,
     GRADIENT,
     HIDDEN,
-    TOKENS,
     VOCAB,
     as_truth,
     assert_close,
     assert_head_matches,
     grad_of,
-    head_inputs,
     head_truth,
     kl_truth,
-    logits_pair,
     with_biases,
 )
 from hypothesis import given, settings
@@ -45,7 +44,13 @@ from safereg_kernels import (
 
 pytestmark = pytest.mark.usefixtures("path")
 
+TOKENS = 13
+"""Three rows of each kind and one more: the interpreter is slow."""
 METRICS = {"return_lse": True, "return_entropy": True, "return_accuracy": True}
+
+
+head_inputs = partial(cases.head_inputs, tokens=TOKENS)
+logits_pair = partial(cases.logits_pair, tokens=TOKENS)
 
 
 def reference_logits(given: dict[str, Any]) -> np.ndarray:
@@ -75,7 +80,7 @@ def in_batches(given: dict[str, Any], sequences: int = 2) -> dict[str, Any]:
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_mixtures(beta: float) -> None:
-    options = {"direction": "jsd", "beta": beta, "temperature": 0.7, "chunk_tokens": 20}
+    options = {"direction": "jsd", "beta": beta, "temperature": 0.7, "chunk_tokens": 6}
     assert_head_matches({**head_inputs(), **options})
     x, y, weights = logits_pair()
     loss, div = masked_kl(x, y, weights, direction="jsd", beta=beta)
@@ -89,7 +94,7 @@ def test_mixtures(beta: float) -> None:
 @pytest.mark.parametrize("temperature", [0.7, 2.5])
 @DIRECTIONS
 def test_temperature_is_the_divergences_alone(direction: str, temperature: float) -> None:
-    options = {"direction": direction, "temperature": temperature, "chunk_tokens": 20}
+    options = {"direction": direction, "temperature": temperature, "chunk_tokens": 6}
     assert_head_matches({**head_inputs(), **options, **METRICS})
 
 
@@ -138,13 +143,13 @@ def test_masked_kl_transforms_logits(direction: str, options: dict[str, Any]) ->
 
 
 def test_masked_kl_of_batches() -> None:
-    flat_x, flat_y, flat_weights = (tensor.detach()[:36] for tensor in logits_pair())
-    x, y = flat_x.reshape(3, 12, VOCAB).requires_grad_(), flat_y.reshape(3, 12, VOCAB)
-    weights = flat_weights.reshape(3, 12)
+    flat_x, flat_y, flat_weights = (tensor.detach()[:12] for tensor in logits_pair())
+    x, y = flat_x.reshape(3, 4, VOCAB).requires_grad_(), flat_y.reshape(3, 4, VOCAB)
+    weights = flat_weights.reshape(3, 4)
     loss, div = masked_kl(x, y, weights, temperature=2.0)
     loss.backward()
     want, want_div, want_grad = kl_truth(x, y, weights, "forward", 2.0)
-    assert div.shape == (3, 12)
+    assert div.shape == (3, 4)
     assert_close(loss, want)
     assert_close(div, want_div)
     assert_close(grad_of(x), want_grad, relative=GRADIENT)
@@ -152,13 +157,17 @@ def test_masked_kl_of_batches() -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 def test_a_stored_reference_lse_changes_nothing(direction: str) -> None:
-    """log sum exp(y / T) of an earlier run; it saves work, and is unread in rows without KL."""
+    """log sum exp(y / T) of an earlier run; it saves work, and is unread in rows without KL.
+
+    As float32 it is off by up to 5e-7, and so is every log q: p times that in a gradient, which is
+    a difference of larger terms.
+    """
     options = {"direction": direction, "temperature": 0.7, "reference_softcap": 6.0}
     inputs = {**head_inputs(), **options}
     y = reference_logits(inputs) / 0.7
     inputs["reference_lse"] = torch.from_numpy(oracle.log_sum_exp(y)).float()
     assert torch.isnan(inputs["reference_lse"][inputs["kl_weights"] == 0]).all()
-    assert_head_matches(inputs)
+    assert_head_matches(inputs, grad_relative=10 * GRADIENT)
     x, y, weights = logits_pair()
     lse = torch.from_numpy(oracle.log_sum_exp(as_truth(y) / 0.7)).float()
     how = {"direction": direction, "temperature": 0.7}
@@ -167,7 +176,7 @@ def test_a_stored_reference_lse_changes_nothing(direction: str) -> None:
     want, want_div, want_grad = kl_truth(x, y, weights, direction, 0.7)
     assert_close(loss, want)
     assert_close(div, want_div)
-    assert_close(grad_of(x), want_grad, relative=GRADIENT)
+    assert_close(grad_of(x), want_grad, relative=10 * GRADIENT)
 
 
 @pytest.mark.parametrize("k", [1, 5, VOCAB])
@@ -180,7 +189,7 @@ def test_teachers_of_a_few_tokens(temperature: float, k: int) -> None:
     for name in ("reference_hidden", "reference_head", "reference_bias"):
         del inputs[name]
     topk = TopK(ids=largest.indices, logits=largest.values)
-    options = {"temperature": temperature, "chunk_tokens": 11, "policy_softcap": 7.0}
+    options = {"temperature": temperature, "chunk_tokens": 4, "policy_softcap": 7.0}
     assert_head_matches({**inputs, **options, "reference_topk": topk, **METRICS})
 
 
@@ -210,8 +219,8 @@ def test_metrics_of_the_rows_that_are_there() -> None:
     with torch.no_grad():
         best = (inputs["policy_hidden"] @ inputs["policy_head"].T).argmax(-1)
     wanted = inputs["ce_weights"] != 0
-    inputs["labels"] = torch.where(wanted & (torch.arange(TOKENS) < 20), best, inputs["labels"])
-    metrics = assert_head_matches({**inputs, **METRICS, "temperature": 2.0, "chunk_tokens": 11})
+    inputs["labels"] = torch.where(wanted & (torch.arange(TOKENS) < 5), best, inputs["labels"])
+    metrics = assert_head_matches({**inputs, **METRICS, "temperature": 2.0, "chunk_tokens": 4})
     assert metrics is not None
     assert set(metrics.accuracy[wanted].tolist()) == {0.0, 1.0}
     skipped = ~wanted & (inputs["kl_weights"] == 0)
@@ -266,10 +275,10 @@ def test_ignored_labels_carry_no_weight(ignore_index: int) -> None:
 
 @DIRECTIONS
 def test_batches_of_sequences(direction: str) -> None:
-    given = {**in_batches(head_inputs()), **METRICS, "direction": direction, "chunk_tokens": 11}
+    given = {**in_batches(head_inputs()), **METRICS, "direction": direction, "chunk_tokens": 4}
     metrics = assert_head_matches(given)
     assert metrics is not None
-    assert metrics.lse.shape == metrics.entropy.shape == metrics.accuracy.shape == (2, 18)
+    assert metrics.lse.shape == metrics.entropy.shape == metrics.accuracy.shape == (2, 6)
 
 
 def test_batches_need_not_be_contiguous() -> None:
@@ -285,25 +294,25 @@ def test_shifted_labels() -> None:
     """Position s predicts label s + 1; the last one has no label, and here no KL weight either."""
     inputs = in_batches(head_inputs())
     generator = torch.Generator().manual_seed(4)
-    inputs["labels"] = torch.randint(0, VOCAB, (2, 18), generator=generator)
-    inputs["labels"][0, 5] = -100
+    inputs["labels"] = torch.randint(0, VOCAB, (2, 6), generator=generator)
+    inputs["labels"][0, 3] = -100
     inputs["kl_weights"][:, -1] = 0.0
     inputs["policy_hidden"] = torch.nan_to_num(inputs["policy_hidden"].detach()).requires_grad_()
-    assert_head_matches({**inputs, **METRICS, "shift": True, "chunk_tokens": 11})
+    assert_head_matches({**inputs, **METRICS, "shift": True, "chunk_tokens": 4})
     alone = {name: inputs[name] for name in ("policy_hidden", "policy_head", "labels")}
     alone["policy_hidden"] = alone["policy_hidden"].detach().clone().requires_grad_()
     alone["policy_head"] = alone["policy_head"].detach().clone().requires_grad_()
     given = {**alone, "shift": True, "reduction": "mean"}
     assert_head_matches(given)
     assert (grad_of(alone["policy_hidden"])[:, -1] == 0).all()
-    assert (grad_of(alone["policy_hidden"])[0, 4] == 0).all()
+    assert (grad_of(alone["policy_hidden"])[0, 2] == 0).all()
 
 
 # ---- reductions ----------------------------------------------------------------------------------
 
 
 def test_mean() -> None:
-    assert_head_matches({**head_inputs(), "reduction": "mean", "chunk_tokens": 11})
+    assert_head_matches({**head_inputs(), "reduction": "mean", "chunk_tokens": 4})
 
 
 def test_the_mean_of_nothing_is_zero() -> None:
@@ -323,7 +332,7 @@ def test_no_reduction(direction: str, is_batched: bool) -> None:
     upstream = torch.randn(inputs["labels"].shape, generator=torch.Generator().manual_seed(8))
     upstream[..., ::5] = 0.0
     assert (upstream < 0).any()
-    options = {"direction": direction, "reduction": "none", "chunk_tokens": 11, "z_loss": 0.01}
+    options = {"direction": direction, "reduction": "none", "chunk_tokens": 4, "z_loss": 0.01}
     assert linear_ce_kl(**inputs, **options)[0].shape == inputs["labels"].shape
     assert_head_matches({**inputs, **options}, upstream=upstream)
 
@@ -332,7 +341,7 @@ def test_no_reduction_and_the_sum_have_one_gradient() -> None:
     grads = []
     for reduction in ("none", "sum"):
         inputs = head_inputs()
-        loss, _, _ = linear_ce_kl(**inputs, reduction=reduction, chunk_tokens=11)
+        loss, _, _ = linear_ce_kl(**inputs, reduction=reduction, chunk_tokens=4)
         loss.sum().backward()
         grads.append([grad_of(inputs[name]) for name in ("policy_hidden", "policy_head")])
     for got, want in zip(*grads, strict=True):
@@ -391,7 +400,7 @@ def test_linear_cross_entropy_is_torchs(reduction: str) -> None:
     options = {"softcap": 6.0, "logit_scale": 0.7, "vocab_size": 500, "z_loss": 1e-3}
     upstream = torch.randn(TOKENS if reduction == "none" else (), generator=generator)
     loss = linear_cross_entropy(
-        hidden, head, labels, bias=bias, reduction=reduction, **options, chunk_tokens=11
+        hidden, head, labels, bias=bias, reduction=reduction, **options, chunk_tokens=4
     )
     (loss * upstream).sum().backward()
     got = [loss, grad_of(hidden), grad_of(head), grad_of(bias)]
@@ -435,7 +444,7 @@ def test_module_holds_the_options() -> None:
         "temperature": 2.0,
         "z_loss": 0.01,
         "policy_softcap": 8.0,
-        "chunk_tokens": 11,
+        "chunk_tokens": 4,
         "reduction": "mean",
         **METRICS,
     }
@@ -472,7 +481,7 @@ def test_everything_at_once(direction: str) -> None:
         "reference_logit_scale": 1.2,
         "z_loss": 0.02,
         "vocab_size": 500,
-        "chunk_tokens": 7,
+        "chunk_tokens": 3,
         "head_bytes": 16 * VOCAB * 4,
         "reduction": "mean",
         **METRICS,
@@ -544,7 +553,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     return given
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(call=calls())
 def test_any_options_together(call: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -576,9 +585,9 @@ def test_autocast_takes_operands_in_its_dtype(is_hidden_low: bool) -> None:
             low = inputs[name].detach().bfloat16()
             inputs[name] = low.requires_grad_(name == "policy_hidden")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, ce, div = linear_ce_kl(**inputs, chunk_tokens=7)
+        loss, ce, div = linear_ce_kl(**inputs, chunk_tokens=3)
     (loss * 3).backward()
-    want_loss, want_ce, want_div = linear_ce_kl(**{**inputs, **explicit}, chunk_tokens=7)
+    want_loss, want_ce, want_div = linear_ce_kl(**{**inputs, **explicit}, chunk_tokens=3)
     (want_loss * 3).backward()
     assert loss.dtype == ce.dtype == div.dtype == torch.float32
     assert_close(loss, want_loss.item())
@@ -676,7 +685,7 @@ def test_host_data_crosses_in_one_buffer(monkeypatch: pytest.MonkeyPatch) -> Non
     report = torch.arange(TOKENS) % 4 == 2
     inputs = head_inputs()
     inputs["labels"] = inputs["labels"].clamp(min=0)
-    linear_ce_kl(**inputs, ce_report=report, chunk_tokens=5)[0].backward()
+    linear_ce_kl(**inputs, ce_report=report, chunk_tokens=4)[0].backward()
     assert len(copies) <= 1
 
 
