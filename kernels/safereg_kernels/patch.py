@@ -128,6 +128,7 @@ def _forward_of(model_class: type) -> Callable[..., Any]:
                 return run(self, *args, **kwargs)
             return _with_loss(self, labels, extra, lambda: run(self, *args, **kwargs))
 
+        vars(forward).pop("__wrapped__", None)
         forward.__signature__ = original  # type: ignore[attr-defined]
         forward.__doc__ = model_class.forward.__doc__
         _FORWARDS[model_class] = forward
