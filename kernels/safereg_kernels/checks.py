@@ -56,6 +56,29 @@ def check_shift(labels: Tensor, shift: bool) -> None:
         )
 
 
+def check_one_per_label(labels: Tensor, **tensors: Tensor | None) -> None:
+    """ShapeError unless every tensor that is given has an element for each label."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != labels.shape:
+            raise ShapeError(
+                f"{name} {tuple(tensor.shape)} must be {list(labels.shape)} like the labels, one "
+                "per token"
+            )
+
+
+def check_topk_ids(ids: Tensor, kl_weights: Tensor, vocab_size: int | None) -> None:
+    """ValueError unless every id in use is a token id, where values are looked at."""
+    if vocab_size is None or not _looks_at_values(ids):
+        return
+    is_bad = ((ids < 0) | (ids >= vocab_size)) & (kl_weights.to(ids.device) != 0)[:, None]
+    if bool(is_bad.any()):
+        row, place = is_bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"reference_topk.ids must lie in [0, {vocab_size}), got {ids[row, place].item()} at "
+            f"token {row}"
+        )
+
+
 def check_topk(
     ids: Tensor, logits: Tensor, hidden: Tensor, spec: LossSpec, reference_hidden: Tensor | None
 ) -> None:

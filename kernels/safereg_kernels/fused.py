@@ -91,8 +91,7 @@ def merge_statistics(partials: Tensor, spec: LossSpec) -> Tensor:
                 merged,
                 parts,
                 1.0 / spec.temperature,
-                DIRECTION=DIRECTIONS.index(spec.direction),
-                **launch_options(1),
+                **{"DIRECTION": DIRECTIONS.index(spec.direction), **launch_options(1)},
             )
     return merged
 
@@ -137,7 +136,10 @@ def scale_in_place(tensor: Tensor, scale: Tensor) -> None:
     programs = min(blocks, _programs(tensor.device))
     with _on_device(tensor):
         kernels.scale_kernel[(programs,)](
-            tensor, scale.float(), tensor.numel(), BLOCK=BLOCK_COLUMNS, **launch_options(8)
+            tensor,
+            scale.float(),
+            tensor.numel(),
+            **{"BLOCK": BLOCK_COLUMNS, **launch_options(8)},
         )
 
 

@@ -166,9 +166,13 @@ def _results(rows: RowResults, loss: Tensor, inputs: Inputs, grads: Gradients) -
     def empty_for(tensor: Tensor | None) -> Tensor:
         return loss.new_empty(0) if tensor is None else tensor
 
-    per_token = [_scattered(values, inputs.selection) for values in rows[1:]]
-    gradients = (grads.hidden, grads.weight, grads.bias, inputs.grad_scale)
-    return (loss, *per_token, *map(empty_for, gradients))  # type: ignore[return-value]
+    ce, divergence, *metrics = (_scattered(values, inputs.selection) for values in rows[1:])
+    lse, entropy, accuracy = metrics
+    return (
+        *(loss, ce, divergence, lse, entropy, accuracy),
+        *(empty_for(grads.hidden), empty_for(grads.weight), empty_for(grads.bias)),
+        empty_for(inputs.grad_scale),
+    )
 
 
 def _scattered(values: Tensor, selection: Selection) -> Tensor:
@@ -201,14 +205,16 @@ def _fake_results(
         shape = (0,) if like is None or not needed else like.shape
         return hidden.new_empty(shape, dtype=dtype)
 
-    per_token = [hidden.new_empty(hidden.shape[:1], dtype=torch.float32) for _ in range(5)]
+    ce, divergence, lse, entropy, accuracy = (
+        hidden.new_empty(hidden.shape[:1], dtype=torch.float32) for _ in range(5)
+    )
+    scale_shape = () if hidden.dtype == torch.float16 else (0,)
     return (
-        loss,
-        *per_token,
+        *(loss, ce, divergence, lse, entropy, accuracy),
         gradient(is_needed[0], hidden, torch.float32),
         gradient(is_needed[1], weight, torch.float32),
         gradient(is_needed[2], bias, torch.float32),
-        hidden.new_empty(() if hidden.dtype == torch.float16 else (0,), dtype=torch.float32),
+        hidden.new_empty(scale_shape, dtype=torch.float32),
     )
 
 
@@ -265,7 +271,8 @@ def _scaled_gradient(
 
 def _keeps_graph() -> bool:
     """True where this backward was called with `retain_graph`, or nobody can tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    autograd: Any = vars(torch._C)["_autograd"]
+    ask = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else ask()
 
 

