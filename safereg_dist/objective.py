@@ -77,7 +77,7 @@ class Objective:
             reference_logit_scale=reference_head.scale,
             # The task loss is logged for rows with b = 1 too, whose cross-entropy weighs nothing.
             ce_report=self._task_tokens(batch),
-        )
+        )[:3]
         # A loss that is not finite makes every gradient of this rank nan, and with it the global
         # norm: so all ranks skip the step together, without a collective of its own.
         finite = torch.where(torch.isfinite(total.detach()), 1.0, float("nan"))

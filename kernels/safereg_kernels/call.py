@@ -28,6 +28,9 @@ class Call:
     """Rows whose gradient is collected at a time; None = what `head_bytes` holds."""
     head_bytes: int | None = None
     """Bound on the bytes of logits and of their gradient; None = `budget.HEAD_BYTES`."""
+    has_float32_head_grad: bool = False
+    """True where the head's gradient must be float32, as a compiled graph has been told; else one
+    that a single pass gives has the head's dtype at once."""
     logits_dtype_name: str = "float32"
     """Dtype of a chunk's logits."""
 

@@ -79,7 +79,8 @@ class Gradients:
         """[vocab] float32."""
         # float16 would underflow before the upstream scale; sums of several passes want float32.
         weight = inputs.head.weight
-        rounds_at_once = weight.is_cuda and weight.dtype == torch.bfloat16 and num_passes == 1
+        is_one = num_passes == 1 and not inputs.call.has_float32_head_grad
+        rounds_at_once = is_one and weight.is_cuda and weight.dtype == torch.bfloat16
         self._weight_dtype = weight.dtype if rounds_at_once else torch.float32
         if num_passes == 0:
             self._fill_with_zeros()

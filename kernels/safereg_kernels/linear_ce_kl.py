@@ -154,6 +154,7 @@ def linear_ce_kl(
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
         head_bytes=head_bytes,
+        has_float32_head_grad=torch.compiler.is_compiling(),
         logits_dtype_name=str(logits_dtype).removeprefix("torch."),
     )
     tensors = HeadTensors(

@@ -151,6 +151,7 @@ def vocab_parallel_linear_ce_kl(
         has_metrics=return_lse or return_entropy or return_accuracy,
         ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
+        has_float32_head_grad=torch.compiler.is_compiling(),
         logits_dtype_name=str(logits_dtype).removeprefix("torch."),
     )
     tensors = HeadTensors(
