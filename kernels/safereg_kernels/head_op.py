@@ -262,7 +262,7 @@ def _scaled_gradient(
     before the upstream scale. What has the dtype already is multiplied where it lies."""
     if grad.dtype != dtype:
         return (grad * scale).to(dtype) if keeps_graph else scaled_to(dtype, grad, scale)
-    if keeps_graph or not grad.is_cuda:
+    if keeps_graph:
         return grad * scale
     torch.autograd.graph.increment_version(grad)  # a second backward is refused, never wrong
     path_for(grad.device).scale_in_place(grad, scale)

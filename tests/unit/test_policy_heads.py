@@ -1,0 +1,95 @@
+"""Claimed: the head that the fused loss computes with is the model's own, soft caps and scales too.
+
+Judge: the logits that transformers makes of the same hidden states. May round: float32 arithmetic.
+Exact: what is refused.
+"""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from safereg_dist.errors import ConfigError
+from safereg_dist.policy import check_head
+from safereg_dist.reference.trunk import ReferenceTrunk
+from safereg_dist.types import head_of
+from safereg_kernels import linear_ce_kl
+
+SIZE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def model_of(family: str, **options):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZE, **options)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_loss_and_gradients_are_those_of_the_models_own_logits(family, options) -> None:
+    model = model_of(family, **options)
+    check_head(model)
+    ids = torch.randint(3, 101, (2, 9))
+    labels = torch.randint(101, (2, 9))
+    model.get_output_embeddings().weight.data.mul_(20)  # a cap or a scale is to be seen
+    want = torch.nn.functional.cross_entropy(
+        model(input_ids=ids, use_cache=False).logits.flatten(0, 1), labels.flatten()
+    )
+    want_grads = torch.autograd.grad(want, list(model.parameters()), allow_unused=True)
+    head = head_of(model)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    got = linear_ce_kl(
+        hidden,
+        head.weight,
+        labels,
+        policy_bias=head.bias,
+        policy_softcap=head.softcap,
+        policy_logit_scale=head.scale,
+        reduction="mean",
+    )[0]
+    got_grads = torch.autograd.grad(got, list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(got_grads, want_grads, strict=True):
+        assert (mine is None) == (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_an_unknown_treatment_of_logits_is_refused() -> None:
+    model = model_of("llama")
+    model.config.logits_soft_cap = 30.0
+    with pytest.raises(ConfigError, match="logits_soft_cap=30"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mixtral", "cohere", "granite"])
+def test_the_references_pass_never_asks_whether_rows_are_packed(family, monkeypatch) -> None:
+    """That question is answered on the host, which would wait for the device."""
+    model = model_of(family)
+    ids = torch.randint(3, 101, (3, 17))
+    with torch.no_grad():
+        want = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def asked(position_ids):
+        raise AssertionError("the position ids were looked at")
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", asked)
+    with torch.no_grad():
+        got = ReferenceTrunk(model)(ids)
+    assert torch.equal(got, want)
