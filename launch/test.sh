@@ -13,4 +13,10 @@ source "$_here/setup_env.sh"
 setup_environment
 choose_accelerator
 export PYTHONUNBUFFERED=1
-exec python -m pytest "$@"
+(($# > 0)) && exec python -m pytest "$@"
+# A process a core for tests of one process; those of several ranks use the cores themselves.
+cores="$(getconf _NPROCESSORS_ONLN)"
+status=0
+OMP_NUM_THREADS=1 python -m pytest -n "$cores" --dist worksteal kernels/tests tests/unit || status=$?
+python -m pytest tests/distributed || status=$?
+exit $status

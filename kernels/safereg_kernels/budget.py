@@ -6,7 +6,8 @@ HEAD_BYTES = {"cuda": 3 << 30, "cpu": 6 << 20}
 """Memory for logits and their gradient where the caller gives no bound, by kind of device. On a GPU
 it holds the gradient of 8000 rows at a vocabulary of 128256: what dW = grad.T @ hidden needs to be
 bound by arithmetic, not by reading and writing dW once for every few rows. On a CPU products are
-fast from about a hundred rows on, and logits that fit a cache are cheaper than those that do not."""
+fast from about a hundred rows on, and logits that fit a cache are cheaper than those that do
+not."""
 LOGITS_ROWS = 1024
 """Rows of float32 logits at a time on a GPU: 8 tiles of 128, so that a product fills the chip."""
 ROW_STEP = 64

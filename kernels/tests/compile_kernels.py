@@ -39,6 +39,7 @@ PADDED = ("_ptr", "_stride", "per_split", "num_readable")
 def variants(*, everything: bool) -> Iterator[dict[str, Any]]:
     """What `fused` launches: kernel, constants, dtypes of logits and gradient, warps, alignment."""
     specs = [LossSpec(direction=direction) for direction in DIRECTIONS]
+    common_specs = set(specs)
     if everything:
         caps = {"policy_softcap": 30.0, "reference_softcap": 30.0, "is_difference": True}
         specs += [LossSpec(direction=direction, **caps) for direction in DIRECTIONS]
@@ -55,6 +56,7 @@ def variants(*, everything: bool) -> Iterator[dict[str, Any]]:
             gradient = fused.gradient_constants(block, spec)
             for whole in (True, False):
                 common = {"logits": TRITON_NAMES[dtype], "whole_vectors": whole}
+                common["is_common"] = spec in common_specs
                 yield _variant(kernels.statistics_kernel, statistics, warps, **common)
                 yield _variant(kernels.gradient_kernel, gradient, warps, **common)
             if spec.direction == "jsd":
@@ -63,15 +65,21 @@ def variants(*, everything: bool) -> Iterator[dict[str, Any]]:
 
 
 def _variant(
-    kernel: Any, constants: dict[str, Any], warps: int, logits: str = "fp32", *,
+    kernel: Any,
+    constants: dict[str, Any],
+    warps: int,
+    logits: str = "fp32",
+    *,
     whole_vectors: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    is_common: bool = False,
+) -> dict[str, Any]:
     return {
         "kernel": kernel,
         "constants": constants,
         "warps": warps,
         "logits": logits,
         "whole_vectors": whole_vectors,
+        "is_common": is_common,
     }
 
 
@@ -122,23 +130,18 @@ def compiled(variant: dict[str, Any], capability: int) -> bytes:
     return triton.compile(source, target=target, options=options).asm["cubin"]
 
 
-def resources(cubin: bytes, columns_per_thread: float) -> dict[str, Any]:
-    """Registers, stack bytes, spills, and what is in the longest loop."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = (
-            subprocess.run(
-                [TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack: a register that is spilled has its place there."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _dump(cubin, "--dump-resource-usage"))
+    assert found is not None
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def instructions(cubin: bytes, columns_per_thread: float) -> dict[str, Any]:
+    """Spills, wide loads, and what is in the longest loop, of the machine code."""
+    code = _dump(cubin, "--dump-sass")
     loop = _longest_loop(code)
     return {
-        "registers": int(found[1]),
-        "stack": int(found[2]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "wide_loads": _count(code.splitlines(), r"\bLDG\.E\.(?:\S*\.)?128"),
         "loop_instructions_per_column": len(loop) / columns_per_thread,
@@ -146,6 +149,14 @@ def resources(cubin: bytes, columns_per_thread: float) -> dict[str, Any]:
         "loop_wide_loads": _count(loop, r"\bLDG\.E\.(?:\S*\.)?128"),
         "loop_barriers": _count(loop, r"\bBAR\b"),
     }
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / "cuobjdump", option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _count(lines: list[str], pattern: str) -> int:
@@ -173,13 +184,16 @@ def main(capability: int, *, everything: bool) -> None:
     for variant in variants(everything=everything):
         constants, warps = variant["constants"], variant["warps"]
         columns_per_thread = constants.get("BLOCK", 32 * warps) / (32 * warps)
+        cubin = compiled(variant, capability)
         line = {
             **constants,
             **{key: value for key, value in variant.items() if key != "constants"},
             "kernel": variant["kernel"].fn.__name__,
             "triton": triton.__version__,
-            **resources(compiled(variant, capability), columns_per_thread),
+            **resources(cubin),
         }
+        if variant["is_common"]:  # to disassemble takes longer than to compile
+            line |= instructions(cubin, columns_per_thread)
         print(json.dumps(line), flush=True)
 
 

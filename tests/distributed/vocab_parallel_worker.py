@@ -94,7 +94,8 @@ def check_masked_kl(columns, start, direction, vocab_size, temperature, collecti
         temperature=temperature,
         vocab_size=vocab_size,
     )
-    assert collectives.taken() == [("all_gather_into_tensor", TOKENS * 6 * 4)]
+    shares = [("all_reduce", TOKENS * 2 * 4)] if direction == "jsd" else []
+    assert collectives.taken() == [("all_gather_into_tensor", TOKENS * 9 * 4), *shares]
     (loss * 3).backward()
     assert collectives.taken() == []
     x, y, w = truth(x)[:, :vocab_size], truth(y)[:, :vocab_size], truth(weights)
@@ -124,8 +125,14 @@ def check_linear(columns, start, direction, vocab_size, softcap, reduce, collect
         reduce_hidden_grad=reduce,
     )
     active = int(((inputs["ce_weights"] != 0) | (inputs["kl_weights"] != 0)).sum())
-    chunks = [("all_gather_into_tensor", min(4, active - at) * 24) for at in range(0, active, 4)]
-    summed = [("all_reduce", active * HIDDEN * 4)] if reduce else []
+    num_kl = int((inputs["kl_weights"] != 0).sum())
+    chunks = []
+    for at in range(0, active, 4):
+        rows = min(4, active - at)
+        chunks.append(("all_gather_into_tensor", rows * 9 * 4))
+        if direction == "jsd" and at < num_kl:  # rows with a divergence come first
+            chunks.append(("all_reduce", rows * 2 * 4))
+    summed = [("all_reduce", TOKENS * HIDDEN * 4)] if reduce else []
     assert collectives.taken() == chunks + summed
     (loss * 3).backward()
     assert collectives.taken() == []
