@@ -29,7 +29,15 @@ setup(
         "ninja",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis", "ruff", "pyright", "jaxtyping", "beartype"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis",
+            "ruff",
+            "pyright",
+            "jaxtyping",
+            "beartype",
+        ],
     },
     entry_points={"console_scripts": ["safereg=safereg_dist.cli:entry"]},
 )

@@ -56,8 +56,13 @@ def check_shift(labels: Tensor, shift: bool) -> None:
         )
 
 
-def check_one_per_label(labels: Tensor, **tensors: Tensor | None) -> None:
-    """ShapeError unless every tensor that is given has an element for each label."""
+def check_one_per_label(hidden: Tensor, labels: Tensor, **tensors: Tensor | None) -> None:
+    """ShapeError unless there is a label for each hidden state, and an element for each label."""
+    if labels.shape != hidden.shape[:-1]:
+        raise ShapeError(
+            f"labels {tuple(labels.shape)} must be {list(hidden.shape[:-1])}, one per token of "
+            f"policy_hidden {tuple(hidden.shape)}"
+        )
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != labels.shape:
             raise ShapeError(

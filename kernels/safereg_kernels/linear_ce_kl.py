@@ -222,6 +222,7 @@ def run_linear_ce_kl(
     check_reduction(reduction)
     check_shift(tensors.labels, shift)
     check_one_per_label(
+        tensors.hidden,
         tensors.labels,
         ce_weights=tensors.ce_weights,
         kl_weights=tensors.kl_weights,

@@ -56,7 +56,10 @@ def test_masked_kl_value_and_gradient(direction: str, temperature: float, scale:
     assert not div.requires_grad
     assert_close(loss, want)
     assert_close(div, want_div)
-    assert_close(grad_of(x), want_grad * scale, relative=GRADIENT)
+    # Where the models hardly overlap, log(m/p) and KL(p||m) are both near log(1/(1 - beta)), and
+    # their difference has the rounding of that.
+    relative = 2 * GRADIENT if direction == "jsd" else GRADIENT
+    assert_close(grad_of(x), want_grad * scale, relative=relative)
     assert (grad_of(x)[weights == 0] == 0).all()
     assert (div[weights == 0] == 0).all()
 
