@@ -12,9 +12,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from safereg_dist.profiling.operators import UNKNOWN_TO_TORCH
-from safereg_kernels import flops, linear_ce_kl, linear_ce_kl_flops, masked_kl
+from safereg_kernels import flops, fused, linear_ce_kl, linear_ce_kl_flops, masked_kl
 
 VOCAB, H, H_REF = 101, 24, 16
+
+
+@pytest.fixture(params=["eager", "triton"])
+def path(request, monkeypatch):
+    monkeypatch.setenv("SAFEREG_KERNELS", request.param)
+    monkeypatch.setattr(fused, "BLOCK_COLUMNS", 256)
+    return request.param
 
 
 class Heard:
