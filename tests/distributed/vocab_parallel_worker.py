@@ -182,7 +182,7 @@ def main():
     collectives = Collectives()
     count = 0
     cases = [("eager", shards) for shards in SHARDS[size]]
-    cases += [("triton", shards) for shards in SHARDS[size][:2]]  # the interpreter is slow
+    cases += [("triton", shards) for shards in SHARDS[size][-1:]]  # the interpreter is slow
     for path, shards in cases:
         os.environ["SAFEREG_KERNELS"] = path
         columns, start = shards[rank], sum(shards[:rank])
