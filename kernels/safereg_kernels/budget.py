@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-HEAD_BYTES = {"cuda": 3 << 30, "cpu": 6 << 20}
+HEAD_BYTES = {"cuda": 3 << 30, "cpu": 8 << 20}
 """Memory for logits and their gradient where the caller gives no bound, by kind of device. On a GPU
 it holds the gradient of 8000 rows at a vocabulary of 128256: what dW = grad.T @ hidden needs to be
 bound by arithmetic, not by reading and writing dW once for every few rows. On a CPU products are
