@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from safereg_kernels.logits_transform import logits_transform_of
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -137,13 +139,8 @@ NO_HEAD = Head(None, None, None, 1.0)
 def head_of(model: nn.Module) -> Head:
     """The head of a Hugging Face causal language model, as it is on this rank at this moment."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
-        scale *= getattr(config, name, None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return Head(head.weight, getattr(head, "bias", None), softcap, scale)
+    transform = logits_transform_of(model)
+    return Head(head.weight, getattr(head, "bias", None), transform.softcap, transform.scale)
 
 
 class ReferenceStates(NamedTuple):

@@ -171,9 +171,9 @@ def _run_block(block: Block, inputs: Inputs, chunk: slice, grad: Tensor | None) 
     """Statistics of a chunk's rows; their gradient is written into `grad`."""
     path, spec, shard = path_for(block.policy.device), inputs.call.spec, inputs.call.shard
     at_once = getattr(path, "statistics_and_gradient", None)
-    has_second_look = spec.direction == "jsd" or inputs.topk is not None
-    if at_once is not None and grad is not None and shard is None and not has_second_look:
+    if at_once is not None and grad is not None and shard is None and inputs.topk is None:
         return at_once(grad, block, spec)
+    has_second_look = spec.direction == "jsd" or inputs.topk is not None
     statistics = path.row_statistics(block, spec)
     if shard is not None:
         statistics = shard.merged(statistics, path, spec)

@@ -30,7 +30,7 @@ class HeadResults(NamedTuple):
     loss: Tensor
     """float32: a scalar, or [tokens] per token."""
     ce: Tensor
-    """[tokens] float32, and so are the next four."""
+    """[tokens] float32, and so are the next four; the last three where metrics are wanted."""
     divergence: Tensor
     lse: Tensor
     entropy: Tensor
@@ -70,21 +70,12 @@ def _linear_ce_kl(
     is_needed: Sequence[bool],
 ) -> _Tensors:
     """`HeadResults` with a scalar loss; `upstream` [tokens] multiplies every token's weights."""
-    # An autocast of the caller would turn float32 products into bfloat16 ones.
-    with torch.autocast(hidden.device.type, enabled=False):
-        reference = _reference_of(reference_hidden, reference_weight, reference_bias)
-        topk = None if topk_ids is None or topk_logits is None else TopK(topk_ids, topk_logits)
-        selection = select_rows(ce_weights, kl_weights, ce_report, hidden.device)
-        inputs = _inputs(
-            hidden, Head(weight, bias), labels, selection, reference, reference_lse, topk, upstream,
-            Call.decoded(call),
-        )  # fmt: skip
-        with operator(_flops(inputs, is_needed)):
-            statistics, grads = run_chunks(inputs, is_needed)
-        if inputs.call.shard is not None:
-            inputs.call.shard.sum_hidden_grad(grads.hidden)
-        rows = row_results(statistics, inputs.selection, inputs.call.spec)
-        return _results(rows, rows.loss.sum(), inputs, grads)
+    inputs, rows, grads = _run(
+        hidden, Head(weight, bias), labels, ce_weights, kl_weights, ce_report,
+        _reference_of(reference_hidden, reference_weight, reference_bias), reference_lse,
+        _topk_of(topk_ids, topk_logits), upstream, Call.decoded(call), is_needed,
+    )  # fmt: skip
+    return _results(rows, rows.loss.sum(), inputs, grads)
 
 
 @torch.library.custom_op("safereg_kernels::linear_ce_kl_per_token", mutates_args=())
@@ -106,20 +97,44 @@ def _linear_ce_kl_per_token(
     is_needed: Sequence[bool],
 ) -> _Tensors:
     """`HeadResults` with a loss [tokens] and without gradients; `is_needed` is for the backward."""
-    del is_needed
+    inputs, rows, grads = _run(
+        hidden, Head(weight, bias), labels, ce_weights, kl_weights, ce_report,
+        _reference_of(reference_hidden, reference_weight, reference_bias), reference_lse,
+        _topk_of(topk_ids, topk_logits), None, Call.decoded(call), [False] * len(is_needed),
+    )  # fmt: skip
+    return _results(rows, _scattered(rows.loss, inputs.selection), inputs, grads)
+
+
+def _run(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    ce_weights: Tensor,
+    kl_weights: Tensor,
+    ce_report: Tensor | None,
+    reference: Reference | None,
+    reference_lse: Tensor | None,
+    topk: TopK | None,
+    upstream: Tensor | None,
+    call: Call,
+    is_needed: Sequence[bool],
+) -> tuple[Inputs, RowResults, Gradients]:
+    """What both operators do: select rows, run the chunks, and read the rows' results off."""
+    # An autocast of the caller would turn float32 products into bfloat16 ones.
     with torch.autocast(hidden.device.type, enabled=False):
-        reference = _reference_of(reference_hidden, reference_weight, reference_bias)
-        topk = None if topk_ids is None or topk_logits is None else TopK(topk_ids, topk_logits)
         selection = select_rows(ce_weights, kl_weights, ce_report, hidden.device)
         inputs = _inputs(
-            hidden, Head(weight, bias), labels, selection, reference, reference_lse, topk, None,
-            Call.decoded(call),
-        )  # fmt: skip
-        nothing = [False] * 3
-        with operator(_flops(inputs, nothing)):
-            statistics, grads = run_chunks(inputs, nothing)
-        rows = row_results(statistics, inputs.selection, inputs.call.spec)
-        return _results(rows, _scattered(rows.loss, inputs.selection), inputs, grads)
+            hidden, head, labels, selection, reference, reference_lse, topk, upstream, call
+        )
+        with operator(_flops(inputs, is_needed)):
+            statistics, grads = run_chunks(inputs, is_needed)
+        if call.shard is not None:
+            call.shard.sum_hidden_grad(grads.hidden)
+        return inputs, row_results(statistics, inputs.selection, call), grads
+
+
+def _topk_of(ids: Tensor | None, logits: Tensor | None) -> TopK | None:
+    return None if ids is None or logits is None else TopK(ids, logits)
 
 
 def _reference_of(
@@ -163,15 +178,16 @@ def _inputs(
 
 
 def _results(rows: RowResults, loss: Tensor, inputs: Inputs, grads: Gradients) -> _Tensors:
-    def empty_for(tensor: Tensor | None) -> Tensor:
+    def given(tensor: Tensor | None) -> Tensor:
         return loss.new_empty(0) if tensor is None else tensor
 
-    ce, divergence, *metrics = (_scattered(values, inputs.selection) for values in rows[1:])
-    lse, entropy, accuracy = metrics
+    def per_token(values: Tensor | None) -> Tensor:
+        return given(None if values is None else _scattered(values, inputs.selection))
+
     return (
-        *(loss, ce, divergence, lse, entropy, accuracy),
-        *(empty_for(grads.hidden), empty_for(grads.weight), empty_for(grads.bias)),
-        empty_for(inputs.grad_scale),
+        *(loss, per_token(rows.ce), per_token(rows.divergence)),
+        *(per_token(rows.lse), per_token(rows.entropy), per_token(rows.accuracy)),
+        *(given(grads.hidden), given(grads.weight), given(grads.bias), given(inputs.grad_scale)),
     )
 
 
@@ -199,34 +215,40 @@ def _flops(inputs: Inputs, is_needed: Sequence[bool]) -> HeadFlops:
 
 
 def _fake_results(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, is_needed: Sequence[bool], loss: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    call: str,
+    is_needed: Sequence[bool],
+    loss: Tensor,
 ) -> _Tensors:
-    def gradient(needed: bool, like: Tensor | None, dtype: torch.dtype) -> Tensor:
-        shape = (0,) if like is None or not needed else like.shape
-        return hidden.new_empty(shape, dtype=dtype)
+    def float32(like: Tensor | None, is_there: bool) -> Tensor:
+        shape = (0,) if like is None or not is_there else like.shape
+        return hidden.new_empty(shape, dtype=torch.float32)
 
-    ce, divergence, lse, entropy, accuracy = (
-        hidden.new_empty(hidden.shape[:1], dtype=torch.float32) for _ in range(5)
-    )
+    tokens, has_metrics = hidden.new_empty(hidden.shape[:1]), Call.decoded(call).has_metrics
     scale_shape = () if hidden.dtype == torch.float16 else (0,)
     return (
-        *(loss, ce, divergence, lse, entropy, accuracy),
-        gradient(is_needed[0], hidden, torch.float32),
-        gradient(is_needed[1], weight, torch.float32),
-        gradient(is_needed[2], bias, torch.float32),
+        *(loss, float32(tokens, True), float32(tokens, True)),
+        *(float32(tokens, has_metrics), float32(tokens, has_metrics)),
+        float32(tokens, has_metrics),
+        float32(hidden, is_needed[0]),
+        float32(weight, is_needed[1]),
+        float32(bias, is_needed[2]),
         hidden.new_empty(scale_shape, dtype=torch.float32),
     )
 
 
 @_linear_ce_kl.register_fake
 def _(hidden, weight, bias, labels, *rest):
-    return _fake_results(hidden, weight, bias, rest[-1], hidden.new_empty((), dtype=torch.float32))
+    loss = hidden.new_empty((), dtype=torch.float32)
+    return _fake_results(hidden, weight, bias, rest[-2], rest[-1], loss)
 
 
 @_linear_ce_kl_per_token.register_fake
 def _(hidden, weight, bias, labels, *rest):
     loss = hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
-    return _fake_results(hidden, weight, bias, [False] * 3, loss)
+    return _fake_results(hidden, weight, bias, rest[-2], [False] * 3, loss)
 
 
 _NUM_INPUTS = 16

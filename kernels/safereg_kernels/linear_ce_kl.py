@@ -216,7 +216,10 @@ class _Flat(NamedTuple):
 def run_linear_ce_kl(
     tensors: HeadTensors, call: Call, shift: bool, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor, TokenMetrics]:
-    """`linear_ce_kl` of a whole vocabulary or of a rank's part of it, with every metric."""
+    """`linear_ce_kl` of a whole vocabulary or of a rank's part of it.
+
+    Every metric is there where the call `has_metrics`; else they are empty.
+    """
     check_spec(call.spec)
     check_positive(chunk_tokens=call.chunk_tokens, head_bytes=call.head_bytes)
     check_reduction(reduction)
@@ -247,8 +250,10 @@ def run_linear_ce_kl(
         loss = loss.reshape(shape)
     elif reduction == "mean":
         loss = loss / _num_weighted(flat, call).clamp_min(1)
-    per_token = (values.reshape(shape) for values in results[1:6])
-    ce, divergence, *metrics = per_token
+    ce, divergence = results.ce.reshape(shape), results.divergence.reshape(shape)
+    metrics = (results.lse, results.entropy, results.accuracy)
+    if call.has_metrics:
+        metrics = (values.reshape(shape) for values in metrics)
     return loss, ce, divergence, TokenMetrics(*metrics)
 
 

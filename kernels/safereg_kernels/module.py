@@ -1,6 +1,8 @@
 """`LinearCEKL`: `linear_ce_kl` as a module, options at construction, tensors in the call."""
 
 import inspect
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,26 +49,7 @@ class LinearCEKL(nn.Module):
         return_accuracy: bool = False,
     ) -> None:
         super().__init__()
-        spec = LossSpec(
-            direction=direction,
-            beta=beta,
-            temperature=temperature,
-            z_loss=z_loss,
-            policy_softcap=policy_softcap,
-            reference_softcap=reference_softcap,
-            policy_logit_scale=policy_logit_scale,
-            reference_logit_scale=reference_logit_scale,
-            is_difference=is_difference,
-        )
-        check_spec(spec)
-        check_positive(chunk_tokens=chunk_tokens, head_bytes=head_bytes)
-        check_reduction(reduction)
-        check_vocab_size(vocab_size, None)
-        if not logits_dtype.is_floating_point:
-            raise ValueError(
-                f"logits_dtype must be torch.float32 or the head's own, got {logits_dtype}"
-            )
-        self._options = {
+        self._options: dict[str, Any] = {
             "direction": direction,
             "beta": beta,
             "temperature": temperature,
@@ -87,6 +70,15 @@ class LinearCEKL(nn.Module):
             "return_entropy": return_entropy,
             "return_accuracy": return_accuracy,
         }
+        of_spec = {field.name for field in fields(LossSpec)} & self._options.keys()
+        check_spec(LossSpec(**{name: self._options[name] for name in of_spec}))
+        check_positive(chunk_tokens=chunk_tokens, head_bytes=head_bytes)
+        check_reduction(reduction)
+        check_vocab_size(vocab_size, None)
+        if not logits_dtype.is_floating_point:
+            raise ValueError(
+                f"logits_dtype must be torch.float32 or the head's own, got {logits_dtype}"
+            )
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""

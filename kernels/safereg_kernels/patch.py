@@ -18,13 +18,14 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from safereg_kernels.cross_entropy import linear_cross_entropy
+from safereg_kernels.logits_transform import logits_transform_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,7 +73,7 @@ def patch_model(model: Model) -> Model:
         )
     _check_loss_function(target)
     _check_head(target, _head_of(target))
-    _transform_of(target)
+    logits_transform_of(target)
     target.forward = MethodType(_forward_of(type(target)), target)  # type: ignore[assignment]
     return model
 
@@ -95,17 +96,6 @@ def unpatch_model(model: Model) -> Model:
 
 
 # ---- the forward -------------------------------------------------------------------------------
-
-
-class _Transform(NamedTuple):
-    """x = softcap tanh(scale raw / softcap)."""
-
-    scale: float
-    softcap: float | None
-
-    def __call__(self, raw: Tensor) -> Tensor:
-        x = raw * self.scale
-        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
 
 def _forward_of(model_class: type) -> Callable[..., Any]:
@@ -168,7 +158,7 @@ class _Job:
         self._ignore_index = -100 if ignore_index is None else ignore_index
         self._head = _head_of(model)
         _check_head(model, self._head)
-        self._transform = _transform_of(model)
+        self._transform = logits_transform_of(model)
         self._loss: Tensor | None = None
         self.is_asked = False
 
@@ -344,22 +334,3 @@ def _check_loss_function(model: nn.Module) -> None:
             f"{_name(model)} has the loss function {name}, expected transformers' ForCausalLMLoss "
             "(a causal LM of transformers 4.48 or later): use the model's own loss"
         )
-
-
-def _transform_of(model: nn.Module) -> _Transform:
-    """What the model's configuration says of its logits; `_Job._verify` checks it."""
-    config = getattr(model, "config", None)
-    get_text_config = getattr(config, "get_text_config", None)
-    if get_text_config is not None:
-        config = get_text_config()
-    scale = 1.0
-    for name, is_divisor in (
-        ("logit_scale", False),  # Cohere
-        ("lm_head_multiplier", False),  # Falcon-H1
-        ("logits_scaling", True),  # Granite
-    ):
-        value = getattr(config, name, None)
-        if value is not None:
-            scale *= 1 / value if is_divisor else value
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return _Transform(scale=float(scale), softcap=float(softcap) if softcap else None)

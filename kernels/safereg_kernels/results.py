@@ -14,32 +14,33 @@ from safereg_kernels.block import (
     SUM_P,
     SUM_PT,
 )
+from safereg_kernels.call import Call
 from safereg_kernels.selection import Selection
-from safereg_kernels.spec import LossSpec
 
 
 class RowResults(NamedTuple):
-    """Of the active rows in working order, float32 [num_active] each."""
+    """Of the active rows in working order, float32 [num_active]; the last three where wanted."""
 
     loss: Tensor
     ce: Tensor
     divergence: Tensor
-    lse: Tensor
-    entropy: Tensor
-    accuracy: Tensor
+    lse: Tensor | None
+    entropy: Tensor | None
+    accuracy: Tensor | None
 
 
-def row_results(statistics: Tensor, selection: Selection, spec: LossSpec) -> RowResults:
+def row_results(statistics: Tensor, selection: Selection, call: Call) -> RowResults:
     """What each row yields: loss = ce_weight (CE + z_loss lse^2) + kl_weight D."""
-    wanted = selection.is_ce_wanted
-    every = torch.ones_like(wanted)
-    ce = cross_entropy_of(statistics, wanted)
+    spec, wanted = call.spec, selection.is_ce_wanted
+    ce = of_label = cross_entropy_of(statistics, wanted)
     divergence = divergence_of(statistics, selection.kl_weights, spec.direction)
-    lse = lse_of(statistics, every)
-    of_label = ce if spec.z_loss == 0 else ce + spec.z_loss * lse * lse
+    if spec.z_loss != 0:
+        of_label = ce + spec.z_loss * lse_of(statistics) ** 2
     loss = weighted(selection.ce_weights, of_label) + weighted(selection.kl_weights, divergence)
-    entropy, accuracy = entropy_of(statistics, every), accuracy_of(statistics, wanted)
-    return RowResults(loss, ce, divergence, lse, entropy, accuracy)
+    if not call.has_metrics:
+        return RowResults(loss, ce, divergence, None, None, None)
+    metrics = lse_of(statistics), entropy_of(statistics), accuracy_of(statistics, wanted)
+    return RowResults(loss, ce, divergence, *metrics)
 
 
 def divergence_of(statistics: Tensor, weights: Tensor, direction: str) -> Tensor:
@@ -58,18 +59,17 @@ def divergence_of(statistics: Tensor, weights: Tensor, direction: str) -> Tensor
 
 def cross_entropy_of(statistics: Tensor, is_wanted: Tensor) -> Tensor:
     """Cross-entropy of whole rows, float32 [rows]; 0 where it is not wanted."""
-    value = _log_sum_exp(statistics) - statistics[:, LABEL_LOGIT]
-    return torch.where(is_wanted, value, 0.0)
+    return torch.where(is_wanted, lse_of(statistics) - statistics[:, LABEL_LOGIT], 0.0)
 
 
-def lse_of(statistics: Tensor, is_wanted: Tensor) -> Tensor:
-    """log sum exp x of whole rows, float32 [rows]; 0 where it is not wanted."""
-    return torch.where(is_wanted, _log_sum_exp(statistics), 0.0)
+def lse_of(statistics: Tensor) -> Tensor:
+    """log sum exp x of whole rows, float32 [rows]."""
+    return _if_any_token(statistics, statistics[:, MAX_P] + statistics[:, SUM_P].log())
 
 
-def entropy_of(statistics: Tensor, is_wanted: Tensor) -> Tensor:
-    """Entropy of softmax(x) of whole rows in nats, float32 [rows]; 0 where it is not wanted."""
-    return torch.where(is_wanted, _if_any_token(statistics, statistics[:, ENTROPY]), 0.0)
+def entropy_of(statistics: Tensor) -> Tensor:
+    """Entropy of softmax(x) of whole rows in nats, float32 [rows]."""
+    return _if_any_token(statistics, statistics[:, ENTROPY])
 
 
 def accuracy_of(statistics: Tensor, is_wanted: Tensor) -> Tensor:
@@ -84,10 +84,6 @@ def accuracy_of(statistics: Tensor, is_wanted: Tensor) -> Tensor:
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """weights * values, float32 [rows], where 0 times anything is 0."""
     return torch.where(weights != 0, weights * values, 0.0)
-
-
-def _log_sum_exp(statistics: Tensor) -> Tensor:
-    return _if_any_token(statistics, statistics[:, MAX_P] + statistics[:, SUM_P].log())
 
 
 def _if_any_token(statistics: Tensor, values: Tensor) -> Tensor:

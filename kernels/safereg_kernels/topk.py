@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from safereg_kernels.block import DIVERGENCE, LABEL_LOGIT, MAX_P, REF_B, SUM_P, SUM_PT, Block
-from safereg_kernels.spec import LossSpec
+from safereg_kernels.logits_transform import LogitsTransform
 
 if TYPE_CHECKING:
     from safereg_kernels.chunks import Inputs
@@ -41,7 +41,8 @@ class TopKRows(NamedTuple):
         spec, num_rows = inputs.call.spec, kl_rows.stop - kl_rows.start
         ids, own = self.ids[kl_rows], statistics[:num_rows]
         is_here = ids >= 0
-        x = _scaled(block.policy[:num_rows].gather(1, ids.clamp_min(0)).float(), spec)
+        transform = LogitsTransform(spec.policy_logit_scale, spec.policy_softcap)
+        x = transform(block.policy[:num_rows].gather(1, ids.clamp_min(0)).float())
         log_q = torch.log_softmax(self.logits[kl_rows].float() / spec.temperature, -1)
         log_p = (x - own[:, MAX_P, None]) / spec.temperature - own[:, SUM_PT, None].log()
         q = log_q.exp()
@@ -86,9 +87,3 @@ def topk_rows(topk: TopK, order: Tensor, start: int, columns: int) -> TopKRows:
     """The rows of `order`, with ids as columns of [start, start + columns)."""
     ids = topk.ids[order] - start
     return TopKRows(torch.where((ids >= 0) & (ids < columns), ids, -1), topk.logits[order])
-
-
-def _scaled(raw: Tensor, spec: LossSpec) -> Tensor:
-    x = raw * spec.policy_logit_scale
-    cap = spec.policy_softcap
-    return x if cap is None else cap * torch.tanh(x / cap)

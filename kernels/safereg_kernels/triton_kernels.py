@@ -415,8 +415,7 @@ def gradient_kernel(
                 policy_row, reference_row, columns, token_end, num_readable, policy_scale,
                 reference_scale, policy_cap, reference_cap, inv_temperature, c, at_p1, at_p, on_p1,
                 on_pt, ref_a, at_q, on_q, shift, beta, DIRECTION, HAS_LABELS, HAS_REFERENCE,
-                IS_TEMPERED,
-                IS_SCALED, POLICY_CAPPED, REFERENCE_CAPPED, IS_DIFFERENCE, True,
+                IS_TEMPERED, IS_SCALED, POLICY_CAPPED, REFERENCE_CAPPED, IS_DIFFERENCE, True,
             )  # fmt: skip
             if HAS_LABELS:
                 grad -= tl.where(columns == label, ce_weight, 0.0)
@@ -568,8 +567,7 @@ def _load(
 @triton.jit
 def _load_both(
     policy_row, reference_row, columns, end, num_readable, policy_scale, reference_scale,
-    policy_cap,
-    reference_cap, IS_SCALED: tl.constexpr, POLICY_CAPPED: tl.constexpr,
+    policy_cap, reference_cap, IS_SCALED: tl.constexpr, POLICY_CAPPED: tl.constexpr,
     REFERENCE_CAPPED: tl.constexpr, IS_DIFFERENCE: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """(x, y, x - y); the last keeps the digits of a difference that was given as such."""
@@ -595,8 +593,7 @@ def _load_both(
     else:
         x = _load(
             policy_row, columns, end, num_readable, policy_scale, policy_cap, IS_SCALED,
-            POLICY_CAPPED,
-            IS_MASKED,
+            POLICY_CAPPED, IS_MASKED,
         )  # fmt: skip
         gap = x - y
     return x, y, gap
@@ -875,8 +872,7 @@ def _gradient_with_reference(
     else:
         x = _load(
             policy_row, columns, end, num_readable, policy_scale, policy_cap, IS_SCALED,
-            POLICY_CAPPED,
-            IS_MASKED,
+            POLICY_CAPPED, IS_MASKED,
         )  # fmt: skip
     if not HAS_REFERENCE:
         grad = _exp2(x * c - at_p) * on_pt

@@ -162,7 +162,7 @@ def _head(shape: ModelShape, settings: Settings, tokens: int) -> float:
         logits_bytes=logits_bytes,
         grad_bytes=stride * size,
         is_collected=True,
-        head_bytes=settings.head_bytes or budget.HEAD_BYTES["cuda"],
+        head_bytes=settings.head_bytes_held,
         chunk_tokens=settings.chunk_tokens,
     )
     logits, gradient = rows.logits_rows * logits_bytes, rows.grad_rows * stride * size

@@ -60,8 +60,11 @@ def _changes(settings: Settings) -> Iterator[tuple[str, Settings]]:
         accum = settings.grad_accum * settings.micro_batch
         smaller = replace(settings, micro_batch=1, grad_accum=accum)
         yield f"train.micro_batch_size=1 train.grad_accum_steps={accum}", smaller
-    if settings.chunk_tokens is None and (settings.head_bytes or 1 << 30) > 1 << 29:
-        yield f"train.head_bytes={1 << 29}", replace(settings, head_bytes=1 << 29)
+    if settings.chunk_tokens is None:
+        if settings.head_bytes_held > 1 << 29:
+            yield f"train.head_bytes={1 << 29}", replace(settings, head_bytes=1 << 29)
+    elif settings.chunk_tokens > 256:
+        yield "train.chunk_tokens=256", replace(settings, chunk_tokens=256)
     if settings.arm == "routed":
         yield "a stored reference (reference.cache)", replace(settings, arm="stored")
     for key, field in (

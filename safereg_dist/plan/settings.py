@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from safereg_dist.config.checks import at_least, one_of, within
 from safereg_dist.errors import ConfigError
+from safereg_kernels.budget import HEAD_BYTES
 
 ARMS = ("sft", "routed", "stored", "always_on")
 """Plain fine-tuning; the reference on risky rows; its states from a store; on every row."""
@@ -128,6 +129,11 @@ class Settings:
     def response_tokens(self) -> float:
         """Trained tokens of a row."""
         return self.response_share * self.seq_length
+
+    @property
+    def head_bytes_held(self) -> int:
+        """What the head takes for logits and their gradient."""
+        return self.head_bytes or HEAD_BYTES["cuda"]
 
     @property
     def itemsize(self) -> int:
