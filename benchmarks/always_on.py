@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from safereg_dist.batch import split
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, scheduled
 from safereg_dist.config import Config
+from safereg_dist.data import split
 from safereg_dist.factory import resolve_model
 from safereg_dist.parallel.engine import Backend, PolicyEngine, ReferenceEngine
-from safereg_dist.parts import REFERENCE_TRUNK, part
+from safereg_dist.regions import REFERENCE_TRUNK, region
 from safereg_dist.types import MicroBatch, Row
 
 
@@ -67,7 +67,7 @@ class AlwaysOnStep(nn.Module):
     def forward(self, batch: MicroBatch, num_tokens: Tensor, ahead: None = None) -> AlwaysOnOutput:
         """This rank's share of L. Collectives: the engines', reference included, every time."""
         policy_logits = self.policy(batch.input_ids)
-        with part(REFERENCE_TRUNK):
+        with region(REFERENCE_TRUNK):
             reference_logits = self._reference(batch.input_ids)
         kl_coef = [self._coefficient(row) for row in batch.rows]
         loss = full_logits_loss(policy_logits, reference_logits, batch, kl_coef, num_tokens)

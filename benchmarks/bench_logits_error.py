@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from safereg_dist.batch import tokenize_row
-from safereg_dist.prompts import read_rows
+from safereg_dist.data import tokenize_row
+from safereg_dist.data.files import read_rows
 from safereg_kernels import linear_ce_kl
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels"

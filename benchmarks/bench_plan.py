@@ -26,8 +26,8 @@ from matplotlib.ticker import PercentFormatter
 from plot import STYLE, save
 from tqdm import tqdm
 
+from safereg_dist.parallel.hardware import GIB, find_gpu
 from safereg_dist.plan.figures import ARM_STYLES, FRACTIONS, GPU_COUNTS, draw
-from safereg_dist.plan.hardware import GIB, find_gpu
 from safereg_dist.plan.plan import make_plan
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape, shape_of

@@ -37,7 +37,6 @@ from result_rows import Rows
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from safereg_dist.batch import collate
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient
 from safereg_dist.config import (
     Config,
@@ -47,7 +46,8 @@ from safereg_dist.config import (
     RiskConfig,
     TrainConfig,
 )
-from safereg_dist.fingerprint import row_key
+from safereg_dist.data import collate
+from safereg_dist.models.fingerprint import row_key
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
@@ -56,8 +56,8 @@ from safereg_dist.policy import Policy
 from safereg_dist.reference import NoReference, Packing, Reference
 from safereg_dist.reference.store import ReferenceStore, map_shard
 from safereg_dist.reference.store_writer import StoreWriter
-from safereg_dist.risk.estimator import ColumnRisk, NoRisk
-from safereg_dist.risk.stage import Part, RiskStage
+from safereg_dist.risk.base import ColumnRisk, NoRisk
+from safereg_dist.risk.combine import Part, RiskStage
 from safereg_dist.step import RegularizedStep
 from safereg_dist.types import MicroBatch, Row, head_of
 from safereg_kernels import linear_ce_kl_flops

@@ -30,7 +30,7 @@ from overhead_cases import (
 )
 from torch import Tensor
 
-from safereg_dist.batch import collate
+from safereg_dist.data import collate
 from safereg_dist.evaluate import write_atomically
 from safereg_dist.factory import Run, build_run, start_backend
 from safereg_dist.parallel.comm import Ranks
@@ -103,7 +103,7 @@ class Arm:
         if self._scores is not None:
             self._step.coefficient.threshold = threshold_for(self._scores, case.num_risky)
             self()  # fills the cache of risks
-            self._window = replace(self._window, may_be_new=self._is_first_epoch)
+            self._window = replace(self._window, in_first_epoch=self._is_first_epoch)
 
     def __call__(self) -> tuple[float, int]:
         """One optimizer step as `train` makes it: this rank's share of L, and reference rows."""

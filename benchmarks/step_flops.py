@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from safereg_dist.batch import collate_window
 from safereg_dist.config import (
     Config,
     DataConfig,
@@ -25,9 +24,10 @@ from safereg_dist.config import (
     RiskConfig,
     TrainConfig,
 )
+from safereg_dist.data import collate_window
 from safereg_dist.demo.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from safereg_dist.factory import Run, build_run, start_backend
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.mlp import UNITS
 from safereg_dist.profiling.operators import UNKNOWN_TO_TORCH
 from safereg_dist.risk.probe import POOLINGS, Probe

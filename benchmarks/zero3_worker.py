@@ -20,7 +20,6 @@ from result_rows import Rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from safereg_dist.batch import collate_window
 from safereg_dist.config import (
     Config,
     DataConfig,
@@ -30,6 +29,7 @@ from safereg_dist.config import (
     RiskConfig,
     TrainConfig,
 )
+from safereg_dist.data import collate_window
 from safereg_dist.demo.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from safereg_dist.factory import Run, build_run, start_backend
 from safereg_dist.parallel.comm import Ranks

@@ -24,7 +24,7 @@ from safereg_dist.critic.formats import FORMATS, Format
 from safereg_dist.critic.local_models import CausalGuard
 from safereg_dist.errors import SafeRegError
 from safereg_dist.evaluate.generate import load_model
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 
 MAX_BODY_BYTES = 16 << 20
 MAX_ALTERNATIVES = 20  # as vLLM and OpenAI

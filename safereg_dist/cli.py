@@ -152,7 +152,7 @@ def _add_lab_options(verb: argparse.ArgumentParser, *, kinds: str | None) -> Non
 def _collected(arguments: argparse.Namespace, **options: Any) -> list[Any]:
     """The states of each position, collected by all ranks; an empty list on all but the first."""
     from safereg_dist.errors import ConfigError
-    from safereg_dist.parallel.launched import launched_ranks
+    from safereg_dist.parallel.distributed import distributed_ranks
     from safereg_dist.probe_lab.job import collect
     from safereg_dist.probe_lab.options import LabOptions
 
@@ -174,7 +174,7 @@ def _collected(arguments: argparse.Namespace, **options: Any) -> list[Any]:
         **{name: getattr(arguments, name) for name in same},
         **options,
     )
-    with launched_ranks() as ranks:
+    with distributed_ranks() as ranks:
         return collect(
             arguments.model, arguments.data, arguments.out, positions, chosen, ranks=ranks
         )
@@ -255,9 +255,9 @@ def _add_score(verbs: argparse._SubParsersAction) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> int:
+    from safereg_dist.commands.score import score_with_critic, score_with_probe
     from safereg_dist.config.risk import CriticConfig
     from safereg_dist.errors import ConfigError
-    from safereg_dist.score import score_with_critic, score_with_probe
 
     if arguments.probe is not None:
         if arguments.model_path is None:
@@ -423,7 +423,7 @@ def _add_ledger(verbs: argparse._SubParsersAction) -> None:
 
 
 def _ledger_verify(arguments: argparse.Namespace) -> int:
-    from safereg_dist.ledger import verify_ledger
+    from safereg_dist.run.ledger import verify_ledger
 
     head = verify_ledger(arguments.run_dir)
     print(f"ledger holds: {head.rows} rows, head {head.head}")

@@ -8,7 +8,7 @@ import torch
 
 from safereg_dist.config import RegularizerConfig
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parts import COEFFICIENT, part
+from safereg_dist.regions import COEFFICIENT, region
 from safereg_dist.types import Row, RowRisks
 
 DEFAULT_THRESHOLD = 0.5
@@ -65,7 +65,7 @@ class Coefficient:
         }
         self._ema: float | None = None
 
-    @part(COEFFICIENT)
+    @region(COEFFICIENT)
     def __call__(
         self, rows: tuple[Row, ...], risk: RowRisks | Exception, micro_batches: int = 1
     ) -> list[float]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from safereg_dist.config import load_config
 from safereg_dist.errors import ConfigError
-from safereg_dist.factory import Screening, build_run, build_screening, start_backend
-from safereg_dist.parallel.launched import launched_ranks, leave_group, share_cores
-from safereg_dist.screening import Screened, refuse_too_many_held_back, screen_rows
-from safereg_dist.train import describe_run, is_complete, train
+from safereg_dist.factory import RiskContext, build_risk_context, build_run, start_backend
+from safereg_dist.parallel.distributed import distributed_ranks, leave_group, share_cores
+from safereg_dist.run.gate import RowRisk, refuse_too_many_held_back, row_risks
+from safereg_dist.trainer import describe_run, is_complete, train
 
 
 def run_training(config_file: Path, overrides: Sequence[str], *, dry_run: bool) -> int:
@@ -46,7 +46,7 @@ def run_audit(
     config_file: Path, overrides: Sequence[str], *, out: Path | None, show_text: bool
 ) -> int:
     """Screens the training rows as the configuration says; 0. See `audit` for what it writes."""
-    from safereg_dist.audit import AuditFacts, print_audit, write_audit, write_part
+    from safereg_dist.commands.audit import AuditFacts, print_audit, write_audit, write_part
 
     share_cores()
     config = load_config(config_file, overrides)
@@ -59,7 +59,7 @@ def run_audit(
     backend = start_backend(config)
     ranks = backend.ranks
     try:
-        screening = build_screening(config, backend)
+        screening = build_risk_context(config, backend)
         rows = _screened(screening)
         with ranks.together():
             write_part(folder, ranks.rank, rows, screening.threshold)
@@ -79,12 +79,12 @@ def run_audit(
     return 0
 
 
-def _screened(screening: Screening) -> list[Screened]:
+def _screened(screening: RiskContext) -> list[RowRisk]:
     """The risk of all of this rank's rows; a collective, so it is done before anything can fail."""
     stream, risk, config = screening.sources.stream, screening.risk, screening.config
     count = stream.most_rows
     risk.prefetch(row for row in stream.first_rows(count) if row is not None)
-    screened = screen_rows(
+    screened = row_risks(
         stream,
         risk,
         count=count,
@@ -99,9 +99,9 @@ def run_anchor_build(
     model: Path, prompts: Sequence[Path], out: Path, *, max_new_tokens: int, batch_size: int
 ) -> int:
     """Greedy answers of the reference, sharded over the ranks of the launcher; the exit status."""
-    from safereg_dist.anchor import build_anchors, merge_anchor_parts
+    from safereg_dist.commands.anchor import build_anchors, merge_anchor_parts
 
-    with launched_ranks() as ranks:
+    with distributed_ranks() as ranks:
         with ranks.together():
             build_anchors(
                 model,
@@ -125,8 +125,8 @@ def run_reference_build(config_file: Path, overrides: Sequence[str], *, out: Pat
 
     See `reference_build`.
     """
+    from safereg_dist.commands.reference import build_store
     from safereg_dist.reference.store_writer import require_absent
-    from safereg_dist.reference_build import build_store
 
     share_cores()
     config = load_config(config_file, overrides)
@@ -140,7 +140,7 @@ def run_reference_build(config_file: Path, overrides: Sequence[str], *, out: Pat
     plain = replace(config.reference, cache=None, balance="none")
     backend = start_backend(config)
     try:
-        parts = build_screening(replace(config, reference=plain), backend, with_reference=True)
+        parts = build_risk_context(replace(config, reference=plain), backend, with_reference=True)
         build_store(parts, out)
     finally:
         leave_group()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from safereg_dist.config import RegularizerConfig
-from safereg_dist.parts import HEAD_CE, part
+from safereg_dist.regions import HEAD_CE, region
 from safereg_dist.types import NO_HEAD, Head, MicroBatch
 from safereg_kernels import linear_ce_kl
 
@@ -43,7 +43,7 @@ class Objective:
         self._chunk_tokens = chunk_tokens
         self._head_bytes = head_bytes
 
-    @part(HEAD_CE)
+    @region(HEAD_CE)
     def __call__(
         self,
         hidden: Tensor,

@@ -5,9 +5,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from safereg_dist.architecture import decoder_layers
 from safereg_dist.errors import ConfigError
-from safereg_dist.parts import POLICY_FORWARD, part
+from safereg_dist.models.architecture import decoder_layers
+from safereg_dist.regions import POLICY_FORWARD, region
 from safereg_dist.types import Head, MicroBatch, head_of
 
 _UNSUPPORTED_HEADS = ("logits_soft_cap",)
@@ -44,7 +44,7 @@ class Policy(nn.Module):
                 # inside a second time in the backward pass, and a hook there would fire twice.
                 layers[probed_layer - 1].register_forward_hook(self._keep_probed)
 
-    @part(POLICY_FORWARD)
+    @region(POLICY_FORWARD)
     def forward(self, batch: MicroBatch) -> PolicyStates:
         """States of one micro-batch; the trunk runs once over all rows."""
         # Rows are padded on the right, so under a causal mask no real token sees padding. A mask of

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from safereg_dist.batch import split
 from safereg_dist.coefficient import Coefficient
+from safereg_dist.data import split
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import held
 from safereg_dist.policy import Policy
 from safereg_dist.reference import NoReference, NoWindow, Reference, Window
-from safereg_dist.risk.stage import RiskStage
+from safereg_dist.risk.combine import RiskStage
 from safereg_dist.types import MicroBatch, RowRisks, StepOutput
 
 

@@ -57,7 +57,7 @@ class MicroBatch:
     """[B] the rows themselves, on the host; row lengths and ids come from here."""
     pad_id: int
     """Token that fills shorter rows up to S."""
-    may_be_new: bool = True
+    in_first_epoch: bool = True
     """False once every rank has seen all its rows: then no cached risk can be missing anywhere."""
 
     @property

@@ -33,8 +33,8 @@ from safereg_dist.critic.critic import (
 from safereg_dist.critic.formats import FORMATS, VERSION
 from safereg_dist.critic.local_models import CausalGuard, LocalModel, SequenceClassifier
 from safereg_dist.errors import ConfigError, CriticUnavailable
-from safereg_dist.fingerprint import model_fingerprint
-from safereg_dist.parts import CRITIC, part
+from safereg_dist.models.fingerprint import model_fingerprint
+from safereg_dist.regions import CRITIC, region
 
 _BATCH = 32  # conversations taken at once, and texts in one forward pass
 _TOKENS = 1 << 14  # in one forward pass, padding included: bounds its memory
@@ -93,7 +93,7 @@ class LocalCritic:
                 reasons[index] = f"the judge cannot read it: {type(err).__name__}"
         for batch in _batches(texts):
             try:
-                with part(CRITIC):
+                with region(CRITIC):
                     scores = self._model.scores([text for _, text in batch])
             except Exception as err:  # out of memory, a lost device
                 reasons |= {i: f"the model failed: {type(err).__name__}" for i, _ in batch}

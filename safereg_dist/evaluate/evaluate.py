@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.errors import ConfigError
 from safereg_dist.evaluate import write_atomically
 from safereg_dist.evaluate.generate import (
@@ -24,7 +25,6 @@ from safereg_dist.evaluate.generate import (
     load_model,
 )
 from safereg_dist.evaluate.judges import Judge, get_judge
-from safereg_dist.prompts import LabelledPrompt, read_prompts
 
 _LABELS = ("harmful", "benign", "task")
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError, DataError
-from safereg_dist.prompts import LabelledPrompt
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 

@@ -8,8 +8,8 @@ figures beside the utility of the same model.
 import re
 from typing import Protocol
 
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError
-from safereg_dist.prompts import LabelledPrompt
 
 # Refusals are said at once; later words belong to the content (a letter that says sorry).
 _START_CHARACTERS = 100

@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from safereg_dist.batch import RowStore, RowStream, load_rows, load_tokenizer, steps_for
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, scheduled
 from safereg_dist.config import Config
+from safereg_dist.data import Sampler, TokenizedDataset, load_rows, load_tokenizer, steps_for
 from safereg_dist.errors import ConfigError
-from safereg_dist.parallel.comm import Ranks
-from safereg_dist.risk.override import read_overrides
-from safereg_dist.signals import (
-    Signal,
+from safereg_dist.factory.risk import (
+    RiskSource,
     check_overrides,
     check_templates,
-    read_signals,
+    read_sources,
     reads_column,
     require_risk_column,
 )
+from safereg_dist.parallel.comm import Ranks
+from safereg_dist.risk.override import read_overrides
 
 DEFAULT_STEPS = 200
 
@@ -29,10 +29,10 @@ DEFAULT_STEPS = 200
 class RowSources:
     """The data of a run on one rank."""
 
-    stream: RowStream
-    train: RowStore
-    anchor: RowStore | None
-    validation: RowStream | None
+    stream: Sampler
+    train: TokenizedDataset
+    anchor: TokenizedDataset | None
+    validation: Sampler | None
     validation_rows: int
     total_steps: int
     rows_per_step: int
@@ -48,7 +48,7 @@ class RowSources:
 
 def read_inputs(
     config: Config, ranks: Ranks
-) -> tuple[Path, PreTrainedTokenizerBase, RowSources, list[Signal]]:
+) -> tuple[Path, PreTrainedTokenizerBase, RowSources, list[RiskSource]]:
     """The model's folder, its tokenizer, the rows and the signals: all that is read before weights.
 
     Collectives: gathers of texts.
@@ -57,7 +57,7 @@ def read_inputs(
     with ranks.together():
         tokenizer = load_tokenizer(str(folder), config.data)
     sources = build_sources(config, tokenizer, ranks)
-    signals = read_signals(config, ranks)
+    signals = read_sources(config, ranks)
     with ranks.together():
         check_templates(signals, tokenizer)
     return folder, tokenizer, sources, signals
@@ -95,7 +95,7 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
     """
     data, train = config.data, config.train
 
-    def load(path: str) -> RowStore:
+    def load(path: str) -> TokenizedDataset:
         with ranks.main_first():
             return load_rows(path, tokenizer, data, progress=ranks.is_main)
 
@@ -113,13 +113,13 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
     rows_per_step = train.micro_batch_size * train.grad_accum_steps
 
     def stream(
-        rows: RowStore,
-        anchor: RowStore | None,
+        rows: TokenizedDataset,
+        anchor: TokenizedDataset | None,
         epochs: float | None,
         name: str,
         active: np.ndarray | None = None,
-    ) -> RowStream:
-        return RowStream(
+    ) -> Sampler:
+        return Sampler(
             rows,
             anchor,
             anchor_fraction=data.anchor_fraction,
@@ -146,7 +146,9 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
         )
 
 
-def _total_steps(config: Config, rows: RowStore, rows_per_step: int, world_size: int) -> int:
+def _total_steps(
+    config: Config, rows: TokenizedDataset, rows_per_step: int, world_size: int
+) -> int:
     train, data = config.train, config.data
     if train.epochs is None:
         return train.steps or DEFAULT_STEPS
@@ -159,7 +161,7 @@ def _total_steps(config: Config, rows: RowStore, rows_per_step: int, world_size:
     )
 
 
-def _known_active_rows(config: Config, rows: RowStore) -> np.ndarray | None:
+def _known_active_rows(config: Config, rows: TokenizedDataset) -> np.ndarray | None:
     """bool [rows], rows with b > 0, where that is known now and they are to be dealt evenly."""
     is_column = config.needs_risk and config.risk.estimator == "column"
     if not is_column or config.reference.balance not in ("auto", "deal"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from safereg_dist.batch import load_tokenizer
 from safereg_dist.config import Config
+from safereg_dist.data import load_tokenizer
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.inputs import RowSources, resolve_model
 from safereg_dist.parallel.engine import Backend, ReferenceEngine

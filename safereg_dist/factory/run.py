@@ -10,13 +10,13 @@ from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.inputs import RowSources, read_inputs
 from safereg_dist.factory.references import build_reference, require_finite
+from safereg_dist.factory.risk import build_risk, category_ceilings, policy_layer
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, PolicyEngine
 from safereg_dist.policy import Policy, enable_activation_checkpointing
 from safereg_dist.reference import NoReference, Reference
-from safereg_dist.risk.stage import RiskStage
-from safereg_dist.signals import build_risk, category_ceilings, policy_layer
+from safereg_dist.risk.combine import RiskStage
 from safereg_dist.step import RegularizedStep
 
 
@@ -113,7 +113,7 @@ def build_run(config: Config, backend: Backend) -> Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Screening:
+class RiskContext:
     """What is needed to know the risk of rows, without anything that trains."""
 
     config: Config
@@ -132,7 +132,9 @@ class Screening:
     """The largest coefficient of each category that has one of its own."""
 
 
-def build_screening(config: Config, backend: Backend, *, with_reference: bool = False) -> Screening:
+def build_risk_context(
+    config: Config, backend: Backend, *, with_reference: bool = False
+) -> RiskContext:
     """The data and the risk stage of a run; a reference where a probe reads it or it is asked for.
 
     Raises:
@@ -152,7 +154,7 @@ def build_screening(config: Config, backend: Backend, *, with_reference: bool = 
     with ranks.together():
         risk = build_risk(config, signals, backend, reference, None, fingerprints)
     own = config.regularizer.threshold
-    return Screening(
+    return RiskContext(
         config=config,
         ranks=ranks,
         tokenizer=tokenizer,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from safereg_dist import errors
-from safereg_dist.parts import AGREEMENT, part
+from safereg_dist.regions import AGREEMENT, region
 from safereg_dist.types import to_device
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ _FAILED = 1 << 62  # above any number of passes, so MAX carries a failure to eve
 def held(stage: Callable[..., T], *args: Any) -> T:
     """The stage's result, or its error in place of it, to be raised by all ranks at once.
 
-    The next agreement (`Ranks.agree_on_passes`) takes either, so that a rank that fails does not
+    The next agreement (`Ranks.max_over_ranks`) takes either, so that a rank that fails does not
     leave the others waiting in a collective. (Typed as the result: an error never gets past that.)
     """
     try:
@@ -52,17 +52,19 @@ class Ranks:
         """True on the rank that prints and writes shared files."""
         return self.rank == 0
 
-    @part(AGREEMENT)
-    def agree_on_passes(self, need: int | Exception) -> int:
+    @region(AGREEMENT)
+    def max_over_ranks(self, need: int | Exception) -> int:
         """The largest number of passes that any rank needs; an int known to the host.
 
         A rank that has failed gives its error instead, and every rank raises together.
         Collectives: one MAX all-reduce of 8 bytes (three more only on the way to raising).
         """
         own = need if isinstance(need, Exception) else [need]
-        return self.begin_most(own).result()[0]
+        return self.all_reduce_max_async(own).result()[0]
 
-    def begin_most(self, own: Sequence[int] | Exception, *, count: int = 1) -> "Agreement":
+    def all_reduce_max_async(
+        self, own: Sequence[int] | Exception, *, count: int = 1
+    ) -> "Agreement":
         """The largest of each of `count` numbers over ranks, under way until its result is read.
 
         A rank that has failed gives its error instead, and every rank raises on reading.
@@ -70,8 +72,8 @@ class Ranks:
         """
         return Agreement(self, own, count, is_table=False)
 
-    def begin_table(self, own: Sequence[int] | Exception, *, count: int) -> "Agreement":
-        """Every rank's `count` numbers, in rank order; else as `begin_most`.
+    def all_gather_async(self, own: Sequence[int] | Exception, *, count: int) -> "Agreement":
+        """Every rank's `count` numbers, in rank order; else as `all_reduce_max_async`.
 
         Collectives: one all-gather of 8 bytes a number and rank.
         """
@@ -152,7 +154,7 @@ class Agreement:
     it on the same communicator), not for the work that was queued on the device meanwhile.
     """
 
-    @part(AGREEMENT)
+    @region(AGREEMENT)
     def __init__(
         self, ranks: Ranks, own: Sequence[int] | Exception, count: int, *, is_table: bool
     ) -> None:
@@ -178,7 +180,7 @@ class Agreement:
                     sent, op=dist.ReduceOp.MAX, group=ranks.dp_group, async_op=True
                 )
 
-    @part(AGREEMENT)
+    @region(AGREEMENT)
     def result(self) -> list[int]:
         """[count] largest numbers, or [world_size * count] numbers of all ranks. One host sync.
 

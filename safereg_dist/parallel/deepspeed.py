@@ -28,7 +28,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from safereg_dist.config import Config, EngineConfig
 from safereg_dist.errors import CheckpointError, GroupError
-from safereg_dist.fingerprint import checksum, digest
+from safereg_dist.models.fingerprint import checksum, digest
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.optimizer import parameter_groups
@@ -42,7 +42,7 @@ from safereg_dist.parallel.shards import (
     stored_parameters,
 )
 from safereg_dist.parallel.zero_config import hidden_size_of, policy_config, zero_config
-from safereg_dist.parts import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, part
+from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
 from safereg_dist.types import Head, MicroBatch, StepOutput
 
 _TAG = "engine"
@@ -254,12 +254,12 @@ class DeepSpeedPolicy:
         self.module: nn.Module = engine.module
         self._world_size = world_size
 
-    @part(POLICY_FORWARD)
+    @region(POLICY_FORWARD)
     def __call__(self, batch: MicroBatch, num_tokens: Tensor, ahead: object = None) -> StepOutput:
         """Forward of one micro-batch under ZeRO-3's hooks."""
         return self.engine(batch, num_tokens, ahead)
 
-    @part(POLICY_BACKWARD)
+    @region(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Adds the gradient of `loss`; reduced over ranks on the last micro-batch of a step.
 
@@ -269,7 +269,7 @@ class DeepSpeedPolicy:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
 
-    @part(OPTIMIZER)
+    @region(OPTIMIZER)
     def update(self, lr: float) -> Update:
         """One optimizer step; skipped by all ranks where any gradient is not finite."""
         for group in self.engine.optimizer.param_groups:

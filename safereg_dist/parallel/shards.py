@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from safereg_dist.errors import ConfigError
-from safereg_dist.fingerprint import checksum, digest
+from safereg_dist.models.fingerprint import checksum, digest
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.types import head_of
 

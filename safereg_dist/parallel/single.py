@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from safereg_dist.config import Config
 from safereg_dist.errors import CheckpointError, ConfigError, GroupError
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.optimizer import parameter_groups
@@ -29,7 +29,7 @@ from safereg_dist.parallel.shards import (
     stored_head,
     weight_files,
 )
-from safereg_dist.parts import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, part
+from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
 from safereg_dist.types import Head, MicroBatch, StepOutput
 
 _STATE_FILE = "single.pt"
@@ -130,12 +130,12 @@ class SinglePolicy:
             eps=config.optimizer.eps,
         )
 
-    @part(POLICY_FORWARD)
+    @region(POLICY_FORWARD)
     def __call__(self, batch: MicroBatch, num_tokens: Tensor, ahead: object = None) -> StepOutput:
         """Forward of one micro-batch."""
         return self.module(batch, num_tokens, ahead)
 
-    @part(POLICY_BACKWARD)
+    @region(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Adds the gradient of `loss`, in float32 across micro-batches."""
         loss.backward()
@@ -145,7 +145,7 @@ class SinglePolicy:
                 master.grad = grad if master.grad is None else master.grad + grad
                 trained.grad = None
 
-    @part(OPTIMIZER)
+    @region(OPTIMIZER)
     @torch.no_grad()
     def update(self, lr: float) -> Update:
         """Clips by global norm and steps; skipped where the norm is not finite."""

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from safereg_dist.parallel.hardware import LINK_EFFICIENCY, MFU, USABLE_MEMORY, Gpu
 from safereg_dist.plan.flops import flops
-from safereg_dist.plan.hardware import LINK_EFFICIENCY, MFU, USABLE_MEMORY, Gpu
 from safereg_dist.plan.memory import Memory, memory
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import ARMS, Settings

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from safereg_dist.plan.hardware import GIB, LINK_EFFICIENCY, MFU, USABLE_MEMORY
+from safereg_dist.parallel.hardware import GIB, LINK_EFFICIENCY, MFU, USABLE_MEMORY
 from safereg_dist.plan.plan import Plan
 from safereg_dist.plan.remedies import remedies
 from safereg_dist.plan.risky_rows import expected_rows

@@ -225,7 +225,7 @@ def _key_heads(config: Any) -> int:
 
 
 def _modules(model: Any, chosen_share: float) -> tuple[Module, ...]:
-    from safereg_dist.architecture import decoder_layers
+    from safereg_dist.models.architecture import decoder_layers
 
     _, layers = decoder_layers(model)
     layer_of = {id(m): i for i, layer in enumerate(layers) for m in layer.modules()}

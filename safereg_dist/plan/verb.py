@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from safereg_dist.errors import ConfigError
-from safereg_dist.plan.hardware import find_gpu
+from safereg_dist.parallel.hardware import find_gpu
 from safereg_dist.plan.plan import make_plan
 from safereg_dist.plan.report import text_of
 from safereg_dist.plan.settings import Settings

@@ -6,8 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from safereg_dist.batch import collate, load_tokenizer, tokenize_row
 from safereg_dist.config import DataConfig
+from safereg_dist.data import collate, load_tokenizer, tokenize_row
 from safereg_dist.errors import DataError
 from safereg_dist.parallel.single import SingleBackend, single_ranks
 from safereg_dist.probe_lab.collect import positions_of

@@ -11,8 +11,8 @@ from collections import Counter
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError
-from safereg_dist.prompts import LabelledPrompt
 
 _EVERYDAY = (
     "the a my your this that every another small large old new red blue green quiet early late "

@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.probe_lab.rows import ProbedRow, tokenize_examples
 from safereg_dist.probe_lab.store import StateStore
-from safereg_dist.prompts import LabelledPrompt
 from safereg_dist.risk.probe import POOLINGS_OF, pool_spans
 
 BATCHES_PER_SHARD = 8

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safereg_dist.batch import load_tokenizer
 from safereg_dist.config import DataConfig
+from safereg_dist.data import load_tokenizer
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.evaluate import write_atomically
 from safereg_dist.probe_lab.collect import pooled_batches, positions_of
 from safereg_dist.probe_lab.figures import draw_reliability, draw_roc
@@ -20,7 +21,6 @@ from safereg_dist.probe_lab.loading import load_model_of, load_probes_for
 from safereg_dist.probe_lab.near_duplicates import near_duplicate_groups
 from safereg_dist.probe_lab.rows import ProbedRow, check_labels, read_examples, tokenize_examples
 from safereg_dist.probe_lab.tables import print_figures
-from safereg_dist.prompts import LabelledPrompt
 from safereg_dist.risk.probe import Probe, rescale
 
 BOTH_THRESHOLD = 0.5

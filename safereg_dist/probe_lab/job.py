@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from safereg_dist.batch import load_tokenizer
 from safereg_dist.config import DataConfig
+from safereg_dist.data import load_tokenizer
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError, ProbeError
 from safereg_dist.evaluate.generate import load_model
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.shards import read_architecture
 from safereg_dist.probe_lab.background import background_prompts
@@ -32,9 +33,8 @@ from safereg_dist.probe_lab.rows import (
     read_examples,
     tokenize_examples,
 )
-from safereg_dist.probe_lab.split import PARTS, SplitRows, check_enough, split_rows
+from safereg_dist.probe_lab.split import REGIONS, SplitRows, check_enough, split_rows
 from safereg_dist.probe_lab.store import Manifest, StateStore, digest_rows
-from safereg_dist.prompts import LabelledPrompt
 
 
 def alone(device: str | None) -> Ranks:
@@ -107,7 +107,7 @@ class Collected:
             "calibration": options.calibration,
             "calibration_positives": int(self.rows.calibration_positives.sum()),
             "background": int(self.rows.background.sum()),
-            "rows": {part: int(self.rows.where(part).sum()) for part in PARTS},
+            "rows": {part: int(self.rows.where(part).sum()) for part in REGIONS},
             "groups": len(set(self.rows.group.tolist())),
             "seed": options.seed,
         }

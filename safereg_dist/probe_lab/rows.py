@@ -11,10 +11,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from safereg_dist.batch import tokenize_row
+from safereg_dist.data import tokenize_row
+from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.errors import DataError
 from safereg_dist.evaluate.generate import render_prompts
-from safereg_dist.prompts import LabelledPrompt, read_prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

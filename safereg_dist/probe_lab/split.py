@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import DataError, ProbeError
 from safereg_dist.probe_lab.logistic import FOLDS
 from safereg_dist.probe_lab.near_duplicates import near_duplicate_groups
-from safereg_dist.prompts import LabelledPrompt
 
-PARTS = ("fit", "calibrate", "hold_out")
+REGIONS = ("fit", "calibrate", "hold_out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class SplitRows:
     """Number that near-duplicates share."""
 
     def where(self, part: str) -> np.ndarray:
-        """[rows] bool: the rows of one of `PARTS`."""
-        return self.part == PARTS.index(part)
+        """[rows] bool: the rows of one of `REGIONS`."""
+        return self.part == REGIONS.index(part)
 
     @property
     def calibration_positives(self) -> np.ndarray:
@@ -75,7 +75,7 @@ def check_enough(rows: SplitRows, recall: float, held_out_fraction: float) -> No
         DataError: a part is without one of the classes.
         ProbeError: too few positives for the recall.
     """
-    for part in PARTS:
+    for part in REGIONS:
         for harmful in (True, False):
             if not (rows.where(part) & (rows.harmful == harmful)).any():
                 raise DataError(

@@ -16,11 +16,11 @@ import torch
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parts import PARTS, SAFETY_PATH
 from safereg_dist.profiling.figure import shares_png
 from safereg_dist.profiling.operators import KINDS
 from safereg_dist.profiling.recorder import PartCost, Recorder
 from safereg_dist.profiling.table import profile_table
+from safereg_dist.regions import REGIONS, SAFETY_PATH
 
 _NANOSECONDS = 10**9
 _WIDTH = 3 + 2 * len(KINDS)  # numbers of one part of one rank, see `_numbers`
@@ -88,7 +88,7 @@ class Profiler:
     def _rows(self, step: int, table: Sequence[Sequence[int]]) -> list[Row]:
         """Rows of one step from every rank's numbers; parts that no rank entered have none."""
         found = []
-        for place, name in enumerate(PARTS):
+        for place, name in enumerate(REGIONS):
             own = [rank[place * _WIDTH : (place + 1) * _WIDTH] for rank in table]
             if any(any(numbers) for numbers in own):
                 found.append({"step": step, **_row(name, own)})
@@ -107,7 +107,7 @@ class Profiler:
         steps = len({row["step"] for row in rows})
         by_part = {
             name: {"is_safety_path": name in SAFETY_PATH, **_sum_of(own)}
-            for name in PARTS
+            for name in REGIONS
             if (own := [row for row in rows if row["part"] == name])
         }
         total = _sum_of(rows)
@@ -140,10 +140,10 @@ class NoProfiler:
 
 
 def _numbers(recorder: Recorder, device: torch.device) -> torch.Tensor:
-    """[len(PARTS) * _WIDTH] int64: FLOPs, nanoseconds, peak bytes, and bytes and calls by kind."""
+    """[len(REGIONS) * _WIDTH] int64: FLOPs, nanoseconds, peak bytes; bytes and calls by kind."""
     costs = recorder.totals()
     numbers: list[int] = []
-    for name in PARTS:
+    for name in REGIONS:
         cost = costs.get(name, PartCost())
         numbers += [cost.flops, round(cost.seconds * _NANOSECONDS), cost.peak_memory_bytes]
         numbers += [cost.bytes[kind] for kind in KINDS]

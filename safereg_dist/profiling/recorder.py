@@ -17,7 +17,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safereg_dist import parts
+from safereg_dist import regions
 from safereg_dist.profiling.operators import flops_of, is_composite, payload_of
 from safereg_kernels import flops as kernel_flops
 from safereg_kernels.flops import HeadFlops
@@ -67,8 +67,8 @@ class Recorder:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         with ExitStack() as stack:
-            before = parts.listen(self)
-            stack.callback(parts.listen, before)
+            before = regions.listen(self)
+            stack.callback(regions.listen, before)
             stack.enter_context(kernel_flops.listening(self))
             stack.enter_context(_Watch(self, None))
             self._closing = stack.pop_all()
@@ -80,8 +80,8 @@ class Recorder:
         self._closing.close()
 
     def totals(self) -> dict[str, PartCost]:
-        """Cost of every part that has any, in the order of `parts.PARTS`."""
-        known = sorted(self._costs, key=parts.PARTS.index)
+        """Cost of every part that has any, in the order of `regions.REGIONS`."""
+        known = sorted(self._costs, key=regions.REGIONS.index)
         return {name: self._costs[name] for name in known}
 
     @property
@@ -97,9 +97,9 @@ class Recorder:
     @property
     def safety_bytes(self) -> int:
         """Payload of the collectives that plain fine-tuning does not have."""
-        return sum(c.total_bytes for name, c in self._costs.items() if name in parts.SAFETY_PATH)
+        return sum(c.total_bytes for name, c in self._costs.items() if name in regions.SAFETY_PATH)
 
-    # parts.PartListener
+    # regions.RegionListener
 
     def enter(self, name: str) -> None:
         """Bills what follows to `name`."""
@@ -124,23 +124,23 @@ class Recorder:
     @contextmanager
     def operator(self, flops: HeadFlops) -> Iterator[None]:
         """Bills a fused operator by its formula instead of by its products."""
-        self._cost(parts.HEAD_CE).flops += flops.cross_entropy
-        self._cost(parts.HEAD_DIVERGENCE).flops += flops.divergence
+        self._cost(regions.HEAD_CE).flops += flops.cross_entropy
+        self._cost(regions.HEAD_DIVERGENCE).flops += flops.divergence
         before, self._is_in_operator = self._is_in_operator, True
         try:
             yield
         finally:
             self._is_in_operator = before
 
-    def divergence(self) -> parts.part:
+    def divergence(self) -> regions.region:
         """Bills time to the divergence."""
-        return parts.part(parts.HEAD_DIVERGENCE)
+        return regions.region(regions.HEAD_DIVERGENCE)
 
     # from _Watch
 
     def see(self, operator: Any, args: Any, kwargs: Any, out: Any, elsewhere: str | None) -> None:
         """Counts one call of an operator packet, in this thread or in a part of another."""
-        name = elsewhere or (self._open[-1] if self._open else parts.OTHER)
+        name = elsewhere or (self._open[-1] if self._open else regions.OTHER)
         payload = payload_of(operator, args)
         if payload is not None:
             kind, size = payload
@@ -156,7 +156,7 @@ class Recorder:
 
     def _bill_time(self) -> None:
         now = _now()
-        cost = self._cost(self._open[-1] if self._open else parts.OTHER)
+        cost = self._cost(self._open[-1] if self._open else regions.OTHER)
         cost.seconds += now - self._mark
         cost.peak_memory_bytes = max(cost.peak_memory_bytes, _peak_memory_bytes())
         self._mark = now

@@ -1,8 +1,8 @@
 """Stage 5: the frozen reference, run on the rows that need it and on no others."""
 
 from safereg_dist.reference.reference import NoReference, Packing, Reference
+from safereg_dist.reference.schedule import NoWindow, Window, active_rows
 from safereg_dist.reference.trunk import ReferenceTrunk
-from safereg_dist.reference.window import NoWindow, Window, active_rows
 
 __all__ = [
     "NoReference",

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parts import EXCHANGE, part
-from safereg_dist.plan.costs import exchange_pays
-from safereg_dist.plan.hardware import Rates, rates_of_device
+from safereg_dist.parallel.hardware import Rates, rates_of_device
+from safereg_dist.reference.cost import exchange_pays
+from safereg_dist.regions import EXCHANGE, region
 from safereg_dist.types import to_device
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def exchanged_states(
     """
     per_pass, ranks = reference.packing.rows_per_pass, reference.ranks
     longest_here = max((len(row.input_ids) for row in rows), default=0)
-    table = ranks.begin_table([len(rows), longest_here], count=2).result()
+    table = ranks.all_gather_async([len(rows), longest_here], count=2).result()
     counts, longest = table[0::2], max(table[1::2])
     moves = even_moves(counts)
     after = [n - sum(moves[r]) + sum(m[r] for m in moves) for r, n in enumerate(counts)]
@@ -71,7 +71,7 @@ def exchanged_states(
     return [*states[:num_kept], *returned], num_kept + len(lent)
 
 
-@part(EXCHANGE)
+@region(EXCHANGE)
 def _lend(
     reference: "Reference",
     rows: Sequence["TokenRow"],
@@ -95,7 +95,7 @@ def _lend(
     return lent
 
 
-@part(EXCHANGE)
+@region(EXCHANGE)
 def _give_back(
     reference: "Reference",
     states: Sequence[Tensor],

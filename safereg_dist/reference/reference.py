@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
-from safereg_dist.parts import REFERENCE_HEAD, REFERENCE_TRUNK, part
 from safereg_dist.reference.exchange import slowest_rates
+from safereg_dist.reference.schedule import NoWindow, Window
 from safereg_dist.reference.store import ReferenceStore
 from safereg_dist.reference.trunk import ReferenceTrunk, used_parameters
-from safereg_dist.reference.window import NoWindow, Window
+from safereg_dist.regions import REFERENCE_HEAD, REFERENCE_TRUNK, region
 from safereg_dist.types import NO_HEAD, Head, Row, head_of, to_device
 
 
@@ -122,7 +122,7 @@ class Reference:
             self._engine = self._load_trunk()
         return self._engine
 
-    @part(REFERENCE_TRUNK)
+    @region(REFERENCE_TRUNK)
     def open(
         self, rows: Sequence[Row], kl_coef: list[float] | Exception, *, micro_batches: int = 1
     ) -> Window:
@@ -181,5 +181,5 @@ class Reference:
         if not is_needed:
             yield NO_HEAD
             return
-        with part(REFERENCE_HEAD), self._backend.gathered(self.head.parameters):
+        with region(REFERENCE_HEAD), self._backend.gathered(self.head.parameters):
             yield self.head

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.errors import CheckpointError, ConfigError
-from safereg_dist.fingerprint import tokenizer_fingerprint
+from safereg_dist.models.fingerprint import tokenizer_fingerprint
 
 INDEX_FILE = "index.json"
 _FORMAT = 1

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from safereg_dist.architecture import decoder_layers
 from safereg_dist.errors import ConfigError
+from safereg_dist.models.architecture import decoder_layers
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm")
 

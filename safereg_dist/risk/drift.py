@@ -22,8 +22,8 @@ from torch import Tensor
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parts import PROBE, part
-from safereg_dist.risk.estimator import Risk
+from safereg_dist.regions import PROBE, region
+from safereg_dist.risk.base import Risk
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import (
     PolicyProbeRisk,
@@ -99,7 +99,7 @@ class WatchedPolicyProbe:
         """True until it has fallen back."""
         return not self.has_fallen_back
 
-    @part(PROBE)
+    @region(PROBE)
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Risk of every row from the policy's states; from the reference's after a fall-back.
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from safereg_dist.data.files import read_rows
 from safereg_dist.errors import DataError
-from safereg_dist.prompts import read_rows
 
 _RISK = {"allow": 0.0, "hold": 1.0}
 

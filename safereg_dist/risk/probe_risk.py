@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safereg_dist.errors import CheckpointError
-from safereg_dist.fingerprint import row_key
+from safereg_dist.models.fingerprint import row_key
 from safereg_dist.parallel.comm import Ranks, held
-from safereg_dist.parts import PROBE, part
-from safereg_dist.risk.estimator import Risk
+from safereg_dist.regions import PROBE, region
+from safereg_dist.risk.base import Risk
 from safereg_dist.risk.probe import Probe, pool_spans
-from safereg_dist.score_cache import CachedScore, ScoreCache
+from safereg_dist.storage.score_cache import CachedScore, ScoreCache
 from safereg_dist.types import MicroBatch, Row, to_device
 
 
@@ -30,7 +30,7 @@ class PolicyProbeRisk:
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
 
-    @part(PROBE)
+    @region(PROBE)
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Largest probability over a row's assistant turns. Collectives: none; one host sync."""
         assert policy_states is not None
@@ -93,7 +93,7 @@ class ReferenceProbeRisk:
         self.began_late = False
         """True where rows went by before this estimator was asked: then any row may be missing."""
 
-    @part(PROBE)
+    @region(PROBE)
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """Cached risk, computed first where it is missing.
 
@@ -102,7 +102,7 @@ class ReferenceProbeRisk:
         in the all-reduce, for all ranks; one that cannot be written, after the last pass.
         """
         keys = self._keys(batch)
-        if batch.may_be_new or self.began_late:
+        if batch.in_first_epoch or self.began_late:
             self._score_missing(batch, keys)
         return [None if key is None else self.cache[key] for key in keys]
 
@@ -110,7 +110,7 @@ class ReferenceProbeRisk:
         missing = held(self._missing, keys)
         is_failed = isinstance(missing, Exception)
         need = missing if is_failed else -(-len(missing) // self._rows_per_pass)
-        passes = self._ranks.agree_on_passes(need)
+        passes = self._ranks.max_over_ranks(need)
         new: dict[str | None, float | None] = {}
         for i in range(passes):
             group = missing[i * self._rows_per_pass : (i + 1) * self._rows_per_pass]

@@ -13,7 +13,7 @@ from step_worker import COLLECTIVES
 from safereg_dist.config import load_config
 from safereg_dist.errors import SafeRegError
 from safereg_dist.factory import build_run, start_backend
-from safereg_dist.train import train
+from safereg_dist.trainer import train
 
 
 def trained(folder, backend, url, name, *overrides) -> dict:

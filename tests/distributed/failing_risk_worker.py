@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from step_worker import COLLECTIVES
 
-from safereg_dist.batch import collate
 from safereg_dist.coefficient import Coefficient
 from safereg_dist.config import RegularizerConfig
+from safereg_dist.data import collate
 from safereg_dist.errors import CheckpointError, CriticUnavailable
 from safereg_dist.parallel.comm import Ranks, held
+from safereg_dist.risk.combine import Part, RiskStage
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import KnownRisks, ReferenceProbeRisk
-from safereg_dist.risk.stage import Part, RiskStage
-from safereg_dist.screening import screen_rows
+from safereg_dist.run.gate import row_risks
 from safereg_dist.types import Row
 
 H = 8
@@ -74,7 +74,7 @@ class Disk:
 
 
 class Stream:
-    """Rows of a rank, as `RowStream` has them."""
+    """Rows of a rank, as `Sampler` has them."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -129,10 +129,10 @@ def main() -> None:
         batch = collate(list(rows[:6]), pad_id=0)
         risk = held(stage, batch, None)
         found = held(coefficient, batch.rows, risk)
-        ranks.agree_on_passes(found if isinstance(found, Exception) else 0)
+        ranks.max_over_ranks(found if isinstance(found, Exception) else 0)
 
     def screen(stage: RiskStage) -> None:
-        screened = screen_rows(
+        screened = row_risks(
             Stream(rows), stage, count=12, micro_batch_size=4, pad_id=0, ranks=ranks  # type: ignore[arg-type]
         )  # fmt: skip
         ranks.sum_(torch.tensor([len(list(screened))]))

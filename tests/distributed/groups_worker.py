@@ -32,10 +32,10 @@ import numpy as np  # noqa: E402
 from deepspeed.utils import groups, safe_get_full_grad  # noqa: E402
 from torch.distributed.distributed_c10d import _world  # noqa: E402
 
+from safereg_dist.commands.reference import build_store  # noqa: E402
 from safereg_dist.config import load_config  # noqa: E402
-from safereg_dist.factory import build_run, build_screening, start_backend  # noqa: E402
-from safereg_dist.reference_build import build_store  # noqa: E402
-from safereg_dist.train import train  # noqa: E402
+from safereg_dist.factory import build_risk_context, build_run, start_backend  # noqa: E402
+from safereg_dist.trainer import train  # noqa: E402
 
 CASES = {
     "plain": ["regularizer.objective=none"],
@@ -79,7 +79,7 @@ def run_case(folder: Path, name: str, backend) -> None:
     steps: list[dict[str, np.ndarray]] = []
     if name == "stored":
         build_store(
-            build_screening(load_config(folder / "base.yaml"), backend, with_reference=True),
+            build_risk_context(load_config(folder / "base.yaml"), backend, with_reference=True),
             Path("store"),
         )
     if name == "hpz-resumed":

@@ -56,7 +56,7 @@ count_bytes()
 import plan_cases  # noqa: E402
 
 import safereg_dist.parallel.deepspeed as adapter  # noqa: E402
-import safereg_dist.train as training  # noqa: E402
+import safereg_dist.trainer as training  # noqa: E402
 from safereg_dist.config import load_config  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from step_worker import left_gathered
 
-from safereg_dist.batch import collate, collate_window
 from safereg_dist.config import load_config
+from safereg_dist.data import collate, collate_window
 from safereg_dist.factory import build_run, start_backend
-from safereg_dist.train import _global_tokens
+from safereg_dist.trainer import _global_tokens
 
 
 def probed_training(folder, backend, source: str, steps: int) -> dict:

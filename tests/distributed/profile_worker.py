@@ -63,7 +63,7 @@ def count_collectives() -> None:
 
 count_collectives()
 
-from safereg_dist import train as train_module  # noqa: E402
+from safereg_dist import trainer as train_module  # noqa: E402
 from safereg_dist.config import load_config  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
 

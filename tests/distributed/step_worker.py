@@ -50,13 +50,13 @@ import numpy as np  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from step_cases import SCHEDULE_LINEAR, cases_on, micro_batch_rows  # noqa: E402
 
-from safereg_dist.batch import collate  # noqa: E402
 from safereg_dist.config import load_config  # noqa: E402
+from safereg_dist.data import collate  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
-from safereg_dist.metrics import StepMetrics  # noqa: E402
 from safereg_dist.reference import NoReference  # noqa: E402
-from safereg_dist.risk.stage import Part, RiskStage  # noqa: E402
-from safereg_dist.train import _global_tokens  # noqa: E402
+from safereg_dist.risk.combine import Part, RiskStage  # noqa: E402
+from safereg_dist.run.metrics import StepMetrics  # noqa: E402
+from safereg_dist.trainer import _global_tokens  # noqa: E402
 
 
 def run_case(folder, case, backend) -> None:

@@ -12,14 +12,14 @@ import torch
 from step_worker import COLLECTIVES  # before deepspeed is imported
 from transformers import PreTrainedModel
 
-from safereg_dist.batch import collate_window
 from safereg_dist.cli import main as safereg
+from safereg_dist.commands.reference import build_store
 from safereg_dist.config import load_config
+from safereg_dist.data import collate_window
 from safereg_dist.errors import SafeRegError
-from safereg_dist.factory import build_run, build_screening, start_backend
+from safereg_dist.factory import build_risk_context, build_run, start_backend
 from safereg_dist.parallel.shards import weights_fingerprint
-from safereg_dist.reference_build import build_store
-from safereg_dist.train import _global_tokens
+from safereg_dist.trainer import _global_tokens
 
 STORES = {
     "llama": ["model=llama", "reference.model=llama-reference"],
@@ -62,7 +62,7 @@ def build(folder: Path) -> None:
 def build_that_rank_1_cannot_write(folder: Path) -> None:
     """The place of rank 1's second shard is taken; each rank writes what was raised there."""
     config = load_config(folder / "base.yaml", STORES["llama"])
-    parts = build_screening(config, start_backend(config), with_reference=True)
+    parts = build_risk_context(config, start_backend(config), with_reference=True)
 
     def take_place(*_: object) -> None:
         (folder / "broken.partial" / "rank1-00001.safetensors").mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ def build_that_rank_1_cannot_write(folder: Path) -> None:
 def slow_build(folder: Path) -> None:
     """A build of many small shards that takes its time, to be killed in the middle."""
     config = load_config(folder / "base.yaml", STORES["llama"])
-    parts = build_screening(config, start_backend(config), with_reference=True)
+    parts = build_risk_context(config, start_backend(config), with_reference=True)
     torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: time.sleep(0.005))
     build_store(parts, folder / "slow", shard_bytes=2_000)
 

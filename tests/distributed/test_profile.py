@@ -13,8 +13,8 @@ import torch
 from builders import random_rows, save_model, tiny_model, write_jsonl
 from launching import ROOT
 
-from safereg_dist.fingerprint import model_fingerprint
-from safereg_dist.parts import SAFETY_PATH
+from safereg_dist.models.fingerprint import model_fingerprint
+from safereg_dist.regions import SAFETY_PATH
 from safereg_dist.risk.probe import Probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]

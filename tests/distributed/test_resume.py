@@ -16,7 +16,7 @@ import torch
 from builders import random_rows, save_model, tiny_model, write_jsonl
 from launching import FINETUNE, descendants, kill_session, tail
 
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.probe import Probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]

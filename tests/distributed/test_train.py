@@ -16,8 +16,8 @@ from builders import random_rows, save_model, tiny_model, word_tokenizer, write_
 from launching import FINETUNE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safereg_dist.batch import tokenize_row
-from safereg_dist.ledger import verify_ledger
+from safereg_dist.data import tokenize_row
+from safereg_dist.run.ledger import verify_ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
 TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")

@@ -32,8 +32,8 @@ from window_cases import (
     rows_of_rank,
 )
 
-from safereg_dist.batch import RowStream
-from safereg_dist.batch.rows import tokenize_row
+from safereg_dist.data import Sampler
+from safereg_dist.data.tokenized import tokenize_row
 
 WORKER = ROOT / "tests" / "distributed" / "window_worker.py"
 TOLERANCE = 1e-5
@@ -313,7 +313,7 @@ class Numbers:
 
 def dealt_stream(active, rank, world_size):
     """The stream of one rank."""
-    return RowStream(
+    return Sampler(
         Numbers(len(active)),
         None,
         anchor_fraction=0.0,

@@ -32,11 +32,11 @@ from safereg_dist.config import load_config
 from safereg_dist.errors import SafeRegError
 from safereg_dist.factory import build_run, start_backend
 from safereg_dist.parallel.engine import Update
-from safereg_dist.plan.hardware import Rates
+from safereg_dist.parallel.hardware import Rates
 from safereg_dist.reference import Reference
-from safereg_dist.risk.stage import Part, RiskStage
-from safereg_dist.run_log import RunLog
-from safereg_dist.train import Progress, _optimizer_step
+from safereg_dist.risk.combine import Part, RiskStage
+from safereg_dist.run.log import RunLog
+from safereg_dist.trainer import Progress, _optimizer_step
 
 WATCHDOG_S = 60
 
@@ -51,7 +51,7 @@ class Given:
         """The row at a position."""
         return self._rows[position]
 
-    def may_be_new(self, position) -> bool:
+    def in_first_epoch(self, position) -> bool:
         """False: no estimator here keeps what it knows."""
         return False
 

@@ -15,10 +15,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from safereg_dist.anchor import build_anchors, merge_anchor_parts
+from safereg_dist.commands.anchor import build_anchors, merge_anchor_parts
+from safereg_dist.data.files import read_prompts
 from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError
 from safereg_dist.evaluate.generate import generate_answers, load_model
-from safereg_dist.prompts import read_prompts
 
 LETTERS = "abcdefghijklmnopqrstuvwx"
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<asst>", "<unk>", *LETTERS]

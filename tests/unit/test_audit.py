@@ -14,8 +14,8 @@ from scipy.stats import beta
 
 from safereg_dist.cli import main
 from safereg_dist.errors import ConfigError
-from safereg_dist.ledger import verify_ledger
-from safereg_dist.screening import _check_share
+from safereg_dist.run.gate import _check_share
+from safereg_dist.run.ledger import verify_ledger
 
 WORDS_SAFE, WORDS_RISKY = "w1 w2 w3 w4 w5", "w50 w51 w52 w53 w54"
 

@@ -29,7 +29,7 @@ from builders import (
 from safetensors.torch import load_file, save_file
 
 from safereg_dist.cli import main
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.probe import Probe
 
 _BAR = re.compile(r"\d+%\||\d+ ?[a-z]* ?\[\d\d:\d\d")

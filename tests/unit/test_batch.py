@@ -17,8 +17,9 @@ import pytest
 import torch
 from builders import PLAIN_TEMPLATE, TEMPLATE, random_rows, word_tokenizer, write_jsonl
 
-from safereg_dist.batch import (
-    RowStream,
+from safereg_dist.config import DataConfig
+from safereg_dist.data import (
+    Sampler,
     collate,
     collate_window,
     load_rows,
@@ -27,8 +28,7 @@ from safereg_dist.batch import (
     steps_for,
     tokenize_row,
 )
-from safereg_dist.batch import rows as module
-from safereg_dist.config import DataConfig
+from safereg_dist.data import rows as module
 from safereg_dist.errors import ConfigError, DataError
 
 # The newline that many templates write after the end-of-turn token is a word here, <nl>.
@@ -474,7 +474,7 @@ def stores(tmp_path_factory):
 
 
 def stream(store, rank=0, world_size=1, *, anchor=None, fraction=0.25, seed=0, epochs=None):
-    return RowStream(
+    return Sampler(
         store,
         anchor,
         anchor_fraction=fraction,
@@ -586,7 +586,7 @@ def test_new_rows_are_announced_until_every_rank_has_seen_its_own(stores):
             streams = [stream(stores[7], r, world_size, anchor=anchor) for r in range(world_size)]
             seen = [set() for _ in streams]
             for position in range(40):
-                promised = [s.may_be_new(position) for s in streams]
+                promised = [s.in_first_epoch(position) for s in streams]
                 assert len(set(promised)) == 1
                 for known, s in zip(seen, streams, strict=True):
                     row = s.row(position)
@@ -647,11 +647,11 @@ def test_fillers_are_inert():
 
 
 def test_moving_keeps_everything(stores):
-    batch = collate([stores[3].row(0)], pad_id=0, may_be_new=False)
+    batch = collate([stores[3].row(0)], pad_id=0, in_first_epoch=False)
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.labels, batch.labels)
     assert moved.rows == batch.rows
-    assert not moved.may_be_new
+    assert not moved.in_first_epoch
 
 
 def test_the_words_of_this_file_are_known():

@@ -26,7 +26,6 @@ from real_shapes import RealModel
 from tqdm import tqdm
 from transformers import LlamaConfig
 
-from safereg_dist.batch import collate
 from safereg_dist.config import (
     Config,
     DataConfig,
@@ -36,6 +35,7 @@ from safereg_dist.config import (
     RiskConfig,
     TrainConfig,
 )
+from safereg_dist.data import collate
 from safereg_dist.factory import build_run, start_backend
 
 # The peer

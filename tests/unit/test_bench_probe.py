@@ -17,9 +17,9 @@ from builders import WORDS, word_tokenizer, write_jsonl
 from prompt_features import Corpus, features_of, read_set, without_final_mark
 from transformers import BertConfig, BertModel
 
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError, DataError
-from safereg_dist.probe_lab.split import PARTS, split_rows
-from safereg_dist.prompts import LabelledPrompt
+from safereg_dist.probe_lab.split import REGIONS, split_rows
 
 H, LAYERS = 12, 2
 
@@ -185,7 +185,7 @@ def test_without_groups_near_duplicates_are_torn_apart():
     assert all(parts.part[a] == parts.part[b] for a, b in twins)
     assert any(alone.part[a] != alone.part[b] for a, b in twins)
     for stratum in (parts.harmful, ~parts.harmful & ~parts.background, parts.background):
-        for part in range(len(PARTS)):
+        for part in range(len(REGIONS)):
             sizes = [int(((p.part == part) & stratum).sum()) for p in (parts, alone)]
             assert sizes[0] == sizes[1]
 

@@ -9,7 +9,6 @@ import dataclasses
 import pytest
 import yaml
 
-from safereg_dist.checkpoint import config_hash
 from safereg_dist.config import (
     PRESETS,
     Config,
@@ -28,6 +27,7 @@ from safereg_dist.config import (
 )
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory import DEFAULT_STEPS
+from safereg_dist.run.checkpoint import config_hash
 
 LEAST = {"model": "m", "data": {"train": "t.jsonl"}, "risk": {"estimator": "column"}}
 

@@ -28,7 +28,7 @@ from safereg_dist.critic.critic import (
     score_conversations,
 )
 from safereg_dist.errors import CheckpointError, ConfigError, CriticUnavailable
-from safereg_dist.score_cache import CachedScore, ScoreCache
+from safereg_dist.storage.score_cache import CachedScore, ScoreCache
 
 
 def conversation(number: int) -> Messages:

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 from builders import random_rows, word_tokenizer
 
-from safereg_dist.batch import collate, tokenize_row
 from safereg_dist.critic.critic import Verdict
+from safereg_dist.data import collate, tokenize_row
 from safereg_dist.errors import CriticUnavailable
-from safereg_dist.risk.critic_risk import CriticRisk
-from safereg_dist.train import _coming_rows
+from safereg_dist.risk.judge import CriticRisk
+from safereg_dist.trainer import _coming_rows
 
 TOKENIZER = word_tokenizer()
 

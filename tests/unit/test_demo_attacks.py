@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from bench_response_risk import recall_of, threshold_at
 
-from safereg_dist.batch import tokenize_row
+from safereg_dist.data import tokenize_row
+from safereg_dist.data.files import read_prompts
 from safereg_dist.demo import grammar
 from safereg_dist.demo.attacks import KINDS, attack_rows, exchange_rows, main
 from safereg_dist.demo.tokenizer import MAX_TOKENS, build_tokenizer
 from safereg_dist.demo.world import DATA_SETS
-from safereg_dist.prompts import read_prompts
 
 VERB_OF = {(verb.first, verb.then): verb for verb in grammar.VERBS}
 VERBS = {verb.word: verb for verb in grammar.VERBS}

@@ -16,13 +16,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.demo import grammar
 from safereg_dist.demo.base import batch_source
 from safereg_dist.demo.tokenizer import build_tokenizer, chat_text
 from safereg_dist.demo.world import DATA_SETS, WorldPaths, build_world, main
 from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.evaluate.judges import KeywordJudge
-from safereg_dist.prompts import LabelledPrompt, read_prompts
 
 TRAINED_ON = ("probe", "anchor_prompts", "train", "train_harmful_only")
 EVALUATED_ON = ("eval", "validation")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders import random_rows, word_tokenizer
 
-from safereg_dist.batch import collate, tokenize_row
+from safereg_dist.data import collate, tokenize_row
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.risk.drift import MIN_FLAGGED, WatchedPolicyProbe

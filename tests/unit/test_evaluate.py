@@ -29,6 +29,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import CheckpointError, ConfigError, DataError
 from safereg_dist.evaluate.evaluate import evaluate_model, is_exact_match, wilson_interval
 from safereg_dist.evaluate.generate import (
@@ -39,7 +40,6 @@ from safereg_dist.evaluate.generate import (
     render_prompts,
 )
 from safereg_dist.evaluate.judges import get_judge
-from safereg_dist.prompts import LabelledPrompt
 
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<user>", "<asst>", "<unk>"]
 LETTERS = "abcdefghjklmnopqrstuvw"  # without i, which is a word below

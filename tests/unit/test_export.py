@@ -16,8 +16,8 @@ from builders import FAMILIES, tiny_model, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safereg_dist.errors import CheckpointError
-from safereg_dist.export import export_model
 from safereg_dist.parallel.single import SingleBackend, single_ranks
+from safereg_dist.run.export import export_model
 
 LIMIT = 40_000
 

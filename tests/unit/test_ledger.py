@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from safereg_dist import ledger
 from safereg_dist.errors import CheckpointError, LedgerError
-from safereg_dist.ledger import (
+from safereg_dist.run import ledger
+from safereg_dist.run.ledger import (
     LedgerHead,
     LedgerRow,
     RankLedger,

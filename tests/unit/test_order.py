@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from builders import random_rows, word_tokenizer, write_jsonl
 
-from safereg_dist.batch import RowStream, load_rows
-from safereg_dist.batch.order import EvenDeal
 from safereg_dist.config import DataConfig
+from safereg_dist.data import Sampler, load_rows
+from safereg_dist.data.sampler import BalancedOrder
 
 CASES = [  # rows, active rows, ranks
     (1, 1, 1),
@@ -38,7 +38,7 @@ def flags(count: int, num_active: int, *, at_front: bool = False) -> np.ndarray:
 
 def dealt(active: np.ndarray, ranks: int, places: int, seed: int = 5) -> np.ndarray:
     """[places, ranks] rows, read one after the other."""
-    deals = [EvenDeal(active, rank, ranks, seed) for rank in range(ranks)]
+    deals = [BalancedOrder(active, rank, ranks, seed) for rank in range(ranks)]
     return np.array([[deal.index(place) for deal in deals] for place in range(places)])
 
 
@@ -86,7 +86,7 @@ def test_a_position_determines_its_row():
     one_by_one = dealt(active, 4, 60)
     draw = np.random.default_rng(0)
     for rank in range(4):
-        deal = EvenDeal(active, rank, 4, seed=5)
+        deal = BalancedOrder(active, rank, 4, seed=5)
         for place in draw.integers(0, 60, 40):
             assert deal.index(int(place)) == one_by_one[place, rank]
     assert (dealt(active, 4, 60, seed=6) != one_by_one).any()
@@ -105,7 +105,7 @@ def test_a_stream_of_an_even_deal(tmp_path, monkeypatch, epochs):
     kinds = {}
     for active in (None, flags(26, 7)):
         streams = [
-            RowStream(
+            Sampler(
                 files["train"],
                 files["anchor"],
                 anchor_fraction=0.2,

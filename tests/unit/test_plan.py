@@ -15,9 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from safereg_dist.cli import main
 from safereg_dist.errors import ConfigError
-from safereg_dist.plan.costs import exchange_pays
+from safereg_dist.parallel.hardware import (
+    CPU_RATES,
+    GPUS,
+    UNLISTED_RATES,
+    find_gpu,
+    rates_of_device,
+)
 from safereg_dist.plan.flops import trunk_flops
-from safereg_dist.plan.hardware import CPU_RATES, GPUS, UNLISTED_RATES, find_gpu, rates_of_device
 from safereg_dist.plan.memory import activation_bytes
 from safereg_dist.plan.plan import make_plan
 from safereg_dist.plan.remedies import remedies
@@ -25,6 +30,7 @@ from safereg_dist.plan.risky_rows import expected_rows, most_rows_law
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import shape_of
 from safereg_dist.plan.traffic import traffic
+from safereg_dist.reference.cost import exchange_pays
 
 
 def fields(model_type, vocab, hidden, width, layers, heads, kv, **more):

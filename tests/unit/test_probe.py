@@ -18,10 +18,10 @@ import torch
 from builders import FAMILIES, random_rows, save_model, tiny_model, word_tokenizer
 from safetensors.torch import load_file, save_file
 
-from safereg_dist.architecture import decoder_layers
-from safereg_dist.batch import collate, tokenize_row
+from safereg_dist.data import collate, tokenize_row
 from safereg_dist.errors import CheckpointError, ProbeError
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.architecture import decoder_layers
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.single import SingleBackend, single_ranks
 from safereg_dist.policy import Policy, enable_activation_checkpointing

@@ -19,8 +19,9 @@ from builders import WORDS, save_model, tiny_model, word_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError, DataError, ProbeError, SafeRegError
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.background import background_prompts
 from safereg_dist.probe_lab.collect import collect_hidden_states
 from safereg_dist.probe_lab.fit import fit_probe
@@ -34,9 +35,8 @@ from safereg_dist.probe_lab.scores import (
     log_loss,
     spread,
 )
-from safereg_dist.probe_lab.split import PARTS, split_rows
+from safereg_dist.probe_lab.split import REGIONS, split_rows
 from safereg_dist.probe_lab.threshold import recall_threshold
-from safereg_dist.prompts import LabelledPrompt
 from safereg_dist.risk.probe import POOLINGS, Probe
 
 # Few values, so that ties are the rule.
@@ -411,4 +411,4 @@ def test_an_output_folder_that_is_a_file(model_dir, tmp_path):
 
 
 def test_the_parts_are_three():
-    assert PARTS == ("fit", "calibrate", "hold_out")
+    assert REGIONS == ("fit", "calibrate", "hold_out")

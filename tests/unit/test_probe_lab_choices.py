@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.probe_lab.calibration import fit_temperature
 from safereg_dist.probe_lab.classifiers import cross_validated, fit_weights
 from safereg_dist.probe_lab.fit import choose
 from safereg_dist.probe_lab.layer_fit import LayerReport, Recipe, fit_layer
 from safereg_dist.probe_lab.logistic import L2_GRID
 from safereg_dist.probe_lab.split import split_rows
-from safereg_dist.prompts import LabelledPrompt
 
 
 def test_temperature_mends_overconfidence_and_never_claims_certainty():

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from safereg_dist.errors import CheckpointError, ConfigError, DataError
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.collect import collect_hidden_states, collect_states
 from safereg_dist.probe_lab.fit import fit_probe
 from safereg_dist.probe_lab.rows import ProbedRow, read_examples, tokenize_examples

@@ -19,14 +19,14 @@ from builders import WORDS, save_model, tiny_model, word_tokenizer, write_jsonl
 from sklearn.metrics import roc_auc_score
 
 from safereg_dist.cli import main
+from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError, DataError, ProbeError
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.apply import score_rows
 from safereg_dist.probe_lab.evaluate import evaluate_probe
 from safereg_dist.probe_lab.fit import fit_probe
 from safereg_dist.probe_lab.layer_fit import Recipe, fit_layer
 from safereg_dist.probe_lab.split import SplitRows, split_rows
-from safereg_dist.prompts import LabelledPrompt
 from safereg_dist.risk.probe import Probe, load_probes, rescale
 
 POSITIONS = ("prompt", "response")

@@ -17,16 +17,16 @@ from matplotlib.image import imread
 from step_flops import Rows, llama, write_run_folder
 from torch import distributed as dist
 
-from safereg_dist import parts
-from safereg_dist.checkpoint import config_hash
+from safereg_dist import regions
 from safereg_dist.config import config_to_yaml, load_config
 from safereg_dist.errors import CheckpointError
 from safereg_dist.evaluate.report import write_report
 from safereg_dist.factory import build_run, start_backend
-from safereg_dist.parts import part
 from safereg_dist.profiling import Recorder
 from safereg_dist.profiling.table import with_unit
-from safereg_dist.train import train
+from safereg_dist.regions import region
+from safereg_dist.run.checkpoint import config_hash
+from safereg_dist.trainer import train
 
 LAYERS, H, VOCAB = 2, 128, 256
 SHAPE = llama(LAYERS, H, vocab=VOCAB)
@@ -91,12 +91,12 @@ def expected_flops(rows):
     risky = range(0, len(lengths), RISKY)
     linear, attention = forward_flops(LAYERS, lengths)
     return {
-        parts.POLICY_FORWARD: linear + attention,
+        regions.POLICY_FORWARD: linear + attention,
         # Two products for each projection's one; attention's four, and its scores again.
-        parts.POLICY_BACKWARD: 2 * linear + attention * 5 // 2,
-        parts.REFERENCE_TRUNK: sum(forward_flops(LAYERS, [lengths[i] for i in risky])),
-        parts.HEAD_CE: 3 * 2 * sum(rows.responses) * H * VOCAB,
-        parts.HEAD_DIVERGENCE: 2 * sum(rows.responses[i] for i in risky) * H * VOCAB,
+        regions.POLICY_BACKWARD: 2 * linear + attention * 5 // 2,
+        regions.REFERENCE_TRUNK: sum(forward_flops(LAYERS, [lengths[i] for i in risky])),
+        regions.HEAD_CE: 3 * 2 * sum(rows.responses) * H * VOCAB,
+        regions.HEAD_DIVERGENCE: 2 * sum(rows.responses[i] for i in risky) * H * VOCAB,
     }
 
 
@@ -135,7 +135,7 @@ def test_rows_add_up_to_the_summary(profiled):
         assert 0 < cost["peak_memory_bytes"] <= summary["all"]["peak_memory_bytes"]
     assert sum(c["seconds_share"] for c in summary["parts"].values()) == pytest.approx(1)
     expected = expected_flops(rows)
-    safe = expected[parts.REFERENCE_TRUNK] + expected[parts.HEAD_DIVERGENCE]
+    safe = expected[regions.REFERENCE_TRUNK] + expected[regions.HEAD_DIVERGENCE]
     assert summary["safety_path"]["flops"] == 2 * safe
     assert summary["all"]["flops"] == 2 * sum(expected.values())
     assert summary["all"]["bytes"] == {}
@@ -155,7 +155,7 @@ def test_the_table_and_the_figure(profiled, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "profile of 2 steps, 1 ranks, cpu (peak: resident memory)" in out
     (line,) = [line for line in out.splitlines() if line.startswith("* reference trunk")]
-    assert with_unit(expected_flops(rows)[parts.REFERENCE_TRUNK]) in line.split()
+    assert with_unit(expected_flops(rows)[regions.REFERENCE_TRUNK]) in line.split()
     height, width, _ = imread(tmp_path / "run" / "profile.png").shape
     assert width > height > 100
     page = write_report([tmp_path / "run"]).read_text("utf-8")
@@ -200,8 +200,8 @@ def test_a_reference_side_probe_is_billed_in_its_first_epoch(tmp_path):
     )
     _random_probe(tmp_path / "model", 1, "last_prompt_token", "linear").save(tmp_path / "probe")
     rows, _, _ = trained(config)
-    assert flops_by_part(rows, 0)[parts.PROBE] == sum(forward_flops(1, RAGGED.prompts))
-    assert parts.PROBE not in flops_by_part(rows, 1)
+    assert flops_by_part(rows, 0)[regions.PROBE] == sum(forward_flops(1, RAGGED.prompts))
+    assert regions.PROBE not in flops_by_part(rows, 1)
 
 
 # The recorder by itself
@@ -214,59 +214,59 @@ def product(size):
 
 
 def test_an_inner_part_is_not_the_outer_one():
-    marked = part(parts.PROBE)(product)
+    marked = region(regions.PROBE)(product)
     with Recorder() as recorder:
-        with part(parts.POLICY_FORWARD):
+        with region(regions.POLICY_FORWARD):
             outer = product(3)
             inner = marked(5)
             outer += product(7)
         rest = product(2)
     found = {name: cost.flops for name, cost in recorder.totals().items()}
-    assert found == {parts.POLICY_FORWARD: outer, parts.PROBE: inner, parts.OTHER: rest}
+    assert found == {regions.POLICY_FORWARD: outer, regions.PROBE: inner, regions.OTHER: rest}
     assert recorder.flops == outer + inner + rest
-    assert list(found) == [parts.POLICY_FORWARD, parts.PROBE, parts.OTHER]
+    assert list(found) == [regions.POLICY_FORWARD, regions.PROBE, regions.OTHER]
 
 
 def test_a_part_that_fails_is_left():
     with Recorder() as recorder:
-        with pytest.raises(ZeroDivisionError), part(parts.PROBE):
+        with pytest.raises(ZeroDivisionError), region(regions.PROBE):
             _ = 1 / 0
         product(3)
-    assert recorder.totals()[parts.OTHER].flops == 54
-    assert part(parts.PROBE)(product)(3) == 54  # nothing listens any more
+    assert recorder.totals()[regions.OTHER].flops == 54
+    assert region(regions.PROBE)(product)(3) == 54  # nothing listens any more
     assert recorder.flops == 54
 
 
 def test_marks_around_a_recorder_are_not_its_own():
-    with part(parts.PROBE), Recorder() as recorder:
+    with region(regions.PROBE), Recorder() as recorder:
         product(3)
-    assert recorder.totals()[parts.OTHER].flops == 54
+    assert recorder.totals()[regions.OTHER].flops == 54
 
 
 def test_inference_mode_and_backward_are_seen():
     weight = torch.randn(4, 3, requires_grad=True)
     with Recorder() as recorder:
-        with part(parts.CRITIC), torch.inference_mode():
+        with region(regions.CRITIC), torch.inference_mode():
             torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3))
         loss = torch.nn.functional.linear(torch.ones(2, 3), weight).sum()
-        with part(parts.POLICY_BACKWARD):
+        with region(regions.POLICY_BACKWARD):
             loss.backward()
     found = {name: cost.flops for name, cost in recorder.totals().items()}
-    assert found == {parts.CRITIC: 48, parts.OTHER: 48, parts.POLICY_BACKWARD: 48}
+    assert found == {regions.CRITIC: 48, regions.OTHER: 48, regions.POLICY_BACKWARD: 48}
 
 
 def test_parts_of_another_thread_are_counted_and_take_no_time():
     def work():
         product(5)
-        part(parts.CRITIC)(product)(3)
+        region(regions.CRITIC)(product)(3)
 
-    with Recorder() as recorder, part(parts.PROBE):
+    with Recorder() as recorder, region(regions.PROBE):
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
     found = recorder.totals()
-    assert (found[parts.CRITIC].flops, found[parts.CRITIC].seconds) == (54, 0)
-    assert found[parts.PROBE].flops == 0
+    assert (found[regions.CRITIC].flops, found[regions.CRITIC].seconds) == (54, 0)
+    assert found[regions.PROBE].flops == 0
 
 
 @pytest.fixture
@@ -293,8 +293,8 @@ COLLECTIVES = {
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_collectives_are_seen_with_their_payload(name, group):
     call, kind, size = COLLECTIVES[name]
-    with Recorder() as recorder, part(parts.AGREEMENT):
+    with Recorder() as recorder, region(regions.AGREEMENT):
         call(torch.ones(6))
-    cost = recorder.totals()[parts.AGREEMENT]
+    cost = recorder.totals()[regions.AGREEMENT]
     assert (dict(cost.bytes), dict(cost.calls)) == ({kind: size}, {kind: 1})
     assert recorder.safety_bytes == recorder.total_bytes == size

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from safereg_dist.cli import main as safereg
-from safereg_dist.fingerprint import model_fingerprint
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.reference.store import ReferenceStore, StoreIdentity
 from safereg_dist.risk.probe import Probe

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from safereg_dist.errors import CheckpointError, ConfigError
-from safereg_dist.fingerprint import row_key, tokenizer_fingerprint
+from safereg_dist.models.fingerprint import row_key, tokenizer_fingerprint
 from safereg_dist.parallel.shards import weights_fingerprint
 from safereg_dist.parallel.single import SingleBackend, single_ranks
 from safereg_dist.reference.store import INDEX_FILE, ReferenceStore, StoreIdentity

@@ -15,10 +15,10 @@ from builders import random_rows, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safereg_dist.batch import collate, tokenize_row
+from safereg_dist.data import collate, tokenize_row
 from safereg_dist.errors import DataError
+from safereg_dist.risk.combine import COMMON_THRESHOLD, Part, RiskStage
 from safereg_dist.risk.override import Override, read_overrides
-from safereg_dist.risk.stage import COMMON_THRESHOLD, Part, RiskStage
 
 TOKENIZER = word_tokenizer()
 UNIT = st.floats(0, 1)

@@ -23,11 +23,11 @@ from critic_server import RunningServer, is_hopeless, risk_of, running_server
 from safereg_dist.cli import main
 from safereg_dist.critic.critic import content_key
 from safereg_dist.critic.formats import VERSION
+from safereg_dist.data.files import read_rows
 from safereg_dist.demo.guard import write_guard
-from safereg_dist.fingerprint import model_fingerprint
-from safereg_dist.prompts import read_rows
+from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.probe import Probe
-from safereg_dist.score_cache import ScoreCache
+from safereg_dist.storage.score_cache import ScoreCache
 
 IDENTITY = f"remote llama_guard.{VERSION} guard"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from safereg_dist.errors import CheckpointError
-from safereg_dist.score_cache import CachedScore, ScoreCache, default_cache_path
+from safereg_dist.storage.score_cache import CachedScore, ScoreCache, default_cache_path
 
 WRITERS, BATCHES, BATCH = 4, 12, 25
 
@@ -147,7 +147,7 @@ KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_score_cache import key, score
-from safereg_dist.score_cache import ScoreCache
+from safereg_dist.storage.score_cache import ScoreCache
 cache = ScoreCache({path!r})
 for batch in range(100000):
     cache.put_many("judge", {{key(n): score(n) for n in range(batch * 50, batch * 50 + 50)}})

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from safereg_dist.ledger import LedgerRow
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parts import METRICS, part
+from safereg_dist.regions import METRICS, region
+from safereg_dist.run.ledger import LedgerRow
 from safereg_dist.types import MicroBatch, StepOutput
 
 _SUMMED = (
@@ -70,7 +70,7 @@ class StepMetrics:
             host["risk_rows"] += 1
             host["risk_max"] = max(host["risk_max"], risk)
 
-    @part(METRICS)
+    @region(METRICS)
     def reduce(
         self,
         ranks: Ranks,

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from torch import Tensor
 
 from safereg_dist.critic.critic import Critic, Verdict
-from safereg_dist.parts import CRITIC, part
-from safereg_dist.risk.estimator import Risk
+from safereg_dist.regions import CRITIC, region
+from safereg_dist.risk.base import Risk
 from safereg_dist.types import MicroBatch, Row
 
 
@@ -35,7 +35,7 @@ class CriticRisk:
         self._failed = 0
         self.notes: dict[int, str] = {}
 
-    @part(CRITIC)
+    @region(CRITIC)
     def prefetch(self, rows: Iterable[Row]) -> None:
         """Sends rows that are not judged yet; returns at once."""
         for row in rows:
@@ -43,7 +43,7 @@ class CriticRisk:
             if key is not None and key not in self._judged and key not in self._asked:
                 self._asked[key] = self._critic.submit(json.loads(row.messages))
 
-    @part(CRITIC)
+    @region(CRITIC)
     def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
         """The judge's score of every row, as its fail mode says where it failed. Collectives: none.
 

@@ -10,7 +10,7 @@ from safereg_dist.parallel.comm import Ranks
 
 
 @contextmanager
-def launched_ranks() -> Iterator[Ranks]:
+def distributed_ranks() -> Iterator[Ranks]:
     """The ranks that the launcher's environment describes; the group is left at the end.
 
     Raises:

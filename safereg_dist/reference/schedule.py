@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from safereg_dist.fingerprint import row_key
+from safereg_dist.models.fingerprint import row_key
 from safereg_dist.parallel.comm import held
-from safereg_dist.parts import REFERENCE_TRUNK, part
 from safereg_dist.reference.exchange import exchanged_states
+from safereg_dist.regions import REFERENCE_TRUNK, region
 from safereg_dist.types import MicroBatch, ReferenceStates, Row, to_device
 
 if TYPE_CHECKING:
@@ -94,17 +94,17 @@ class Window:
     def _begin_agreement(self, error: Exception | None) -> None:
         ranks, num_ahead = self._reference.ranks, len(self._ahead)
         if self._reference.store is None:
-            self._agreement = ranks.begin_most(error or [num_ahead])
+            self._agreement = ranks.all_reduce_max_async(error or [num_ahead])
         else:
             own = [num_ahead + len(self._stored), num_ahead]
-            self._agreement = ranks.begin_most(error or own, count=2)
+            self._agreement = ranks.all_reduce_max_async(error or own, count=2)
 
     def _agreed(self) -> tuple[int, int]:
         """The most active rows of any rank, and the most that the trunk has to run on."""
         agreed = self._agreement.result()
         return agreed[0], agreed[-1]
 
-    @part(REFERENCE_TRUNK)
+    @region(REFERENCE_TRUNK)
     def states(self, index: int, batch: MicroBatch) -> ReferenceStates:
         """States of micro-batch `index`, which is `batch`; indices are asked for in order.
 

@@ -23,7 +23,7 @@ from safereg_dist.coefficient import scheduled
 from safereg_dist.config import Config
 from safereg_dist.errors import CheckpointError
 from safereg_dist.evaluate import write_atomically
-from safereg_dist.screening import Screened, is_held_back
+from safereg_dist.run.gate import RowRisk, is_held_back
 
 NEAR_THRESHOLD = 0.05
 """Rows this close to the threshold are listed: a slightly other probe would decide otherwise."""
@@ -46,7 +46,7 @@ class AuditFacts:
     """The largest coefficient of each category that has one of its own."""
 
 
-def write_part(out: Path, rank: int, rows: Iterable[Screened], threshold: float) -> None:
+def write_part(out: Path, rank: int, rows: Iterable[RowRisk], threshold: float) -> None:
     """Writes this rank's rows. Raises CheckpointError where the folder cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def write_audit(out: Path, world_size: int, facts: AuditFacts) -> dict[str, Any]
     return report
 
 
-def _line(row: Screened, threshold: float) -> dict[str, Any]:
+def _line(row: RowRisk, threshold: float) -> dict[str, Any]:
     return {
         "id": row.id,
         "risk": _plain(row.risk),

@@ -5,9 +5,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from safereg_dist.errors import CheckpointError
-from safereg_dist.ledger import LedgerRow, RankLedger, reopen_ledger
-from safereg_dist.metrics import MetricsWriter
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.run.ledger import LedgerRow, RankLedger, reopen_ledger
+from safereg_dist.run.metrics import MetricsWriter
 
 
 class RunLog:

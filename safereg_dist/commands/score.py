@@ -15,8 +15,8 @@ from typing import TextIO
 
 from safereg_dist.config.risk import CriticConfig
 from safereg_dist.critic.critic import Messages, Verdict, build_critic, score_conversations
+from safereg_dist.data.files import answered_conversation, read_rows
 from safereg_dist.errors import CheckpointError, DataError
-from safereg_dist.prompts import answered_conversation, read_rows
 
 
 def score_with_critic(

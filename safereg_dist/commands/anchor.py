@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError
 from safereg_dist.evaluate import write_atomically
 from safereg_dist.evaluate.generate import Answer, generate_answers, load_model
-from safereg_dist.prompts import LabelledPrompt, read_prompts
 
 
 def build_anchors(

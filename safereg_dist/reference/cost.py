@@ -1,6 +1,6 @@
 """Whether it pays to move risky rows to ranks that have fewer of them."""
 
-from safereg_dist.plan.hardware import Rates
+from safereg_dist.parallel.hardware import Rates
 
 
 def exchange_pays(

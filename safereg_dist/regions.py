@@ -1,8 +1,8 @@
-"""The parts of a step, by name, and the mark that bills work to one of them.
+"""The regions of a step, by name, and the mark that bills work to one of them.
 
-A stage says once which part it is (`@part(PROBE)` on its method, or `with part(PROBE):`). Where
-nothing records, the mark costs one comparison; `safereg_dist.profiling` listens where a run asks
-for it (`profile: true`). A part entered inside another is billed to the inner one.
+A stage says once which region it is (`@region(PROBE)` on its method, or `with region(PROBE):`).
+Where nothing records, the mark costs one comparison; `safereg_dist.profiling` listens where a run
+asks for it (`profile: true`). A region entered inside another is billed to the inner one.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,9 @@ EXCHANGE = "exchange"
 OPTIMIZER = "optimizer"
 METRICS = "metrics"
 OTHER = "other"
-"""All of a step that no part has claimed."""
+"""All of a step that no region has claimed."""
 
-PARTS = (
+REGIONS = (
     POLICY_FORWARD,
     POLICY_BACKWARD,
     PROBE,
@@ -42,7 +42,7 @@ PARTS = (
     METRICS,
     OTHER,
 )
-"""All parts, in the order in which they are listed."""
+"""All regions, in the order in which they are listed."""
 SAFETY_PATH = frozenset(
     {
         PROBE,
@@ -55,42 +55,42 @@ SAFETY_PATH = frozenset(
         EXCHANGE,
     }
 )
-"""The parts that plain fine-tuning does not have."""
+"""The regions that plain fine-tuning does not have."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class PartListener(Protocol):
-    """What is told of parts while it listens."""
+class RegionListener(Protocol):
+    """What is told of regions while it listens."""
 
     def enter(self, name: str) -> None:
-        """Work from here on belongs to this part."""
+        """Work from here on belongs to this region."""
         ...
 
     def leave(self) -> None:
-        """The part entered last has ended."""
+        """The region entered last has ended."""
         ...
 
 
-_listener: PartListener | None = None
+_listener: RegionListener | None = None
 
 
-def listen(listener: PartListener | None) -> PartListener | None:
-    """Sets who is told of parts from now on (None = nobody); the one before is returned."""
+def listen(listener: RegionListener | None) -> RegionListener | None:
+    """Sets who is told of regions from now on (None = nobody); the one before is returned."""
     global _listener
     before, _listener = _listener, listener
     return before
 
 
-class part:  # noqa: N801 - reads as a word where it is used
-    """A mark around a block, or around every call of a function, that names its part."""
+class region:  # noqa: N801 - reads as a word where it is used
+    """A mark around a block, or around every call of a function, that names its region."""
 
     __slots__ = ("_listener", "_name")
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._listener: PartListener | None = None
+        self._listener: RegionListener | None = None
 
     def __enter__(self) -> None:
         self._listener = _listener
@@ -102,14 +102,14 @@ class part:  # noqa: N801 - reads as a word where it is used
             self._listener.leave()
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """The same function, billed to this part."""
+        """The same function, billed to this region."""
         name = self._name
 
         @wraps(function)
         def billed(*args: P.args, **kwargs: P.kwargs) -> R:
             if _listener is None:
                 return function(*args, **kwargs)
-            with part(name):
+            with region(name):
                 return function(*args, **kwargs)
 
         return billed

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from safereg_dist.batch.rows import RowStore
+from safereg_dist.data.tokenized import TokenizedDataset
 from safereg_dist.errors import DataError
 from safereg_dist.types import Row
 
@@ -18,12 +18,12 @@ class RowOrder(Protocol):
         """The row at a position; None where there is none."""
         ...
 
-    def may_be_new(self, position: int) -> bool:
+    def in_first_epoch(self, position: int) -> bool:
         """True where some rank may see a row for the first time; the same on every rank."""
         ...
 
 
-class RowStream:
+class Sampler:
     """The endless, ordered stream of rows that one rank trains on.
 
     Anchor rows are spread evenly among training rows. A position in the stream determines its row,
@@ -32,8 +32,8 @@ class RowStream:
 
     def __init__(
         self,
-        train: RowStore,
-        anchor: RowStore | None,
+        train: TokenizedDataset,
+        anchor: TokenizedDataset | None,
         *,
         anchor_fraction: float,
         rank: int,
@@ -46,19 +46,19 @@ class RowStream:
         """`active`, bool [rows], asks for an even deal of the rows that the reference will run."""
         _enough(train, world_size, name)
         self._train, self._anchor = train, anchor
-        self._deal: FixedDeal | EvenDeal = (
-            FixedDeal(len(train), rank, world_size, seed, kind=0)
+        self._deal: ShardedOrder | BalancedOrder = (
+            ShardedOrder(len(train), rank, world_size, seed, kind=0)
             if active is None
-            else EvenDeal(active, rank, world_size, seed)
+            else BalancedOrder(active, rank, world_size, seed)
         )
         if anchor is not None:
             _enough(anchor, world_size, "data.anchor")
-            self._anchor_deal = FixedDeal(len(anchor), rank, world_size, seed, kind=1)
+            self._anchor_deal = ShardedOrder(len(anchor), rank, world_size, seed, kind=1)
         self.most_rows = math.ceil(len(train) / world_size)  # of any rank; this one may have fewer
         self._fraction = anchor_fraction if anchor is not None else 0.0
         self._limit = None if epochs is None else _rows_of(epochs, self._deal.epoch_length)
 
-    def may_be_new(self, position: int) -> bool:
+    def in_first_epoch(self, position: int) -> bool:
         """True where some rank may see a row for the first time; the same on every rank."""
         return self.rows_within(position) < self.most_rows
 
@@ -93,7 +93,7 @@ class RowStream:
         return None if index < 0 else self._train.row(index)
 
 
-class FixedDeal:
+class ShardedOrder:
     """A seeded permutation deals every row to exactly one rank, for good.
 
     So a row's cached risk stays where it is used. Within a rank each epoch has its own order.
@@ -115,7 +115,7 @@ class FixedDeal:
         return int(self._order[offset])
 
 
-class EvenDeal:
+class BalancedOrder:
     """Deals active rows evenly over ranks and time, the others into the places that are left.
 
     An epoch is a table of P = ceil(N / W) places on each of W ranks. The j-th active row of the run
@@ -157,7 +157,12 @@ class EvenDeal:
 
 
 def steps_for(
-    store: RowStore, *, epochs: float, world_size: int, rows_per_step: int, anchor_fraction: float
+    store: TokenizedDataset,
+    *,
+    epochs: float,
+    world_size: int,
+    rows_per_step: int,
+    anchor_fraction: float,
 ) -> int:
     """Optimizer steps that show every rank's rows `epochs` times; `rows_per_step` is per rank."""
     rows = _rows_of(epochs, math.ceil(len(store) / world_size))
@@ -173,7 +178,7 @@ def _rows_of(epochs: float, count: int) -> int:
     return max(1, round(epochs * count))
 
 
-def _enough(store: RowStore, world_size: int, name: str) -> None:
+def _enough(store: TokenizedDataset, world_size: int, name: str) -> None:
     if len(store) < world_size:
         raise DataError(
             f"{name} has {len(store)} usable rows for {world_size} ranks: give at least one a rank"

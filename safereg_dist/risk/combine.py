@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from safereg_dist.parallel.comm import held
-from safereg_dist.risk.estimator import Risk, RiskEstimator
+from safereg_dist.risk.base import Risk, RiskEstimator
 from safereg_dist.risk.override import Override
 from safereg_dist.risk.probe import rescale
 from safereg_dist.types import MicroBatch, Row, RowRisks

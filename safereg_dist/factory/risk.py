@@ -9,30 +9,30 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from safereg_dist.batch import RowStore
 from safereg_dist.coefficient import DEFAULT_THRESHOLD
 from safereg_dist.config import Config, CriticConfig, RiskConfig, RiskPart
 from safereg_dist.config.checks import one_of
 from safereg_dist.critic.critic import build_critic
 from safereg_dist.critic.formats import FORMATS
+from safereg_dist.data import TokenizedDataset
 from safereg_dist.errors import ConfigError, DataError, ProbeError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend
 from safereg_dist.reference import NoReference, Reference
-from safereg_dist.risk.critic_risk import CriticRisk
+from safereg_dist.risk.base import ColumnRisk, NoRisk, RiskEstimator
+from safereg_dist.risk.combine import Part, RiskStage
 from safereg_dist.risk.drift import WatchedPolicyProbe
-from safereg_dist.risk.estimator import ColumnRisk, NoRisk, RiskEstimator
+from safereg_dist.risk.judge import CriticRisk
 from safereg_dist.risk.override import read_overrides
 from safereg_dist.risk.probe import Probe, check_model, load_probes
 from safereg_dist.risk.probe_risk import KnownRisks, ReferenceProbeRisk, scorer_name
-from safereg_dist.risk.stage import Part, RiskStage
-from safereg_dist.score_cache import ScoreCache, default_cache_path
+from safereg_dist.storage.score_cache import ScoreCache, default_cache_path
 
 _GENERATION_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Signal:
+class RiskSource:
     """One signal as configured, with its probe read and nothing else built."""
 
     category: str
@@ -45,7 +45,7 @@ class Signal:
     ceiling: float | None
 
 
-def read_signals(config: Config, ranks: Ranks) -> list[Signal]:
+def read_sources(config: Config, ranks: Ranks) -> list[RiskSource]:
     """The configured signals; probes are read before any model is, so that a wrong path is told.
 
     A probe for prompts and one for responses in one folder are two signals.
@@ -77,7 +77,7 @@ def read_signals(config: Config, ranks: Ranks) -> list[Signal]:
     return signals
 
 
-def check_templates(signals: list[Signal], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_templates(signals: list[RiskSource], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ProbeError where a probe was fitted with another chat template, unless forced.
 
     The tokens before the answer are the template's, and a probe reads their states. Generation
@@ -96,12 +96,12 @@ def check_templates(signals: list[Signal], tokenizer: PreTrainedTokenizerBase) -
             )
 
 
-def _signals_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[Signal]:
+def _signals_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[RiskSource]:
     own_threshold = part.threshold if isinstance(part, RiskPart) else None
 
-    def signal(category: str, probe: Probe | None) -> Signal:
+    def signal(category: str, probe: Probe | None) -> RiskSource:
         default = DEFAULT_THRESHOLD if probe is None else probe.threshold
-        return Signal(
+        return RiskSource(
             category=category,
             estimator=part.estimator,
             probe=probe,
@@ -136,7 +136,7 @@ def _wanted_probes(path: str, position: str | None) -> list[Probe]:
     return wanted
 
 
-def policy_layer(config: Config, signals: list[Signal]) -> int | None:
+def policy_layer(config: Config, signals: list[RiskSource]) -> int | None:
     """The decoder layer of the policy that a probe reads, if one does."""
     reads = config.needs_risk and config.risk.estimator == "probe"
     if not reads or config.risk.source != "policy":
@@ -145,14 +145,14 @@ def policy_layer(config: Config, signals: list[Signal]) -> int | None:
     return signals[0].probe.layer
 
 
-def category_ceilings(signals: list[Signal]) -> dict[str, float]:
+def category_ceilings(signals: list[RiskSource]) -> dict[str, float]:
     """The largest coefficient of each category that has one of its own."""
     return {s.category: s.ceiling for s in signals if s.ceiling is not None}
 
 
 def build_risk(
     config: Config,
-    signals: list[Signal],
+    signals: list[RiskSource],
     backend: Backend,
     reference: Reference | NoReference,
     policy: PreTrainedModel | None,
@@ -195,7 +195,7 @@ class _Builder:
         self._fingerprints = fingerprints
         self._cache: ScoreCache | None = None
 
-    def __call__(self, signal: Signal) -> RiskEstimator:
+    def __call__(self, signal: RiskSource) -> RiskEstimator:
         match signal.estimator:
             case "none":
                 return NoRisk()
@@ -208,7 +208,7 @@ class _Builder:
                 )
         return self._probe_risk(signal)
 
-    def _probe_risk(self, signal: Signal) -> RiskEstimator:
+    def _probe_risk(self, signal: RiskSource) -> RiskEstimator:
         assert signal.probe is not None
         assert isinstance(self._reference, Reference)
         risk = self._config.risk
@@ -235,7 +235,7 @@ class _Builder:
         )
 
     def _check(
-        self, signal: Signal, text_config: PreTrainedConfig, side: str, *, force: bool
+        self, signal: RiskSource, text_config: PreTrainedConfig, side: str, *, force: bool
     ) -> None:
         assert signal.probe is not None
         check_model(
@@ -261,7 +261,7 @@ def reads_column(risk: RiskConfig) -> bool:
     return "column" in (risk.estimator, *(part.estimator for part in risk.parts))
 
 
-def check_overrides(override: str, rows: RowStore, path: str, *, is_main: bool) -> None:
+def check_overrides(override: str, rows: TokenizedDataset, path: str, *, is_main: bool) -> None:
     """Reads the reviewers' decisions before any model is loaded, and says which name no row.
 
     Raises:
@@ -278,7 +278,7 @@ def check_overrides(override: str, rows: RowStore, path: str, *, is_main: bool) 
         )
 
 
-def require_risk_column(rows: RowStore, path: str) -> None:
+def require_risk_column(rows: TokenizedDataset, path: str) -> None:
     """Raises DataError where a row has no `risk`."""
     missing = np.flatnonzero(np.isnan(np.asarray(rows.table.data.column("risk"))))
     if missing.size:

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from safereg_dist.batch.order import RowOrder
+from safereg_dist.data.sampler import RowOrder
 from safereg_dist.types import MicroBatch, Row
 
 
-def collate(rows: Sequence[Row | None], *, pad_id: int, may_be_new: bool = True) -> MicroBatch:
+def collate(rows: Sequence[Row | None], *, pad_id: int, in_first_epoch: bool = True) -> MicroBatch:
     """Rows stacked and right-padded; None (past the end of the data) becomes one inert token."""
     filled = tuple(row if row is not None else _filler(pad_id) for row in rows)
     width = max(len(row.input_ids) for row in filled)
@@ -35,7 +35,7 @@ def collate(rows: Sequence[Row | None], *, pad_id: int, may_be_new: bool = True)
         prompt_ends=tuple(end for _, end in pairs),
         rows=filled,
         pad_id=pad_id,
-        may_be_new=may_be_new,
+        in_first_epoch=in_first_epoch,
     )
 
 
@@ -46,7 +46,7 @@ def _filler(pad_id: int) -> Row:
 def collate_window(stream: RowOrder, *, start: int, count: int, pad_id: int) -> MicroBatch:
     """The `count` rows from stream position `start`: a rank's share of one optimizer step."""
     rows = [stream.row(position) for position in range(start, start + count)]
-    return collate(rows, pad_id=pad_id, may_be_new=stream.may_be_new(start))
+    return collate(rows, pad_id=pad_id, in_first_epoch=stream.in_first_epoch(start))
 
 
 def split(window: MicroBatch, order: Sequence[int], size: int) -> Iterator[MicroBatch]:
@@ -56,5 +56,5 @@ def split(window: MicroBatch, order: Sequence[int], size: int) -> Iterator[Micro
         return
     for begin in range(0, len(order), size):
         rows = [window.rows[place] for place in order[begin : begin + size]]
-        batch = collate(rows, pad_id=window.pad_id, may_be_new=window.may_be_new)
+        batch = collate(rows, pad_id=window.pad_id, in_first_epoch=window.in_first_epoch)
         yield batch.to(window.input_ids.device)

@@ -10,16 +10,16 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from safereg_dist.batch import RowStream, collate
+from safereg_dist.data import Sampler, collate
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory import Run
 from safereg_dist.parallel.comm import Ranks, held
-from safereg_dist.risk.stage import RiskStage
+from safereg_dist.risk.combine import RiskStage
 
 _CONFIDENCE = 0.95  # of the bound from a sample; a whole data set needs none
 
 
-class Screened(NamedTuple):
+class RowRisk(NamedTuple):
     """What the risk stage says of one training row."""
 
     id: str
@@ -32,15 +32,15 @@ class Screened(NamedTuple):
     num_tokens: int
 
 
-def screen_rows(
-    stream: RowStream,
+def row_risks(
+    stream: Sampler,
     risk: RiskStage,
     *,
     count: int,
     micro_batch_size: int,
     pad_id: int,
     ranks: Ranks,
-) -> Iterator[Screened]:
+) -> Iterator[RowRisk]:
     """The risk of the first `count` training rows of this rank, one after the other.
 
     Collectives: those of the risk stage and one 8-byte MAX all-reduce, for each of
@@ -52,10 +52,10 @@ def screen_rows(
             chosen = [next(rows) for _ in range(min(micro_batch_size, count - begin))]
             batch = collate(chosen, pad_id=pad_id).to(ranks.device)
             found = held(risk, batch, None)
-            ranks.agree_on_passes(found if isinstance(found, Exception) else 0)
+            ranks.max_over_ranks(found if isinstance(found, Exception) else 0)
             for index, row in enumerate(batch.rows):
                 if row.id:  # not a filler
-                    yield Screened(
+                    yield RowRisk(
                         row.id,
                         found.values[index],
                         {name: values[index] for name, values in found.by_category.items()},
@@ -82,7 +82,7 @@ def refuse_too_many_held_back(run: Run) -> None:
 
     Raises:
         ConfigError: too many rows at or above the threshold.
-    Collectives: those of `screen_rows`, one SUM of 16 bytes, one gather of texts.
+    Collectives: those of `row_risks`, one SUM of 16 bytes, one gather of texts.
     """
     config, ranks, sources = run.config, run.ranks, run.sources
     limit = config.risk.max_held_back + config.data.declared_poison
@@ -95,7 +95,7 @@ def refuse_too_many_held_back(run: Run) -> None:
     elif run.step.risk.looks_ahead or config.risk.source == "policy":
         count = min(count, -(-config.risk.gate_rows // ranks.world_size))
         run.step.risk.prefetch(row for row in sources.stream.first_rows(count) if row is not None)
-    screened = screen_rows(
+    screened = row_risks(
         sources.stream,
         run.step.risk,
         count=count,

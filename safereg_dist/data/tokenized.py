@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.config import DataConfig
+from safereg_dist.data.files import answered_conversation, read_rows
 from safereg_dist.errors import ConfigError, DataError
-from safereg_dist.prompts import answered_conversation, read_rows
 from safereg_dist.types import Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -42,7 +42,7 @@ _FEATURES = datasets.Features(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowStore:
+class TokenizedDataset:
     """Tokenised rows of one data file, memory-mapped."""
 
     table: datasets.Dataset
@@ -102,7 +102,7 @@ def load_tokenizer(model: str, config: DataConfig) -> PreTrainedTokenizerBase:
 
 def load_rows(
     path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, progress: bool
-) -> RowStore:
+) -> TokenizedDataset:
     """The rows of a JSONL or CSV file or a Hugging Face dataset id, tokenised once and cached.
 
     The cache lives in $SAFEREG_CACHE (default ~/.cache/safereg), keyed by the content of the file
@@ -129,7 +129,7 @@ def load_rows(
             f"than data.max_length={config.max_length}): raise data.max_length or check the file"
         )
     table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    return RowStore(
+    return TokenizedDataset(
         table=table, overlong=counts["overlong"], dropped=counts["dropped"], content_hash=key
     )
 

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from safereg_dist import checkpoint as checkpoints
-from safereg_dist.batch import collate, collate_window
-from safereg_dist.checkpoint import RunState, config_hash, differences
 from safereg_dist.config import Config, config_to_yaml, load_config
+from safereg_dist.data import collate, collate_window
 from safereg_dist.errors import CheckpointError, ConfigError, NonFiniteLoss
-from safereg_dist.export import export_model
 from safereg_dist.factory import RowSources, Run
-from safereg_dist.ledger import merge_ledgers
-from safereg_dist.metrics import StepMetrics, metrics_row
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.optimizer import learning_rate
 from safereg_dist.profiling import NoProfiler, Profiler
-from safereg_dist.run_log import RunLog
-from safereg_dist.screening import refuse_too_many_held_back
+from safereg_dist.run import checkpoint as checkpoints
+from safereg_dist.run.checkpoint import RunState, config_hash, differences
+from safereg_dist.run.export import export_model
+from safereg_dist.run.gate import refuse_too_many_held_back
+from safereg_dist.run.ledger import merge_ledgers
+from safereg_dist.run.log import RunLog
+from safereg_dist.run.metrics import StepMetrics, metrics_row
 from safereg_dist.types import Row, to_device
 
 MAX_NON_FINITE_IN_A_ROW = 3

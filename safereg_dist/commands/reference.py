@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from safereg_dist.batch import collate
 from safereg_dist.coefficient import Coefficient
+from safereg_dist.data import collate
 from safereg_dist.errors import DataError
-from safereg_dist.factory import RowSources, Screening
-from safereg_dist.fingerprint import row_key
+from safereg_dist.factory import RiskContext, RowSources
+from safereg_dist.models.fingerprint import row_key
 from safereg_dist.parallel.comm import Ranks, held
 from safereg_dist.reference import Reference, active_rows
 from safereg_dist.reference.store import StoreIdentity
@@ -35,7 +35,7 @@ WINDOW_PASSES = 32
 """Passes of the reference whose rows are sorted by length together."""
 
 
-def build_store(parts: Screening, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def build_store(parts: RiskContext, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the states of all active rows of the data to `out`, and prints how much that is.
 
     Raises:
@@ -77,7 +77,7 @@ def _summary(size: StoreSize, out: Path) -> str:
 class _Build:
     """One rank's way through its rows."""
 
-    def __init__(self, parts: Screening, reference: Reference, writer: StoreWriter) -> None:
+    def __init__(self, parts: RiskContext, reference: Reference, writer: StoreWriter) -> None:
         self._parts = parts
         self._ranks: Ranks = parts.ranks
         self._reference = reference
@@ -116,7 +116,7 @@ class _Build:
             batch = collate(window[begin : begin + size], pad_id=self._parts.pad_id)
             batch = batch.to(self._ranks.device)
             kl_coef = held(self._coefficient, batch.rows, held(risk, batch, None))
-            self._ranks.agree_on_passes(kl_coef if isinstance(kl_coef, Exception) else 0)
+            self._ranks.max_over_ranks(kl_coef if isinstance(kl_coef, Exception) else 0)
             active += [batch.rows[row] for row in active_rows(kl_coef, batch.rows)]
         return active
 
@@ -129,14 +129,14 @@ class _Build:
         new = [(key, row) for key, row in keys.items() if not self._writer.holds(key)]
         new.sort(key=lambda item: -len(item[1].input_ids))
         size = self._reference.packing.rows_per_pass
-        passes = self._ranks.agree_on_passes(-(-len(new) // size))
+        passes = self._ranks.max_over_ranks(-(-len(new) // size))
         error: Exception | None = None
         for begin in range(0, passes * size, size):
             group = new[begin : begin + size]
             states = self._reference.response_states([row for _, row in group], passes=1)
             kept = held(self._keep, group, states)
             error = error or (kept if isinstance(kept, Exception) else None)
-        self._ranks.agree_on_passes(0 if error is None else error)
+        self._ranks.max_over_ranks(0 if error is None else error)
 
     def _keep(self, group: list[tuple[str, Row]], states: list[Tensor]) -> None:
         for (key, row), hidden in zip(group, states, strict=True):

@@ -1,0 +1,1 @@
+"""Hugging Face causal language models: where their parts are, and what names their weights."""

@@ -1,0 +1,1 @@
+"""What is kept on disk beside runs: atomic writes, and scores that outlive a run."""
