@@ -31,7 +31,7 @@ from safereg_dist.config import (
 )
 from safereg_dist.demo.base import HIDDEN_SIZE, NUM_LAYERS
 from safereg_dist.demo.tokenizer import MAX_TOKENS, SPECIAL_TOKENS, build_tokenizer
-from safereg_dist.evaluate import write_atomically
+from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.probe import Probe, pool_prompt
 

@@ -1,18 +1,25 @@
-"""Stage 4: from a row's risk to its coefficient b."""
+"""Stage 2: from a row's risk to its coefficient b."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from safereg_dist.config import RegularizerConfig
-from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.comm import Ranks, Result
 from safereg_dist.regions import COEFFICIENT, region
-from safereg_dist.types import Row, RowRisks
+from safereg_dist.types import Row, RowRisks, known_risk
 
 DEFAULT_THRESHOLD = 0.5
 """Where neither the configuration nor a probe gives one."""
+
+
+def resolved_threshold(config: RegularizerConfig, calibrated: float | None = None) -> float:
+    """Where risk begins to count: as configured, else as the probe was calibrated, else 0.5."""
+    if config.threshold is not None:
+        return config.threshold
+    return DEFAULT_THRESHOLD if calibrated is None else calibrated
 
 
 def scheduled(risk: float, config: RegularizerConfig, threshold: float) -> float:
@@ -54,9 +61,7 @@ class Coefficient:
         ceilings: Mapping[str, float] | None = None,
     ) -> None:
         """`ceilings` holds the largest coefficient of categories that have one of their own."""
-        if config.threshold is not None:
-            threshold = config.threshold
-        self.threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+        self.threshold = resolved_threshold(config, threshold)
         self._config = config
         self._ranks = ranks
         self._by_category = {
@@ -67,7 +72,7 @@ class Coefficient:
 
     @region(COEFFICIENT)
     def __call__(
-        self, rows: tuple[Row, ...], risk: RowRisks | Exception, micro_batches: int = 1
+        self, rows: Sequence[Row], risk: Result[RowRisks], *, micro_batches: int = 1
     ) -> list[float]:
         """[B] coefficient b of every row: 1 on anchor rows, 0 on rows without response tokens.
 
@@ -77,21 +82,17 @@ class Coefficient:
         with granularity `batch` on all ranks together.
         Collectives: none; with granularity `batch` one SUM all-reduce of 16 bytes each.
         """
-        if isinstance(risk, Exception) or micro_batches == 1:
-            return self._of_micro_batch(rows, risk)
-        size, found = len(rows) // micro_batches, []
+        if risk.error is not None and self._config.granularity == "batch":
+            self._sum_over_ranks(float("nan"), 1)
+            self._ranks.raise_together(risk.error)
+        known, size, found = risk.value, len(rows) // micro_batches, []
         for begin in range(0, len(rows), size):
             places = list(range(begin, begin + size))
-            found += self._of_micro_batch(rows[begin : begin + size], risk.of_rows(places))
+            found += self._of_micro_batch(rows[begin : begin + size], known.of_rows(places))
         return found
 
-    def _of_micro_batch(self, rows: tuple[Row, ...], risk: RowRisks | Exception) -> list[float]:
+    def _of_micro_batch(self, rows: Sequence[Row], risk: RowRisks) -> list[float]:
         config = self._config
-        if isinstance(risk, Exception):
-            if config.granularity == "batch":
-                self._sum_over_ranks(float("nan"), 1)
-                self._ranks.raise_together(risk)
-            raise risk
         if config.objective == "none":
             return [0.0] * len(rows)
         if config.objective == "static":
@@ -113,18 +114,20 @@ class Coefficient:
         if common is not None:
             return common
         if not self._by_category:
-            return scheduled(_known(risk.values[index]), self._config, self.threshold)
+            return scheduled(known_risk(risk.values[index]), self._config, self.threshold)
         return max(
             scheduled(
-                _known(values[index]), self._by_category.get(category, self._config), self.threshold
+                known_risk(values[index]),
+                self._by_category.get(category, self._config),
+                self.threshold,
             )
             for category, values in risk.by_category.items()
         )
 
-    def _batch_risk(self, rows: tuple[Row, ...], risk: list[float | None]) -> float:
+    def _batch_risk(self, rows: Sequence[Row], risk: list[float | None]) -> float:
         """Mean risk of the micro-batch over all ranks, smoothed: s' = ema s' + (1 - ema) s."""
         own = [
-            _known(value)
+            known_risk(value)
             for row, value in zip(rows, risk, strict=True)
             if not row.is_anchor and any(row.loss_mask)
         ]
@@ -150,9 +153,3 @@ class Coefficient:
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         """Restores the moving average."""
         self._ema = state["ema"]
-
-
-def _known(risk: float | None) -> float:
-    if risk is None:
-        return 0.0
-    return 1.0 if math.isnan(risk) else risk

@@ -19,6 +19,7 @@ __all__ = [
     "SafeRegError",
     "ShapeError",
     "is_user_error",
+    "reason_of",
 ]
 
 
@@ -77,3 +78,8 @@ _USER_ERRORS = (
 def is_user_error(error: BaseException) -> bool:
     """True where the user can mend the cause; the command line then exits with status 2."""
     return isinstance(error, _USER_ERRORS)
+
+
+def reason_of(error: BaseException, limit: int = 300) -> str:
+    """What another library's error says, in one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]

@@ -1,27 +1,14 @@
-"""Stage 6: token weights, and the loss from hidden states."""
-
-from typing import NamedTuple
+"""Stage 6: the weight of every token, and the loss from hidden states."""
 
 import torch
 from torch import Tensor
 
 from safereg_dist.config import RegularizerConfig
 from safereg_dist.regions import HEAD_CE, region
-from safereg_dist.types import NO_HEAD, Head, MicroBatch
+from safereg_dist.types import NO_HEAD, Head, Loss, MicroBatch
 from safereg_kernels import linear_ce_kl
 
 _DIRECTIONS = {"kl_forward": "forward", "kl_reverse": "reverse", "l2_logits": "l2"}
-
-
-class Loss(NamedTuple):
-    """The loss of one micro-batch and its parts."""
-
-    loss: Tensor
-    """float32 scalar: this rank's share of L."""
-    ce: Tensor
-    """[T] float32 cross-entropy, 0 on anchor tokens; detached."""
-    divergence: Tensor
-    """[T] float32 divergence, 0 where the coefficient is 0; detached."""
 
 
 class Objective:

@@ -1,66 +1,83 @@
-"""Stage 2: the policy's trunk, giving the hidden states that predict response tokens."""
+"""The policy: the user's own model, whose head can compute a loss in its own call.
 
-from typing import NamedTuple
+Engines gather a module's weights, and reduce their gradients, around the module's forward. So the
+loss is computed inside the call of the head itself, with hidden states in and a scalar out: no
+wrapper module is needed, every engine's hooks work as they do for logits, no logits of a batch are
+ever made, and `save_pretrained` sees the user's model as it is.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from safereg_dist.errors import ConfigError
 from safereg_dist.models.architecture import decoder_layers
-from safereg_dist.regions import POLICY_FORWARD, region
-from safereg_dist.types import Head, MicroBatch, head_of
+from safereg_dist.types import Head, head_of
+from safereg_kernels.logits_transform import without_logits_transform
 
-_UNSUPPORTED_HEADS = ("logits_soft_cap",)
-
-
-class PolicyStates(NamedTuple):
-    """What the policy's trunk gives for one micro-batch."""
-
-    hidden: Tensor
-    """[T, H] states that predict the response tokens; the head takes these."""
-    probed: Tensor | None
-    """[B, S, H] detached output of the probed decoder layer, where one is asked for."""
+LossOfStates = Callable[[Tensor, Tensor | None], Tensor]
+"""From the [B, S, H] states that the head is given, and the probed layer's, to a scalar."""
 
 
-class Policy(nn.Module):
-    """A causal language model split into trunk and head, so that no logits of a batch are made."""
+class Policy:
+    """A causal language model that returns, where it is asked to, a loss in place of its logits."""
 
     def __init__(self, model: PreTrainedModel, *, probed_layer: int | None = None) -> None:
-        super().__init__()
-        self.model = model
-        check_head(model)
-        self._probed: Tensor | None = None
-        self._probes_last = False
-        if probed_layer is not None:
-            _, layers = decoder_layers(model)
-            if not 1 <= probed_layer <= len(layers):
-                raise ConfigError(
-                    f"the probe reads layer {probed_layer}, the policy has layers 1 to "
-                    f"{len(layers)}: fit a probe for this model"
-                )
-            self._probes_last = probed_layer == len(layers)
-            if not self._probes_last:
-                # The layer itself, not a module inside it: activation checkpointing runs what is
-                # inside a second time in the backward pass, and a hook there would fire twice.
-                layers[probed_layer - 1].register_forward_hook(self._keep_probed)
+        """`probed_layer`, counted from 1, is the decoder layer that a probe reads.
 
-    @region(POLICY_FORWARD)
-    def forward(self, batch: MicroBatch) -> PolicyStates:
-        """States of one micro-batch; the trunk runs once over all rows."""
-        # Rows are padded on the right, so under a causal mask no real token sees padding. A mask of
-        # its own would keep attention off its fastest kernel, and be looked at by the host.
-        last = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        hidden = last.reshape(-1, last.shape[-1]).index_select(0, batch.response_index)
-        probed = last.detach() if self._probes_last else self._probed
-        self._probed = None
-        return PolicyStates(hidden, probed)
+        Raises:
+            ConfigError: a head that is not a linear layer, or a layer that the model does not have.
+        """
+        check_head(model)
+        self.model = model
+        self._loss: LossOfStates | None = None
+        self._probes_last = False
+        self._probed: Tensor | None = None
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        # On the instance: the engine's hooks stand around `forward`, the class stays as it is.
+        head.forward = partial(self._head_forward, head.forward)
+        if probed_layer is not None:
+            self._watch_layer(probed_layer)
+
+    def _watch_layer(self, number: int) -> None:
+        _, layers = decoder_layers(self.model)
+        if not 1 <= number <= len(layers):
+            raise ConfigError(
+                f"the probe reads layer {number}, the policy has layers 1 to {len(layers)}: fit a "
+                "probe for this model"
+            )
+        self._probes_last = number == len(layers)
+        if not self._probes_last:
+            # The layer itself, not a module inside it: activation checkpointing runs what is
+            # inside a second time in the backward pass, and a hook there would fire twice.
+            layers[number - 1].register_forward_hook(self._keep_probed)
+
+    @contextmanager
+    def ending_in(self, loss: LossOfStates) -> Iterator[None]:
+        """A block in which a forward of the model returns `loss(hidden, probed)` as its logits."""
+        with without_logits_transform(self.model):  # it would scale the loss as if it were logits
+            self._loss = loss
+            try:
+                yield
+            finally:
+                self._loss = self._probed = None
 
     @property
     def head(self) -> Head:
-        """The language-model head; whole inside the engine's forward only."""
+        """The language-model head; whole inside its own call only."""
         return head_of(self.model)
 
-    def _keep_probed(self, module: nn.Module, args: object, output: object) -> None:
+    def _head_forward(self, plain: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        if self._loss is None:
+            return plain(hidden)
+        return self._loss(hidden, hidden.detach() if self._probes_last else self._probed)
+
+    def _keep_probed(self, module: nn.Module, args: object, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
         assert isinstance(states, Tensor)
         self._probed = states.detach()
@@ -68,24 +85,14 @@ class Policy(nn.Module):
 
 def check_head(model: PreTrainedModel) -> None:
     """Raises ConfigError where logits are more than `types.Head` says."""
-    config = model.config.get_text_config()
-    for name in _UNSUPPORTED_HEADS:
-        value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
-            raise ConfigError(
-                f"{type(model).__name__} changes its logits ({name}={value}) in a way that the "
-                "fused head does not know"
-            )
-    if not isinstance(model.get_output_embeddings(), nn.Linear):
+    cap = getattr(model.config.get_text_config(), "logits_soft_cap", None)
+    if cap is not None:
         raise ConfigError(
-            f"{type(model).__name__} has a head of type "
-            f"{type(model.get_output_embeddings()).__name__}, expected nn.Linear"
+            f"{type(model).__name__} changes its logits (logits_soft_cap={cap}) in a way that the "
+            "fused head does not know"
         )
-
-
-def enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Recomputes decoder layers in the backward pass instead of keeping their activations."""
-    # Renamed in transformers 5.23; the old name goes once the lower bound has passed it.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    enable = enable or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"{type(model).__name__} has a head of type {type(head).__name__}, expected nn.Linear"
+        )

@@ -1,48 +1,85 @@
-"""One step of safety-regularised fine-tuning: the algorithm, from a micro-batch to its loss.
+"""One step of safety-regularised fine-tuning: the algorithm, in the order in which it runs.
 
-    batch -> policy trunk -> risk -> coefficient -> agree -> reference trunk -> head: CE, D -> loss
+    1  risk          of every row                                       risk/
+    2  coefficient   b of every row, from its risk                      coefficient.py
+    3  schedule      which rows need the reference; one agreement       reference/
+    4  policy        its forward, up to the head                        policy.py
+    5  reference     its forward, on the rows that need it              reference/
+    6  loss          CE and D, in the head's own call                   objective.py
+    7  metrics       what was done, over all ranks                      metrics.py
 
-Each stage is one file of this package: `batch`, `policy`, `risk/`, `coefficient`, `reference`,
-`objective`. This module is the differentiable part, so any engine (DeepSpeed, plain torch) wraps
-and hooks it as usual, and the head's weight is whole inside its forward.
+1 to 3 are `plan`, for all rows of an optimizer step at once; 4 to 6 are a forward of the policy
+inside `loss_of`, for each micro-batch; 7 is `close`. `trainer.optimizer_step` puts them together,
+and any other loop can. A risk that is read from the policy's own states moves 1 to 3 behind 4.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from safereg_dist.coefficient import Coefficient
-from safereg_dist.data import split
+from safereg_dist.metrics import StepMetrics, StepTotals
 from safereg_dist.objective import Objective
-from safereg_dist.parallel.comm import held
+from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.policy import Policy
-from safereg_dist.reference import NoReference, NoWindow, Reference, Window
+from safereg_dist.reference import NoReference, Reference, ReferencePasses, ReferenceSchedule
+from safereg_dist.risk.base import ProbedStates
 from safereg_dist.risk.combine import RiskStage
-from safereg_dist.types import MicroBatch, RowRisks, StepOutput
+from safereg_dist.types import MicroBatch, MicroBatchResult, Row, RowRisks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ahead:
-    """What is known of a micro-batch before the policy has seen it."""
+class RowPlan:
+    """What is decided of some rows before the reference runs: plain values, row after row."""
 
+    rows: list[Row]
     risk: RowRisks
     kl_coef: list[float]
-    window: Window | NoWindow
-    """Where its reference states come from; also what raises, on all ranks, if risk failed here."""
+    """[B] coefficient b of each row."""
+    passes: ReferencePasses
+    """The reference's passes over all rows of the window, and the agreement on them."""
+
+    def of_places(self, begin: int, end: int) -> "RowPlan":
+        """The same of some rows only."""
+        return RowPlan(
+            rows=self.rows[begin:end],
+            risk=self.risk.of_rows(list(range(begin, end))),
+            kl_coef=self.kl_coef[begin:end],
+            passes=self.passes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedMicroBatch:
+    """One forward and backward of an optimizer step."""
+
     index: int
-    """Its place in the window."""
-
-    def of_rows(self, rows: list[int], index: int) -> "Ahead":
-        """The same of the rows of one micro-batch; a failure stays as it is."""
-        if isinstance(self.kl_coef, Exception):
-            return replace(self, index=index)
-        coef = [self.kl_coef[row] for row in rows]
-        return replace(self, risk=self.risk.of_rows(rows), kl_coef=coef, index=index)
+    rows: list[Row]
+    plan: RowPlan | None
+    """Of these rows; None where their risk is read from the policy's states, in the forward."""
+    is_last: bool
 
 
-class RegularizedStep(nn.Module):
-    """The trained module: a policy and the stages around it (which hold no trained weights)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """The rows of one optimizer step on this rank, laid out in micro-batches."""
+
+    step: int
+    micro_batches: list[PlannedMicroBatch]
+    num_tokens: Tensor
+    """N: response tokens of all ranks and micro-batches, a float32 scalar on the device."""
+    in_first_epoch: bool
+    metrics: StepMetrics
+    """Fills up as micro-batches run."""
+
+
+class SafetyRegularizer:
+    """The stages around a policy; they hold no trained weight, and no engine knows of them."""
 
     def __init__(
         self,
@@ -52,76 +89,181 @@ class RegularizedStep(nn.Module):
         coefficient: Coefficient,
         reference: Reference | NoReference,
         objective: Objective,
+        ranks: Ranks,
     ) -> None:
-        super().__init__()
         self.policy = policy
         self.risk = risk
         self.coefficient = coefficient
-        self.reference = reference  # not a module: its weights must not join the policy's
+        self.reference = reference
         self.objective = objective
+        self.ranks = ranks
 
-    def micro_batches(
-        self, window: MicroBatch, count: int
-    ) -> Iterator[tuple[MicroBatch, Ahead | None]]:
-        """The rows of one optimizer step as `count` micro-batches, for `forward` one by one.
+    # ---- before the policy's forward
 
-        Where risk does not depend on the policy's states, it is known for the whole window now, and
-        risky rows are brought together, so that the reference runs on them once; else None.
-        Collectives: the start of one MAX all-reduce (see `Window`), and before it those of the
-        estimator (while a cache is cold) and of granularity `batch`.
+    def plan(
+        self,
+        rows: Sequence[Row],
+        *,
+        step: int,
+        micro_batches: int = 1,
+        in_first_epoch: bool = True,
+    ) -> StepPlan:
+        """The plan of one optimizer step over this rank's `rows`, in so many micro-batches.
+
+        Every rank gives as many rows (`data.filler` where it has none), a multiple of
+        `micro_batches`. Active rows (b > 0) are brought together, so that the reference runs on
+        them at once. `in_first_epoch` is False once every rank has planned all its rows before.
+        Collectives: one SUM of 8 bytes; the start of one MAX all-reduce of 8 bytes, and before it
+        those of the sources of risk (while a cache is cold) and of granularity `batch`.
         """
-        size = len(window.rows) // count
-        if self.risk.reads_policy:
-            yield from ((batch, None) for batch in split(window, range(len(window.rows)), size))
-            return
-        ahead = self._look_at(window, None, count=count)
-        order = ahead.window.order
-        for index, batch in enumerate(split(window, order, size)):
-            yield batch, ahead.of_rows(order[index * size : (index + 1) * size], index)
+        self.risk.begin_step(step)
+        num_tokens = self.ranks.total(sum(row.num_response_tokens for row in rows))
+        plan = None
+        if not self.risk.reads_policy:
+            plan = self._decide(rows, None, micro_batches, in_first_epoch)
+        size, ordered = len(rows) // micro_batches, rows if plan is None else plan.rows
+        return StepPlan(
+            step=step,
+            micro_batches=[
+                PlannedMicroBatch(
+                    index=index,
+                    rows=list(ordered[index * size : (index + 1) * size]),
+                    plan=plan and plan.of_places(index * size, (index + 1) * size),
+                    is_last=index == micro_batches - 1,
+                )
+                for index in range(micro_batches)
+            ],
+            num_tokens=num_tokens,
+            in_first_epoch=in_first_epoch,
+            metrics=StepMetrics(),
+        )
 
-    def forward(
-        self, batch: MicroBatch, num_tokens: Tensor, ahead: Ahead | None = None
-    ) -> StepOutput:
-        """Loss and log values of one micro-batch; `num_tokens` is the global N, on the device.
+    def _decide(
+        self,
+        rows: Sequence[Row],
+        probed: ProbedStates | None,
+        micro_batches: int,
+        in_first_epoch: bool,
+    ) -> RowPlan:
+        """Risk, coefficient and schedule of rows, and the start of the one agreement.
 
-        Collectives: without `ahead` those of `micro_batches`; then the reference's own if any rank
-        needs it. In evaluation mode the task loss alone, without any of these.
+        Where this rank fails its plan is inert (no risk, b = 0): before it is used, reading the
+        agreement raises the error on all ranks.
         """
-        hidden, probed = self.policy(batch)
-        if not self.training:
-            return self._validate(batch, hidden, num_tokens)
-        if ahead is None:
-            ahead = self._look_at(batch, probed)
-        states = ahead.window.states(ahead.index, batch)
-        with self.reference.gathered_head(states.needs_head) as reference_head:
-            loss, ce, divergence = self.objective(
-                hidden,
+        count = len(rows)
+        risk = capture(self.risk, rows, probed, in_first_epoch=in_first_epoch)
+        kl_coef = capture(self.coefficient, rows, risk, micro_batches=micro_batches)
+        schedule = kl_coef.then(partial(self.reference.schedule, rows, micro_batches=micro_batches))
+        agreement = self.reference.start_agreement(schedule)
+
+        known = schedule.or_else(ReferenceSchedule.of_no_row(count))
+        coef = kl_coef.or_else([0.0] * count)
+        return RowPlan(
+            rows=[rows[place] for place in known.order],
+            risk=risk.or_else(RowRisks.none(count)).of_rows(known.order),
+            kl_coef=[coef[place] for place in known.order],
+            passes=ReferencePasses(
+                schedule=known, agreement=agreement, micro_batch_size=count // micro_batches
+            ),
+        )
+
+    # ---- the policy's forward, and the rest of the step in its head
+
+    @contextmanager
+    def loss_of(
+        self, planned: PlannedMicroBatch, batch: MicroBatch, step: StepPlan
+    ) -> Iterator[None]:
+        """A block in which a forward of the policy over `batch` returns the loss as its logits.
+
+        The loss, float32 and scalar, is this rank's share of L: a sum over tokens divided by the
+        global N. It is differentiated as it is; gradients are summed, not averaged, over ranks.
+        Raises, in the forward: the first failed rank's error of `plan`, on all ranks.
+        Collectives, in the forward: the reference's own if any rank needs it; those of `plan` too
+        where the risk is read from the policy's states.
+        """
+        results: list[MicroBatchResult] = []
+
+        def loss(hidden: Tensor, probed: Tensor | None) -> Tensor:
+            plan, index = planned.plan, planned.index
+            if plan is None:
+                assert probed is not None
+                own = ProbedStates(probed, batch.attention_mask)
+                plan, index = self._decide(planned.rows, own, 1, step.in_first_epoch), 0
+            states = self.reference.hidden_states(plan.passes, index, batch)
+            with self.reference.gathered_head(states.needs_head) as reference_head:
+                terms = self.objective(
+                    _response_states(hidden, batch),
+                    self.policy.head,
+                    batch,
+                    plan.kl_coef,
+                    reference_hidden=states.hidden,
+                    reference_head=reference_head,
+                    num_tokens=step.num_tokens,
+                )
+            results.append(
+                MicroBatchResult(terms, plan.risk, plan.kl_coef, states.rows_run, states.misses)
+            )
+            return terms.loss
+
+        with self.policy.ending_in(loss):
+            yield
+        step.metrics.add(batch, *results)
+
+    # ---- after it
+
+    def close(self, step: StepPlan, *, flags: Mapping[str, bool] | None = None) -> StepTotals:
+        """What the step did over all ranks, and this rank's rows of the ledger.
+
+        `flags` of this rank travel along; each comes back true where any rank's is.
+        Collectives: one all-gather, and that of a probe that is being realigned. Two host syncs.
+        """
+        totals = step.metrics.reduce(
+            self.ranks, step=step.step, flags=flags or {}, risk_sums=self.risk.take_sums()
+        )
+        return totals._replace(risk_metrics=self.risk.end_step(totals.sums))
+
+    # ---- validation
+
+    @contextmanager
+    def task_loss_of(self, batch: MicroBatch) -> Iterator[list[Tensor]]:
+        """A block in which a forward of the policy returns the sum of CE over `batch`.
+
+        The list that it gives holds, after the forward, the [T] cross-entropies themselves.
+        No risk, no reference. Collectives: none.
+        """
+        found: list[Tensor] = []
+
+        def loss(hidden: Tensor, probed: Tensor | None) -> Tensor:
+            terms = self.objective(
+                _response_states(hidden, batch),
                 self.policy.head,
                 batch,
-                ahead.kl_coef,
-                reference_hidden=states.hidden,
-                reference_head=reference_head,
-                num_tokens=num_tokens,
+                [0.0] * len(batch.rows),
+                num_tokens=hidden.new_ones((), dtype=torch.float32),
             )
-        return StepOutput(
-            loss, ce, divergence, ahead.risk, ahead.kl_coef, states.rows_run, states.misses
-        )
+            found.append(terms.ce)
+            return terms.loss
 
-    def _look_at(self, batch: MicroBatch, probed: Tensor | None, *, count: int = 1) -> Ahead:
-        """Risk, coefficient and window of rows; what fails here is raised by `window.states`."""
-        risk = held(self.risk, batch, probed)
-        kl_coef = held(self.coefficient, batch.rows, risk, count)
-        window = self.reference.open(batch.rows, kl_coef, micro_batches=count)
-        return Ahead(risk=risk, kl_coef=kl_coef, window=window, index=0)
+        with self.policy.ending_in(loss):
+            yield found
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters used here, outside their own module: engines must gather them for us."""
-        return self.policy.head.parameters
+    # ---- what a checkpoint keeps
 
-    def _validate(self, batch: MicroBatch, hidden: Tensor, num_tokens: Tensor) -> StepOutput:
-        unweighted = [0.0] * len(batch.rows)
-        loss, ce, divergence = self.objective(
-            hidden, self.policy.head, batch, unweighted, num_tokens=num_tokens
-        )
-        risk = RowRisks([None] * len(batch.rows), {}, ["none"] * len(batch.rows), {})
-        return StepOutput(loss, ce, divergence, risk, unweighted, 0)
+    def save_state(self, path: Path) -> dict[str, float | None]:
+        """Writes what the sources of risk remember beside `path`; returns what is small."""
+        self.risk.save_state(path)
+        return self.coefficient.state_dict()
+
+    def load_state(self, path: Path, state: dict[str, float | None]) -> None:
+        """Restores what `save_state` wrote and returned.
+
+        Raises:
+            CheckpointError: a file is missing, unreadable, or belongs to another source of risk.
+        """
+        self.coefficient.load_state_dict(state)
+        self.risk.load_state(path)
+
+
+def _response_states(hidden: Tensor, batch: MicroBatch) -> Tensor:
+    """[T, H] states that predict the response tokens, of [B, S, H]."""
+    return hidden.flatten(0, 1).index_select(0, batch.response_index)

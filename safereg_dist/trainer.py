@@ -1,40 +1,75 @@
-"""The training loop: optimizer steps, log, checkpoints, export."""
+"""Training: the optimizer step that any loop can call, and the loop of `safereg train`."""
 
 import json
-import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from safereg_dist.config import Config, config_to_yaml, load_config
-from safereg_dist.data import collate, collate_window
-from safereg_dist.errors import CheckpointError, ConfigError, NonFiniteLoss
-from safereg_dist.factory import RowSources, Run
-from safereg_dist.parallel.comm import Ranks
+from safereg_dist.data import collate
+from safereg_dist.errors import NonFiniteLoss
+from safereg_dist.factory import Run
+from safereg_dist.metrics import StepTotals
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.optimizer import learning_rate
 from safereg_dist.profiling import NoProfiler, Profiler
-from safereg_dist.run import checkpoint as checkpoints
-from safereg_dist.run.checkpoint import RunState, config_hash, differences
+from safereg_dist.run import checkpoint
+from safereg_dist.run.checkpoint import RunState, config_hash
 from safereg_dist.run.export import export_model
+from safereg_dist.run.folder import claim_folder, describe_run
 from safereg_dist.run.gate import refuse_too_many_held_back
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
-from safereg_dist.run.metrics import StepMetrics, metrics_row
-from safereg_dist.types import Row, to_device
+from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.types import Row
 
 MAX_NON_FINITE_IN_A_ROW = 3
 EXIT_REQUEUE = 75
 """Exit status after a checkpoint on SIGUSR1 or SIGTERM: run the same command again to go on."""
+
+
+class StepResult(NamedTuple):
+    """One optimizer step: what it did over all ranks, and what became of the weights."""
+
+    totals: StepTotals
+    update: Update
+
+
+def optimizer_step(
+    run: Run,
+    rows: Sequence[Row],
+    *,
+    step: int,
+    lr: float,
+    in_first_epoch: bool = True,
+    flags: Mapping[str, bool] | None = None,
+) -> StepResult:
+    """One optimizer step over this rank's `rows`: forwards, backwards, update, and their metrics.
+
+    Nothing is logged, saved or validated. `rows` is `run.sources.rows_per_step` long on every rank;
+    `flags` are for `SafetyRegularizer.close`.
+    Collectives: those of `SafetyRegularizer` and of the policy's engine, the same on every rank.
+    """
+    regularizer = run.regularizer
+    plan = regularizer.plan(
+        rows,
+        step=step,
+        micro_batches=run.config.train.grad_accum_steps,
+        in_first_epoch=in_first_epoch,
+    )
+    for planned in plan.micro_batches:
+        batch = collate(planned.rows, pad_id=run.pad_id).to(run.ranks.device)
+        with regularizer.loss_of(planned, batch, plan):
+            loss = run.engine(batch.input_ids)
+        run.engine.backward(loss, is_last=planned.is_last)
+    update = run.engine.update(lr)
+    return StepResult(regularizer.close(plan, flags=flags), update)
 
 
 @dataclass(slots=True)
@@ -45,62 +80,6 @@ class Progress:
     non_finite_steps: int = 0
     non_finite_in_a_row: int = 0
     seconds: float = 0.0
-
-
-def is_complete(config: Config, ranks: Ranks) -> bool:
-    """True where `output_dir` holds this very run, ended; False where it can begin or go on.
-
-    Writes nothing.
-
-    Raises:
-        CheckpointError: the folder belongs to another run, or is not a run folder.
-    Collectives: one gather of texts.
-    """
-    folder = Path(config.output_dir)
-    with ranks.together():
-        known = folder / "config.yaml"
-        if known.is_file():
-            before = _read_config(known)
-            if config_hash(before) != config_hash(config):
-                raise CheckpointError(
-                    f"{folder} holds a run with another configuration (see {known}): "
-                    f"{'; '.join(differences(before, config))}: choose another output_dir, or "
-                    "remove the folder"
-                )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(
-                f"output_dir {folder} exists and holds no config.yaml of a run: choose another"
-            )
-        return _is_marked_complete(folder / "summary.json")
-
-
-def _is_marked_complete(summary: Path) -> bool:
-    if not summary.is_file():
-        return False
-    try:
-        return json.loads(summary.read_text("utf-8"))["status"] == "complete"
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise CheckpointError(
-            f"{summary} cannot be read ({err}): remove it to go on from the last checkpoint"
-        ) from err
-
-
-def _read_config(path: Path) -> Config:
-    try:
-        return load_config(path)
-    except ConfigError as err:
-        raise CheckpointError(
-            f"{path} is not the configuration of a run ({err}): choose another output_dir"
-        ) from err
-
-
-def _claim_folder(folder: Path, config: Config) -> None:
-    """Makes the run folder and writes the resolved `config.yaml`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace_text(folder / "config.yaml", config_to_yaml(config))
-    except OSError as err:
-        raise CheckpointError(f"output_dir {folder} cannot be written: {err.strerror}") from err
 
 
 def train(run: Run) -> int:
@@ -115,11 +94,11 @@ def train(run: Run) -> int:
         CheckpointError: a checkpoint does not fit this run, or the disk is full.
     """
     folder = Path(run.config.output_dir)
-    if not checkpoints.complete_checkpoints(folder / "checkpoint"):
+    if not checkpoint.complete_checkpoints(folder / "checkpoint"):
         refuse_too_many_held_back(run)  # before the folder is claimed: it stays free to try again
     with run.ranks.together():
         if run.ranks.is_main:
-            _claim_folder(folder, run.config)
+            claim_folder(folder, run.config)
     progress, metrics_bytes, ledger_bytes = _resume(run, folder)
     profiler = _profiler(run, progress)
     log = RunLog(
@@ -130,10 +109,10 @@ def train(run: Run) -> int:
         first_step=progress.step,
     )
     last_row: dict[str, float | int] = {}
-    with log, _signals() as stop_requested, _bar(run, progress) as bar:
+    with log, _stop_signals() as stop_requested, _bar(run, progress) as bar:
         while progress.step < run.sources.total_steps:
             with profiler.step(progress.step):
-                last_row, stop = _optimizer_step(run, progress, log, stop_requested)
+                last_row, stop = _logged_step(run, progress, log, stop_requested)
             _show(bar, last_row)
             if stop or _is_save_due(run, progress):
                 _save(run, progress, folder, log)
@@ -145,63 +124,35 @@ def train(run: Run) -> int:
     return 0
 
 
-def _optimizer_step(
+def _logged_step(
     run: Run, progress: Progress, log: RunLog, stop_requested: list[bool]
 ) -> tuple[dict[str, float | int], bool]:
-    """One optimizer step over its micro-batches: the row of metrics, and whether to stop."""
+    """One optimizer step of the run, logged: its row of metrics, and whether to stop."""
     started = time.perf_counter()
-    config, sources, step = run.config, run.sources, progress.step
-    window = collate_window(
-        sources.stream,
-        start=step * sources.rows_per_step,
-        count=sources.rows_per_step,
-        pad_id=run.pad_id,
+    sources, step = run.sources, progress.step
+    run.regularizer.risk.prefetch(sources.coming_rows(step))
+    lr = learning_rate(step, sources.total_steps, run.config.optimizer)
+    totals, update = optimizer_step(
+        run,
+        sources.rows_of_step(step),
+        step=step,
+        lr=lr,
+        in_first_epoch=sources.in_first_epoch(step),
+        flags={"stop_requested": stop_requested[0], "log_failed": log.error is not None},
     )
-    risk = run.step.risk
-    risk.begin_step(step)
-    if risk.looks_ahead:
-        risk.prefetch(_coming_rows(sources, step))
-    num_tokens = _global_tokens(run, window.num_response_tokens)
-    metrics, count = StepMetrics(), config.train.grad_accum_steps
-    micro_batches = run.step.micro_batches(window.to(run.ranks.device), count)
-    for index, (batch, ahead) in enumerate(micro_batches):
-        output = run.engine(batch, num_tokens, ahead)
-        run.engine.backward(output.loss, is_last=index == count - 1)
-        metrics.add(batch, output)
-    lr = learning_rate(step, sources.total_steps, config.optimizer)
-    update = run.engine.update(lr)
-    total = metrics.reduce(
-        run.ranks,
-        stop_requested=stop_requested[0],
-        log_failed=log.error is not None,
-        risk_sums=risk.take_sums(),
-    )
-    if total["log_failed"]:
+    if totals.flags["log_failed"]:
         run.ranks.raise_together(log.error)
     progress.step += 1
     validation = _validation_loss(run, progress)
     seconds = time.perf_counter() - started
     progress.seconds += seconds
-    row = metrics_row(total, step=step, lr=lr, grad_norm=update.grad_norm, step_time_s=seconds)
-    row.update({**risk.end_step(total), **validation})
-    if config.reference.cache is not None:
-        row["reference_misses"] = int(total["reference_misses"])
-    log.write(row, metrics.ledger_rows(step=step, rank=run.ranks.rank))
+    row = totals.metrics_row(step=step, lr=lr, grad_norm=update.grad_norm, step_time_s=seconds)
+    row.update(validation)
+    if run.config.reference.cache is not None:
+        row["reference_misses"] = int(totals.sums["reference_misses"])
+    log.write(row, totals.ledger_rows)
     _count_non_finite(progress, update)
-    return row, bool(total["stop_requested"])
-
-
-def _coming_rows(sources: RowSources, step: int) -> list[Row]:
-    """This rank's rows of the step that begins and of the next one, if there is one."""
-    end = min(step + 2, sources.total_steps) * sources.rows_per_step
-    found = (sources.stream.row(position) for position in range(step * sources.rows_per_step, end))
-    return [row for row in found if row is not None]
-
-
-def _global_tokens(run: Run, count: int) -> Tensor:
-    """N: response tokens of all ranks and micro-batches, a float32 scalar on the device."""
-    own = to_device(torch.tensor(count, dtype=torch.int64), run.ranks.device)
-    return run.ranks.sum_(own).float()
+    return row, totals.flags["stop_requested"]
 
 
 def _count_non_finite(progress: Progress, update: Update) -> None:
@@ -228,14 +179,15 @@ def _validation_loss(run: Run, progress: Progress) -> dict[str, float]:
     size, world_size = run.config.train.micro_batch_size, run.ranks.world_size
     most_rows = -(-run.sources.validation_rows // world_size)
     total = torch.zeros(2, dtype=torch.float64, device=run.ranks.device)
-    one = torch.ones((), device=run.ranks.device)
-    run.step.eval()
+    run.model.eval()
     for start in range(0, most_rows, size):
-        rows = [stream.row(position) for position in range(start, start + size)]
+        rows = stream.rows(start, size, filler=run.sources.filler)
         batch = collate(rows, pad_id=run.pad_id).to(run.ranks.device)
-        ce = run.engine(batch, one).ce
-        total += torch.stack([ce.sum().double(), one.double() * ce.shape[0]])
-    run.step.train()
+        with run.regularizer.task_loss_of(batch) as token_losses:
+            run.engine(batch.input_ids)
+        [ce] = token_losses
+        total += torch.stack([ce.sum().double(), ce.new_tensor(ce.shape[0], dtype=torch.float64)])
+    run.model.train()
     ce_sum, count = run.ranks.sum_(total).tolist()
     return {"validation_loss": ce_sum / count if count else 0.0}
 
@@ -244,17 +196,17 @@ def _resume(run: Run, folder: Path) -> tuple[Progress, int, int]:
     """Progress, and the positions of metrics and this rank's ledger; all 0 for a new run."""
     below = folder / "checkpoint"
     if run.ranks.is_main:
-        checkpoints.remove_partial(below)
-    found = checkpoints.complete_checkpoints(below)
+        checkpoint.remove_partial(below)
+    found = checkpoint.complete_checkpoints(below)
     if not found:
         return Progress(), 0, 0
-    state = checkpoints.load_checkpoint(
+    state = checkpoint.load_checkpoint(
         found[-1],
         config=run.config,
         engine=run.engine,
-        step=run.step,
+        regularizer=run.regularizer,
         ranks=run.ranks,
-        order=run.sources.order,
+        order_digest=run.sources.order_digest,
     )
     if run.ranks.is_main:
         print(f"resuming from {found[-1]} at step {state.step}", flush=True)
@@ -291,19 +243,18 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
         step=progress.step,
         world_size=run.ranks.world_size,
         config_hash=config_hash(run.config),
-        order=run.sources.order,
-        coefficient=run.step.coefficient.state_dict(),
+        order_digest=run.sources.order_digest,
         non_finite_steps=progress.non_finite_steps,
         non_finite_in_a_row=progress.non_finite_in_a_row,
         metrics_bytes=positions[0][1],
         ledger_bytes=[position[0] for position in positions],
         seconds=progress.seconds,
     )
-    checkpoints.save_checkpoint(
+    checkpoint.save_checkpoint(
         folder / "checkpoint",
         state,
         engine=run.engine,
-        step=run.step,
+        regularizer=run.regularizer,
         ranks=run.ranks,
         keep=run.config.train.keep_checkpoints,
     )
@@ -330,30 +281,7 @@ def _finish(run: Run, progress: Progress, folder: Path, last_row: dict[str, floa
                 "final_metrics": last_row,
                 "ledger": {"head": head.head, "rows": head.rows},
             }
-            _replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def describe_run(run: Run) -> dict[str, Any]:
-    """What a run is made of: counts of rows, fingerprints, versions, ranks."""
-    sources = run.sources
-    stores = {"train": sources.train, "anchor": sources.anchor}
-    return {
-        "world_size": run.ranks.world_size,
-        "engine": run.config.engine.name,
-        "total_steps": sources.total_steps,
-        "rows_per_step": sources.rows_per_step * run.ranks.world_size,
-        "threshold": run.step.coefficient.threshold,
-        "fingerprints": run.fingerprints,
-        "rows": {
-            name: {"kept": len(s), "overlong": s.overlong, "dropped": s.dropped}
-            for name, s in stores.items()
-            if s is not None
-        },
-        "versions": {
-            name: version(name)
-            for name in ("safereg_dist", "torch", "transformers", "deepspeed", "datasets")
-        },
-    }
+            write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _bar(run: Run, progress: Progress) -> tqdm:
@@ -375,7 +303,7 @@ def _show(bar: tqdm, row: dict[str, float | int]) -> None:
 
 
 @contextmanager
-def _signals() -> Iterator[list[bool]]:
+def _stop_signals() -> Iterator[list[bool]]:
     """A block in which SIGUSR1 and SIGTERM ask for a checkpoint and a stop after this step."""
     requested = [False]
 
@@ -388,9 +316,3 @@ def _signals() -> Iterator[list[bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -1,5 +1,6 @@
 """The values that flow through a step; data only, no behaviour but moving to a device."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,19 +23,24 @@ class Row:
     """Number of tokens before each assistant turn, ascending."""
     risk: float | None
     """Risk column of the data in [0, 1], if it has one."""
-    content_key: str
+    prompt_key: str
     """SHA-256 (hex) of the tokens up to the last prompt end: the key of the risk cache."""
     is_anchor: bool = False
     """True on anchor rows: they carry only the divergence."""
-    messages: str = ""
+    messages_json: str = ""
     """The conversation as JSON (OpenAI chat format): what a judge reads."""
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Tokens that are predicted and count: those of the response, but never the first."""
+        return sum(self.loss_mask[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """Rows of one rank and one forward, right-padded, with the response tokens listed flat.
 
-    B rows of S tokens, T response tokens, P prompt ends (one per assistant turn).
+    B rows of S tokens, T response tokens.
     """
 
     input_ids: Tensor
@@ -49,16 +55,8 @@ class MicroBatch:
     """[T] int64, row of each response token, ascending."""
     tokens_of_row: tuple[int, ...]
     """[B] response tokens of each row: what the host knows of `row_of_token`."""
-    prompt_rows: tuple[int, ...]
-    """[P] row of each prompt end."""
-    prompt_ends: tuple[int, ...]
-    """[P] tokens before each assistant turn."""
     rows: tuple[Row, ...]
     """[B] the rows themselves, on the host; row lengths and ids come from here."""
-    pad_id: int
-    """Token that fills shorter rows up to S."""
-    in_first_epoch: bool = True
-    """False once every rank has seen all its rows: then no cached risk can be missing anywhere."""
 
     @property
     def num_response_tokens(self) -> int:
@@ -90,17 +88,32 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def known_risk(risk: float | None) -> float:
+    """The risk as a number that can be compared and added up: 1 where it failed (nan), 0 for None.
+
+    What could not be judged counts as risky.
+    """
+    if risk is None:
+        return 0.0
+    return 1.0 if math.isnan(risk) else risk
+
+
 class RowRisks(NamedTuple):
     """The risk of the rows of a micro-batch, and where it came from; all on the host."""
 
     values: list[float | None]
     """[B] risk in [0, 1]; nan where it failed, None on anchor rows and without a source."""
     by_category: dict[str, list[float | None]]
-    """[B] risk of each of several signals, scaled so that each sets in at 0.5; else empty."""
+    """[B] risk by each of several sources, scaled so that each sets in at 0.5; else empty."""
     sources: list[str]
     """[B] what gave the risk, e.g. `probe-reference`, `critic`, `max:fraud`, `override`."""
     notes: dict[int, str]
     """By row: a reviewer's reason, or why a judgement failed."""
+
+    @classmethod
+    def none(cls, num_rows: int) -> "RowRisks":
+        """Of rows of which nothing is known."""
+        return cls([None] * num_rows, {}, ["none"] * num_rows, {})
 
     def of_rows(self, rows: list[int]) -> "RowRisks":
         """The same of some rows only, in the order given."""
@@ -156,23 +169,53 @@ class ReferenceStates(NamedTuple):
     """Of its active rows, those that a stored reference should have held and did not."""
 
 
-class StepOutput(NamedTuple):
-    """What one micro-batch gives: the loss to differentiate, and what the log needs.
-
-    A NamedTuple, since sharding engines look for tensors inside a module's output and know tuples.
-    """
+class Loss(NamedTuple):
+    """The loss of one micro-batch and its terms."""
 
     loss: Tensor
-    """float32 scalar, this rank's share of L (already divided by the global N)."""
+    """float32 scalar: this rank's share of L (already divided by the global N)."""
     ce: Tensor
     """[T] float32 cross-entropy of every response token (0 on anchor tokens), detached."""
     divergence: Tensor
     """[T] float32 divergence of active tokens, else 0, detached."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerRow:
+    """What was decided for one sequence in one optimizer step."""
+
+    step: int
+    """Optimizer step, as in `metrics.jsonl`."""
+    micro_batch: int
+    """Index of the micro-batch that trained it. Risky rows of a step are brought together first:
+    with granularity `batch` the coefficient is that of the rows beside it before."""
+    rank: int
+    """Data-parallel rank that owned the row."""
+    row: int
+    """Index of the row within the rank's micro-batch."""
+    id: str
+    """The data row's id."""
+    risk: float | None
+    """Risk in [0, 1]; None where no estimator ran (anchor rows, objective `none`)."""
+    estimator: str
+    """What gave the risk, e.g. `probe-reference`, `max:fraud`, `override`, `anchor`, `none`."""
+    kl_coef: float
+    """The coefficient b, dimensionless."""
+    divergence: float | None
+    """Mean divergence over the row's response tokens; None where the reference was not asked."""
+    note: str | None = None
+    """A reviewer's reason, or why a judgement failed; left out where there is none."""
+
+
+class MicroBatchResult(NamedTuple):
+    """What the log needs of one micro-batch."""
+
+    loss: Loss
     risk: RowRisks
     """Risk of each row, and where it came from."""
     kl_coef: list[float]
     """[B] coefficient of each row."""
     reference_rows: int
     """Rows that the reference really ran on, on this rank."""
-    reference_misses: int = 0
+    reference_misses: int
     """Active rows that the stored reference did not hold."""

@@ -7,6 +7,7 @@ input order, so the file is the same for any number of ranks. Collectives: none;
 the caller puts a barrier between `build_anchors` (all ranks) and `merge_anchor_parts` (one rank).
 """
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 import torch
 
+from safereg_dist.commands.options import at_least
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError
-from safereg_dist.evaluate import write_atomically
 from safereg_dist.evaluate.generate import Answer, generate_answers, load_model
+from safereg_dist.parallel.distributed import distributed_ranks
+from safereg_dist.storage.atomic import write_atomically
 
 
 def build_anchors(
@@ -166,3 +169,35 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its actions and their options."""
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    build = actions.add_parser("build", help="greedy answers of the reference to prompts")
+    build.add_argument("--model", type=Path, required=True)
+    build.add_argument("--prompts", type=Path, nargs="+", required=True)
+    build.add_argument("--out", type=Path, required=True)
+    build.add_argument("--max-new-tokens", type=at_least(1), default=128)
+    build.add_argument("--batch-size", type=at_least(1), default=32)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Greedy answers of the reference, sharded over the ranks of the launcher; 0."""
+    with distributed_ranks() as ranks:
+        with ranks.together():
+            build_anchors(
+                arguments.model,
+                arguments.prompts,
+                arguments.out,
+                max_new_tokens=arguments.max_new_tokens,
+                batch_size=arguments.batch_size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                progress=ranks.is_main,
+                device=ranks.device,
+            )
+        with ranks.together():
+            if ranks.world_size > 1 and ranks.is_main:
+                merge_anchor_parts(arguments.out, ranks.world_size)
+    return 0

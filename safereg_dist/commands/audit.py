@@ -7,6 +7,7 @@ Ranks screen their own rows and write `rows.rank{r}.jsonl`; `write_audit` joins 
     audit.png     the risks as a histogram with the threshold
 """
 
+import argparse
 import io
 import json
 import math
@@ -20,10 +21,13 @@ from typing import Any
 import numpy as np
 
 from safereg_dist.coefficient import scheduled
-from safereg_dist.config import Config
-from safereg_dist.errors import CheckpointError
-from safereg_dist.evaluate import write_atomically
-from safereg_dist.run.gate import RowRisk, is_held_back
+from safereg_dist.commands.options import add_config
+from safereg_dist.config import Config, load_config
+from safereg_dist.errors import CheckpointError, ConfigError
+from safereg_dist.factory import RiskContext, build_risk_context, start_backend
+from safereg_dist.parallel.distributed import leave_group, share_cores
+from safereg_dist.run.gate import RowRisk, is_held_back, row_risks
+from safereg_dist.storage.atomic import write_atomically
 
 NEAR_THRESHOLD = 0.05
 """Rows this close to the threshold are listed: a slightly other probe would decide otherwise."""
@@ -293,3 +297,59 @@ def _histogram(rows: list[dict[str, Any]], threshold: float) -> bytes:
     figure.savefig(image, dpi=150, format="png")
     plt.close(figure)
     return image.getvalue()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add_config(parser)
+    parser.add_argument("--out", type=Path, help="folder of the report; default: OUTPUT_DIR.audit")
+    parser.add_argument("--show-text", action="store_true", help="print prompts of listed rows")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Computes the risk of the training rows as the configuration says, and reports it; 0."""
+    share_cores()
+    config = load_config(arguments.config, arguments.overrides)
+    folder = Path(f"{config.output_dir}.audit") if arguments.out is None else arguments.out
+    if not config.needs_risk:
+        raise ConfigError(
+            f"regularizer.objective={config.regularizer.objective} asks for no risk: there is "
+            "nothing to audit; use convex or additive"
+        )
+    backend = start_backend(config)
+    ranks = backend.ranks
+    try:
+        context = build_risk_context(config, backend)
+        rows = _own_risks(context)
+        with ranks.together():
+            write_part(folder, ranks.rank, rows, context.threshold)
+        with ranks.together():
+            if ranks.is_main:
+                facts = AuditFacts(
+                    config=config,
+                    threshold=context.threshold,
+                    prompts=context.sources.train.prompts(),
+                    probed_share=context.probed_share,
+                    ceilings=context.ceilings,
+                )
+                report = write_audit(folder, ranks.world_size, facts)
+                print_audit(report, facts, folder, show_text=arguments.show_text)
+    finally:
+        leave_group()
+    return 0
+
+
+def _own_risks(context: RiskContext) -> list[RowRisk]:
+    """The risk of all of this rank's rows; a collective, so it is done before anything can fail."""
+    stream = context.sources.stream
+    count = stream.most_rows
+    context.risk.prefetch(row for row in stream.first_rows(count) if row is not None)
+    found = row_risks(
+        stream,
+        context.risk,
+        count=count,
+        micro_batch_size=context.config.train.micro_batch_size,
+        filler=context.sources.filler,
+        ranks=context.ranks,
+    )
+    return list(found)

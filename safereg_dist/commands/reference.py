@@ -5,7 +5,9 @@ and schedule say which rows are active (b > 0), the reference runs on those, lon
 their states go to disk. Memory holds the tokens of a window, the states of one pass, and a shard.
 """
 
+import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,11 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safereg_dist.coefficient import Coefficient
-from safereg_dist.data import collate
-from safereg_dist.errors import DataError
-from safereg_dist.factory import RiskContext, RowSources
+from safereg_dist.commands.options import add_config
+from safereg_dist.config import load_config
+from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.factory import RiskContext, RowSources, build_risk_context, start_backend
 from safereg_dist.models.fingerprint import row_key
-from safereg_dist.parallel.comm import Ranks, held
+from safereg_dist.parallel.comm import Ranks, Result, capture
+from safereg_dist.parallel.distributed import leave_group, share_cores
 from safereg_dist.reference import Reference, active_rows
 from safereg_dist.reference.store import StoreIdentity
 from safereg_dist.reference.store_writer import (
@@ -28,6 +32,7 @@ from safereg_dist.reference.store_writer import (
     begin_store,
     finish_store,
     partial_folder,
+    require_absent,
 )
 from safereg_dist.types import Row
 
@@ -106,18 +111,18 @@ class _Build:
 
         Collectives: those of the risk stage and one 8-byte MAX all-reduce for each micro-batch.
         """
-        config, risk = self._parts.config, self._parts.risk
+        config, risk, filler = self._parts.config, self._parts.risk, self._parts.sources.filler
         if config.regularizer.granularity == "batch":
             return [row for row in window if row is not None and any(row.loss_mask)]
         risk.prefetch(row for row in window if row is not None)
         size = config.train.micro_batch_size
         active = []
         for begin in range(0, len(window), size):
-            batch = collate(window[begin : begin + size], pad_id=self._parts.pad_id)
-            batch = batch.to(self._ranks.device)
-            kl_coef = held(self._coefficient, batch.rows, held(risk, batch, None))
-            self._ranks.max_over_ranks(kl_coef if isinstance(kl_coef, Exception) else 0)
-            active += [batch.rows[row] for row in active_rows(kl_coef, batch.rows)]
+            rows = [filler if row is None else row for row in window[begin : begin + size]]
+            found = capture(risk, rows, in_first_epoch=True)
+            kl_coef = capture(self._coefficient, rows, found)
+            self._ranks.raise_if_any_failed(kl_coef)
+            active += [rows[row] for row in active_rows(kl_coef.value, rows)]
         return active
 
     def _store(self, active: list[Row]) -> None:
@@ -129,14 +134,14 @@ class _Build:
         new = [(key, row) for key, row in keys.items() if not self._writer.holds(key)]
         new.sort(key=lambda item: -len(item[1].input_ids))
         size = self._reference.packing.rows_per_pass
-        passes = self._ranks.max_over_ranks(-(-len(new) // size))
-        error: Exception | None = None
+        passes = self._ranks.max_over_ranks(Result(-(-len(new) // size)))
+        written: Result[None] = Result()
         for begin in range(0, passes * size, size):
             group = new[begin : begin + size]
             states = self._reference.response_states([row for _, row in group], passes=1)
-            kept = held(self._keep, group, states)
-            error = error or (kept if isinstance(kept, Exception) else None)
-        self._ranks.max_over_ranks(0 if error is None else error)
+            if written.error is None:
+                written = capture(self._keep, group, states)
+        self._ranks.raise_if_any_failed(written)
 
     def _keep(self, group: list[tuple[str, Row]], states: list[Tensor]) -> None:
         for (key, row), hidden in zip(group, states, strict=True):
@@ -168,3 +173,32 @@ def own_rows(sources: RowSources, ranks: Ranks) -> Iterator[Row | None]:
 
 def _num_rows(sources: RowSources) -> int:
     return len(sources.train) + (0 if sources.anchor is None else len(sources.anchor))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its actions and their options."""
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    build = actions.add_parser("build", help="run the reference once, on all rows that need it")
+    add_config(build)
+    build.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the reference's states of the rows that a run will ask it for; 0."""
+    share_cores()
+    config = load_config(arguments.config, arguments.overrides)
+    if not config.needs_reference:
+        raise ConfigError(
+            f"regularizer.objective={config.regularizer.objective} runs no reference: there is "
+            "nothing to store"
+        )
+    require_absent(arguments.out)
+    # Whatever training does with the states, they come from the trunk here.
+    plain = replace(config.reference, cache=None, balance="none")
+    backend = start_backend(config)
+    try:
+        context = build_risk_context(replace(config, reference=plain), backend, with_reference=True)
+        build_store(context, arguments.out)
+    finally:
+        leave_group()
+    return 0

@@ -5,18 +5,18 @@ where the judge failed. Judgements are cached as they come, so a run that was ki
 it was when the same command is given again, and one that had failures asks for those alone.
 """
 
+import argparse
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
+from safereg_dist.commands.options import at_least
 from safereg_dist.config.risk import CriticConfig
 from safereg_dist.critic.critic import Messages, Verdict, build_critic, score_conversations
 from safereg_dist.data.files import answered_conversation, read_rows
-from safereg_dist.errors import CheckpointError, DataError
+from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.storage.atomic import whole_file
 
 
 def score_with_critic(
@@ -77,32 +77,14 @@ def _conversations(data: Path) -> Iterator[Messages]:
 def _write(out: Path, data: Path, verdicts: Iterable[Verdict]) -> Counter[str]:
     """Writes the rows with their verdicts; how many failed, by reason."""
     failures: Counter[str] = Counter()
-    with _whole_file(out) as file:
+    with whole_file(out) as file:
         for (_, row), verdict in zip(read_rows(data), verdicts, strict=True):
             row = {k: v for k, v in row.items() if k != "risk_failed"} | {"risk": verdict.score}
             if verdict.failed:
                 row["risk_failed"] = True
                 failures[verdict.reason or "unknown"] += 1
-            file.write(json.dumps(row) + "\n")
+            file.write((json.dumps(row) + "\n").encode())
     return failures
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[TextIO]:
-    """A file that appears under its name when the block ends well; never half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                yield file
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as err:
-        raise CheckpointError(
-            f"cannot write {path}: {err.strerror or err}: choose a writable place with free space"
-        ) from err
 
 
 def _summary(count: int, failures: Counter[str], fail: str, out: Path) -> str:
@@ -115,3 +97,41 @@ def _summary(count: int, failures: Counter[str], fail: str, out: Path) -> str:
         f"score: {count} rows, {failed} failed judgements that count as {meaning} ({reasons}); the "
         f"same command asks for those again; written to {out}"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    judge = parser.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--endpoint", metavar="URL", help="of an OpenAI-compatible server")
+    judge.add_argument("--local", metavar="MODEL", help="folder of a classifier or a guard")
+    judge.add_argument("--probe", type=Path, metavar="DIR", help="written by `safereg probe fit`")
+    parser.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
+    parser.add_argument("--format", help="how the judge is asked, e.g. llama_guard")
+    parser.add_argument("--model-path", type=Path, metavar="M", help="the model the probe reads")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--fail", choices=("closed", "open", "stop"), default="closed")
+    parser.add_argument("--concurrency", type=at_least(1), default=16)
+    parser.add_argument("--timeout-s", type=float, default=30.0, help="of one judgement")
+    parser.add_argument("--cache", metavar="FILE", help="of known scores; `none` for no cache")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the data with a risk in every row; 0."""
+    if arguments.probe is not None:
+        if arguments.model_path is None:
+            raise ConfigError("--probe needs --model-path, the model whose states it reads")
+        score_with_probe(arguments.probe, arguments.model_path, arguments.data, arguments.out)
+        return 0
+    settings = CriticConfig(
+        endpoint=arguments.endpoint,
+        model=arguments.model,
+        format=arguments.format,
+        local=arguments.local,
+        fail=arguments.fail,
+        concurrency=arguments.concurrency,
+        timeout_s=arguments.timeout_s,
+        cache=arguments.cache,
+    )
+    score_with_critic(settings, arguments.data, arguments.out)
+    return 0

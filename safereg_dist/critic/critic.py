@@ -63,7 +63,7 @@ class Critic(Protocol):
         ...
 
 
-def content_key(messages: Messages) -> str:
+def conversation_key(messages: Messages) -> str:
     """SHA-256 (hex) of the conversation as canonical JSON of its roles and contents."""
     turns = [[message["role"], message["content"]] for message in messages]
     return hashlib.sha256(json.dumps(turns, separators=(",", ":")).encode()).hexdigest()
@@ -113,7 +113,7 @@ def _asked_ahead(critic: Critic, conversations: Iterable[Messages]) -> Iterator[
     asked: dict[str, Future[Verdict]] = {}
     waiting: deque[Future[Verdict]] = deque()
     for messages in conversations:
-        key = content_key(messages)
+        key = conversation_key(messages)
         if key not in asked:
             asked[key] = critic.submit(messages)
         waiting.append(asked[key])
@@ -144,7 +144,7 @@ class CachedCritic:
         The future carries CheckpointError where the cache cannot be read or written: rows are sent
         where one rank that raises would leave the others waiting.
         """
-        key = content_key(messages)
+        key = conversation_key(messages)
         with self._lock:
             if key in self._under_way:
                 return self._under_way[key]

@@ -32,7 +32,7 @@ from safereg_dist.critic.critic import (
 )
 from safereg_dist.critic.formats import FORMATS, VERSION
 from safereg_dist.critic.local_models import CausalGuard, LocalModel, SequenceClassifier
-from safereg_dist.errors import ConfigError, CriticUnavailable
+from safereg_dist.errors import ConfigError, CriticUnavailable, reason_of
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.regions import CRITIC, region
 
@@ -199,7 +199,7 @@ def _load(kind: Any, folder: Path, device: torch.device | str) -> tuple[Any, Any
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as err:
-        reason = " ".join(str(err).split())[:300]
+        reason = reason_of(err)
         raise ConfigError(
             f"the local judge in {folder} does not load: {reason}: give a complete folder that "
             "`save_pretrained` wrote"

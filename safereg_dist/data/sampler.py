@@ -2,25 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
 from safereg_dist.data.tokenized import TokenizedDataset
 from safereg_dist.errors import DataError
 from safereg_dist.types import Row
-
-
-class RowOrder(Protocol):
-    """What the rest of a run knows of a stream of rows."""
-
-    def row(self, position: int) -> Row | None:
-        """The row at a position; None where there is none."""
-        ...
-
-    def in_first_epoch(self, position: int) -> bool:
-        """True where some rank may see a row for the first time; the same on every rank."""
-        ...
 
 
 class Sampler:
@@ -59,7 +46,7 @@ class Sampler:
         self._limit = None if epochs is None else _rows_of(epochs, self._deal.epoch_length)
 
     def in_first_epoch(self, position: int) -> bool:
-        """True where some rank may see a row for the first time; the same on every rank."""
+        """True until every rank has gone through all its rows; the same on every rank."""
         return self.rows_within(position) < self.most_rows
 
     def first_rows(self, count: int) -> Iterator[Row | None]:
@@ -87,6 +74,11 @@ class Sampler:
         if self._limit is not None and ordinal >= self._limit:
             return None
         return self._train_row(ordinal)
+
+    def rows(self, start: int, count: int, *, filler: Row) -> list[Row]:
+        """The `count` rows from position `start`; `filler` where there is none."""
+        found = (self.row(position) for position in range(start, start + count))
+        return [filler if row is None else row for row in found]
 
     def _train_row(self, ordinal: int) -> Row | None:
         index = self._deal.index(ordinal)

@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.config import DataConfig
 from safereg_dist.data.files import answered_conversation, read_rows
-from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.errors import ConfigError, DataError, reason_of
 from safereg_dist.types import Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
-_FORMAT = "3"  # part of the cache key: raise it when the tokenised form changes
+_FORMAT = "4"  # part of the cache key: raise it when the tokenised form changes
 
 _FEATURES = datasets.Features(
     {
@@ -35,8 +35,8 @@ _FEATURES = datasets.Features(
         "loss_mask": datasets.List(datasets.Value("int8")),
         "prompt_ends": datasets.List(datasets.Value("int32")),
         "risk": datasets.Value("float64"),
-        "content_key": datasets.Value("string"),
-        "messages": datasets.Value("large_string"),
+        "prompt_key": datasets.Value("string"),
+        "messages_json": datasets.Value("large_string"),
     }
 )
 
@@ -59,7 +59,7 @@ class TokenizedDataset:
     def prompts(self) -> dict[str, str]:
         """Text of every row by its id, without the assistant's turns."""
         found = {}
-        for name, messages in zip(self.table["id"], self.table["messages"], strict=True):
+        for name, messages in zip(self.table["id"], self.table["messages_json"], strict=True):
             said = (m["content"] for m in json.loads(messages) if m["role"] != "assistant")
             found[name] = "\n".join(said)
         return found
@@ -83,7 +83,7 @@ def load_tokenizer(model: str, config: DataConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as err:
-        raise ConfigError(f"no tokenizer could be loaded from {model}: {_line(err)}") from err
+        raise ConfigError(f"no tokenizer could be loaded from {model}: {reason_of(err)}") from err
     if config.chat_template is not None:
         path = Path(config.chat_template)
         if not path.is_file():
@@ -119,8 +119,9 @@ def load_rows(
             _fill_cache(folder, path, tokenizer, config, progress=progress)
         except OSError as err:
             raise DataError(
-                f"the tokenised rows of {path} could not be written below {root} ({_line(err)}): "
-                "free disk space, or set SAFEREG_CACHE to a folder that can be written"
+                f"the tokenised rows of {path} could not be written below {root} "
+                f"({reason_of(err)}): free disk space, or set SAFEREG_CACHE to a folder that can "
+                "be written"
             ) from err
     counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
     if counts["kept"] == 0:
@@ -185,7 +186,7 @@ def _source_rows(path: str) -> Iterator[tuple[str, dict]]:
         table = datasets.load_dataset(path, split="train")
     except (OSError, ValueError) as err:  # a data set that is not found is an OSError
         raise DataError(
-            f"{path} is neither a file nor a Hugging Face dataset that loads ({_line(err)}): "
+            f"{path} is neither a file nor a Hugging Face dataset that loads ({reason_of(err)}): "
             "check the path"
         ) from err
     for index, row in enumerate(table):
@@ -241,7 +242,7 @@ def _shorten(row: Row, where: str, config: DataConfig) -> Row | None:
         input_ids=row.input_ids[:limit],
         loss_mask=row.loss_mask[:limit],
         prompt_ends=prompt_ends,
-        content_key=_content_key(row.input_ids, prompt_ends),  # the risk of what is left
+        prompt_key=_prompt_key(row.input_ids, prompt_ends),  # the risk of what is left
     )
 
 
@@ -262,8 +263,8 @@ def tokenize_row(
             input_ids, loss_mask = _mask_by_prefix(messages, where, tokenizer)
     except (TemplateError, TypeError) as err:  # TypeError: half a surrogate pair is no text
         raise DataError(
-            f"{where}: chat template or tokenizer fail on this conversation ({_line(err)}): change "
-            "the row, or set data.chat_template"
+            f"{where}: chat template or tokenizer fail on this conversation ({reason_of(err)}): "
+            "change the row, or set data.chat_template"
         ) from err
     loss_mask[:1] = [0]  # nothing comes before the first token to predict it from
     prompt_ends = [t for t in range(1, len(loss_mask)) if loss_mask[t] and not loss_mask[t - 1]]
@@ -275,12 +276,12 @@ def tokenize_row(
         loss_mask=loss_mask,
         prompt_ends=prompt_ends,
         risk=_risk(raw, where),
-        content_key=_content_key(input_ids, prompt_ends),
-        messages=json.dumps(messages),
+        prompt_key=_prompt_key(input_ids, prompt_ends),
+        messages_json=json.dumps(messages),
     )
 
 
-def _content_key(input_ids: list[int], prompt_ends: list[int]) -> str:
+def _prompt_key(input_ids: list[int], prompt_ends: list[int]) -> str:
     prompt = np.asarray(input_ids[: prompt_ends[-1]], dtype=np.int64)
     ends = np.asarray(prompt_ends, dtype=np.int64)
     return hashlib.sha256(prompt.tobytes() + ends.tobytes()).hexdigest()
@@ -350,7 +351,3 @@ def _render(
         [messages], add_generation_prompt=generation, tokenize=True, return_dict=True
     )
     return list(encoded["input_ids"][0])
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -31,7 +31,7 @@ from safereg_dist.demo.estimators import (
 )
 from safereg_dist.demo.world import WorldPaths, build_guard, build_world
 from safereg_dist.errors import SafeRegError
-from safereg_dist.evaluate import write_atomically
+from safereg_dist.storage.atomic import write_atomically
 
 FINETUNE = ROOT / "launch" / "finetune.py"
 CONFIG = ROOT / "launch" / "configs" / "demo.yaml"

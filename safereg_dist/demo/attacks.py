@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from safereg_dist.demo import grammar
 from safereg_dist.demo.grammar import HELD_OUT_PHRASINGS, PHRASINGS, Exchange, Pair
 from safereg_dist.errors import SafeRegError
-from safereg_dist.evaluate import write_atomically
+from safereg_dist.storage.atomic import write_atomically
 
 HARMFUL_ROWS = 200
 """Harmful rows of each kind; the benign ones are 176, a row for each held-out benign pair."""

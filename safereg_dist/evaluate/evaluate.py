@@ -16,7 +16,6 @@ import torch
 
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.errors import ConfigError
-from safereg_dist.evaluate import write_atomically
 from safereg_dist.evaluate.generate import (
     Answer,
     first_response_token,
@@ -25,6 +24,7 @@ from safereg_dist.evaluate.generate import (
     load_model,
 )
 from safereg_dist.evaluate.judges import Judge, get_judge
+from safereg_dist.storage.atomic import write_atomically
 
 _LABELS = ("harmful", "benign", "task")
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from safereg_dist.data.files import LabelledPrompt
-from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.errors import ConfigError, DataError, reason_of
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
@@ -76,7 +76,7 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(model_dir, **options)
     except _LOAD_ERRORS as err:
-        reason = " ".join(str(err).split())[:300]
+        reason = reason_of(err)
         raise ConfigError(
             f"cannot load model and tokenizer from {model_dir}: {reason}: give a complete folder "
             "that `from_pretrained` loads"

@@ -19,7 +19,6 @@ import yaml
 
 from safereg_dist import __version__
 from safereg_dist.errors import CheckpointError, ConfigError
-from safereg_dist.evaluate import write_atomically
 from safereg_dist.evaluate.figures import (
     Arm,
     Drawing,
@@ -28,6 +27,7 @@ from safereg_dist.evaluate.figures import (
     number,
     percent,
 )
+from safereg_dist.storage.atomic import write_atomically
 
 _EVAL_COLUMNS = {
     "attack_success_rate": "attack success, greedy",

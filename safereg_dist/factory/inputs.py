@@ -1,26 +1,35 @@
-"""What a run reads before any weights: its model's folder, its rows, its signals of risk."""
+"""What a run reads before any weights: its model's folder, its rows, its sources of risk."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from safereg_dist.coefficient import DEFAULT_THRESHOLD, scheduled
+from safereg_dist.coefficient import resolved_threshold, scheduled
 from safereg_dist.config import Config
-from safereg_dist.data import Sampler, TokenizedDataset, load_rows, load_tokenizer, steps_for
-from safereg_dist.errors import ConfigError
+from safereg_dist.data import (
+    Sampler,
+    TokenizedDataset,
+    filler,
+    load_rows,
+    load_tokenizer,
+    steps_for,
+)
 from safereg_dist.factory.risk import (
-    RiskSource,
+    SourceSpec,
     check_overrides,
     check_templates,
     read_sources,
     reads_column,
     require_risk_column,
 )
+from safereg_dist.models.loading import resolve_model
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.risk.override import read_overrides
+from safereg_dist.types import Row
 
 DEFAULT_STEPS = 200
 
@@ -37,8 +46,24 @@ class RowSources:
     total_steps: int
     rows_per_step: int
     """Rows of this rank in one optimizer step."""
-    order: str
+    order_digest: str
     """Digest (hex) of which rows are dealt as active ones; empty where they are not dealt."""
+    filler: Row
+    """Stands where a rank has no row left."""
+
+    def rows_of_step(self, step: int) -> list[Row]:
+        """[rows_per_step] this rank's rows of an optimizer step."""
+        return self.stream.rows(step * self.rows_per_step, self.rows_per_step, filler=self.filler)
+
+    def in_first_epoch(self, step: int) -> bool:
+        """True until every rank has gone through all its rows; the same on every rank."""
+        return self.stream.in_first_epoch(step * self.rows_per_step)
+
+    def coming_rows(self, step: int) -> Iterator[Row]:
+        """This rank's rows of the step that begins and of the next one, if there is one."""
+        end = min(step + 2, self.total_steps) * self.rows_per_step
+        found = (self.stream.row(position) for position in range(step * self.rows_per_step, end))
+        return (row for row in found if row is not None)
 
     @property
     def content_hashes(self) -> list[str]:
@@ -48,8 +73,8 @@ class RowSources:
 
 def read_inputs(
     config: Config, ranks: Ranks
-) -> tuple[Path, PreTrainedTokenizerBase, RowSources, list[RiskSource]]:
-    """The model's folder, its tokenizer, the rows and the signals: all that is read before weights.
+) -> tuple[Path, PreTrainedTokenizerBase, RowSources, list[SourceSpec]]:
+    """The model's folder, its tokenizer, the rows and the sources of risk; all before weights.
 
     Collectives: gathers of texts.
     """
@@ -57,33 +82,10 @@ def read_inputs(
     with ranks.together():
         tokenizer = load_tokenizer(str(folder), config.data)
     sources = build_sources(config, tokenizer, ranks)
-    signals = read_sources(config, ranks)
+    specs = read_sources(config, ranks)
     with ranks.together():
-        check_templates(signals, tokenizer)
-    return folder, tokenizer, sources, signals
-
-
-def resolve_model(model: str, ranks: Ranks) -> Path:
-    """Local folder of a path or hub id; the first rank of each node downloads.
-
-    Raises:
-        ConfigError: neither a folder nor a hub id that can be fetched.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    with ranks.main_first():
-        try:
-            patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-            return Path(snapshot_download(model, allow_patterns=patterns))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
-            raise ConfigError(
-                f"model {model!r} is neither a local folder nor a hub id that can be fetched "
-                f"({' '.join(str(err).split())[:200]}): check the path"
-            ) from err
+        check_templates(specs, tokenizer)
+    return folder, tokenizer, sources, specs
 
 
 def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> RowSources:
@@ -142,8 +144,16 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
             validation_rows=0 if validation is None else len(validation),
             total_steps=_total_steps(config, train_rows, rows_per_step, ranks.world_size),
             rows_per_step=rows_per_step,
-            order="" if active is None else hashlib.sha256(active.tobytes()).hexdigest(),
+            order_digest="" if active is None else hashlib.sha256(active.tobytes()).hexdigest(),
+            filler=filler(pad_id_of(tokenizer)),
         )
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills shorter rows."""
+    pad_id = tokenizer.pad_token_id
+    assert isinstance(pad_id, int)  # `load_tokenizer` has seen to it
+    return pad_id
 
 
 def _total_steps(
@@ -174,8 +184,7 @@ def _known_active_rows(config: Config, rows: TokenizedDataset) -> np.ndarray | N
         for index, name in enumerate(rows.table["id"]):
             if name in decisions:
                 risk[index] = decisions[name].risk
-    threshold = config.regularizer.threshold
-    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+    threshold = resolved_threshold(config.regularizer)
     values, places = np.unique(risk, return_inverse=True)
     active = [scheduled(value, config.regularizer, threshold) > 0 for value in values.tolist()]
     return np.array(active)[places]

@@ -3,6 +3,7 @@
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -10,72 +11,110 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from safereg_dist.config import Config
 from safereg_dist.data import load_tokenizer
 from safereg_dist.errors import ConfigError
-from safereg_dist.factory.inputs import RowSources, resolve_model
+from safereg_dist.models.loading import resolve_model
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
 from safereg_dist.parallel.shards import read_architecture, weights_fingerprint
-from safereg_dist.reference import NoReference, Packing, Reference, ReferenceTrunk
+from safereg_dist.reference import (
+    EngineModel,
+    Exchange,
+    NoReference,
+    Packing,
+    Reference,
+    ReferenceTrunk,
+)
+from safereg_dist.reference.exchange import slowest_rates
 from safereg_dist.reference.store import ReferenceStore, StoreIdentity
+from safereg_dist.reference.trunk import used_parameters
+
+
+class WeightsFacts(NamedTuple):
+    """What names a model's weights, and says how they are shaped."""
+
+    fingerprint: str
+    config: PreTrainedConfig
+    """Of the text model."""
+
+
+class BuiltReference(NamedTuple):
+    """A reference, and what names its weights where it has any."""
+
+    reference: Reference | NoReference
+    facts: WeightsFacts | None
+
+
+class LoadedPolicy(NamedTuple):
+    """What the reference is held against."""
+
+    folder: Path
+    model: PreTrainedModel
+    fingerprint: str
 
 
 def build_reference(
     config: Config,
     backend: Backend,
     policy_folder: Path,
-    policy: PreTrainedModel | None,
+    *,
     tokenizer: PreTrainedTokenizerBase,
-    sources: RowSources,
-    fingerprints: dict[str, str],
-) -> Reference | NoReference:
-    """The reference; held against the policy, where there is one."""
+    content_hashes: list[str],
+    policy: LoadedPolicy | None = None,
+) -> BuiltReference:
+    """The reference of a run; held against the policy, where that is loaded already.
+
+    `content_hashes` name the rows whose states may be stored.
+    """
     if not config.needs_reference:
-        return NoReference()
+        return BuiltReference(NoReference(), None)
     ranks, settings = backend.ranks, config.reference
     folder = resolve_model(settings.model or str(policy_folder), ranks)
     with ranks.together():
         architecture = read_architecture(folder)
         if policy is not None:
-            _check_same_vocabulary(architecture, policy, folder, policy_folder, tokenizer, config)
-    is_same = policy is not None and folder.resolve() == policy_folder.resolve()
+            _check_same_vocabulary(architecture, policy, folder, tokenizer, config)
+    is_same = policy is not None and folder.resolve() == policy.folder.resolve()
     if settings.cache is not None and policy is not None:
-        fingerprints["reference"] = (
-            fingerprints["policy"] if is_same else weights_fingerprint(folder, ranks)
+        fingerprint = policy.fingerprint if is_same else weights_fingerprint(folder, ranks)
+        facts = WeightsFacts(fingerprint, architecture.get_text_config())
+        identity = StoreIdentity.of(
+            fingerprint, tokenizer, content_hashes, precision=config.train.precision
         )
-        return _stored_reference(
-            config, backend, folder, architecture, tokenizer, sources, fingerprints
-        )
+        return BuiltReference(_stored_reference(config, backend, folder, identity), facts)
     model = _load_reference(config, backend, folder)
-    fingerprints["reference"] = backend.fingerprint(model)
+    facts = WeightsFacts(backend.fingerprint(model), model.config.get_text_config())
     with ranks.together():
-        if is_same and fingerprints["reference"] != fingerprints["policy"]:
+        if is_same and policy is not None and facts.fingerprint != policy.fingerprint:
             raise ConfigError(
                 f"policy and reference were both loaded from {folder}, but their weights differ "
-                f"(fingerprints {fingerprints['policy'][:12]} and "
-                f"{fingerprints['reference'][:12]}): loading has lost weights; report this"
+                f"(fingerprints {policy.fingerprint[:12]} and {facts.fingerprint[:12]}): loading "
+                "has lost weights; report this"
             )
-    return Reference.of_model(
-        model, backend=backend, offload=settings.offload, packing=_packing(config)
+    return BuiltReference(_loaded_reference(config, backend, model), facts)
+
+
+def _loaded_reference(config: Config, backend: Backend, model: PreTrainedModel) -> Reference:
+    packing = _packing(config)
+    own = EngineModel.of_model(
+        model, backend=backend, offload=config.reference.offload, rows=packing.rows_per_pass
     )
+    exchange = None
+    if config.reference.balance == "exchange":
+        exchange = Exchange(
+            ranks=backend.ranks,
+            rates=slowest_rates(backend.ranks),
+            trunk_parameters=used_parameters(model),
+            head=own.head,
+            rows_per_pass=packing.rows_per_pass,
+        )
+    return Reference(own, ranks=backend.ranks, packing=packing, exchange=exchange)
 
 
 def _stored_reference(
-    config: Config,
-    backend: Backend,
-    folder: Path,
-    architecture: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: RowSources,
-    fingerprints: dict[str, str],
+    config: Config, backend: Backend, folder: Path, identity: StoreIdentity
 ) -> Reference:
     """A reference of which the head alone is loaded; its trunk on the first row not in store."""
     ranks, settings = backend.ranks, config.reference
     assert settings.cache is not None
     with ranks.together():
-        identity = StoreIdentity.of(
-            fingerprints["reference"],
-            tokenizer,
-            sources.content_hashes,
-            precision=config.train.precision,
-        )
         store = ReferenceStore.open(Path(settings.cache), identity)
 
     def load_trunk() -> ReferenceEngine:
@@ -89,10 +128,10 @@ def _stored_reference(
         model = _load_reference(config, backend, folder)
         found = backend.fingerprint(model)
         with ranks.together():
-            if found != fingerprints["reference"]:
+            if found != identity.reference:
                 raise ConfigError(
                     f"the weights in {folder} have changed since this run began (fingerprint "
-                    f"{found[:12]}, then {fingerprints['reference'][:12]}): put them back"
+                    f"{found[:12]}, then {identity.reference[:12]}): put them back"
                 )
         trunk = ReferenceTrunk(model)
         return backend.wrap_reference(
@@ -102,10 +141,8 @@ def _stored_reference(
     with _own_randomness(ranks.device):
         head = backend.load_head(folder, precision=config.train.precision)
     return Reference(
-        architecture,
-        head,
-        load_trunk,
-        backend=backend,
+        EngineModel(head, load_trunk, backend=backend),
+        ranks=ranks,
         packing=_packing(config),
         store=store,
     )
@@ -133,7 +170,6 @@ def _packing(config: Config) -> Packing:
         rows_per_pass=settings.rows_per_pass or config.train.micro_batch_size,
         keep_bytes=settings.keep_bytes,
         max_length=config.data.max_length,
-        exchange=settings.balance == "exchange",
     )
 
 
@@ -149,23 +185,22 @@ def require_finite(backend: Backend, model: PreTrainedModel, folder: Path) -> No
 
 def _check_same_vocabulary(
     reference: PreTrainedConfig,
-    policy: PreTrainedModel,
+    policy: LoadedPolicy,
     folder: Path,
-    policy_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
 ) -> None:
-    sizes = [c.get_text_config().vocab_size for c in (reference, policy.config)]
+    sizes = [c.get_text_config().vocab_size for c in (reference, policy.model.config)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"the reference {folder} has vocabulary {sizes[0]}, the policy {policy_folder} "
+            f"the reference {folder} has vocabulary {sizes[0]}, the policy {policy.folder} "
             f"{sizes[1]}: the divergence compares them token by token, choose a reference with "
             "the same (padded) vocabulary"
         )
-    if folder.resolve() == policy_folder.resolve():
+    if folder.resolve() == policy.folder.resolve():
         return
     if load_tokenizer(str(folder), config.data).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"the tokenizers of the reference {folder} and the policy {policy_folder} give tokens "
+            f"the tokenizers of the reference {folder} and the policy {policy.folder} give tokens "
             "different numbers: choose a reference with the same tokenizer"
         )

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from safereg_dist.coefficient import DEFAULT_THRESHOLD
+from safereg_dist.coefficient import DEFAULT_THRESHOLD, resolved_threshold
 from safereg_dist.config import Config, CriticConfig, RiskConfig, RiskPart
 from safereg_dist.config.checks import one_of
 from safereg_dist.critic.critic import build_critic
 from safereg_dist.critic.formats import FORMATS
 from safereg_dist.data import TokenizedDataset
 from safereg_dist.errors import ConfigError, DataError, ProbeError
+from safereg_dist.factory.references import BuiltReference, WeightsFacts
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend
-from safereg_dist.reference import NoReference, Reference
-from safereg_dist.risk.base import ColumnRisk, NoRisk, RiskEstimator
-from safereg_dist.risk.combine import Part, RiskStage
+from safereg_dist.reference import Reference
+from safereg_dist.risk.base import ColumnRisk, RiskSource
+from safereg_dist.risk.combine import RiskStage, WeightedSource
 from safereg_dist.risk.drift import WatchedPolicyProbe
 from safereg_dist.risk.judge import CriticRisk
 from safereg_dist.risk.override import read_overrides
@@ -32,8 +33,8 @@ _GENERATION_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RiskSource:
-    """One signal as configured, with its probe read and nothing else built."""
+class SourceSpec:
+    """One source of risk as configured, with its probe read and nothing else built."""
 
     category: str
     estimator: str
@@ -45,10 +46,10 @@ class RiskSource:
     ceiling: float | None
 
 
-def read_sources(config: Config, ranks: Ranks) -> list[RiskSource]:
-    """The configured signals; probes are read before any model is, so that a wrong path is told.
+def read_sources(config: Config, ranks: Ranks) -> list[SourceSpec]:
+    """The configured sources; probes are read before any model is, so that a wrong path is told.
 
-    A probe for prompts and one for responses in one folder are two signals.
+    A probe for prompts and one for responses in one folder are two sources.
 
     Raises:
         ProbeError: a folder without the probe that is asked for.
@@ -60,24 +61,24 @@ def read_sources(config: Config, ranks: Ranks) -> list[RiskSource]:
         return []
     with ranks.together():
         if not risk.is_composite:
-            signals = _signals_of(risk, "", ranks)
+            specs = _specs_of(risk, "", ranks)
         else:
-            signals = [s for part in risk.parts for s in _signals_of(part, part.category, ranks)]
-        if risk.estimator == "probe" and risk.source == "policy" and len(signals) > 1:
+            specs = [s for part in risk.parts for s in _specs_of(part, part.category, ranks)]
+        if risk.estimator == "probe" and risk.source == "policy" and len(specs) > 1:
             raise ConfigError(
                 f"risk.source=policy reads one layer, {risk.path} holds two probes: set "
                 "risk.position=prompt or response"
             )
-        names = [signal.category for signal in signals]
+        names = [spec.category for spec in specs]
         if len(set(names)) < len(names):
             raise ConfigError(
                 f"risk.parts give the categories {names}, where a folder with two probes counts as "
                 "two: rename a part, so that no category occurs twice"
             )
-    return signals
+    return specs
 
 
-def check_templates(signals: list[RiskSource], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_templates(specs: list[SourceSpec], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ProbeError where a probe was fitted with another chat template, unless forced.
 
     The tokens before the answer are the template's, and a probe reads their states. Generation
@@ -86,22 +87,22 @@ def check_templates(signals: list[RiskSource], tokenizer: PreTrainedTokenizerBas
     template = tokenizer.chat_template
     own = [template, _GENERATION_TAG.sub("", template)] if isinstance(template, str) else []
     known = {None, *(hashlib.sha256(text.encode()).hexdigest() for text in own)}
-    for signal in signals:
-        wanted = None if signal.probe is None else signal.probe.meta.get("template_sha256")
-        if wanted not in known and not signal.force:
+    for spec in specs:
+        wanted = None if spec.probe is None else spec.probe.meta.get("template_sha256")
+        if wanted not in known and not spec.force:
             raise ProbeError(
-                f"the probe{f' of {signal.category}' if signal.category else ''} was fitted with "
+                f"the probe{f' of {spec.category}' if spec.category else ''} was fitted with "
                 "another chat template than the one that training uses: fit it again with this "
                 "tokenizer, or set risk.force=true (of a part: its own `force`)"
             )
 
 
-def _signals_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[RiskSource]:
+def _specs_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[SourceSpec]:
     own_threshold = part.threshold if isinstance(part, RiskPart) else None
 
-    def signal(category: str, probe: Probe | None) -> RiskSource:
+    def spec(category: str, probe: Probe | None) -> SourceSpec:
         default = DEFAULT_THRESHOLD if probe is None else probe.threshold
-        return RiskSource(
+        return SourceSpec(
             category=category,
             estimator=part.estimator,
             probe=probe,
@@ -116,12 +117,12 @@ def _signals_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> lis
         where = f"risk.parts[{category}]" if category else "risk"
         one_of(f"{where}.critic.format", part.critic.format, sorted(FORMATS))
     if part.estimator != "probe":
-        return [signal(category, None)]
+        return [spec(category, None)]
     assert part.path is not None
     probes = [probe.to(ranks.device) for probe in _wanted_probes(part.path, part.position)]
     if len(probes) == 1:
-        return [signal(category, probes[0])]
-    return [signal(f"{category}-{p.position}".lstrip("-"), p) for p in probes]
+        return [spec(category, probes[0])]
+    return [spec(f"{category}-{p.position}".lstrip("-"), p) for p in probes]
 
 
 def _wanted_probes(path: str, position: str | None) -> list[Probe]:
@@ -136,27 +137,27 @@ def _wanted_probes(path: str, position: str | None) -> list[Probe]:
     return wanted
 
 
-def policy_layer(config: Config, signals: list[RiskSource]) -> int | None:
+def policy_layer(config: Config, specs: list[SourceSpec]) -> int | None:
     """The decoder layer of the policy that a probe reads, if one does."""
     reads = config.needs_risk and config.risk.estimator == "probe"
     if not reads or config.risk.source != "policy":
         return None
-    assert signals[0].probe is not None
-    return signals[0].probe.layer
+    assert specs[0].probe is not None
+    return specs[0].probe.layer
 
 
-def category_ceilings(signals: list[RiskSource]) -> dict[str, float]:
+def category_ceilings(specs: list[SourceSpec]) -> dict[str, float]:
     """The largest coefficient of each category that has one of its own."""
-    return {s.category: s.ceiling for s in signals if s.ceiling is not None}
+    return {s.category: s.ceiling for s in specs if s.ceiling is not None}
 
 
 def build_risk(
     config: Config,
-    signals: list[RiskSource],
+    specs: list[SourceSpec],
     backend: Backend,
-    reference: Reference | NoReference,
-    policy: PreTrainedModel | None,
-    fingerprints: dict[str, str],
+    reference: BuiltReference,
+    *,
+    policy: WeightsFacts | None = None,
 ) -> RiskStage:
     """The risk stage of a run; `policy` may be None where nothing trains (audit).
 
@@ -167,97 +168,95 @@ def build_risk(
     Collectives: none.
     """
     if not config.needs_risk:
-        return RiskStage([Part("", NoRisk(), DEFAULT_THRESHOLD)])
-    build = _Builder(config, backend, reference, policy, fingerprints)
-    parts = [Part(s.category, build(s), s.threshold, s.weight) for s in signals]
-    rule = "max" if len(parts) > 1 else "single"  # two of one folder: prompts and responses
+        return RiskStage([WeightedSource("", RiskSource(), DEFAULT_THRESHOLD)])
+    build = _Builder(config, backend, reference, policy)
+    sources = [WeightedSource(s.category, build(s), s.threshold, s.weight) for s in specs]
+    rule = "max" if len(sources) > 1 else "single"  # two of one folder: prompts and responses
     if config.risk.is_composite:
         rule = config.risk.estimator
     overrides = read_overrides(config.risk.override) if config.risk.override else {}
-    return RiskStage(parts, rule=rule, overrides=overrides)
+    return RiskStage(sources, rule=rule, overrides=overrides)
 
 
 class _Builder:
-    """Makes the estimator of a signal."""
+    """Makes a source of risk."""
 
     def __init__(
         self,
         config: Config,
         backend: Backend,
-        reference: Reference | NoReference,
-        policy: PreTrainedModel | None,
-        fingerprints: dict[str, str],
+        reference: BuiltReference,
+        policy: WeightsFacts | None,
     ) -> None:
         self._config = config
         self._backend = backend
         self._reference = reference
         self._policy = policy
-        self._fingerprints = fingerprints
         self._cache: ScoreCache | None = None
 
-    def __call__(self, signal: RiskSource) -> RiskEstimator:
-        match signal.estimator:
+    def __call__(self, spec: SourceSpec) -> RiskSource:
+        match spec.estimator:
             case "none":
-                return NoRisk()
+                return RiskSource()
             case "column":
                 return ColumnRisk()
             case "critic":
                 return CriticRisk(
-                    build_critic(signal.critic, device=self._backend.ranks.device),
+                    build_critic(spec.critic, device=self._backend.ranks.device),
                     announces=self._backend.ranks.is_main,
                 )
-        return self._probe_risk(signal)
+        return self._probe_risk(spec)
 
-    def _probe_risk(self, signal: RiskSource) -> RiskEstimator:
-        assert signal.probe is not None
-        assert isinstance(self._reference, Reference)
-        risk = self._config.risk
-        self._check(signal, self._reference.config, "reference", force=signal.force)
+    def _probe_risk(self, spec: SourceSpec) -> RiskSource:
+        assert spec.probe is not None
+        reference, facts, risk = self._reference.reference, self._reference.facts, self._config.risk
+        assert isinstance(reference, Reference)
+        assert facts is not None
+        _check(spec, spec.probe, facts)
+        reads_policy = not risk.is_composite and risk.source == "policy"
         frozen = ReferenceProbeRisk(
-            signal.probe,
-            self._reference,
+            spec.probe,
+            reference,
             ranks=self._backend.ranks,
             rows_per_pass=self._config.reference.rows_per_pass
             or self._config.train.micro_batch_size,
-            known=self._known_risks(signal.probe),
+            known=self._known_risks(spec.probe, facts),
+            is_asked_seldom=reads_policy,
         )
-        if risk.is_composite or risk.source == "reference":
+        if not reads_policy:
             return frozen
         if self._policy is not None:
-            self._check(signal, self._policy.config.get_text_config(), "policy", force=signal.force)
-        own = self._config.regularizer.threshold
+            _check(spec, spec.probe, self._policy)
         return WatchedPolicyProbe(
-            signal.probe,
+            spec.probe,
             frozen,
             settings=risk,
-            threshold=signal.threshold if own is None else own,
+            threshold=resolved_threshold(self._config.regularizer, spec.threshold),
             ranks=self._backend.ranks,
         )
 
-    def _check(
-        self, signal: RiskSource, text_config: PreTrainedConfig, side: str, *, force: bool
-    ) -> None:
-        assert signal.probe is not None
-        check_model(
-            signal.probe,
-            fingerprint=self._fingerprints[side],
-            hidden_size=text_config.hidden_size,
-            num_layers=text_config.num_hidden_layers,
-            force=force,
-        )
-
-    def _known_risks(self, probe: Probe) -> KnownRisks | None:
+    def _known_risks(self, probe: Probe, facts: WeightsFacts) -> KnownRisks | None:
         path = self._config.risk.cache
         if path == "none":
             return None
         if self._cache is None:
             self._cache = ScoreCache(default_cache_path() if path is None else Path(path))
-        name = scorer_name(probe, self._fingerprints["reference"], self._config.train.precision)
+        name = scorer_name(probe, facts.fingerprint, self._config.train.precision)
         return KnownRisks(self._cache, name)
 
 
+def _check(spec: SourceSpec, probe: Probe, model: WeightsFacts) -> None:
+    check_model(
+        probe,
+        fingerprint=model.fingerprint,
+        hidden_size=model.config.hidden_size,
+        num_layers=model.config.num_hidden_layers,
+        force=spec.force,
+    )
+
+
 def reads_column(risk: RiskConfig) -> bool:
-    """True where a signal is the data's own `risk`."""
+    """True where a source is the data's own `risk`."""
     return "column" in (risk.estimator, *(part.estimator for part in risk.parts))
 
 

@@ -5,24 +5,31 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safereg_dist.coefficient import Coefficient
+from safereg_dist.coefficient import Coefficient, resolved_threshold
 from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
-from safereg_dist.factory.inputs import RowSources, read_inputs
-from safereg_dist.factory.references import build_reference, require_finite
+from safereg_dist.factory.inputs import RowSources, pad_id_of, read_inputs
+from safereg_dist.factory.references import (
+    BuiltReference,
+    LoadedPolicy,
+    WeightsFacts,
+    build_reference,
+    require_finite,
+)
 from safereg_dist.factory.risk import build_risk, category_ceilings, policy_layer
+from safereg_dist.models.architecture import enable_activation_checkpointing
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, PolicyEngine
-from safereg_dist.policy import Policy, enable_activation_checkpointing
+from safereg_dist.policy import Policy
 from safereg_dist.reference import NoReference, Reference
 from safereg_dist.risk.combine import RiskStage
-from safereg_dist.step import RegularizedStep
+from safereg_dist.step import SafetyRegularizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Everything that `train` drives."""
+    """Everything that `trainer` drives."""
 
     config: Config
     ranks: Ranks
@@ -30,7 +37,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     sources: RowSources
     model: PreTrainedModel
-    step: RegularizedStep
+    regularizer: SafetyRegularizer
     engine: PolicyEngine
     pad_id: int
     fingerprints: dict[str, str]
@@ -58,12 +65,11 @@ def build_run(config: Config, backend: Backend) -> Run:
     """
     ranks = backend.ranks
     torch.manual_seed(config.train.seed + ranks.rank)  # dropout differs between ranks
-    policy_folder, tokenizer, sources, signals = read_inputs(config, ranks)
+    folder, tokenizer, sources, specs = read_inputs(config, ranks)
 
-    precision = config.train.precision
     model = backend.load_model(
-        policy_folder,
-        precision=precision,
+        folder,
+        precision=config.train.precision,
         offload=config.engine.offload_params,
         hpz_partition_size=config.engine.hpz_partition_size,
     )
@@ -71,33 +77,39 @@ def build_run(config: Config, backend: Backend) -> Run:
         _check_tokenizer(tokenizer, model)
         if config.train.activation_checkpointing:
             enable_activation_checkpointing(model)
-        require_finite(backend, model, policy_folder)
-    fingerprints = {"policy": backend.fingerprint(model)}
+        require_finite(backend, model, folder)
+    policy = LoadedPolicy(folder, model, backend.fingerprint(model))
     reference = build_reference(
-        config, backend, policy_folder, model, tokenizer, sources, fingerprints
+        config,
+        backend,
+        folder,
+        tokenizer=tokenizer,
+        content_hashes=sources.content_hashes,
+        policy=policy,
     )
 
     with ranks.together():
-        risk = build_risk(config, signals, backend, reference, model, fingerprints)
-        policy = Policy(model, probed_layer=policy_layer(config, signals))
-        step = RegularizedStep(
-            policy,
+        facts = WeightsFacts(policy.fingerprint, model.config.get_text_config())
+        risk = build_risk(config, specs, backend, reference, policy=facts)
+        regularizer = SafetyRegularizer(
+            Policy(model, probed_layer=policy_layer(config, specs)),
             risk=risk,
             coefficient=Coefficient(
                 config.regularizer,
                 threshold=risk.threshold,
                 ranks=ranks,
-                ceilings=category_ceilings(signals),
+                ceilings=category_ceilings(specs),
             ),
-            reference=reference,
+            reference=reference.reference,
             objective=Objective(
                 config.regularizer,
                 chunk_tokens=config.train.chunk_tokens,
                 head_bytes=config.train.head_bytes,
             ),
+            ranks=ranks,
         )
-    step.train()
-    engine = backend.wrap_policy(step, config=config)
+    model.train()
+    engine = backend.wrap_policy(model, config=config)
     return Run(
         config=config,
         ranks=ranks,
@@ -105,11 +117,15 @@ def build_run(config: Config, backend: Backend) -> Run:
         tokenizer=tokenizer,
         sources=sources,
         model=model,
-        step=step,
+        regularizer=regularizer,
         engine=engine,
-        pad_id=_pad_id(tokenizer),
-        fingerprints=fingerprints,
+        pad_id=pad_id_of(tokenizer),
+        fingerprints=_fingerprints(reference, policy=policy.fingerprint),
     )
+
+
+def _fingerprints(reference: BuiltReference, **known: str) -> dict[str, str]:
+    return known if reference.facts is None else known | {"reference": reference.facts.fingerprint}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,37 +158,33 @@ def build_risk_context(
     Collectives: those of loading; every rank calls it.
     """
     ranks = backend.ranks
-    folder, tokenizer, sources, signals = read_inputs(config, ranks)
-    fingerprints: dict[str, str] = {}
-    reference: Reference | NoReference = NoReference()
-    depths = [signal.probe.layer for signal in signals if signal.probe is not None]
-    num_layers = 1
+    folder, tokenizer, sources, specs = read_inputs(config, ranks)
+    reference = BuiltReference(NoReference(), None)
+    depths = [spec.probe.layer for spec in specs if spec.probe is not None]
     if depths or with_reference:
-        reference = build_reference(config, backend, folder, None, tokenizer, sources, fingerprints)
-    if isinstance(reference, Reference):
-        num_layers = reference.config.num_hidden_layers
+        reference = build_reference(
+            config,
+            backend,
+            folder,
+            tokenizer=tokenizer,
+            content_hashes=sources.content_hashes,
+        )
+    num_layers = 1 if reference.facts is None else reference.facts.config.num_hidden_layers
     with ranks.together():
-        risk = build_risk(config, signals, backend, reference, None, fingerprints)
-    own = config.regularizer.threshold
+        risk = build_risk(config, specs, backend, reference)
     return RiskContext(
         config=config,
         ranks=ranks,
         tokenizer=tokenizer,
         sources=sources,
-        reference=reference,
-        fingerprints=fingerprints,
+        reference=reference.reference,
+        fingerprints=_fingerprints(reference),
         risk=risk,
-        threshold=risk.threshold if own is None else own,
-        pad_id=_pad_id(tokenizer),
+        threshold=resolved_threshold(config.regularizer, risk.threshold),
+        pad_id=pad_id_of(tokenizer),
         probed_share=max(depths, default=0) / num_layers,
-        ceilings=category_ceilings(signals),
+        ceilings=category_ceilings(specs),
     )
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)  # `load_tokenizer` has seen to it
-    return pad_id
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

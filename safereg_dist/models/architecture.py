@@ -20,3 +20,11 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         f"{type(model).__name__} has no list of {count} decoder layers in its base model: this "
         "architecture is not supported"
     )
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Recomputes decoder layers in the backward pass instead of keeping their activations."""
+    # Renamed in transformers 5.23; the old name goes once the lower bound has passed it.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

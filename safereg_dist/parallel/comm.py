@@ -6,10 +6,10 @@ tested) in one place. In a single process every method works without a process g
 
 import functools
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,20 +20,46 @@ from safereg_dist.regions import AGREEMENT, region
 from safereg_dist.types import to_device
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _FAILED = 1 << 62  # above any number of passes, so MAX carries a failure to every rank
 
 
-def held(stage: Callable[..., T], *args: Any) -> T:
-    """The stage's result, or its error in place of it, to be raised by all ranks at once.
+@dataclass(frozen=True, slots=True)
+class Result(Generic[T]):
+    """What a stage returned on this rank, or the error that it raised there.
 
-    The next agreement (`Ranks.max_over_ranks`) takes either, so that a rank that fails does not
-    leave the others waiting in a collective. (Typed as the result: an error never gets past that.)
+    A rank that fails must not leave the others waiting in a collective: it keeps the error as a
+    value, and the next agreement (`Ranks.all_reduce_max_async`) raises it on all ranks.
     """
+
+    _value: T | None = None
+    error: Exception | None = None
+
+    @property
+    def value(self) -> T:
+        """The value; an error is raised, with its own trace."""
+        if self.error is not None:
+            raise self.error
+        return self._value  # type: ignore[return-value]  # None only where T is None
+
+    def or_else(self, value: T) -> T:
+        """The value; this one in place of an error, which is for an agreement to raise."""
+        return value if self.error is not None else self.value
+
+    def then(self, stage: Callable[..., U], *args: Any, **kwargs: Any) -> "Result[U]":
+        """The result of `stage(value, ...)`; the same error where there is one already."""
+        if self.error is not None:
+            return Result(error=self.error)
+        return capture(stage, self._value, *args, **kwargs)
+
+
+def capture(stage: Callable[..., T], *args: Any, **kwargs: Any) -> Result[T]:
+    """The result of `stage(...)`, an error included."""
     try:
-        return stage(*args)
+        return Result(stage(*args, **kwargs))
     except Exception as error:
-        return error  # type: ignore[return-value]
+        return Result(error=error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,31 +79,37 @@ class Ranks:
         return self.rank == 0
 
     @region(AGREEMENT)
-    def max_over_ranks(self, need: int | Exception) -> int:
-        """The largest number of passes that any rank needs; an int known to the host.
+    def max_over_ranks(self, own: Result[int]) -> int:
+        """The largest of the ranks' numbers, known to the host.
 
-        A rank that has failed gives its error instead, and every rank raises together.
-        Collectives: one MAX all-reduce of 8 bytes (three more only on the way to raising).
+        A rank that has failed gives its error instead, and every rank raises it.
+        Collectives: one MAX all-reduce of 8 bytes (three gathers on the way to raising).
         """
-        own = need if isinstance(need, Exception) else [need]
-        return self.all_reduce_max_async(own).result()[0]
+        return self.all_reduce_max_async(own.then(lambda number: [number])).result()[0]
 
-    def all_reduce_max_async(
-        self, own: Sequence[int] | Exception, *, count: int = 1
-    ) -> "Agreement":
-        """The largest of each of `count` numbers over ranks, under way until its result is read.
+    @region(AGREEMENT)
+    def raise_if_any_failed(self, result: Result[Any]) -> None:
+        """Returns where no rank has failed; else raises the first rank's error on all ranks.
 
-        A rank that has failed gives its error instead, and every rank raises on reading.
+        As `raise_together`, but cheap where nothing failed.
+        Collectives: one MAX all-reduce of 8 bytes (three gathers on the way to raising).
+        """
+        self.max_over_ranks(result.then(lambda _: 0))
+
+    def all_reduce_max_async(self, own: Result[list[int]], *, count: int = 1) -> "Agreement":
+        """Starts to agree on the largest of each of `count` numbers over ranks.
+
+        A rank that has failed gives its error instead, and every rank raises it on reading.
         Collectives: one MAX all-reduce of 8 bytes a number.
         """
-        return Agreement(self, own, count, is_table=False)
+        return Agreement.start(self, own, count, is_table=False)
 
-    def all_gather_async(self, own: Sequence[int] | Exception, *, count: int) -> "Agreement":
-        """Every rank's `count` numbers, in rank order; else as `all_reduce_max_async`.
+    def all_gather_async(self, own: Result[list[int]], *, count: int) -> "Agreement":
+        """Starts to collect every rank's `count` numbers, in rank order.
 
-        Collectives: one all-gather of 8 bytes a number and rank.
+        Else as `all_reduce_max_async`. Collectives: one all-gather of 8 bytes a number and rank.
         """
-        return Agreement(self, own, count, is_table=True)
+        return Agreement.start(self, own, count, is_table=True)
 
     def all_to_all(self, sent: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
         """The pieces that all ranks have for this one, in rank order; sizes count along dim 0.
@@ -95,6 +127,11 @@ class Ranks:
         if self.dp_group is not None:
             dist.all_reduce(tensor, group=self.dp_group)
         return tensor
+
+    def total(self, count: int) -> Tensor:
+        """The sum of the ranks' counts, float32 on the device. Collectives: one SUM of 8 bytes."""
+        own = to_device(torch.tensor(count, dtype=torch.int64), self.device)
+        return self.sum_(own).float()
 
     def gather(self, vector: Tensor) -> Tensor:
         """[world_size, k] from every rank's [k], in rank order. Collectives: one all-gather."""
@@ -154,31 +191,39 @@ class Agreement:
     it on the same communicator), not for the work that was queued on the device meanwhile.
     """
 
-    @region(AGREEMENT)
-    def __init__(
-        self, ranks: Ranks, own: Sequence[int] | Exception, count: int, *, is_table: bool
-    ) -> None:
+    def __init__(self, ranks: Ranks, error: Exception | None) -> None:
         self._ranks = ranks
-        self._error = own if isinstance(own, Exception) else None
-        self._is_table = is_table
-        values = [_FAILED] * count if isinstance(own, Exception) else list(own)
+        self._error = error
+        self._numbers: list[int] | None = None
+        self._tensor: Tensor | None = None
+        self._work: Any = None
+
+    @classmethod
+    @region(AGREEMENT)
+    def start(
+        cls, ranks: Ranks, own: Result[list[int]], count: int, *, is_table: bool
+    ) -> "Agreement":
+        """Starts the collective and returns at once; see `Ranks.all_reduce_max_async`."""
+        agreement = cls(ranks, own.error)
+        values = [_FAILED] * count if own.error is not None else own.value
         assert len(values) == count
         if ranks.dp_group is None:
-            self._numbers: list[int] | None = values
-            return
-        self._numbers = None
+            agreement._numbers = values
+            return agreement
         with _own_stream(ranks.device):
             sent = to_device(torch.tensor(values, dtype=torch.int64), ranks.device)
             if is_table:
-                self._tensor = sent.new_empty(ranks.world_size, count)
-                self._work = dist.all_gather(
-                    list(self._tensor.unbind()), sent, group=ranks.dp_group, async_op=True
+                table = sent.new_empty(ranks.world_size, count)
+                agreement._work = dist.all_gather(
+                    list(table.unbind()), sent, group=ranks.dp_group, async_op=True
                 )
+                agreement._tensor = table
             else:
-                self._tensor = sent
-                self._work = dist.all_reduce(
+                agreement._work = dist.all_reduce(
                     sent, op=dist.ReduceOp.MAX, group=ranks.dp_group, async_op=True
                 )
+                agreement._tensor = sent
+        return agreement
 
     @region(AGREEMENT)
     def result(self) -> list[int]:
@@ -189,8 +234,8 @@ class Agreement:
         Collectives: none (three gathers on the way to raising).
         """
         if self._numbers is None:
+            assert self._tensor is not None
             with _own_stream(self._ranks.device):
-                assert self._work is not None
                 self._work.wait()
                 self._numbers = self._tensor.flatten().tolist()
         if max(self._numbers) >= _FAILED:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from safereg_dist.config import Config, EngineConfig
-from safereg_dist.errors import CheckpointError, GroupError
+from safereg_dist.errors import CheckpointError, GroupError, reason_of
 from safereg_dist.models.fingerprint import checksum, digest
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
@@ -43,7 +43,7 @@ from safereg_dist.parallel.shards import (
 )
 from safereg_dist.parallel.zero_config import hidden_size_of, policy_config, zero_config
 from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
-from safereg_dist.types import Head, MicroBatch, StepOutput
+from safereg_dist.types import Head
 
 _TAG = "engine"
 
@@ -82,7 +82,7 @@ def start_ranks(config: EngineConfig) -> Ranks:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise GroupError(
             f"expected to form a process group of {os.environ.get('WORLD_SIZE')} ranks at "
-            f"{address}, got: {' '.join(str(err).split())[:300]}: check that the port is free "
+            f"{address}, got: {reason_of(err)}: check that the port is free "
             "(deepspeed --master_port, torchrun --master_port) and the address reachable"
         ) from err
     ranks = Ranks(
@@ -172,15 +172,11 @@ class DeepSpeedBackend:
             _fill_shards(list(places), rank=self.ranks.rank)
         return Head(head.weight, head.bias, stored.softcap, stored.scale)
 
-    def wrap_policy(self, step: nn.Module, *, config: Config) -> "DeepSpeedPolicy":
-        """The ZeRO-3 training engine of `step`."""
-        # The head runs inside the step's own forward, not inside the head's module: without this
-        # its weight would not be gathered there nor its gradient reduced.
-        for parameter in step.head_parameters():  # type: ignore[operator]
-            deepspeed.zero.register_external_parameter(step, parameter)
-        optimizer = _build_optimizer(step, config)
+    def wrap_policy(self, model: PreTrainedModel, *, config: Config) -> "DeepSpeedPolicy":
+        """The ZeRO-3 training engine of `model`."""
+        optimizer = _build_optimizer(model, config)
         engine, *_ = deepspeed.initialize(
-            model=step, optimizer=optimizer, config=policy_config(step, config)
+            model=model, optimizer=optimizer, config=policy_config(model, config)
         )
         return DeepSpeedPolicy(engine, world_size=self.ranks.world_size)
 
@@ -255,9 +251,11 @@ class DeepSpeedPolicy:
         self._world_size = world_size
 
     @region(POLICY_FORWARD)
-    def __call__(self, batch: MicroBatch, num_tokens: Tensor, ahead: object = None) -> StepOutput:
+    def __call__(self, input_ids: Tensor) -> Tensor:
         """Forward of one micro-batch under ZeRO-3's hooks."""
-        return self.engine(batch, num_tokens, ahead)
+        # Rows are padded on the right, so under a causal mask no real token sees padding. A mask of
+        # its own would keep attention off its fastest kernel, and be looked at by the host.
+        return self.engine(input_ids=input_ids, use_cache=False).logits
 
     @region(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -337,13 +335,13 @@ def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
     )
 
 
-def _build_optimizer(step: nn.Module, config: Config) -> torch.optim.Optimizer:
+def _build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     options: dict[str, Any] = {
         "lr": config.optimizer.lr,
         "betas": (config.optimizer.beta1, config.optimizer.beta2),
         "eps": config.optimizer.eps,
     }
-    groups = parameter_groups(step, config.optimizer.weight_decay)
+    groups = parameter_groups(model, config.optimizer.weight_decay)
     if config.engine.offload_optimizer == "cpu":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

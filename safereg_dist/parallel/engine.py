@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from safereg_dist.config import Config
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.types import Head, MicroBatch, StepOutput
+from safereg_dist.types import Head
 
 
 class Update(NamedTuple):
@@ -25,8 +25,11 @@ class Update(NamedTuple):
 class PolicyEngine(Protocol):
     """Runs, differentiates, steps, saves and restores the trained module."""
 
-    def __call__(self, batch: MicroBatch, num_tokens: Tensor, ahead: object = None) -> StepOutput:
-        """Forward of one micro-batch under the engine's hooks."""
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """What the model's head gives for [B, S] tokens, under the engine's hooks: its logits.
+
+        Inside `SafetyRegularizer.loss_of` that is the loss, a float32 scalar.
+        """
         ...
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -79,8 +82,8 @@ class Backend(Protocol):
         """The frozen head of the model in a folder, alone; whole inside `gathered` only."""
         ...
 
-    def wrap_policy(self, step: nn.Module, *, config: Config) -> PolicyEngine:
-        """An engine that trains `step` (whose `head_parameters` it uses outside their module)."""
+    def wrap_policy(self, model: PreTrainedModel, *, config: Config) -> PolicyEngine:
+        """An engine that trains `model`."""
         ...
 
     def wrap_reference(self, trunk: nn.Module, *, offload: str, rows: int) -> ReferenceEngine:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from safereg_dist.errors import ConfigError
+from safereg_dist.errors import ConfigError, reason_of
 from safereg_dist.models.fingerprint import checksum, digest
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.types import head_of
@@ -33,7 +33,7 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
     except (OSError, ValueError) as err:
         raise ConfigError(
             f"expected the config.json of a causal language model in {folder}, got: "
-            f"{' '.join(str(err).split())[:200]}: check the path"
+            f"{reason_of(err, 200)}: check the path"
         ) from err
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from safereg_dist.config import Config
-from safereg_dist.errors import CheckpointError, ConfigError, GroupError
+from safereg_dist.errors import CheckpointError, ConfigError, GroupError, reason_of
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
@@ -30,7 +30,7 @@ from safereg_dist.parallel.shards import (
     weight_files,
 )
 from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
-from safereg_dist.types import Head, MicroBatch, StepOutput
+from safereg_dist.types import Head
 
 _STATE_FILE = "single.pt"
 
@@ -69,8 +69,7 @@ class SingleBackend:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(precision))
         except (OSError, ValueError, RuntimeError, SafetensorError) as err:
             raise ConfigError(
-                f"the model in {folder} cannot be loaded: {' '.join(str(err).split())[:300]}: "
-                "check its files"
+                f"the model in {folder} cannot be loaded: {reason_of(err)}: check its files"
             ) from err
         match_names(model, files, folder)
         return model.to(self.ranks.device)
@@ -88,9 +87,10 @@ class SingleBackend:
 
         return Head(whole(stored.weight), whole(stored.bias), stored.softcap, stored.scale)
 
-    def wrap_policy(self, step: nn.Module, *, config: Config) -> "SinglePolicy":
+    def wrap_policy(self, model: PreTrainedModel, *, config: Config) -> "SinglePolicy":
         """AdamW over float32 master weights."""
-        return SinglePolicy(step.to(self.ranks.device), config)
+        moved: Any = model  # as `to` is typed in transformers 5.23, it takes no device
+        return SinglePolicy(moved.to(self.ranks.device), config)
 
     def wrap_reference(self, trunk: nn.Module, *, offload: str, rows: int) -> "SingleReference":
         """The frozen trunk in eval mode."""
@@ -115,10 +115,10 @@ class SingleBackend:
 class SinglePolicy:
     """`engine.PolicyEngine` in plain torch."""
 
-    def __init__(self, step: nn.Module, config: Config) -> None:
-        self.module = step
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self.module = model
         self._max_grad_norm = config.optimizer.max_grad_norm
-        groups = parameter_groups(step, config.optimizer.weight_decay)
+        groups = parameter_groups(model, config.optimizer.weight_decay)
         self._trained = [p for group in groups for p in group["params"]]
         for group in groups:
             group["params"] = [p.detach().float().clone() for p in group["params"]]
@@ -131,9 +131,9 @@ class SinglePolicy:
         )
 
     @region(POLICY_FORWARD)
-    def __call__(self, batch: MicroBatch, num_tokens: Tensor, ahead: object = None) -> StepOutput:
+    def __call__(self, input_ids: Tensor) -> Tensor:
         """Forward of one micro-batch."""
-        return self.module(batch, num_tokens, ahead)
+        return self.module(input_ids=input_ids, use_cache=False).logits
 
     @region(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:

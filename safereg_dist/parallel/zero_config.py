@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from safereg_dist.config import Config
+from safereg_dist.types import head_of
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's own bound on whole parameters, beyond which nothing is prefetched."""
@@ -41,9 +42,9 @@ def zero_config(
     }
 
 
-def policy_config(step: nn.Module, config: Config) -> dict[str, Any]:
-    """ZeRO-3 with an optimizer: for the trained step."""
-    hidden_size = hidden_size_of(step)
+def policy_config(model: PreTrainedModel, config: Config) -> dict[str, Any]:
+    """ZeRO-3 with an optimizer: for the trained model."""
+    hidden_size = hidden_size_of(model)
     ds = zero_config(
         precision=config.train.precision,
         offload=config.engine.offload_params,
@@ -53,9 +54,9 @@ def policy_config(step: nn.Module, config: Config) -> dict[str, Any]:
     )
     zero = ds["zero_optimization"]
     zero["reduce_bucket_size"] = max(hidden_size * hidden_size, 1)
-    # The head is whole through the whole step. One of 70B and more exceeds the bound alone.
-    head = step.head_parameters()  # type: ignore[operator]
-    zero["stage3_max_live_parameters"] = MAX_LIVE_PARAMETERS + sum(p.ds_numel for p in head)
+    # The head of a model of 70B and more exceeds the bound alone.
+    head = sum(getattr(p, "ds_numel", p.numel()) for p in head_of(model).parameters)
+    zero["stage3_max_live_parameters"] = MAX_LIVE_PARAMETERS + head
     if config.engine.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {
             "device": "cpu",

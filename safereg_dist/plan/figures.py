@@ -1,5 +1,6 @@
 """Curves of a plan: overhead against the risky fraction, and against the number of GPUs."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from safereg_dist.plan.plan import Plan, arm_costs
 from safereg_dist.plan.settings import Settings
+from safereg_dist.storage.atomic import write_atomically
 
 ARM_STYLES = {
     "sft": ("plain fine-tuning", "#0072B2"),
@@ -135,14 +137,10 @@ def _message(plan: Plan, name: str) -> str:
 
 def save(figure: Any, path: Path) -> None:
     """Writes the figure, in the format of the file's ending; all of it or nothing."""
-    import os
-
     import matplotlib.pyplot as plt
 
     kind = path.suffix.lstrip(".") or "png"
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(
-        partial, dpi=160, format=kind, metadata={"Date": None} if kind == "svg" else None
-    )
-    os.replace(partial, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=160, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    write_atomically(path, drawn.getvalue())
     plt.close(figure)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safereg_dist.errors import ConfigError
+from safereg_dist.errors import ConfigError, reason_of
 
 SIZES = (
     "hidden_size",
@@ -139,7 +139,7 @@ def shape_of(fields: Mapping[str, Any], *, where: str) -> ModelShape:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except Exception as err:  # anything that a constructor may say about sizes
         raise ConfigError(
-            f"{where}: transformers cannot build this model ({' '.join(str(err).split())[:200]}): "
+            f"{where}: transformers cannot build this model ({reason_of(err, 200)}): "
             "check that its sizes go together"
         ) from err
     return _shape(model, config.get_text_config())
@@ -164,8 +164,7 @@ def _checked_config(fields: Mapping[str, Any], where: str) -> Any:
         return config_class(**{k: v for k, v in fields.items() if k != "model_type"})
     except Exception as err:
         raise ConfigError(
-            f"{where}: not a valid configuration of {model_type} "
-            f"({' '.join(str(err).split())[:200]})"
+            f"{where}: not a valid configuration of {model_type} ({reason_of(err, 200)})"
         ) from err
 
 

@@ -1,7 +1,6 @@
 """What `safereg plan` does."""
 
 import json
-import os
 from pathlib import Path
 
 from safereg_dist.errors import ConfigError
@@ -10,6 +9,7 @@ from safereg_dist.plan.plan import make_plan
 from safereg_dist.plan.report import text_of
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import read_shape
+from safereg_dist.storage.atomic import write_atomically
 
 
 def run_plan(
@@ -30,9 +30,7 @@ def run_plan(
     print(text_of(plan), end="", flush=True)
     try:
         if json_path is not None:
-            partial = json_path.with_name(f".{json_path.name}.partial")
-            partial.write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, json_path)
+            write_atomically(json_path, json.dumps(plan.to_json(), indent=1) + "\n")
         if figure_path is not None:
             from safereg_dist.plan.figures import draw, save
 

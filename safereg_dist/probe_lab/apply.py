@@ -7,12 +7,12 @@ from typing import Any
 from tqdm import tqdm
 
 from safereg_dist.config import DataConfig
-from safereg_dist.data import collate, load_tokenizer, tokenize_row
+from safereg_dist.data import load_tokenizer, tokenize_row
 from safereg_dist.errors import DataError
 from safereg_dist.parallel.single import SingleBackend, single_ranks
 from safereg_dist.probe_lab.collect import positions_of
 from safereg_dist.probe_lab.loading import load_model_of, load_probes_for
-from safereg_dist.reference import Packing, Reference
+from safereg_dist.reference import EngineModel, Packing, Reference
 from safereg_dist.risk.probe import Probe, rescale
 from safereg_dist.risk.probe_risk import ReferenceProbeRisk
 from safereg_dist.types import Row
@@ -50,8 +50,10 @@ def score_rows(
     backend = SingleBackend(single_ranks())
     device = backend.ranks.device
     model, _ = load_model_of(probes, model_path, device=device, progress=progress)
-    reference = Reference.of_model(
-        model, backend=backend, offload="none", packing=Packing(rows_per_pass=batch_size)
+    reference = Reference(
+        EngineModel.of_model(model, backend=backend, offload="none", rows=batch_size),
+        ranks=backend.ranks,
+        packing=Packing(rows_per_pass=batch_size),
     )
     estimators = [
         ReferenceProbeRisk(
@@ -63,8 +65,8 @@ def score_rows(
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i].input_ids))
     for begin in tqdm(range(0, len(order), batch_size), desc="probe", disable=not progress):
         chosen = order[begin : begin + batch_size]
-        batch = collate([tokens[i] for i in chosen], pad_id=0).to(device)
-        found = [estimator(batch, None) for estimator in estimators]
+        batch = [tokens[i] for i in chosen]
+        found = [estimator(batch, in_first_epoch=True) for estimator in estimators]
         for place, values in zip(chosen, zip(*found, strict=True), strict=True):
             risks[place] = _combined(probes, values, place)
     return risks

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import CheckpointError, DataError
-from safereg_dist.evaluate import write_atomically
 from safereg_dist.evaluate.generate import generate_answers
 from safereg_dist.evaluate.judges import KeywordJudge
+from safereg_dist.storage.atomic import write_atomically
 
 ANSWER_TOKENS = 32
 """Refusals are said at once; the keyword judge reads the first hundred characters."""

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safereg_dist.config import DataConfig
 from safereg_dist.data import load_tokenizer
 from safereg_dist.data.files import LabelledPrompt
-from safereg_dist.evaluate import write_atomically
 from safereg_dist.probe_lab.collect import pooled_batches, positions_of
 from safereg_dist.probe_lab.figures import draw_reliability, draw_roc
 from safereg_dist.probe_lab.fit import json_numbers
@@ -22,6 +21,7 @@ from safereg_dist.probe_lab.near_duplicates import near_duplicate_groups
 from safereg_dist.probe_lab.rows import ProbedRow, check_labels, read_examples, tokenize_examples
 from safereg_dist.probe_lab.tables import print_figures
 from safereg_dist.risk.probe import Probe, rescale
+from safereg_dist.storage.atomic import write_atomically
 
 BOTH_THRESHOLD = 0.5
 """Where a risk rescaled by `risk.probe.rescale` sets in."""

@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from safereg_dist.evaluate import write_atomically
 from safereg_dist.probe_lab.layer_fit import LayerReport
 from safereg_dist.probe_lab.scores import auroc, calibration_error, curve_of
+from safereg_dist.storage.atomic import write_atomically
 
 BLUE, ORANGE, GREY = "#0072B2", "#E07B00", "#7A7A7A"  # told apart by colour-blind readers too
 _COLOURS = {"linear": BLUE, "mlp": ORANGE, "direction": GREY}

@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from safereg_dist.errors import CheckpointError, ConfigError
-from safereg_dist.evaluate import write_atomically
 from safereg_dist.probe_lab.rows import ProbedRow
+from safereg_dist.storage.atomic import write_atomically
 
 _MANIFEST = "manifest.json"
 _ORDER = "order"

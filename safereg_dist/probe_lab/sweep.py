@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from safereg_dist.evaluate import write_atomically
 from safereg_dist.probe_lab.figures import draw_comparison
 from safereg_dist.probe_lab.fit import choose, fit_all, json_numbers
 from safereg_dist.probe_lab.job import Collected
 from safereg_dist.probe_lab.layer_fit import LayerReport
 from safereg_dist.probe_lab.tables import print_sweep
+from safereg_dist.storage.atomic import write_atomically
 
 
 def sweep_collected(collected: Collected) -> list[LayerReport]:

@@ -6,7 +6,6 @@ to collect them is not recorded.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ from safereg_dist.profiling.operators import KINDS
 from safereg_dist.profiling.recorder import PartCost, Recorder
 from safereg_dist.profiling.table import profile_table
 from safereg_dist.regions import REGIONS, SAFETY_PATH
+from safereg_dist.storage.atomic import write_atomically
 
 _NANOSECONDS = 10**9
 _WIDTH = 3 + 2 * len(KINDS)  # numbers of one part of one rank, see `_numbers`
@@ -44,7 +44,7 @@ class Profiler:
         with self._files():
             if ranks.is_main:
                 kept = [r for r in _read_rows(self._file) if r["step"] < first_step]
-                _replace(self._file, "".join(_line(row) for row in kept).encode())
+                write_atomically(self._file, "".join(_line(row) for row in kept).encode())
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -65,8 +65,8 @@ class Profiler:
             if self._ranks.is_main:
                 profile = self._summary(_read_rows(self._file))
                 text = json.dumps(profile, indent=2) + "\n"
-                _replace(self._folder / "profile.json", text.encode())
-                _replace(self._folder / "profile.png", shares_png(profile))
+                write_atomically(self._folder / "profile.json", text.encode())
+                write_atomically(self._folder / "profile.png", shares_png(profile))
                 print(profile_table(profile), flush=True)
 
     @contextmanager
@@ -212,9 +212,3 @@ def _read_rows(path: Path) -> list[Row]:
 
 def _line(row: Row) -> str:
     return json.dumps(row) + "\n"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -1,15 +1,25 @@
-"""Stage 5: the frozen reference, run on the rows that need it and on no others."""
+"""Stage 3: the frozen reference, run on the rows that need it and on no others."""
 
-from safereg_dist.reference.reference import NoReference, Packing, Reference
-from safereg_dist.reference.schedule import NoWindow, Window, active_rows
-from safereg_dist.reference.trunk import ReferenceTrunk
+from safereg_dist.reference.exchange import Exchange
+from safereg_dist.reference.reference import (
+    NoReference,
+    Packing,
+    Reference,
+    ReferenceModel,
+    ReferencePasses,
+)
+from safereg_dist.reference.schedule import ReferenceSchedule, active_rows
+from safereg_dist.reference.trunk import EngineModel, ReferenceTrunk
 
 __all__ = [
+    "EngineModel",
+    "Exchange",
     "NoReference",
-    "NoWindow",
     "Packing",
     "Reference",
+    "ReferenceModel",
+    "ReferencePasses",
+    "ReferenceSchedule",
     "ReferenceTrunk",
-    "Window",
     "active_rows",
 ]

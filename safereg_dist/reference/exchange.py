@@ -2,23 +2,42 @@
 
 A pass of the reference takes as long as on the rank with the most rows. Token ids are small (8
 bytes a token), states larger (2 H bytes a response token in bf16), a forward larger still: so it
-nearly always pays where it saves a row, and `plan.costs` says where it does not.
+nearly always pays where it saves a row, and `exchange_pays` says where it does not.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.comm import Ranks, Result
 from safereg_dist.parallel.hardware import Rates, rates_of_device
-from safereg_dist.reference.cost import exchange_pays
 from safereg_dist.regions import EXCHANGE, region
-from safereg_dist.types import to_device
+from safereg_dist.types import Head, to_device
 
-if TYPE_CHECKING:
-    from safereg_dist.reference.reference import Reference, TokenRow
+
+class TokenRow(Protocol):
+    """What the reference reads of a row."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """[length] token ids."""
+        ...
+
+    @property
+    def loss_mask(self) -> list[int]:
+        """[length] 1 on response tokens."""
+        ...
+
+
+class RunRows(Protocol):
+    """What runs the reference on rows (`Reference.response_states`)."""
+
+    def __call__(self, rows: Sequence[TokenRow], *, passes: int) -> list[Tensor]:
+        """[t, H_ref] states of each row, in so many passes."""
+        ...
 
 
 class Lent(NamedTuple):
@@ -26,6 +45,107 @@ class Lent(NamedTuple):
 
     input_ids: list[int]
     loss_mask: list[int]
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """Hands rows over between ranks where the reference's passes get shorter by it."""
+
+    ranks: Ranks
+    rates: Rates
+    """Of the slowest rank, the same everywhere, so that all decide alike."""
+    trunk_parameters: int
+    """Weights of the trunk that one token is multiplied by."""
+    head: Head
+    """The reference's, for size and precision of its states."""
+    rows_per_pass: int
+
+    def states(self, rows: Sequence[TokenRow], run: RunRows) -> tuple[list[Tensor], int]:
+        """[t, H_ref] states of each of this rank's rows, and the rows that it ran, own or lent.
+
+        Collectives: an all-gather of 16 bytes from each rank and those of `run`; where the exchange
+        pays, two all-to-alls around them.
+        """
+        longest_here = max((len(row.input_ids) for row in rows), default=0)
+        own = Result([len(rows), longest_here])
+        table = self.ranks.all_gather_async(own, count=2).result()
+        counts, longest = table[0::2], max(table[1::2])
+        moves = even_moves(counts)
+        after = [n - sum(moves[r]) + sum(m[r] for m in moves) for r, n in enumerate(counts)]
+        if not self._pays(counts, after, moves, longest):
+            return run(rows, passes=self._passes(counts)), len(rows)
+
+        given, taken = moves[self.ranks.rank], [move[self.ranks.rank] for move in moves]
+        num_kept = len(rows) - sum(given)
+        lent = self._lend(rows[num_kept:], given, taken, longest)
+        states = run([*rows[:num_kept], *lent], passes=self._passes(after))
+        returned = self._give_back(states[num_kept:], lent, rows[num_kept:], given, taken)
+        return [*states[:num_kept], *returned], num_kept + len(lent)
+
+    def _passes(self, counts: list[int]) -> int:
+        return -(-max(counts) // self.rows_per_pass)
+
+    @region(EXCHANGE)
+    def _lend(
+        self, rows: Sequence[TokenRow], given: list[int], taken: list[int], longest: int
+    ) -> list[Lent]:
+        """The rows that others lend to this rank; one all-to-all, one host sync."""
+        sent = torch.zeros(len(rows), 1 + longest, dtype=torch.int64)
+        for place, row in enumerate(rows):
+            length = len(row.input_ids)
+            sent[place, 0] = length
+            # A token and its place in the response, in one number.
+            tokens, mask = torch.tensor(row.input_ids), torch.tensor(row.loss_mask)
+            sent[place, 1 : 1 + length] = 2 * tokens + mask
+        received = self.ranks.all_to_all(to_device(sent, self.ranks.device), given, taken)
+        lent = []
+        for length, *codes in received.tolist():
+            lent.append(Lent([c >> 1 for c in codes[:length]], [c & 1 for c in codes[:length]]))
+        return lent
+
+    @region(EXCHANGE)
+    def _give_back(
+        self,
+        states: Sequence[Tensor],
+        lent: Sequence[TokenRow],
+        own: Sequence[TokenRow],
+        given: list[int],
+        taken: list[int],
+    ) -> Sequence[Tensor]:
+        """The states of this rank's rows that others ran; one all-to-all."""
+        weight = self.head.weight
+        assert weight is not None
+        size = state_size(self.head)
+        nothing = torch.empty(0, size, dtype=weight.dtype, device=self.ranks.device)
+        returned = self.ranks.all_to_all(
+            torch.cat([nothing, *states]), _tokens_by_rank(lent, taken), _tokens_by_rank(own, given)
+        )
+        return returned.split([_num_states(row) for row in own])
+
+    def _pays(
+        self, counts: list[int], after: list[int], moves: list[list[int]], longest: int
+    ) -> bool:
+        """The cost model's answer, from numbers that all ranks have."""
+        weight = self.head.weight
+        assert weight is not None
+        most_moved = max(max(map(sum, moves)), max(map(sum, zip(*moves, strict=True))))
+        return most_moved > 0 and exchange_pays(
+            rows_before=max(counts),
+            rows_after=max(after),
+            passes_before=self._passes(counts),
+            passes_after=self._passes(after),
+            tokens_per_row=longest,
+            moved_bytes=most_moved * longest * (8 + state_size(self.head) * weight.itemsize),
+            trunk_parameters=self.trunk_parameters,
+            parameter_bytes=weight.itemsize,
+            rates=self.rates,
+        )
+
+
+def state_size(head: Head) -> int:
+    """H_ref, what a head reads, whether it is whole here or a shard of ZeRO-3."""
+    assert head.weight is not None
+    return getattr(head.weight, "ds_shape", head.weight.shape)[1]
 
 
 def even_moves(counts: Sequence[int]) -> list[list[int]]:
@@ -46,108 +166,52 @@ def even_moves(counts: Sequence[int]) -> list[list[int]]:
     return moves
 
 
-def exchanged_states(
-    reference: "Reference", rows: Sequence["TokenRow"]
-) -> tuple[list[Tensor], int]:
-    """[t, H_ref] states of each of this rank's rows, and the rows that it ran, own or lent.
-
-    Collectives: an all-gather of 16 bytes from each rank and the engine's; where the exchange pays,
-    two all-to-alls around them.
-    """
-    per_pass, ranks = reference.packing.rows_per_pass, reference.ranks
-    longest_here = max((len(row.input_ids) for row in rows), default=0)
-    table = ranks.all_gather_async([len(rows), longest_here], count=2).result()
-    counts, longest = table[0::2], max(table[1::2])
-    moves = even_moves(counts)
-    after = [n - sum(moves[r]) + sum(m[r] for m in moves) for r, n in enumerate(counts)]
-    if not _pays(reference, counts, after, moves, longest):
-        return reference.response_states(rows, passes=-(-max(counts) // per_pass)), len(rows)
-
-    given, taken = moves[ranks.rank], [move[ranks.rank] for move in moves]
-    num_kept = len(rows) - sum(given)
-    lent = _lend(reference, rows[num_kept:], given, taken, longest)
-    states = reference.response_states([*rows[:num_kept], *lent], passes=-(-max(after) // per_pass))
-    returned = _give_back(reference, states[num_kept:], lent, rows[num_kept:], given, taken)
-    return [*states[:num_kept], *returned], num_kept + len(lent)
-
-
-@region(EXCHANGE)
-def _lend(
-    reference: "Reference",
-    rows: Sequence["TokenRow"],
-    given: list[int],
-    taken: list[int],
-    longest: int,
-) -> list[Lent]:
-    """The rows that others lend to this rank; one all-to-all, one host sync."""
-    sent = torch.zeros(len(rows), 1 + longest, dtype=torch.int64)
-    for place, row in enumerate(rows):
-        length = len(row.input_ids)
-        sent[place, 0] = length
-        # A token and its place in the response, in one number.
-        tokens, mask = torch.tensor(row.input_ids), torch.tensor(row.loss_mask)
-        sent[place, 1 : 1 + length] = 2 * tokens + mask
-    device = reference.ranks.device
-    received = reference.ranks.all_to_all(to_device(sent, device), given, taken)
-    lent = []
-    for length, *codes in received.tolist():
-        lent.append(Lent([c >> 1 for c in codes[:length]], [c & 1 for c in codes[:length]]))
-    return lent
-
-
-@region(EXCHANGE)
-def _give_back(
-    reference: "Reference",
-    states: Sequence[Tensor],
-    lent: Sequence["TokenRow"],
-    own: Sequence["TokenRow"],
-    given: list[int],
-    taken: list[int],
-) -> Sequence[Tensor]:
-    """The states of this rank's rows that others ran; one all-to-all."""
-    head = reference.head.weight
-    assert head is not None
-    nothing = torch.empty(0, reference.state_size, dtype=head.dtype, device=reference.ranks.device)
-    returned = reference.ranks.all_to_all(
-        torch.cat([nothing, *states]), _tokens_by_rank(lent, taken), _tokens_by_rank(own, given)
-    )
-    return returned.split([_num_states(row) for row in own])
-
-
-def _tokens_by_rank(rows: Sequence["TokenRow"], counts: list[int]) -> list[int]:
+def _tokens_by_rank(rows: Sequence[TokenRow], counts: list[int]) -> list[int]:
     """Response tokens of so many rows in turn, for each rank."""
     left = iter(rows)
     return [sum(_num_states(next(left)) for _ in range(count)) for count in counts]
 
 
-def _num_states(row: "TokenRow") -> int:
+def _num_states(row: TokenRow) -> int:
     return sum(row.loss_mask[1:])
 
 
-def _pays(
-    reference: "Reference",
-    counts: list[int],
-    after: list[int],
-    moves: list[list[int]],
-    longest: int,
+def exchange_pays(
+    *,
+    rows_before: int,
+    rows_after: int,
+    passes_before: int,
+    passes_after: int,
+    tokens_per_row: float,
+    moved_bytes: int,
+    trunk_parameters: int,
+    parameter_bytes: int,
+    rates: Rates,
 ) -> bool:
-    """The cost model's answer, from numbers that all ranks have."""
-    head = reference.head.weight
-    assert head is not None
-    assert reference.rates is not None
-    most_moved = max(max(map(sum, moves)), max(map(sum, zip(*moves, strict=True))))
-    per_pass = reference.packing.rows_per_pass
-    return most_moved > 0 and exchange_pays(
-        rows_before=max(counts),
-        rows_after=max(after),
-        passes_before=-(-max(counts) // per_pass),
-        passes_after=-(-max(after) // per_pass),
-        tokens_per_row=longest,
-        moved_bytes=most_moved * longest * (8 + reference.state_size * head.itemsize),
-        trunk_parameters=reference.trunk_parameters,
-        parameter_bytes=head.itemsize,
-        rates=reference.rates,
-    )
+    """True where the reference's pass gets shorter by more than the exchange takes.
+
+        saved = (rows_before - rows_after) * 2 P tokens_per_row / flops_per_s
+              + (passes_before - passes_after) * P parameter_bytes / link_bytes_per_s
+        cost  = moved_bytes / link_bytes_per_s
+
+    The ranks wait for the slowest one, whose rows are forwarded at 2 FLOPs per parameter and
+    token; each pass that is no longer made is a gather of the trunk less. The start of a collective
+    is not counted: an exchange has two of them, each pass one for every layer.
+
+    Args:
+        rows_before, rows_after: risky rows of the rank that has most, without and with exchange.
+        passes_before, passes_after: passes that every rank makes.
+        tokens_per_row: length of a risky row.
+        moved_bytes: token ids there and hidden states back, of the rank that moves most.
+        trunk_parameters: P, those used by one token. Of a mixture the active ones: its gathers are
+            larger, so an exchange is told to pay too seldom, never too often.
+        parameter_bytes: of one parameter of the reference, 2 in bf16.
+        rates: the same on every rank, so that all decide alike.
+    """
+    shorter = (rows_before - rows_after) * 2 * trunk_parameters * tokens_per_row
+    fewer = (passes_before - passes_after) * trunk_parameters * parameter_bytes
+    saved = shorter / rates.flops_per_s + fewer / rates.link_bytes_per_s
+    return saved > moved_bytes / rates.link_bytes_per_s
 
 
 def slowest_rates(ranks: Ranks) -> Rates:

@@ -1,35 +1,43 @@
-"""The frozen reference: its trunk, run on packed rows, and its head."""
+"""The frozen reference: what runs it, the passes that a window's rows share, and its head."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.engine import Backend, ReferenceEngine
-from safereg_dist.reference.exchange import slowest_rates
-from safereg_dist.reference.schedule import NoWindow, Window
+from safereg_dist.data.collate import padded
+from safereg_dist.parallel.comm import Agreement, Ranks, Result
+from safereg_dist.reference.exchange import Exchange, TokenRow, state_size
+from safereg_dist.reference.schedule import ReferenceSchedule, schedule_rows
 from safereg_dist.reference.store import ReferenceStore
-from safereg_dist.reference.trunk import ReferenceTrunk, used_parameters
 from safereg_dist.regions import REFERENCE_HEAD, REFERENCE_TRUNK, region
-from safereg_dist.types import NO_HEAD, Head, Row, head_of, to_device
+from safereg_dist.types import NO_HEAD, Head, MicroBatch, ReferenceStates, Row, to_device
 
 
-class TokenRow(Protocol):
-    """What the reference reads of a row."""
+class ReferenceModel(Protocol):
+    """What a frozen model is to the step, whatever runs it: the seam for other references.
+
+    Here: `parallel` engines of its own (`EngineModel`). Every rank makes every call.
+    """
 
     @property
-    def input_ids(self) -> list[int]:
-        """[length] token ids."""
+    def head(self) -> Head:
+        """The head as it lies on this rank, perhaps sharded: its shape and kind."""
         ...
 
-    @property
-    def loss_mask(self) -> list[int]:
-        """[length] 1 on response tokens."""
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """[B, S, H_ref] last hidden states after the final norm, without gradient."""
+        ...
+
+    def prefix_states(self, input_ids: Tensor, num_layers: int) -> Tensor:
+        """[B, S, H] after the first `num_layers` decoder layers, which alone run."""
+        ...
+
+    def gathered_head(self) -> AbstractContextManager[Head]:
+        """A block in which the head is whole."""
         ...
 
 
@@ -43,20 +51,42 @@ class Packing:
     """Bytes of hidden states that may wait for their micro-batch, if more than one has to."""
     max_length: int = 1024
     """Longest row, in tokens."""
-    exchange: bool = False
-    """Ranks with many active rows hand some over to ranks with few, where that pays."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ReferencePasses:
+    """The passes over a window's active rows: those agreed on, and states that wait for their turn.
+
+    Places count in the order of training, as in the schedule.
+    """
+
+    schedule: ReferenceSchedule
+    agreement: Agreement | None
+    """[most active rows of any rank, the most that the trunk runs on], under way until it is read;
+    None where nothing runs."""
+    micro_batch_size: int
+    waiting: dict[int, Tensor] = field(default_factory=dict)
+    """By place: states that are run and not yet asked for."""
 
 
 class NoReference:
     """Stands where the objective has no divergence: runs nothing, agrees on nothing."""
 
-    def open(
-        self, rows: Sequence[Row], kl_coef: list[float] | Exception, *, micro_batches: int = 1
-    ) -> NoWindow:
-        """A window without states. Collectives: none."""
-        if isinstance(kl_coef, Exception):
-            raise kl_coef
-        return NoWindow(len(rows))
+    def schedule(
+        self, rows: Sequence[Row], kl_coef: Sequence[float], *, micro_batches: int
+    ) -> ReferenceSchedule:
+        """Rows as they come. Collectives: none."""
+        return ReferenceSchedule.of_no_row(len(rows))
+
+    def start_agreement(self, schedule: Result[ReferenceSchedule]) -> None:
+        """Nothing to agree on; an error of this rank is raised here. Collectives: none."""
+        assert schedule.value is not None
+
+    def hidden_states(
+        self, passes: ReferencePasses, index: int, batch: MicroBatch
+    ) -> ReferenceStates:
+        """None. Collectives: none."""
+        return ReferenceStates(None, needs_head=False)
 
     @contextmanager
     def gathered_head(self, is_needed: bool) -> Iterator[Head]:
@@ -65,72 +95,117 @@ class NoReference:
 
 
 class Reference:
-    """Runs the frozen reference on packed rows; every rank the same number of times.
-
-    Its trunk is loaded when it is first run: never, where all states that are asked for are stored.
-    """
+    """Runs the frozen reference on the rows that need it; every rank the same number of times."""
 
     def __init__(
         self,
-        config: PreTrainedConfig,
-        head: Head,
-        load_trunk: Callable[[], ReferenceEngine],
+        model: ReferenceModel,
         *,
-        backend: Backend,
+        ranks: Ranks,
         packing: Packing,
         store: ReferenceStore | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
-        self.config = config.get_text_config()
-        self.head = head
+        """`store` holds states that need not be run; `exchange` evens rows out over ranks."""
+        self.model = model
+        self.ranks = ranks
         self.packing = packing
         self.store = store
-        self._backend = backend
-        self._load_trunk = load_trunk
-        self._engine: ReferenceEngine | None = None
-        self.trunk_parameters = 0
-        """Weights of the trunk that a token uses; what an exchange is judged by."""
-        self.rates = slowest_rates(backend.ranks) if packing.exchange else None
-
-    @classmethod
-    def of_model(
-        cls, model: PreTrainedModel, *, backend: Backend, offload: str, packing: Packing
-    ) -> "Reference":
-        """The reference of a model that is loaded already."""
-        engine = backend.wrap_reference(
-            ReferenceTrunk(model), offload=offload, rows=packing.rows_per_pass
-        )
-        head = head_of(model)
-        reference = cls(model.config, head, lambda: engine, backend=backend, packing=packing)
-        reference.trunk_parameters = used_parameters(model)
-        return reference
+        self.exchange = exchange
 
     @property
     def state_size(self) -> int:
         """H_ref, what the head reads: of a few models less than their hidden size."""
-        assert self.head.weight is not None
-        return getattr(self.head.weight, "ds_shape", self.head.weight.shape)[1]
+        return state_size(self.model.head)
 
-    @property
-    def ranks(self) -> Ranks:
-        """The ranks that run it together."""
-        return self._backend.ranks
-
-    @property
-    def engine(self) -> ReferenceEngine:
-        """What runs the trunk. Collectives on first use: those of loading it."""
-        if self._engine is None:
-            self._engine = self._load_trunk()
-        return self._engine
+    # ---- before the policy's forward
 
     @region(REFERENCE_TRUNK)
-    def open(
-        self, rows: Sequence[Row], kl_coef: list[float] | Exception, *, micro_batches: int = 1
-    ) -> Window:
-        """A window over rows that share passes; an error is raised by all ranks on first reading.
+    def schedule(
+        self, rows: Sequence[Row], kl_coef: Sequence[float], *, micro_batches: int
+    ) -> ReferenceSchedule:
+        """Which rows the trunk runs on, and the order of training. Collectives: none."""
+        return schedule_rows(rows, kl_coef, micro_batches=micro_batches, store=self.store)
 
-        Collectives: see `Window`.
+    def start_agreement(self, schedule: Result[ReferenceSchedule]) -> Agreement:
+        """Starts the one agreement of a window: how many active rows the fullest rank has.
+
+        An error is raised by all ranks, by the first `hidden_states`.
+        Collectives: one MAX all-reduce of 8 bytes (16 with a stored reference), under way.
         """
-        return Window(self, rows, kl_coef, micro_batches=micro_batches)
+        if self.store is None:
+            return self.ranks.all_reduce_max_async(schedule.then(lambda own: [own.num_active]))
+        both = schedule.then(lambda own: [own.num_active, len(own.to_run)])
+        return self.ranks.all_reduce_max_async(both, count=2)
+
+    # ---- after it
+
+    @region(REFERENCE_TRUNK)
+    def hidden_states(
+        self, passes: ReferencePasses, index: int, batch: MicroBatch
+    ) -> ReferenceStates:
+        """States of micro-batch `index`, which is `batch`; indices are asked for in order.
+
+        Raises:
+            The first failed rank's error of before, on all ranks.
+        Collectives: in the first micro-batch of those whose states wait together, the engine's for
+        the passes agreed on, and those of an exchange.
+        """
+        assert passes.agreement is not None
+        agreed = passes.agreement.result()
+        most_active, most_to_run = agreed[0], agreed[-1]
+        size = passes.micro_batch_size
+        first, group = index * size, size * self._micro_batches_waiting(size)
+        rows_run = self._run(passes, first, group, most_to_run) if first % group == 0 else 0
+        places = range(first, first + size)
+        is_missing = [self.store is not None and p in passes.schedule.to_run for p in places]
+        return ReferenceStates(
+            self._listed(passes, places, batch),
+            needs_head=first < most_active,  # active rows come first, on every rank
+            rows_run=rows_run,
+            misses=sum(is_missing),
+        )
+
+    def _micro_batches_waiting(self, size: int) -> int:
+        """Micro-batches whose states may wait at once, were they all risky; alike on all ranks."""
+        head = self.model.head.weight
+        assert head is not None
+        bytes_each = size * self.packing.max_length * self.state_size * head.itemsize
+        return max(1, self.packing.keep_bytes // bytes_each)
+
+    def _run(self, passes: ReferencePasses, first: int, group: int, most_to_run: int) -> int:
+        """Runs the trunk for the `group` places from `first` on; rows run here."""
+        most = min(max(most_to_run - first, 0), group)  # of any rank, in this group
+        if most == 0:
+            return 0
+        rows = {p: row for p, row in passes.schedule.to_run.items() if first <= p < first + group}
+        places = sorted(rows)
+        ordered = [rows[place] for place in places]
+        if self.exchange is not None and self.ranks.world_size > 1:
+            states, rows_run = self.exchange.states(ordered, self.response_states)
+        else:
+            needed = -(-most // self.packing.rows_per_pass)
+            states, rows_run = self.response_states(ordered, passes=needed), len(ordered)
+        passes.waiting = dict(zip(places, states, strict=True))
+        return rows_run
+
+    def _listed(self, passes: ReferencePasses, places: range, batch: MicroBatch) -> Tensor | None:
+        """[T, H_ref] states of a micro-batch, zeros (unread) on rows that are not active."""
+        found: dict[int, Tensor] = {}
+        for row, place in enumerate(places):
+            if place in passes.waiting:
+                found[row] = passes.waiting.pop(place)
+            elif place in passes.schedule.stored:
+                found[row] = to_device(passes.schedule.stored.pop(place), self.ranks.device)
+        if not found:
+            return None
+        like = next(iter(found.values()))
+        return torch.cat(
+            [
+                found[row] if row in found else like.new_zeros(tokens, like.shape[-1])
+                for row, tokens in enumerate(batch.tokens_of_row)
+            ]
+        )
 
     def response_states(self, rows: Sequence[TokenRow], *, passes: int) -> list[Tensor]:
         """[t, H_ref] states that predict each row's response tokens, after the final norm.
@@ -150,27 +225,24 @@ class Reference:
     def _pass(self, rows: Sequence[TokenRow]) -> Sequence[Tensor]:
         device = self.ranks.device
         if not rows:
-            dummy = torch.zeros(1, 1, dtype=torch.int64, device=device)
-            self.engine(dummy)
+            self.model.hidden_states(torch.zeros(1, 1, dtype=torch.int64, device=device))
             return []
         width = max(len(row.input_ids) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        ids = padded([row.input_ids for row in rows], width=width)
         index: list[int] = []
         counts: list[int] = []
         for place, row in enumerate(rows):
-            length = len(row.input_ids)
-            ids[place, :length] = torch.tensor(row.input_ids)
             # The hidden state at t - 1 predicts token t.
-            own = [place * width + t - 1 for t in range(1, length) if row.loss_mask[t]]
+            own = [place * width + t - 1 for t in range(1, len(row.loss_mask)) if row.loss_mask[t]]
             index += own
             counts.append(len(own))
-        states = self.engine(to_device(ids, device)).flatten(0, 1)
+        states = self.model.hidden_states(to_device(ids, device)).flatten(0, 1)
         chosen = to_device(torch.tensor(index, dtype=torch.int64), device)
         return states.index_select(0, chosen).split(counts)
 
     def prompt_states(self, input_ids: Tensor, num_layers: int) -> Tensor:
         """[B, S, H] after `num_layers` layers, which alone run. Collectives: the engine's."""
-        return self.engine.prefix(input_ids, num_layers)
+        return self.model.prefix_states(input_ids, num_layers)
 
     @contextmanager
     def gathered_head(self, is_needed: bool) -> Iterator[Head]:
@@ -181,5 +253,5 @@ class Reference:
         if not is_needed:
             yield NO_HEAD
             return
-        with region(REFERENCE_HEAD), self._backend.gathered(self.head.parameters):
-            yield self.head
+        with region(REFERENCE_HEAD), self.model.gathered_head() as head:
+            yield head

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from safereg_dist.errors import CheckpointError, ConfigError
+from safereg_dist.errors import CheckpointError, ConfigError, reason_of
 from safereg_dist.models.fingerprint import tokenizer_fingerprint
 
 INDEX_FILE = "index.json"
@@ -192,7 +192,7 @@ def _read_index(folder: Path) -> _Index:
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise ConfigError(
             f"expected a stored reference at reference.cache={folder}, got {type(err).__name__}: "
-            f"{' '.join(str(err).split())[:200]}: check the path, or {_BUILD}"
+            f"{reason_of(err, 200)}: check the path, or {_BUILD}"
         ) from err
 
 

@@ -1,6 +1,8 @@
-"""The trunk of the reference: all of a causal language model but its head."""
+"""A reference of its own: a frozen model's trunk on an engine, and its head beside it."""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,6 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from safereg_dist.errors import ConfigError
 from safereg_dist.models.architecture import decoder_layers
+from safereg_dist.parallel.engine import Backend, ReferenceEngine
+from safereg_dist.types import Head, head_of
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm")
 
@@ -60,6 +64,55 @@ class ReferenceTrunk(nn.Module):
             stopped._modules[_final_norm_name(trunk)] = nn.Identity()
             self._stopped[num_layers] = stopped
         return self._stopped[num_layers]
+
+
+class EngineModel:
+    """`ReferenceModel` with an engine and shards of its own.
+
+    Its trunk is loaded when it is first run: never, where all states that are asked for are stored.
+    """
+
+    def __init__(
+        self, head: Head, load_trunk: Callable[[], ReferenceEngine], *, backend: Backend
+    ) -> None:
+        self.head = head
+        self._load_trunk = load_trunk
+        self._engine: ReferenceEngine | None = None
+        self._backend = backend
+
+    @classmethod
+    def of_model(
+        cls, model: PreTrainedModel, *, backend: Backend, offload: str, rows: int
+    ) -> "EngineModel":
+        """A reference of a model that is loaded already; `rows` are those of one forward."""
+        engine = backend.wrap_reference(ReferenceTrunk(model), offload=offload, rows=rows)
+        return cls(head_of(model), lambda: engine, backend=backend)
+
+    @property
+    def engine(self) -> ReferenceEngine:
+        """What runs the trunk. Collectives on first use: those of loading it."""
+        if self._engine is None:
+            self._engine = self._load_trunk()
+        return self._engine
+
+    @property
+    def is_loaded(self) -> bool:
+        """True once the trunk is there."""
+        return self._engine is not None
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """[B, S, H_ref] last hidden states. Collectives: the engine's."""
+        return self.engine(input_ids)
+
+    def prefix_states(self, input_ids: Tensor, num_layers: int) -> Tensor:
+        """[B, S, H] after `num_layers` layers, which alone run. Collectives: the engine's."""
+        return self.engine.prefix(input_ids, num_layers)
+
+    @contextmanager
+    def gathered_head(self) -> Iterator[Head]:
+        """A block in which the head is whole. Collectives: one all-gather per parameter."""
+        with self._backend.gathered(self.head.parameters):
+            yield self.head
 
 
 def used_parameters(model: PreTrainedModel) -> int:

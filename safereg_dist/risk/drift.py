@@ -11,7 +11,7 @@ reference side, on a micro-batch of the step itself, and one of three things is 
 
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.regions import PROBE, region
-from safereg_dist.risk.base import Risk
+from safereg_dist.risk.base import ProbedStates, Risk, RiskSource
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import (
     PolicyProbeRisk,
@@ -32,7 +32,7 @@ from safereg_dist.risk.probe_risk import (
     turn_risks,
 )
 from safereg_dist.risk.realign import Moments, Realignment
-from safereg_dist.types import MicroBatch
+from safereg_dist.types import Row
 
 MIN_FLAGGED = 8
 """Rows that the reference side must have flagged before their recall is acted upon."""
@@ -57,11 +57,10 @@ class DriftSettings(Protocol):
         ...
 
 
-class WatchedPolicyProbe:
-    """`PolicyProbeRisk` with its drift monitor."""
+class WatchedPolicyProbe(RiskSource):
+    """`PolicyProbeRisk` with its drift monitor; `reference` is asked seldom."""
 
     sum_names = ("drift_flagged", "drift_found", "drift_rows", "drift_gap")
-    notes: dict[int, str] = {}  # noqa: RUF012 - never filled
 
     def __init__(
         self,
@@ -75,7 +74,6 @@ class WatchedPolicyProbe:
         self._probe = probe
         self._policy = PolicyProbeRisk(probe)
         self._reference = reference
-        reference.began_late = True  # it is asked now and then: any row may be new to it
         self._settings = settings
         self._threshold = threshold
         self._ranks = ranks
@@ -86,43 +84,42 @@ class WatchedPolicyProbe:
         self._realignment: Realignment | None = None
         self.has_fallen_back = False
         self._is_low = False
+        self._say_who_answers()
 
-    @property
-    def name(self) -> str:
-        """Which side gives the risk at present."""
+    def _say_who_answers(self) -> None:
+        """Sets `name` and `reads_policy` by which side gives the risk at present."""
+        self.reads_policy = not self.has_fallen_back
         if self.has_fallen_back:
-            return self._reference.name
-        return self._policy.name + ("" if self._realignment is None else "-realigned")
-
-    @property
-    def reads_policy(self) -> bool:
-        """True until it has fallen back."""
-        return not self.has_fallen_back
+            self.name = self._reference.name
+        else:
+            self.name = self._policy.name + ("" if self._realignment is None else "-realigned")
 
     @region(PROBE)
-    def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
+    def __call__(
+        self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
+    ) -> Risk:
         """Risk of every row from the policy's states; from the reference's after a fall-back.
 
         Without policy states (before training) the reference answers too.
         Collectives: none; in the first micro-batch of a step that compares both sides, those of
         `ReferenceProbeRisk` (whose cache `realign` cannot use: it needs states, not risks).
         """
-        if policy_states is None or self.has_fallen_back:
-            return self._reference(batch, None)
-        turns, pooled = self._policy.read(batch, policy_states)
+        if probed is None or self.has_fallen_back:
+            return self._reference(rows, in_first_epoch=in_first_epoch)
+        turns, pooled = self._policy.read(rows, probed)
         mapped = pooled if self._realignment is None else self._realignment(pooled)
-        risk = turn_risks(self._probe, len(batch.rows), turns, mapped)
+        risk = turn_risks(self._probe, len(rows), turns, mapped)
         if self._compares_next:
             self._compares_next = False
-            self._compare(risk, self._frozen_risk(batch, turns, pooled))
+            self._compare(risk, self._frozen_risk(rows, turns, pooled))
         return risk
 
-    def _frozen_risk(self, batch: MicroBatch, turns: Turns, pooled: Tensor) -> Risk:
+    def _frozen_risk(self, rows: Sequence[Row], turns: Turns, pooled: Tensor) -> Risk:
         if self._moments is None:
-            return self._reference(batch, None)
-        frozen = self._reference.pooled(batch, turns)
+            return self._reference(rows, in_first_epoch=True)
+        frozen = self._reference.pooled(rows, turns)
         self._moments.add(pooled, frozen)
-        return turn_risks(self._probe, len(batch.rows), turns, frozen)
+        return turn_risks(self._probe, len(rows), turns, frozen)
 
     def _compare(self, own: Risk, frozen: Risk) -> None:
         for a, b in zip(own, frozen, strict=True):
@@ -155,6 +152,7 @@ class WatchedPolicyProbe:
             return {}
         if self._moments is not None:
             self._realignment = self._moments.realignment(self._ranks)
+            self._say_who_answers()
         self._checks.append((total["drift_flagged"], total["drift_found"]))
         while sum(flagged for flagged, _ in list(self._checks)[1:]) >= MIN_FLAGGED:
             self._checks.popleft()  # the newest checks that hold enough rows, and no older ones
@@ -173,6 +171,7 @@ class WatchedPolicyProbe:
     def _act(self, recall: float) -> None:
         if self._settings.drift == "fallback":
             self.has_fallen_back = True
+            self._say_who_answers()
             remedy = "the reference side gives the risk from now on"
         elif self._settings.drift == "realign":
             remedy = "realigning its states does not hold it; set risk.source=reference"
@@ -186,9 +185,9 @@ class WatchedPolicyProbe:
                 flush=True,
             )
 
-    def save_cache(self, path: Path) -> None:
+    def save_state(self, path: Path) -> None:
         """Writes the reference side's cache and, beside it, what the monitor knows."""
-        self._reference.save_cache(path)
+        self._reference.save_state(path)
         tensors = {
             "has_fallen_back": torch.tensor([self.has_fallen_back]),
             "checks": torch.tensor(list(self._checks), dtype=torch.float64).reshape(-1, 2),
@@ -197,13 +196,13 @@ class WatchedPolicyProbe:
             tensors.update(self._moments.state())
         save_file(tensors, path.with_stem(f"{path.stem}-drift"))
 
-    def load_cache(self, path: Path) -> None:
-        """Restores what `save_cache` wrote.
+    def load_state(self, path: Path) -> None:
+        """Restores what `save_state` wrote.
 
         Raises:
             CheckpointError: a file is missing or unreadable, or belongs to another probe.
         """
-        self._reference.load_cache(path)
+        self._reference.load_state(path)
         own = path.with_stem(f"{path.stem}-drift")
         try:
             tensors = load_file(own)
@@ -217,3 +216,4 @@ class WatchedPolicyProbe:
                 f"what the drift monitor knew cannot be read from {own} ({err}): remove this "
                 "checkpoint to resume from an earlier one"
             ) from err
+        self._say_who_answers()

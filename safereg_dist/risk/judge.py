@@ -1,20 +1,18 @@
-"""Stage 3, with a judge model: it scores training pairs in the background, ahead of the step."""
+"""Stage 1, with a judge model: it scores training pairs in the background, ahead of the step."""
 
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-
-from torch import Tensor
 
 from safereg_dist.critic.critic import Critic, Verdict
 from safereg_dist.regions import CRITIC, region
-from safereg_dist.risk.base import Risk
-from safereg_dist.types import MicroBatch, Row
+from safereg_dist.risk.base import ProbedStates, Risk, RiskSource
+from safereg_dist.types import Row
 
 
-class CriticRisk:
+class CriticRisk(RiskSource):
     """Asks this rank's judge about this rank's rows; no other rank takes part.
 
     `prefetch` sends the rows of coming steps, so that the step seldom waits; a judgement that does
@@ -23,6 +21,7 @@ class CriticRisk:
     """
 
     name = "critic"
+    looks_ahead = True
     sum_names = ("risk_failed",)
 
     def __init__(self, critic: Critic, *, announces: bool = True) -> None:
@@ -41,25 +40,27 @@ class CriticRisk:
         for row in rows:
             key = _key(row)
             if key is not None and key not in self._judged and key not in self._asked:
-                self._asked[key] = self._critic.submit(json.loads(row.messages))
+                self._asked[key] = self._critic.submit(json.loads(row.messages_json))
 
     @region(CRITIC)
-    def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
+    def __call__(
+        self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
+    ) -> Risk:
         """The judge's score of every row, as its fail mode says where it failed. Collectives: none.
 
         Raises:
             CriticUnavailable: a judgement failed and the fail mode is `stop`.
         """
-        self.prefetch(batch.rows)
-        keys = [_key(row) for row in batch.rows]
+        self.prefetch(rows)
+        keys = [_key(row) for row in rows]
         # A row may stand twice in a micro-batch, where one epoch meets the next.
         verdicts = {key: self._verdict(key) for key in {*keys} if key is not None}
-        self.notes = {}
+        self.notes = notes = {}
         for index, key in enumerate(keys):
             if key is not None and verdicts[key].failed:
-                self.notes[index] = f"judge failed: {verdicts[key].reason}"
+                notes[index] = f"judge failed: {verdicts[key].reason}"
             elif key is not None and verdicts[key].category:
-                self.notes[index] = f"judge: {verdicts[key].category}"
+                notes[index] = f"judge: {verdicts[key].category}"
         self._failed += sum(key is not None and verdicts[key].failed for key in keys)
         return [None if key is None else verdicts[key].score for key in keys]
 
@@ -92,6 +93,6 @@ class CriticRisk:
 
 def _key(row: Row) -> bytes | None:
     """Names the conversation; None where there is nothing to judge."""
-    if row.is_anchor or not row.messages:
+    if row.is_anchor or not row.messages_json:
         return None
-    return hashlib.sha256(row.messages.encode()).digest()
+    return hashlib.sha256(row.messages_json.encode()).digest()

@@ -12,7 +12,6 @@ linear function through its knots (logit, probability).
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from safereg_dist.errors import ProbeError
+from safereg_dist.storage.atomic import write_atomically
 
 POOLINGS = ("last_prompt_token", "mean_prompt")
 RESPONSE_POOLINGS = ("last_response_token", "mean_response")
@@ -135,8 +135,8 @@ class Probe:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / _TENSORS, packed)
-            _write(folder / _FACTS, text.encode("utf-8"))
+            write_atomically(folder / _TENSORS, packed)
+            write_atomically(folder / _FACTS, text.encode("utf-8"))
         except OSError as err:
             raise ProbeError(
                 f"cannot write the probe to {folder}: {err.strerror or err}: choose a writable "
@@ -223,16 +223,6 @@ def _interpolate(value: Tensor, x: Tensor, y: Tensor) -> Tensor:
     left = (right - 1).clamp(min=0)
     width = (x[right] - x[left]).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.lerp(y[left], y[right], ((value - x[left]) / width).clamp(0, 1))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or nothing: a sibling first, which then takes the file's place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def check_model(

@@ -1,4 +1,4 @@
-"""Stage 3, with a probe: risk from hidden states of the policy or of the frozen reference."""
+"""Stage 1, with a probe: risk from hidden states of the policy or of the frozen reference."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,37 +10,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from safereg_dist.data.collate import padded
 from safereg_dist.errors import CheckpointError
 from safereg_dist.models.fingerprint import row_key
-from safereg_dist.parallel.comm import Ranks, held
+from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.regions import PROBE, region
-from safereg_dist.risk.base import Risk
+from safereg_dist.risk.base import ProbedStates, Risk, RiskSource
 from safereg_dist.risk.probe import Probe, pool_spans
 from safereg_dist.storage.score_cache import CachedScore, ScoreCache
-from safereg_dist.types import MicroBatch, Row, to_device
+from safereg_dist.types import Row, to_device
 
 
-class PolicyProbeRisk:
+class PolicyProbeRisk(RiskSource):
     """A probe on the policy's hidden states of this very forward: free, but it drifts."""
 
     name = "probe-policy"
     reads_policy = True
-    notes: dict[int, str] = {}  # noqa: RUF012 - never filled
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
 
     @region(PROBE)
-    def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
+    def __call__(
+        self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
+    ) -> Risk:
         """Largest probability over a row's assistant turns. Collectives: none; one host sync."""
-        assert policy_states is not None
-        turns, pooled = self.read(batch, policy_states)
-        return turn_risks(self._probe, len(batch.rows), turns, pooled)
+        assert probed is not None
+        turns, pooled = self.read(rows, probed)
+        return turn_risks(self._probe, len(rows), turns, pooled)
 
-    def read(self, batch: MicroBatch, policy_states: Tensor) -> tuple["Turns", Tensor]:
+    def read(self, rows: Sequence[Row], probed: ProbedStates) -> tuple["Turns", Tensor]:
         """The turns that the probe reads, and their [N, H] states."""
-        turns = probed_turns(self._probe, batch.rows)
-        return turns, pooled_turns(self._probe, policy_states, batch.attention_mask, turns)
+        turns = probed_turns(self._probe, rows)
+        return turns, pooled_turns(self._probe, probed.hidden, probed.attention_mask, turns)
 
 
 class ReferenceTrunkPrefix(Protocol):
@@ -64,7 +66,7 @@ def scorer_name(probe: Probe, reference_fingerprint: str, precision: str) -> str
     return f"probe {probe.identity} on {reference_fingerprint} {precision}"
 
 
-class ReferenceProbeRisk:
+class ReferenceProbeRisk(RiskSource):
     """A probe on the frozen reference, run up to the probed layer only.
 
     A prompt-side probe reads prompt tokens and no others; a response-side one reads the answer that
@@ -73,7 +75,6 @@ class ReferenceProbeRisk:
     """
 
     name = "probe-reference"
-    notes: dict[int, str] = {}  # noqa: RUF012 - never filled
 
     def __init__(
         self,
@@ -83,57 +84,60 @@ class ReferenceProbeRisk:
         ranks: Ranks,
         rows_per_pass: int,
         known: KnownRisks | None = None,
+        is_asked_seldom: bool = False,
     ) -> None:
+        """`is_asked_seldom`: rows go by without it, so any row may be new to it, in any epoch."""
         self.probe = probe
         self._reference = reference
         self._ranks = ranks
         self._rows_per_pass = rows_per_pass
         self._known = known
+        self._is_asked_seldom = is_asked_seldom
         self.cache: dict[str, float] = {}
-        self.began_late = False
-        """True where rows went by before this estimator was asked: then any row may be missing."""
 
     @region(PROBE)
-    def __call__(self, batch: MicroBatch, policy_states: Tensor | None) -> Risk:
+    def __call__(
+        self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
+    ) -> Risk:
         """Cached risk, computed first where it is missing.
 
         Collectives: none once every rank has seen all its rows here; before that one 8-byte MAX
         all-reduce, and the reference's own for the layers run. A cache that cannot be read fails
         in the all-reduce, for all ranks; one that cannot be written, after the last pass.
         """
-        keys = self._keys(batch)
-        if batch.in_first_epoch or self.began_late:
-            self._score_missing(batch, keys)
+        keys = self._keys(rows)
+        if in_first_epoch or self._is_asked_seldom:
+            self._score_missing(rows, keys)
         return [None if key is None else self.cache[key] for key in keys]
 
-    def _score_missing(self, batch: MicroBatch, keys: list[str | None]) -> None:
-        missing = held(self._missing, keys)
-        is_failed = isinstance(missing, Exception)
-        need = missing if is_failed else -(-len(missing) // self._rows_per_pass)
-        passes = self._ranks.max_over_ranks(need)
+    def _score_missing(self, rows: Sequence[Row], keys: list[str | None]) -> None:
+        missing = capture(self._missing, keys)
+        passes = self._ranks.max_over_ranks(
+            missing.then(lambda places: -(-len(places) // self._rows_per_pass))
+        )
         new: dict[str | None, float | None] = {}
         for i in range(passes):
-            group = missing[i * self._rows_per_pass : (i + 1) * self._rows_per_pass]
-            new |= self._score(batch, group, keys)
+            group = missing.value[i * self._rows_per_pass : (i + 1) * self._rows_per_pass]
+            new |= self._score(rows, group, keys)
         self._remember(new)
 
-    def pooled(self, batch: MicroBatch, turns: "Turns") -> Tensor:
+    def pooled(self, rows: Sequence[Row], turns: "Turns") -> Tensor:
         """[N, H] states of the turns of all rows, in order, without the cache.
 
         Every rank runs as many passes as a micro-batch of this size takes, whatever its rows are.
         """
         pieces = []
-        for begin in range(0, len(batch.rows), self._rows_per_pass):
-            group = range(begin, min(begin + self._rows_per_pass, len(batch.rows)))
+        for begin in range(0, len(rows), self._rows_per_pass):
+            group = range(begin, min(begin + self._rows_per_pass, len(rows)))
             wanted = sorted({row for row in turns.rows if row in group})
-            pieces.append(self._run(batch, wanted)[1])
+            pieces.append(self._run(rows, wanted)[1])
         return torch.cat(pieces)
 
-    def _keys(self, batch: MicroBatch) -> list[str | None]:
+    def _keys(self, rows: Sequence[Row]) -> list[str | None]:
         """Key of each row's content; None on rows that have no risk."""
         return [
-            content_key(row, self.probe.position) if row.prompt_ends and not row.is_anchor else None
-            for row in batch.rows
+            probe_key(row, self.probe.position) if row.prompt_ends and not row.is_anchor else None
+            for row in rows
         ]
 
     def _missing(self, keys: list[str | None]) -> list[int]:
@@ -149,9 +153,9 @@ class ReferenceProbeRisk:
         return list(found.values())
 
     def _score(
-        self, batch: MicroBatch, group: list[int], keys: list[str | None]
+        self, rows: Sequence[Row], group: list[int], keys: list[str | None]
     ) -> dict[str | None, float | None]:
-        turns, pooled = self._run(batch, group)
+        turns, pooled = self._run(rows, group)
         risks = turn_risks(self.probe, len(group), turns, pooled)
         return {keys[i]: risk for i, risk in zip(group, risks, strict=True)}
 
@@ -161,23 +165,20 @@ class ReferenceProbeRisk:
         if self._known is not None and good:  # a failed risk (nan) is computed again next time
             self._known.cache.put_many(self._known.scorer, good)  # type: ignore[arg-type]
 
-    def _run(self, batch: MicroBatch, group: list[int]) -> tuple["Turns", Tensor]:
+    def _run(self, rows: Sequence[Row], group: list[int]) -> tuple["Turns", Tensor]:
         """The turns of these rows and their [N, H] states; one pass, of a dummy for no row."""
-        device = batch.input_ids.device
+        device = self._ranks.device
         if not group:
             dummy = torch.zeros(1, 1, dtype=torch.int64, device=device)
             states = self._reference.prompt_states(dummy, self.probe.layer)
             return Turns([], [], []), states.new_zeros(0, states.shape[-1])
-        turns = probed_turns(self.probe, [batch.rows[index] for index in group])
-        width = max(turns.last) + 1
-        index = to_device(torch.tensor(group), device)
-        mask = batch.attention_mask.index_select(0, index)[:, :width]
-        states = self._reference.prompt_states(
-            batch.input_ids.index_select(0, index)[:, :width], self.probe.layer
-        )
-        return turns, pooled_turns(self.probe, states, mask, turns)
+        chosen = [rows[index] for index in group]
+        turns = probed_turns(self.probe, chosen)
+        ids = padded([row.input_ids for row in chosen], width=max(turns.last) + 1)
+        states = self._reference.prompt_states(to_device(ids, device), self.probe.layer)
+        return turns, pooled_turns(self.probe, states, None, turns)
 
-    def save_cache(self, path: Path) -> None:
+    def save_state(self, path: Path) -> None:
         """Writes the cache as safetensors: keys uint8 [n, 32] and risk float64 [n]."""
         keys = [list(bytes.fromhex(key)) for key in self.cache]
         tensors = {
@@ -186,8 +187,8 @@ class ReferenceProbeRisk:
         }
         save_file(tensors, path, metadata={"probe": self.probe.identity})
 
-    def load_cache(self, path: Path) -> None:
-        """Restores what `save_cache` wrote.
+    def load_state(self, path: Path) -> None:
+        """Restores what `save_state` wrote.
 
         Raises:
             CheckpointError: the cache cannot be read, or belongs to another probe.
@@ -210,10 +211,10 @@ class ReferenceProbeRisk:
         self.cache = {key.tobytes().hex(): value for key, value in zip(keys, risk, strict=True)}
 
 
-def content_key(row: Row, position: str) -> str:
+def probe_key(row: Row, position: str) -> str:
     """SHA-256 (hex) of the tokens that a probe at this position reads, and of where turns lie."""
     if position == "prompt":
-        return row.content_key
+        return row.prompt_key
     return row_key(row.input_ids, row.loss_mask)
 
 
@@ -250,16 +251,18 @@ def _turn_end(row: Row, begin: int) -> int:
     return end
 
 
-def pooled_turns(probe: Probe, states: Tensor, attention_mask: Tensor, turns: Turns) -> Tensor:
-    """[N, H] pooled states of the turns; rows may be padded on either side."""
+def pooled_turns(
+    probe: Probe, states: Tensor, attention_mask: Tensor | None, turns: Turns
+) -> Tensor:
+    """[N, H] pooled states of the turns; without a mask rows are padded on the right."""
     device = states.device
     rows, first, last = (
         to_device(torch.tensor(values, dtype=torch.int64), device) for values in turns
     )
-    begin = attention_mask.to(torch.int32).argmax(dim=1).index_select(0, rows)
-    return pool_spans(
-        states, rows=rows, first=begin + first, last=begin + last, pooling=probe.pooling
-    )
+    if attention_mask is not None:
+        begin = attention_mask.to(torch.int32).argmax(dim=1).index_select(0, rows)
+        first, last = begin + first, begin + last
+    return pool_spans(states, rows=rows, first=first, last=last, pooling=probe.pooling)
 
 
 def turn_risks(probe: Probe, num_rows: int, turns: Turns, pooled: Tensor) -> Risk:

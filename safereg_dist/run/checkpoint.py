@@ -14,7 +14,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from safereg_dist.config import Config
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
-from safereg_dist.step import RegularizedStep
+from safereg_dist.step import SafetyRegularizer
 
+_FORMAT = 2  # 1, of safereg_dist 0.1, named the policy's weights otherwise
 _RESERVE_BYTES = 64 << 20
 """Disk left free beyond the size of a checkpoint: logs go on being written."""
 
@@ -41,9 +42,8 @@ class RunState:
     """Optimizer steps done; the data position follows from it."""
     world_size: int
     config_hash: str
-    order: str
-    """Digest of what the order of rows hangs on beside the configuration; see `RowSources`."""
-    coefficient: dict[str, float | None]
+    order_digest: str
+    """Of what the order of rows hangs on beside the configuration; see `RowSources`."""
     non_finite_steps: int
     """Skipped steps in all."""
     non_finite_in_a_row: int
@@ -52,6 +52,9 @@ class RunState:
     """Position in each rank's ledger."""
     seconds: float
     """Training time so far."""
+    regularizer: dict[str, float | None] = field(default_factory=dict)
+    """The small part of the regulariser's own state."""
+    format: int = _FORMAT
 
 
 def config_hash(config: Config) -> str:
@@ -102,7 +105,7 @@ def save_checkpoint(
     state: RunState,
     *,
     engine: PolicyEngine,
-    step: RegularizedStep,
+    regularizer: SafetyRegularizer,
     ranks: Ranks,
     keep: int,
 ) -> None:
@@ -117,18 +120,16 @@ def save_checkpoint(
     with ranks.together():
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-            _require_disk(folder, _checkpoint_bytes(step, folder))
+            _require_disk(folder, _checkpoint_bytes(regularizer, folder))
             partial.mkdir(parents=True)
     with _clear_errors(partial):
         engine.save(partial / "engine")
     with ranks.together(), _clear_errors(partial):
         _save_random(partial / f"rank{ranks.rank}.safetensors", ranks.device)
-        save_cache = getattr(step.risk, "save_cache", None)
-        if save_cache is not None:
-            save_cache(partial / f"risk{ranks.rank}.safetensors")
+        small = regularizer.save_state(partial / f"risk{ranks.rank}.safetensors")
     with ranks.together(), _clear_errors(partial):
         if ranks.is_main:
-            _write_json(partial / "state.json", asdict(state))
+            _write_json(partial / "state.json", asdict(replace(state, regularizer=small)))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             for old in complete_checkpoints(folder)[:-keep]:
@@ -164,9 +165,9 @@ def load_checkpoint(
     *,
     config: Config,
     engine: PolicyEngine,
-    step: RegularizedStep,
+    regularizer: SafetyRegularizer,
     ranks: Ranks,
-    order: str,
+    order_digest: str,
 ) -> RunState:
     """Restores engine, random states, moving average and risk cache.
 
@@ -177,7 +178,7 @@ def load_checkpoint(
     with ranks.together():
         state = read_state(checkpoint)
         _require_same_run(checkpoint, state, config=config, world_size=ranks.world_size)
-        if state.order != order:
+        if state.order_digest != order_digest:
             raise CheckpointError(
                 f"the rows that are dealt as risky are not those of {checkpoint}: the order would "
                 "change in the middle (reference.balance); put the risk column and risk.override "
@@ -185,10 +186,7 @@ def load_checkpoint(
             )
     engine.load(checkpoint / "engine")
     with ranks.together():
-        step.coefficient.load_state_dict(state.coefficient)
-        load_cache = getattr(step.risk, "load_cache", None)
-        if load_cache is not None:
-            load_cache(checkpoint / f"risk{ranks.rank}.safetensors")
+        regularizer.load_state(checkpoint / f"risk{ranks.rank}.safetensors", state.regularizer)
         # Last, so that nothing after it draws from a generator before training goes on.
         _load_random(checkpoint / f"rank{ranks.rank}.safetensors", ranks.device)
     return state
@@ -198,12 +196,18 @@ def read_state(checkpoint: Path) -> RunState:
     """The `state.json` of a checkpoint.
 
     Raises:
-        CheckpointError: unreadable.
+        CheckpointError: unreadable, or of another format.
     """
     try:
         values: dict[str, Any] = json.loads((checkpoint / "state.json").read_text("utf-8"))
+        written = values.get("format", 1)
+        if written != _FORMAT:
+            raise CheckpointError(
+                f"{checkpoint} has format {written}, this version of safereg_dist reads {_FORMAT}: "
+                "go on with the version that wrote it, or choose another output_dir"
+            )
         return RunState(**values)
-    except (OSError, ValueError, TypeError) as err:
+    except (OSError, ValueError, TypeError, AttributeError) as err:
         raise CheckpointError(
             f"{checkpoint}/state.json cannot be read ({err}): remove this checkpoint to resume "
             "from an earlier one"
@@ -226,12 +230,14 @@ def _require_same_run(
         )
 
 
-def _checkpoint_bytes(step: RegularizedStep, folder: Path) -> int:
+def _checkpoint_bytes(regularizer: SafetyRegularizer, folder: Path) -> int:
     """Bytes that a checkpoint takes: as the last one did, else 16 per parameter."""
     written = complete_checkpoints(folder)
     if written:
         return sum(f.stat().st_size for f in written[-1].rglob("*") if f.is_file())
-    return 16 * sum(getattr(p, "ds_numel", p.numel()) for p in step.parameters())
+    return 16 * sum(
+        getattr(p, "ds_numel", p.numel()) for p in regularizer.policy.model.parameters()
+    )
 
 
 def _require_disk(folder: Path, needed: int) -> None:

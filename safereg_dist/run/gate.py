@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from safereg_dist.data import Sampler, collate
+from safereg_dist.data import Sampler
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory import Run
-from safereg_dist.parallel.comm import Ranks, held
+from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.risk.combine import RiskStage
+from safereg_dist.types import Row
 
 _CONFIDENCE = 0.95  # of the bound from a sample; a whole data set needs none
 
@@ -38,7 +39,7 @@ def row_risks(
     *,
     count: int,
     micro_batch_size: int,
-    pad_id: int,
+    filler: Row,
     ranks: Ranks,
 ) -> Iterator[RowRisk]:
     """The risk of the first `count` training rows of this rank, one after the other.
@@ -50,11 +51,12 @@ def row_risks(
     with tqdm(total=count, desc="screen rows", unit=" rows", disable=not ranks.is_main) as bar:
         for begin in range(0, count, micro_batch_size):
             chosen = [next(rows) for _ in range(min(micro_batch_size, count - begin))]
-            batch = collate(chosen, pad_id=pad_id).to(ranks.device)
-            found = held(risk, batch, None)
-            ranks.max_over_ranks(found if isinstance(found, Exception) else 0)
-            for index, row in enumerate(batch.rows):
-                if row.id:  # not a filler
+            batch = [filler if row is None else row for row in chosen]
+            result = capture(risk, batch, in_first_epoch=True)
+            ranks.raise_if_any_failed(result)
+            found = result.value
+            for index, row in enumerate(batch):
+                if row.id:
                     yield RowRisk(
                         row.id,
                         found.values[index],
@@ -84,7 +86,7 @@ def refuse_too_many_held_back(run: Run) -> None:
         ConfigError: too many rows at or above the threshold.
     Collectives: those of `row_risks`, one SUM of 16 bytes, one gather of texts.
     """
-    config, ranks, sources = run.config, run.ranks, run.sources
+    config, ranks, sources, risk = run.config, run.ranks, run.sources, run.regularizer.risk
     limit = config.risk.max_held_back + config.data.declared_poison
     if not config.needs_risk or limit >= 1:
         return
@@ -92,18 +94,20 @@ def refuse_too_many_held_back(run: Run) -> None:
     count = sources.stream.rows_within(positions)
     if config.risk.estimator == "column":
         count = sources.stream.most_rows  # known without any work
-    elif run.step.risk.looks_ahead or config.risk.source == "policy":
+    elif risk.looks_ahead or config.risk.source == "policy":
         count = min(count, -(-config.risk.gate_rows // ranks.world_size))
-        run.step.risk.prefetch(row for row in sources.stream.first_rows(count) if row is not None)
+        run.regularizer.risk.prefetch(
+            row for row in sources.stream.first_rows(count) if row is not None
+        )
     screened = row_risks(
         sources.stream,
-        run.step.risk,
+        risk,
         count=count,
         micro_batch_size=config.train.micro_batch_size,
-        pad_id=run.pad_id,
+        filler=sources.filler,
         ranks=ranks,
     )
-    held = [is_held_back(row.risk, run.step.coefficient.threshold) for row in screened]
+    held = [is_held_back(row.risk, run.regularizer.coefficient.threshold) for row in screened]
     total = ranks.sum_(torch.tensor([sum(held), len(held)], device=ranks.device)).tolist()
     with ranks.together():
         _check_share(*total, limit=limit, is_sample=len(sources.train) > total[1])

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from safereg_dist.errors import CheckpointError, LedgerError
+from safereg_dist.types import LedgerRow
 
 FORMAT_VERSION = 1
 GENESIS = hashlib.sha256(f"safereg-dist ledger format {FORMAT_VERSION}".encode()).hexdigest()
@@ -40,33 +41,6 @@ _RANK_FILE = re.compile(r"ledger\.rank(\d+)\.jsonl")
 _ORDER = ("step", "micro_batch", "rank", "row")
 _Key = tuple[int, ...]
 _Json = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerRow:
-    """What was decided for one sequence in one optimizer step."""
-
-    step: int
-    """Optimizer step, as in `metrics.jsonl`."""
-    micro_batch: int
-    """Index of the micro-batch that trained it. Risky rows of a step are brought together first:
-    with granularity `batch` the coefficient is that of the rows beside it before."""
-    rank: int
-    """Data-parallel rank that owned the row."""
-    row: int
-    """Index of the row within the rank's micro-batch."""
-    id: str
-    """The data row's id."""
-    risk: float | None
-    """Risk in [0, 1]; None where no estimator ran (anchor rows, objective `none`)."""
-    estimator: str
-    """What gave the risk, e.g. `probe-reference`, `max:fraud`, `override`, `anchor`, `none`."""
-    kl_coef: float
-    """The coefficient b, dimensionless."""
-    divergence: float | None
-    """Mean divergence over the row's response tokens; None where the reference was not asked."""
-    note: str | None = None
-    """A reviewer's reason, or why a judgement failed; left out where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

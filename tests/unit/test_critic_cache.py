@@ -23,7 +23,7 @@ from safereg_dist.critic.critic import (
     CachedCritic,
     Messages,
     Verdict,
-    content_key,
+    conversation_key,
     failed_verdict,
     score_conversations,
 )
@@ -76,7 +76,7 @@ def cache(tmp_path: Path) -> ScoreCache:
 
 def stored(tmp_path: Path, numbers) -> dict[int, CachedScore]:
     cache = ScoreCache(tmp_path / "scores.sqlite")
-    keys = {content_key(conversation(n)): n for n in numbers}
+    keys = {conversation_key(conversation(n)): n for n in numbers}
     found = {keys[key]: cached for key, cached in cache.get_many("patient", list(keys)).items()}
     cache.close()
     return found
@@ -86,10 +86,10 @@ def test_the_key_is_of_roles_and_contents_in_canonical_json() -> None:
     messages = [{"content": "caf\u00e9 \ud800", "role": "user"}, {"role": "tool", "content": "x"}]
     canonical = r'[["user","caf\u00e9 \ud800"],["tool","x"]]'
     assert json.loads(canonical) == [[m["role"], m["content"]] for m in messages]
-    assert content_key(messages) == hashlib.sha256(canonical.encode()).hexdigest()
-    assert content_key([{**messages[0], "name": "me"}, messages[1]]) == content_key(messages)
-    assert content_key(messages[::-1]) != content_key(messages)
-    assert content_key([{"role": "user", "content": 'a","b'}]) != content_key(
+    assert conversation_key(messages) == hashlib.sha256(canonical.encode()).hexdigest()
+    assert conversation_key([{**messages[0], "name": "me"}, messages[1]]) == conversation_key(messages)
+    assert conversation_key(messages[::-1]) != conversation_key(messages)
+    assert conversation_key([{"role": "user", "content": 'a","b'}]) != conversation_key(
         [{"role": "user", "content": "a"}, {"role": "b", "content": ""}]
     )
 

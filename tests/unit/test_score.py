@@ -21,7 +21,7 @@ from builders import random_rows, save_model, tiny_model, word_tokenizer, write_
 from critic_server import RunningServer, is_hopeless, risk_of, running_server
 
 from safereg_dist.cli import main
-from safereg_dist.critic.critic import content_key
+from safereg_dist.critic.critic import conversation_key
 from safereg_dist.critic.formats import VERSION
 from safereg_dist.data.files import read_rows
 from safereg_dist.demo.guard import write_guard
@@ -153,7 +153,7 @@ def stored_pairs(folder: Path, given: list[dict]) -> set[int]:
     for n, row in enumerate(given):
         pair = [("user", row.get("prompt")), ("assistant", row.get("response"))]
         turns = [{"role": role, "content": text} for role, text in pair]
-        keys[content_key(row.get("messages") or turns)] = n
+        keys[conversation_key(row.get("messages") or turns)] = n
     found = known.get_many(IDENTITY, list(keys))
     known.close()
     return {keys[key] for key in found}

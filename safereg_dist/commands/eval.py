@@ -1,0 +1,35 @@
+"""`safereg eval`: attack success, over-refusal and task accuracy of a model."""
+
+import argparse
+from pathlib import Path
+
+from safereg_dist.commands.options import at_least
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True)
+    parser.add_argument("--judge", default="keyword")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--refusal", help="text whose first token P(refuse) is measured on")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
+    parser.add_argument("--batch-size", type=at_least(1), default=32)
+    parser.add_argument("--save-answers", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluates and writes the figures of merit; 0."""
+    from safereg_dist.evaluate.evaluate import evaluate_model
+
+    evaluate_model(
+        arguments.model,
+        arguments.prompts,
+        judge=arguments.judge,
+        out=arguments.out,
+        refusal=arguments.refusal,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        save_answers=arguments.save_answers,
+    )
+    return 0

@@ -1,0 +1,20 @@
+"""`safereg ledger verify`: recomputes the chain of hashes of a run's ledger."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its actions and their options."""
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    verify = actions.add_parser("verify", help="recompute the chain of hashes")
+    verify.add_argument("run_dir", type=Path)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verifies; 0."""
+    from safereg_dist.run.ledger import verify_ledger
+
+    head = verify_ledger(arguments.run_dir)
+    print(f"ledger holds: {head.rows} rows, head {head.head}")
+    return 0
