@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from safereg_dist import __version__
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; 0 on success, 2 where the user can mend the cause, 1 otherwise."""
@@ -18,16 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A model that does not fit is our own one-line error, not the library's report above it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     arguments = _arguments(argv)
-    from safereg_dist.errors import RemoteRankError, SafeRegError, ShapeError, is_user_error
+    from safereg_dist import errors
 
     try:
         return arguments.run(arguments)
-    except (SafeRegError, ShapeError) as error:
+    except (errors.SafeRegError, errors.ShapeError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"safereg: {error}", file=sys.stderr, flush=True)
-            if isinstance(error, RemoteRankError):
+            if isinstance(error, errors.RemoteRankError):
                 traceback.print_exc()
-        return 2 if is_user_error(error) else 1
+        return 2 if errors.is_user_error(error) else 1
     except KeyboardInterrupt:
         return 130
 
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     # `deepspeed --module safereg_dist VERB ...` puts it before the verb.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"safereg {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_train(verbs)
     _add_probe(verbs)
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(verbs)
     _add_plan(verbs)
     _add_ledger(verbs)
+    _add_config(verbs)
     return parser
 
 
@@ -256,7 +260,7 @@ def _add_score(verbs: argparse._SubParsersAction) -> None:
 
 def _score(arguments: argparse.Namespace) -> int:
     from safereg_dist.commands.score import score_with_critic, score_with_probe
-    from safereg_dist.config.risk import CriticConfig
+    from safereg_dist.config import CriticConfig, section_from_dict
     from safereg_dist.errors import ConfigError
 
     if arguments.probe is not None:
@@ -264,16 +268,9 @@ def _score(arguments: argparse.Namespace) -> int:
             raise ConfigError("--probe needs --model-path, the model whose states it reads")
         score_with_probe(arguments.probe, arguments.model_path, arguments.data, arguments.out)
         return 0
-    settings = CriticConfig(
-        endpoint=arguments.endpoint,
-        model=arguments.model,
-        format=arguments.format,
-        local=arguments.local,
-        fail=arguments.fail,
-        concurrency=arguments.concurrency,
-        timeout_s=arguments.timeout_s,
-        cache=arguments.cache,
-    )
+    same = "endpoint model format local fail concurrency timeout_s cache".split()
+    given = {name: getattr(arguments, name) for name in same}
+    settings = section_from_dict(CriticConfig, given, "risk.critic")
     score_with_critic(settings, arguments.data, arguments.out)
     return 0
 
@@ -428,6 +425,14 @@ def _ledger_verify(arguments: argparse.Namespace) -> int:
     head = verify_ledger(arguments.run_dir)
     print(f"ledger holds: {head.rows} rows, head {head.head}")
     return 0
+
+
+def _add_config(verbs: argparse._SubParsersAction) -> None:
+    from safereg_dist.commands import config
+
+    parser = verbs.add_parser("config", help="JSON schema, a starter file, one key explained")
+    config.add_arguments(parser)
+    parser.set_defaults(run=config.run)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
-from safereg_dist.config import RegularizerConfig
+from safereg_dist.config import RegularizerConfig, replace
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.regions import COEFFICIENT, region
 from safereg_dist.types import Row, RowRisks

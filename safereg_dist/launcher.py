@@ -1,10 +1,9 @@
 """Verbs that run on one or many ranks: what a process does between its start and its exit."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from safereg_dist.config import load_config
+from safereg_dist.config import load_config, replace
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory import RiskContext, build_risk_context, build_run, start_backend
 from safereg_dist.parallel.distributed import distributed_ranks, leave_group, share_cores

@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from safereg_dist.coefficient import scheduled
-from safereg_dist.config import Config
+from safereg_dist.config import Config, replace
 from safereg_dist.errors import CheckpointError
 from safereg_dist.evaluate import write_atomically
 from safereg_dist.run.gate import RowRisk, is_held_back
