@@ -22,6 +22,7 @@ setup(
         "scipy",
         "datasketch>=1.6",
         "httpx>=0.27",
+        "pydantic>=2.7",  # the sentence under a field is its description
         "pyyaml",
         "tqdm",
         "tensorboard",

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from safereg_dist import __version__
+
 VERBS = {
     "train": "fine-tune with the configuration of a YAML file",
     "probe": "activation probes",
@@ -20,6 +22,7 @@ VERBS = {
     "report": "HTML and figures of one or several runs",
     "plan": "memory, FLOPs, bytes and time before you pay for them",
     "ledger": "the log of every row's risk",
+    "config": "JSON schema, a starter file, one key explained",
 }
 """The verbs, and what each is for."""
 
@@ -32,16 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A model that does not fit is our own one-line error, not the library's report above it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     arguments = _arguments(argv)
-    from safereg_dist.errors import RemoteRankError, SafeRegError, ShapeError, is_user_error
+    from safereg_dist import errors
 
     try:
         return arguments.run(arguments)
-    except (SafeRegError, ShapeError) as error:
+    except (errors.SafeRegError, errors.ShapeError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"safereg: {error}", file=sys.stderr, flush=True)
-            if isinstance(error, RemoteRankError):
+            if isinstance(error, errors.RemoteRankError):
                 traceback.print_exc()
-        return 2 if is_user_error(error) else 1
+        return 2 if errors.is_user_error(error) else 1
     except KeyboardInterrupt:
         return 130
 
@@ -82,6 +85,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     )
     # `deepspeed --module safereg_dist VERB ...` puts it before the verb.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"safereg {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, what in VERBS.items():
         verb = verbs.add_parser(name, help=what)

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
-from safereg_dist.config import RegularizerConfig
+from safereg_dist.config import RegularizerConfig, replace
 from safereg_dist.parallel.comm import Ranks, Result
 from safereg_dist.regions import COEFFICIENT, region
 from safereg_dist.types import Row, RowRisks, known_risk

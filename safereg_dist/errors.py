@@ -4,7 +4,10 @@ Every message says what was expected, what came, where, and what to do. Under se
 that only one rank sees is agreed upon first (`parallel.comm.Ranks.raise_together`).
 """
 
-from safereg_kernels.errors import ShapeError
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safereg_kernels.errors import ShapeError
 
 __all__ = [
     "CheckpointError",
@@ -71,13 +74,25 @@ _USER_ERRORS = (
     CheckpointError,
     LedgerError,
     GroupError,
-    ShapeError,
 )
+
+
+def __getattr__(name: str) -> Any:
+    """`ShapeError` on first use: its package loads torch, which a configuration does without."""
+    if name == "ShapeError":
+        from safereg_kernels.errors import ShapeError
+
+        return ShapeError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def is_user_error(error: BaseException) -> bool:
     """True where the user can mend the cause; the command line then exits with status 2."""
-    return isinstance(error, _USER_ERRORS)
+    if isinstance(error, _USER_ERRORS):
+        return True
+    from safereg_kernels.errors import ShapeError
+
+    return isinstance(error, ShapeError)
 
 
 def reason_of(error: BaseException, limit: int = 300) -> str:

@@ -1,1 +1,1 @@
-"""The verbs of `safereg`: one file each, with `add_arguments` and `run`."""
+"""The verbs of the `safereg` command, one module each: `add_arguments(parser)` and `run(args)`."""

@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 
 from safereg_dist.coefficient import scheduled
 from safereg_dist.commands.options import add_config
-from safereg_dist.config import Config, load_config
+from safereg_dist.config import Config, load_config, replace
 from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.factory import RiskContext, build_risk_context, start_backend
 from safereg_dist.parallel.distributed import leave_group, share_cores

@@ -7,7 +7,6 @@ their states go to disk. Memory holds the tokens of a window, the states of one 
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from safereg_dist.coefficient import Coefficient
 from safereg_dist.commands.options import add_config
-from safereg_dist.config import load_config
+from safereg_dist.config import load_config, replace
 from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.factory import RiskContext, RowSources, build_risk_context, start_backend
 from safereg_dist.models.fingerprint import row_key

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safereg_dist.commands.options import at_least
-from safereg_dist.config.risk import CriticConfig
+from safereg_dist.config import CriticConfig, section_from_dict
 from safereg_dist.critic.critic import Messages, Verdict, build_critic, score_conversations
 from safereg_dist.data.files import answered_conversation, read_rows
 from safereg_dist.errors import ConfigError, DataError
@@ -123,15 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError("--probe needs --model-path, the model whose states it reads")
         score_with_probe(arguments.probe, arguments.model_path, arguments.data, arguments.out)
         return 0
-    settings = CriticConfig(
-        endpoint=arguments.endpoint,
-        model=arguments.model,
-        format=arguments.format,
-        local=arguments.local,
-        fail=arguments.fail,
-        concurrency=arguments.concurrency,
-        timeout_s=arguments.timeout_s,
-        cache=arguments.cache,
-    )
+    same = "endpoint model format local fail concurrency timeout_s cache".split()
+    given = {name: getattr(arguments, name) for name in same}
+    settings = section_from_dict(CriticConfig, given, "risk.critic")
     score_with_critic(settings, arguments.data, arguments.out)
     return 0

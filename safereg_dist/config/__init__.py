@@ -1,16 +1,19 @@
-"""The configuration: what a run is, as frozen dataclasses with one sentence under each field.
+"""The configuration: what a run is, as frozen models with one sentence under each field.
 
 `load_config` reads YAML, applies `key.sub=value` overrides, fills a preset, and refuses what it
 does not know. Everything else in the package receives these objects and never looks at a raw dict.
 """
 
-from safereg_dist.config.loading import config_from_dict, config_to_yaml, load_config
-from safereg_dist.config.risk import ESTIMATORS, CriticConfig, RiskConfig, RiskPart
+from safereg_dist.config.loading import (
+    config_from_dict,
+    config_to_yaml,
+    load_config,
+    replace,
+    section_from_dict,
+)
+from safereg_dist.config.risk import CriticConfig, RiskConfig, RiskPart
 from safereg_dist.config.sections import (
-    DIVERGENCES,
-    OBJECTIVES,
     PRESETS,
-    SCHEDULES,
     Config,
     DataConfig,
     EngineConfig,
@@ -21,11 +24,7 @@ from safereg_dist.config.sections import (
 )
 
 __all__ = [
-    "DIVERGENCES",
-    "ESTIMATORS",
-    "OBJECTIVES",
     "PRESETS",
-    "SCHEDULES",
     "Config",
     "CriticConfig",
     "DataConfig",
@@ -39,4 +38,6 @@ __all__ = [
     "config_from_dict",
     "config_to_yaml",
     "load_config",
+    "replace",
+    "section_from_dict",
 ]

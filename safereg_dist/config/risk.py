@@ -1,21 +1,19 @@
 """Where the risk of a row comes from: the section `risk` of the configuration."""
 
-from dataclasses import dataclass, field
+from typing import Literal, Self
 
-from safereg_dist.config.checks import at_least, one_of, positive, within
+from pydantic import Field, model_validator
+
+from safereg_dist.config.section import ASIDE, Section
 from safereg_dist.errors import ConfigError
 
-ESTIMATORS = ("probe", "critic", "column", "none", "max", "weighted")
-PART_ESTIMATORS = ("probe", "critic", "column")
-POSITIONS = ("prompt", "response", "both")
-FAIL_MODES = ("closed", "open", "stop")
+Position = Literal["prompt", "response", "both"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CriticConfig:
+class CriticConfig(Section):
     """A judge model that scores training pairs: behind an endpoint, or local."""
 
-    endpoint: str | None = None
+    endpoint: str | None = Field(default=None, json_schema_extra=ASIDE)
     """Base URL of an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1."""
     model: str | None = None
     """The model's name at the endpoint."""
@@ -23,25 +21,19 @@ class CriticConfig:
     """How it is asked and how its answer is read (`critic.formats`); null for a classifier."""
     local: str | None = None
     """Folder of a local Hugging Face classifier or guard, instead of an endpoint."""
-    fail: str = "closed"
+    fail: Literal["closed", "open", "stop"] = "closed"
     """What a failed judgement means: `closed` risk 1, `open` risk 0, or `stop` the run."""
-    concurrency: int = 16
+    concurrency: int = Field(default=16, ge=1, json_schema_extra=ASIDE)
     """Judgements in flight per rank, >= 1."""
-    timeout_s: float = 30.0
+    timeout_s: float = Field(default=30.0, gt=0, json_schema_extra=ASIDE)
     """Seconds for one judgement from when it may begin, with all its retries (one attempt may take
     half of it), > 0; then it has failed. Not for local judges."""
-    retries: int = 4
+    retries: int = Field(default=4, ge=0, json_schema_extra=ASIDE)
     """Attempts after the first, >= 0."""
-    cache: str | None = None
+    cache: str | None = Field(default=None, json_schema_extra=ASIDE)
     """SQLite file of known scores; null = below $SAFEREG_CACHE, `none` = no cache."""
-    api_key_env: str = "SAFEREG_API_KEY"
+    api_key_env: str = Field(default="SAFEREG_API_KEY", json_schema_extra=ASIDE)
     """Environment variable that holds the endpoint's key, if it wants one."""
-
-    def __post_init__(self) -> None:
-        one_of("risk.critic.fail", self.fail, FAIL_MODES)
-        at_least("risk.critic.concurrency", self.concurrency, 1)
-        positive("risk.critic.timeout_s", self.timeout_s)
-        at_least("risk.critic.retries", self.retries, 0)
 
     def check(self, where: str) -> None:
         """Raises ConfigError unless exactly one judge is described."""
@@ -57,83 +49,72 @@ class CriticConfig:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RiskPart:
+class RiskPart(Section):
     """One of several signals, for one category of harm."""
 
     category: str
     """Name of the category in metrics and ledger."""
-    estimator: str = "probe"
+    estimator: Literal["probe", "critic", "column"] = "probe"
     """`probe` (on the reference), `critic` or `column`."""
     path: str | None = None
     """Folder written by `safereg probe fit`; required by `probe`."""
-    position: str | None = None
+    position: Position | None = None
     """`prompt`, `response` or `both`; null = what the probe's folder holds."""
     force: bool = False
     """Accept a probe that was fitted on another model's weights."""
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    threshold: float | None = None
+    critic: CriticConfig = CriticConfig()
+    threshold: float | None = Field(default=None, ge=0.0, le=1.0)
     """Risk from which the category counts, in [0, 1]; null = the probe's own, else 0.5."""
     ceiling: float | None = None
     """Largest coefficient of this category, >= floor; null = `regularizer.ceiling`; `max` only."""
-    weight: float = 1.0
+    weight: float = Field(default=1.0, gt=0)
     """Share in the mean of `weighted`, > 0; the weights need not sum to 1."""
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         where = f"risk.parts[{self.category}]"
         if not self.category or not all(c.isalnum() or c in "-_." for c in self.category):
             raise ConfigError(
                 f"{where}.category must be letters, digits, `-`, `_` or `.`, got {self.category!r}"
             )
-        one_of(f"{where}.estimator", self.estimator, PART_ESTIMATORS)
         check_signal(self, where)
-        positive(f"{where}.weight", self.weight)
-        if self.threshold is not None:
-            within(f"{where}.threshold", self.threshold, 0.0, 1.0)
+        return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RiskConfig:
+class RiskConfig(Section):
     """Where each row's risk in [0, 1] comes from."""
 
-    estimator: str = "probe"
+    estimator: Literal["probe", "critic", "column", "none", "max", "weighted"] = "probe"
     """`probe`, `critic` (judge model), `column` (field `risk`), `none`, or `max`, `weighted`."""
     path: str | None = None
     """Folder written by `safereg probe fit`; required by `probe`."""
-    source: str = "reference"
+    source: Literal["reference", "policy"] = "reference"
     """`reference` (never drifts; cached) or `policy` (free, but drifts) hidden states."""
-    position: str | None = None
+    position: Position | None = None
     """`prompt`, `response` or `both`; null = what the probe's folder holds."""
     force: bool = False
     """Accept a probe that was fitted on another model's weights."""
-    cache: str | None = None
+    cache: str | None = Field(default=None, json_schema_extra=ASIDE)
     """SQLite file of a probe's risks; null = below $SAFEREG_CACHE, `none` = in memory only."""
-    drift: str = "fallback"
+    drift: Literal["warn", "fallback", "realign"] = "fallback"
     """What to do when the policy-side probe loses recall: `warn`, `fallback` or `realign`."""
-    drift_every: int = 5
+    drift_every: int = Field(default=5, ge=1)
     """Optimizer steps between comparisons of both sides on a micro-batch, >= 1; source `policy`."""
-    drift_recall: float = 0.9
+    drift_recall: float = Field(default=0.9, gt=0, le=1)
     """Share of what the reference side flags that the policy side must flag too, in (0, 1]; acted
     upon once the comparisons hold eight flagged rows."""
-    critic: CriticConfig = field(default_factory=CriticConfig)
+    critic: CriticConfig = CriticConfig()
     parts: tuple[RiskPart, ...] = ()
     """The signals of `max` and `weighted`, one or more for each category of harm."""
     override: str | None = None
     """JSONL of reviewed rows: `id`, `action` (allow or hold) and `reason`; null = none."""
-    max_held_back: float = 0.2
+    max_held_back: float = Field(default=0.2, ge=0.0, le=1.0, json_schema_extra=ASIDE)
     """Share of rows at or above the threshold from which training refuses to start, in [0, 1]."""
-    gate_rows: int = 256
+    gate_rows: int = Field(default=256, ge=0, json_schema_extra=ASIDE)
     """Rows screened for that share where a critic or the policy side gives the risk, >= 0."""
 
-    def __post_init__(self) -> None:
-        one_of("risk.estimator", self.estimator, ESTIMATORS)
-        one_of("risk.source", self.source, ("reference", "policy"))
-        one_of("risk.drift", self.drift, ("warn", "fallback", "realign"))
-        at_least("risk.drift_every", self.drift_every, 1)
-        if not 0 < self.drift_recall <= 1:
-            raise ConfigError(f"risk.drift_recall must lie in (0, 1], got {self.drift_recall}")
-        within("risk.max_held_back", self.max_held_back, 0.0, 1.0)
-        at_least("risk.gate_rows", self.gate_rows, 0)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.is_composite != bool(self.parts):
             raise ConfigError(
                 f"risk.parts belongs to the estimators max and weighted, got {len(self.parts)} "
@@ -151,6 +132,7 @@ class RiskConfig:
             raise ConfigError(
                 "risk.parts[].ceiling needs risk.estimator=max: a weighted mean has one coefficient"
             )
+        return self
 
     @property
     def is_composite(self) -> bool:
@@ -160,8 +142,6 @@ class RiskConfig:
 
 def check_signal(signal: "RiskConfig | RiskPart", where: str) -> None:
     """Raises ConfigError where a probe has no folder or a critic no judge."""
-    if signal.position is not None:
-        one_of(f"{where}.position", signal.position, POSITIONS)
     if signal.estimator == "probe" and signal.path is None:
         raise ConfigError(
             f"{where}.estimator=probe needs {where}.path, a folder written by `safereg probe fit`: "

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from safereg_dist.config.checks import at_least, one_of, within
+from safereg_dist.config.checks import one_of, within
 from safereg_dist.errors import ConfigError
 from safereg_kernels.budget import HEAD_BYTES
 
@@ -67,13 +67,13 @@ class Settings:
             *("world_size", "gpus_per_node", "micro_batch", "grad_accum", "hpz"),
             *("tensor_parallel", "pipeline_parallel", "reuse_distance"),
         ):
-            at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+            _at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         for name in ("chunk_tokens", "head_bytes"):
             if getattr(self, name) is not None:
-                at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+                _at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         if self.rows_per_pass is not None:
-            at_least("--rows-per-pass", self.rows_per_pass, 1)
-        at_least("--seq-length", self.seq_length, 2)
+            _at_least("--rows-per-pass", self.rows_per_pass, 1)
+        _at_least("--seq-length", self.seq_length, 2)
         for name in ("response_share", "risky_fraction", "probe_depth"):
             within(f"--{name.replace('_', '-')}", getattr(self, name), 0.0, 1.0)
         one_of("arm", self.arm, ARMS)
@@ -148,3 +148,8 @@ def _near(value: int, step: int) -> str:
 
 def _divisors(value: int) -> str:
     return ", ".join(str(n) for n in range(1, value + 1) if value % n == 0)
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ConfigError(f"{name} must be at least {low}, got {value}")

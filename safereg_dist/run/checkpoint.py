@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from safereg_dist.config import Config
+from safereg_dist.config.section import Section, changes_result
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
@@ -80,24 +81,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _determining(config: Config) -> dict[str, Any]:
-    values = asdict(config)
-    values.pop("output_dir")
-    values.pop("profile")
-    for section, keys in {
-        "data": ("declared_poison",),
-        "reference": ("cache", "keep_bytes"),
-        "risk": ("max_held_back", "gate_rows", "cache"),
-        "train": ("save_every", "keep_checkpoints", "export_shard_bytes"),
-        "engine": ("timeout_s",),
-    }.items():
-        for key in keys:
-            values[section].pop(key)
-    # A judge may come back at another port, with more patience: the run goes on with it.
-    for critic in (values["risk"]["critic"], *(part["critic"] for part in values["risk"]["parts"])):
-        for key in ("endpoint", "concurrency", "timeout_s", "retries", "cache", "api_key_env"):
-            critic.pop(key)
-    return values
+def _determining(value: Any) -> Any:
+    """A value of the configuration, sections as dicts without the keys marked as `ASIDE`."""
+    if isinstance(value, tuple):
+        return [_determining(each) for each in value]
+    if not isinstance(value, Section):
+        return value
+    keys = type(value).model_fields.items()
+    return {key: _determining(getattr(value, key)) for key, field in keys if changes_result(field)}
 
 
 def save_checkpoint(

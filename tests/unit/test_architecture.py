@@ -31,7 +31,7 @@ LAYERS = {
     "safereg_dist.storage.score_cache": 2,
     "safereg_dist.parallel": 3,
     "safereg_dist.critic": 3,
-    "safereg_dist.plan": 7,
+    "safereg_dist.plan": 3,
     "safereg_dist.data": 4,
     "safereg_dist.policy": 4,
     "safereg_dist.risk": 4,
@@ -57,9 +57,10 @@ LAYERS = {
     "safereg_dist.commands.reference": 9,
     "safereg_dist.integrations": 9,
     "safereg_dist.launcher": 10,
-    "safereg_dist.cli": 11,
-    "safereg_dist.__main__": 12,
-    "safereg_dist.demo": 12,
+    "safereg_dist.commands": 11,
+    "safereg_dist.cli": 12,
+    "safereg_dist.__main__": 13,
+    "safereg_dist.demo": 13,
 }
 ONE_DOOR = {
     "deepspeed": {"parallel/deepspeed.py"},

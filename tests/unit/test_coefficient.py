@@ -16,13 +16,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from safereg_dist.coefficient import Coefficient, scheduled
-from safereg_dist.config import SCHEDULES, RegularizerConfig
+from safereg_dist.config import RegularizerConfig
+from safereg_dist.config.messages import choices_of
 from safereg_dist.errors import DataError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.types import Row, RowRisks
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), dp_group=None)
 UNIT = st.floats(0, 1)
+SCHEDULES = choices_of(RegularizerConfig.model_fields["schedule"].annotation)
 
 
 def row(*, anchor=False, tokens=2):

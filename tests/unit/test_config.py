@@ -4,11 +4,15 @@ is refused with one line that names the key, and writing it out and reading it b
 Everything here is exact.
 """
 
-import dataclasses
+import hashlib
+import subprocess
+import sys
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from safereg_dist.commands.config_reference import keys_of, sections
 from safereg_dist.config import (
     PRESETS,
     Config,
@@ -24,11 +28,26 @@ from safereg_dist.config import (
     config_from_dict,
     config_to_yaml,
     load_config,
+    replace,
+    section_from_dict,
 )
+from safereg_dist.config.section import is_section
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory import DEFAULT_STEPS
-from safereg_dist.run.checkpoint import config_hash
+from safereg_dist.run.checkpoint import config_hash, differences
 
+SECTIONS = (
+    Config,
+    CriticConfig,
+    DataConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    RegularizerConfig,
+    RiskConfig,
+    RiskPart,
+    TrainConfig,
+)
 LEAST = {"model": "m", "data": {"train": "t.jsonl"}, "risk": {"estimator": "column"}}
 
 CONTRACT = """
@@ -73,8 +92,8 @@ def test_defaults_are_the_contract():
     assert least.train.steps is None
     assert least.train.epochs is None
     assert DEFAULT_STEPS == 200
-    steps = dataclasses.replace(least.train, steps=200)
-    assert dataclasses.replace(least, train=steps) == written_out
+    steps = replace(least.train, steps=200)
+    assert replace(least, train=steps) == written_out
 
 
 def test_round_trip_through_yaml(tmp_path):
@@ -355,36 +374,13 @@ def test_missing_files(tmp_path):
             load_config(path)
 
 
-def test_every_key_is_documented():
-    import ast
-    import inspect
-
-    from safereg_dist.config import risk, sections
-
-    trees = [ast.parse(inspect.getsource(module)) for module in (sections, risk)]
-    classes = (
-        Config,
-        CriticConfig,
-        DataConfig,
-        EngineConfig,
-        OptimizerConfig,
-        ReferenceConfig,
-        RegularizerConfig,
-        RiskConfig,
-        RiskPart,
-        TrainConfig,
-    )
-    documented = {}
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.ClassDef):
-            for before, after in zip(node.body, node.body[1:], strict=False):
-                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                if isinstance(before, ast.AnnAssign) and is_text:
-                    documented.setdefault(node.name, set()).add(before.target.id)
-    for cls in classes:
-        names = {field.name for field in dataclasses.fields(cls)}
-        nested = {f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}
-        assert names - nested == documented[cls.__name__], cls.__name__
+@pytest.mark.parametrize("cls", SECTIONS, ids=lambda cls: cls.__name__)
+def test_every_key_is_documented(cls):
+    assert cls.__doc__.endswith(".")
+    for name, field in cls.model_fields.items():
+        if not is_section(field.annotation):
+            assert field.description, name
+            assert field.description.endswith("."), name
 
 
 # Several signals
@@ -455,3 +451,173 @@ def test_a_run_goes_on_with_its_judge_at_another_place():
     assert hashed(**places) == hashed()
     for decides in ({"model": "n"}, {"format": "qwen3guard"}, {"fail": "open"}):
         assert all(a != b for a, b in zip(hashed(**decides), hashed(), strict=True))
+
+
+# What a run that was begun before goes on by
+
+FULL = """
+model: m
+data: {train: t.jsonl, validation: v.jsonl, anchor: a.jsonl, max_length: 77, declared_poison: 0.25}
+reference: {model: r, offload: cpu, keep_bytes: 5}
+risk:
+  estimator: max
+  max_held_back: 0.5
+  parts:
+    - {category: acts, path: DIR, threshold: 0.25, ceiling: 1}
+    - {category: words, estimator: critic, weight: 2,
+       critic: {endpoint: "http://h:1/v1", model: guard, format: llama_guard, retries: 1}}
+regularizer: {objective: additive, schedule: sigmoid, ceiling: 2, slope: 8}
+optimizer: {lr: 1e-4, beta2: 0.95}
+train: {epochs: 1, micro_batch_size: 3, precision: fp32, eval_every: 5, save_every: 2}
+engine: {name: single, timeout_s: 60}
+output_dir: runs/x
+profile: true
+"""
+
+
+@pytest.mark.parametrize(
+    ("raw", "hashed", "written"),
+    [
+        (
+            LEAST,
+            "77408f55e6efe6af24ab7d7cd190a420b7ea8e09de89f8d3eb67d9fe312de260",
+            "fb627e670cfe23f6eac9cf5f18065ff6aa9e591db9ecda486c81d64778abd9e2",
+        ),
+        (
+            yaml.safe_load(FULL),
+            "b0032e0df376b48416b1045f87625f53c4ab439dc8cbd81990725b0a26507c65",
+            "121a33e53108ffc352c01f3365c2fe51fdc3c1275cc849eeeac52a133bbef004",
+        ),
+    ],
+    ids=["least", "full"],
+)
+def test_runs_of_version_0_1_go_on(raw, hashed, written):
+    """Both digests are what the frozen dataclasses gave that the models have replaced."""
+    config = config_from_dict(raw)
+    assert config_hash(config) == hashed
+    assert hashlib.sha256(config_to_yaml(config).encode()).hexdigest() == written
+
+
+ASIDE = {
+    *("output_dir", "profile", "data.declared_poison", "reference.cache", "reference.keep_bytes"),
+    *("risk.max_held_back", "risk.gate_rows", "risk.cache", "train.save_every"),
+    *("train.keep_checkpoints", "train.export_shard_bytes", "engine.timeout_s"),
+    *("risk.critic.endpoint", "risk.critic.concurrency", "risk.critic.timeout_s"),
+    *("risk.critic.retries", "risk.critic.cache", "risk.critic.api_key_env"),
+}
+OTHER_VALUES = {
+    "output_dir": "elsewhere",
+    "profile": False,
+    "data.declared_poison": 0.5,
+    "reference.cache": "store",
+    "risk.cache": "none",
+    "risk.critic.endpoint": "http://h:2/v1",
+    "risk.critic.cache": "none",
+    "risk.critic.api_key_env": "KEY",
+    "risk.max_held_back": 0.75,
+}
+
+
+@pytest.mark.parametrize("key", sorted(ASIDE))
+def test_a_key_that_changes_no_result_changes_no_hash(key):
+    raw = yaml.safe_load(FULL)
+    *parents, leaf = key.split(".")
+    section = raw
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    before = config_from_dict(yaml.safe_load(FULL))
+    section[leaf] = OTHER_VALUES.get(key, 7)
+    now = config_from_dict(raw)
+    assert now != before
+    assert config_hash(now) == config_hash(before)
+    assert differences(before, now) == []
+
+
+def test_all_other_keys_change_the_result():
+    marked = {
+        key.name for name, cls in sections() for key in keys_of(cls, name) if not key.changes_result
+    }
+    of_parts = {key for key in marked if key.startswith("risk.parts[].")}
+    assert marked - of_parts == ASIDE
+    assert {key.removeprefix("risk.parts[].") for key in of_parts} == {
+        key.removeprefix("risk.") for key in ASIDE if key.startswith("risk.critic.")
+    }
+
+
+def test_differences_name_the_key_and_both_values():
+    before = config_from_dict(with_("train", steps=3, save_every=1))
+    now = config_from_dict(with_("train", steps=4, save_every=2))
+    assert differences(before, now) == ["train.steps was 3, is 4"]
+
+
+# The objects
+
+PYTHON_WITHOUT_TORCH = "import safereg_dist.{}, sys; print('torch' in sys.modules)"
+
+
+@pytest.mark.parametrize("module", ["config", "commands.config", "cli"])
+def test_a_configuration_is_read_without_torch(module):
+    code = PYTHON_WITHOUT_TORCH.format(module)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_sections_are_frozen_and_know_their_keys_only():
+    config = config_from_dict(LEAST)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.steps = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="stpes"):
+        TrainConfig(stpes=3)  # type: ignore[call-arg]
+    assert hash(config) == hash(config_from_dict(LEAST))
+
+
+def test_replacing_checks_again():
+    rule = RegularizerConfig(preset="paper", ceiling=0.5)
+    assert (rule.floor, rule.ceiling) == (0.1, 0.5)
+    assert replace(rule, ceiling=0.7) == RegularizerConfig(preset="paper", ceiling=0.7)
+    assert rule.ceiling == 0.5
+    with pytest.raises(ConfigError, match=r"regularizer\.floor"):
+        replace(rule, ceiling=0.0)
+    with pytest.raises(ConfigError, match="must be float"):
+        replace(rule, ceiling="high")
+
+
+def test_a_section_alone_names_where_it_belongs():
+    given = {"local": "folder", "timeout_s": 0.0}
+    with pytest.raises(ConfigError) as caught:
+        section_from_dict(CriticConfig, given, "risk.critic")
+    assert str(caught.value) == "risk.critic.timeout_s must be positive and finite, got 0.0"
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (
+            with_("train", steps="many", stpes=3),
+            "unknown key 'train.stpes': did you mean 'steps'? (valid here: steps, epochs,",
+        ),
+        (
+            {"risk": {"estimator": "none"}, "train": {"steps": 0}},
+            "train.steps must be finite and at least 1, got 0",
+        ),
+        ({"risk": {"estimator": "none"}}, "missing key model, data: add it to the configuration"),
+        (
+            with_("engine", name="deepseed"),
+            "engine.name must be one of deepspeed, single, got 'deepseed': did you mean "
+            "'deepspeed'?",
+        ),
+        (
+            with_("data", anchor_fraction=1),
+            "data.anchor_fraction must lie in (0, 1), got 1: set data.anchor=null to train "
+            "without anchor rows",
+        ),
+        (with_("train", steps=2.5), "train.steps must be int | null, got 2.5"),
+        (with_("train", seed=None), "train.seed must not be null: give a int"),
+        (with_("engine", zero_stage=2), "engine.zero_stage must be 3, got 2"),
+        (with_(lora={"rank": 8}), "lora must be null, got {'rank': 8}"),
+        (with_(train=3), "train must be a section of keys, got 3"),
+        (with_("risk", parts=3), "risk.parts must be a list of sections, got 3"),
+    ],
+)
+def test_the_first_mistake_in_one_line(raw, says):
+    assert refusal(raw).startswith(says)

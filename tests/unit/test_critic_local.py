@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from safereg_dist.config.risk import CriticConfig
+from safereg_dist.config import CriticConfig, replace
 from safereg_dist.critic.critic import Messages, Verdict, build_critic, score_conversations
 from safereg_dist.critic.formats import FORMATS
 from safereg_dist.demo import grammar

@@ -316,3 +316,10 @@ def test_the_output_is_ascii_json_whatever_the_text(tmp_path: Path) -> None:
         assert main(arguments(server.url, data, out, *cache(tmp_path))) == 0
     assert written(out) == [{**row, "risk": pytest.approx(risk_of(3))}]
     assert out.read_bytes().isascii()
+
+
+def test_a_judge_without_patience_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
+    arguments = ["--data", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    assert main(["score", "--local", "folder", "--timeout-s", "0", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error == "safereg: risk.critic.timeout_s must be positive and finite, got 0.0\n"

@@ -1,0 +1,193 @@
+"""`safereg config`: the JSON schema, a starter file, and any key in its own words."""
+
+import argparse
+import difflib
+import json
+import re
+import shlex
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from safereg_dist.commands.config_reference import (
+    Key,
+    as_yaml,
+    keys_of,
+    section_of,
+    sections,
+    sentence_of,
+)
+from safereg_dist.config import Config
+from safereg_dist.config.section import Section
+from safereg_dist.data.files import read_rows
+from safereg_dist.errors import ConfigError, DataError
+
+_SCHEMA_HELP = """the JSON schema of the configuration
+
+safereg config schema > safereg.schema.json
+
+Editors that speak to yaml-language-server complete and check a file that begins with
+
+# yaml-language-server: $schema=safereg.schema.json"""
+
+_USUAL = (
+    *("model", "data.train", "data.max_length", "risk.estimator", "risk.path"),
+    *("regularizer.objective", "regularizer.schedule", "regularizer.ceiling", "optimizer.lr"),
+    *("train.epochs", "train.micro_batch_size", "train.grad_accum_steps", "train.precision"),
+    *("train.activation_checkpointing", "train.save_every", "engine.name", "output_dir"),
+)
+"""The keys that most people set, in the order of the starter file."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own arguments."""
+    actions = parser.add_subparsers(metavar="ACTION", required=True, dest="action")
+    actions.add_parser(
+        "schema",
+        help="the JSON schema, for editors and pipelines",
+        description=_SCHEMA_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    init = actions.add_parser("init", help="a commented file to start from")
+    init.add_argument("--model", required=True, help="path or hub id")
+    init.add_argument("--data", required=True, help="JSONL, CSV or a Hugging Face dataset id")
+    init.add_argument("--out", type=Path, metavar="FILE", help="a new file; default: print it")
+    explain = actions.add_parser("explain", help="what a key or a section means")
+    explain.add_argument("key", nargs="?", default="", help="e.g. train.steps; default: all")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what was asked for, or writes the starter file; 0.
+
+    Raises:
+        ConfigError: an unknown key, or a starter file that is there already.
+        DataError: no readable data file.
+    """
+    if arguments.action == "schema":
+        print(json.dumps(Config.model_json_schema(), indent=2))
+    elif arguments.action == "explain":
+        print(explanation(arguments.key))
+    elif arguments.out is None:
+        print(starter(arguments.model, arguments.data), end="")
+    else:
+        _write_new(arguments.out, starter(arguments.model, arguments.data))
+        print(f"{arguments.out}: edit it, then `safereg train {arguments.out}`")
+    return 0
+
+
+def explanation(name: str) -> str:
+    """What a key means, or a section and its keys; several lines.
+
+    Raises:
+        ConfigError: unknown; the nearest names are suggested.
+    """
+    bare = re.sub(r"\[[^]]*\]", "", name)  # risk.parts[0].weight is risk.parts[].weight
+    explained: dict[str, str] = {}
+    for section, cls in sections():
+        explained[section.replace("[]", "")] = _explained_section(section, cls)
+        explained |= {k.name.replace("[]", ""): _explained_key(k) for k in keys_of(cls, section)}
+    if bare in explained:
+        return explained[bare]
+    known = [*filter(None, explained)]
+    # Most who miss leave the section out: `ceiling` is `regularizer.ceiling`, and a part's.
+    near = [key for key in known if key.endswith(f".{bare}")]
+    near = near or difflib.get_close_matches(bare, known, n=1, cutoff=0.0)
+    raise ConfigError(
+        f"unknown key {name!r}: did you mean {' or '.join(map(repr, near))}? "
+        "(`safereg config explain` lists the sections)"
+    )
+
+
+def _explained_key(key: Key) -> str:
+    facts = {
+        "type": key.type,
+        "default": key.default,
+        "range": key.range,
+        "result": "changes with it"
+        if key.changes_result
+        else "stays the same; a run may go on with another value",
+    }
+    lines = [key.name, *textwrap.wrap(key.sentence, 96, **_INDENT), ""]
+    return "\n".join([*lines, *(f"  {name:9}{fact}" for name, fact in facts.items() if fact)])
+
+
+_INDENT: dict[str, Any] = dict(initial_indent="  ", subsequent_indent="  ")
+
+
+def _explained_section(name: str, cls: type[Section]) -> str:
+    inner = {
+        f"{name}.{key}".lstrip("."): field.description or sentence_of(section)
+        for key, field in cls.model_fields.items()
+        if (section := section_of(field)) is not None
+    }
+    values = {key.name: key.sentence for key in keys_of(cls, name)}
+    lines = [name or "the configuration", *textwrap.wrap(sentence_of(cls), 96, **_INDENT)]
+    for key, sentence in (values | inner).items():
+        lines += ["", f"{key}", *textwrap.wrap(sentence, 96, **_INDENT)]
+    return "\n".join(lines)
+
+
+def starter(model: str, data: str) -> str:
+    """A configuration file for a model and a data set: the usual keys, each under its sentence.
+
+    Rows that all have a `risk` are taken at their word; else a probe is to be fitted beforehand.
+    """
+    has_risk = _has_risk(data)
+    probe = f"runs/probe-{Path(model).name}"
+    values: dict[str, Any] = {
+        "model": model,
+        "data.train": data,
+        "risk.estimator": "column" if has_risk else "probe",
+        "risk.path": None if has_risk else probe,
+        "train.epochs": 1.0,
+    }
+    lines = [
+        "# A run of `safereg train`. All other keys: docs/configuration.md, or",
+        "# `safereg config explain`.",
+    ]
+    if not has_risk:
+        lines += [
+            "#",
+            "# The rows have no `risk` yet: fit the probe that gives it once, on labelled prompts.",
+            f"#   safereg probe fit --model {shlex.quote(model)} --data LABELLED.jsonl "
+            f"--out {shlex.quote(probe)}",
+        ]
+    keys = {key.name: key for group, cls in sections() for key in keys_of(cls, group)}
+    before = ""
+    for name in _USUAL:
+        *section, leaf = name.split(".")
+        if section and section[0] != before:
+            lines += ["", f"{section[0]}:"]
+        elif not section:
+            lines.append("")
+        before = section[0] if section else ""
+        indent = "  " * len(section)
+        lines += textwrap.wrap(
+            keys[name].sentence,
+            98,
+            initial_indent=f"{indent}# ",
+            subsequent_indent=f"{indent}# ",
+        )
+        value = as_yaml(values[name]) if name in values else keys[name].default
+        lines.append(f"{indent}{leaf}: {value}")
+    return "\n".join([*lines, ""])
+
+
+def _has_risk(data: str) -> bool:
+    """True where every row of the file has a `risk`; a data set of a hub is not looked into."""
+    if Path(data).suffix not in (".jsonl", ".json", ".csv") and not Path(data).exists():
+        return False
+    risks = [row.get("risk") is not None for _, row in read_rows(data)]
+    if not risks:
+        raise DataError(f"{data} has no row: check the file")
+    return all(risks)
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as err:
+        raise ConfigError(f"{path} is there already: choose another --out, or remove it") from err
+    except OSError as err:
+        raise ConfigError(f"{path} cannot be written: {err.strerror}") from err

@@ -1,0 +1,111 @@
+"""All keys of the configuration with what is known of each, and the page that lists them.
+
+`python -m safereg_dist.commands.config_reference > docs/configuration.md`
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from safereg_dist.config import Config
+from safereg_dist.config.messages import choices_of, range_of, type_name
+from safereg_dist.config.section import Section, changes_result, is_section
+
+HEAD = """# Configuration
+
+Every key, its type, its default and its sentence, written by
+`python -m safereg_dist.commands.config_reference` from `safereg_dist/config/`. `safereg config
+explain KEY` says the same of one key, `safereg config init` writes a file to start from, and
+`safereg config schema` the JSON schema for an editor. A run may go on from its checkpoint with
+another value of a key marked *, which changes nothing in the weights that come out.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One key as its user sees it."""
+
+    name: str
+    """In full, e.g. `train.steps`."""
+    type: str
+    """Its choices, or the name of its type."""
+    default: str
+    """As YAML; `required` where there is none."""
+    range: str
+    """What its numbers must do; empty where the type says it all."""
+    sentence: str
+    changes_result: bool
+
+
+def sections(cls: type[Section] = Config, name: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Each section's full name (empty for the whole, `[]` after a list's) and its class."""
+    yield name, cls
+    for key, field in cls.model_fields.items():
+        if (inner := section_of(field)) is not None:
+            listed = "" if is_section(field.annotation) else "[]"
+            yield from sections(inner, f"{name}.{key}{listed}".lstrip("."))
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a key holds, or holds a list of; None where it is a value."""
+    kind: Any = field.annotation
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+    return kind if is_section(kind) else None
+
+
+def keys_of(cls: type[Section], section: str) -> list[Key]:
+    """The keys of a section that are values, in the order of the file."""
+    return [
+        _key(f"{section}.{name}".lstrip("."), field)
+        for name, field in cls.model_fields.items()
+        if section_of(field) is None
+    ]
+
+
+def _key(name: str, field: FieldInfo) -> Key:
+    kind = field.annotation
+    takes_null = type(None) in get_args(kind)
+    named = [str(choice) for choice in choices_of(kind)] + ["null"] * takes_null
+    default = "required" if field.is_required() else as_yaml(field.default)
+    return Key(
+        name=name,
+        type=" | ".join(named) if choices_of(kind) else type_name(kind),
+        default=default,
+        range=f"must {range_of(field)}" if field.metadata else "",
+        sentence=" ".join((field.description or "").split()),
+        changes_result=changes_result(field),
+    )
+
+
+def as_yaml(value: Any) -> str:
+    """A value as one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def sentence_of(cls: type[Section]) -> str:
+    """What a section is for, from its docstring."""
+    return " ".join((cls.__doc__ or "").split())
+
+
+def reference() -> str:
+    """The page of all keys, in Markdown."""
+    parts = [HEAD]
+    for name, cls in sections():
+        title = f"`{name}`" if name else "The whole"
+        parts.append(f"\n## {title}\n\n{sentence_of(cls)}\n\n")
+        parts.append("| key | type | default | meaning |\n|---|---|---|---|\n")
+        for key in keys_of(cls, ""):
+            mark = "" if key.changes_result else " *"
+            kind = key.type.replace("|", "\\|")
+            sentence = key.sentence.replace("|", "\\|")
+            parts.append(f"| `{key.name}`{mark} | {kind} | `{key.default}` | {sentence} |\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
