@@ -36,7 +36,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from safereg_kernels import ShapeError, fused, linear_ce_kl, masked_kl
+from safereg_kernels import ShapeError, eager, fused, linear_ce_kl, masked_kl
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -163,6 +163,28 @@ def test_linear_bfloat16(direction: str) -> None:
 @DIRECTIONS
 def test_linear_bias(direction: str) -> None:
     assert_head_matches({**with_biases(head_inputs()), "direction": direction, "chunk_tokens": 7})
+
+
+@pytest.mark.parametrize("path", ["eager"], indirect=True)
+@DIRECTIONS
+def test_rows_are_taken_three_at_a_time(
+    direction: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows than the eager path works on at once: no row is left out, nor taken twice."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(eager, "LOGITS_PER_THREAD", 3 * VOCAB)
+    try:
+        assert_head_matches({**head_inputs(), "direction": direction})
+        x, y, weights = logits_pair()
+        loss, div = masked_kl(x, y, weights, direction=direction)
+        loss.backward()
+    finally:
+        torch.set_num_threads(threads)
+    want, want_div, want_grad = kl_truth(x, y, weights, direction)
+    assert_close(loss, want)
+    assert_close(div, want_div)
+    assert_close(grad_of(x), want_grad, relative=2 * GRADIENT)
 
 
 def test_frozen_head_gets_no_gradient() -> None:

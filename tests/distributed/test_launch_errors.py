@@ -8,6 +8,7 @@ import json
 import socket
 
 import pytest
+import torch
 from builders import random_rows, save_model, tiny_model, write_jsonl
 from launching import FINETUNE, ROOT
 
@@ -39,6 +40,20 @@ def test_a_bad_row_is_one_message_from_two_ranks(tmp_path, launch):
     assert done.status == 2, done.output[-3000:]
     assert len(messages(done.output)) == 1, done.output[-3000:]
     assert "bad.jsonl:6: risk must be a number in [0, 1], got 1.5" in messages(done.output)[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_not_finite_is_named_by_all_ranks(tmp_path, launch):
+    config = make_config(tmp_path)
+    write_jsonl(tmp_path / "bad.jsonl", random_rows(8))
+    spoilt = tiny_model()
+    with torch.no_grad():
+        spoilt.model.layers[1].mlp.up_proj.weight[-1, -1] = float("nan")  # of the second shard
+    save_model(tmp_path / "model", spoilt)
+    done = launch(FINETUNE, config, ranks=2)
+    assert done.status == 2, done.output[-3000:]
+    (message,) = messages(done.output)
+    assert "model.layers.1.mlp.up_proj.weight" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ The judge counts over the data file. Exact.
 """
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from builders import random_rows, save_model, tiny_model, write_jsonl
 from scipy.stats import beta
 
 from safereg_dist.cli import main
+from safereg_dist.commands.audit import AuditFacts, write_audit, write_part
+from safereg_dist.config import load_config
 from safereg_dist.errors import ConfigError
-from safereg_dist.run.gate import _check_share
+from safereg_dist.run.gate import RowRisk, _check_share, is_held_back
 from safereg_dist.run.ledger import verify_ledger
 
 WORDS_SAFE, WORDS_RISKY = "w1 w2 w3 w4 w5", "w50 w51 w52 w53 w54"
@@ -81,6 +84,41 @@ def test_counts_are_those_of_the_data(tmp_path, model, capsys):
     assert (tmp_path / "out.audit" / "audit.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "out").exists()
     assert "w1 w2" not in capsys.readouterr().out
+
+
+def test_a_failed_row_is_held_back_and_counts_in_full(tmp_path):
+    """A failed signal (nan) is a full risk at the gate, in the counts and in the forecast."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: m\ndata: {{train: t}}\noutput_dir: {tmp_path / 'run'}\n"
+        "risk: {estimator: column}\nregularizer: {schedule: linear, ceiling: 0.8}\n"
+    )
+    risks = {"failed": math.nan, "risky": 0.75, "safe": 0.25, "none": None}
+    assert {name: is_held_back(risk, 0.5) for name, risk in risks.items()} == {
+        "failed": True,
+        "risky": True,
+        "safe": False,
+        "none": False,
+    }
+    rows = [RowRisk(name, risk, {}, "probe", None, 4, 10) for name, risk in risks.items()]
+    facts = AuditFacts(
+        config=load_config(path),
+        threshold=0.5,
+        prompts=dict.fromkeys(risks, "w1"),
+        probed_share=0.0,
+        ceilings={},
+    )
+    write_part(tmp_path, 0, rows, 0.5)
+    report = write_audit(tmp_path, 1, facts)
+    assert (report["failed"], report["held_back"]) == (1, 2)
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["risk"]) for line in lines[:2]] == [
+        ("failed", "failed"),
+        ("risky", 0.75),
+    ]
+    expected = np.histogram([1.0, 0.75, 0.25, 0.0], 10, (0, 1))[0].tolist()
+    assert list(report["rows_by_risk"].values()) == expected
+    assert report["predicted_refusal_factor"] == pytest.approx(0.8 * (1.0 + 0.75) / 2)
 
 
 def test_text_is_shown_only_on_demand(tmp_path, model, capsys):

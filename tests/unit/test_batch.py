@@ -64,6 +64,7 @@ CONVERSATIONS = {
     "ends with the user": chat(("u", "w1"), ("a", "w2 w3"), ("u", "w4")),
     "begins with the assistant": chat(("a", "w2 w3"), ("u", "w4"), ("a", "w5")),
     "unknown word": chat(("u", "w1"), ("a", "w2 zzz w3")),
+    "special token inside": chat(("u", "w1"), ("a", "w2 <eos> w3 <user> w4"), ("u", "w5")),
 }
 
 

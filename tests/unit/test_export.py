@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from builders import FAMILIES, tiny_model, word_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.single import SingleBackend, single_ranks
@@ -66,6 +66,18 @@ def test_export_loads_and_never_gathers_more_than_a_layer(family, tied, tmp_path
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
     assert AutoTokenizer.from_pretrained(out).get_vocab() == word_tokenizer().get_vocab()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_generation_config_is_exported(tmp_path):
+    model = tiny_model()
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.25, max_new_tokens=17, eos_token_id=[2, 5], pad_token_id=0
+    )
+    out = tmp_path / "model"
+    export_model(model, word_tokenizer(), out, backend=NotedBackend(), shard_bytes=LIMIT)
+    loaded = AutoModelForCausalLM.from_pretrained(out).generation_config
+    for name in ("do_sample", "temperature", "max_new_tokens", "eos_token_id", "pad_token_id"):
+        assert getattr(loaded, name) == getattr(model.generation_config, name), name
 
 
 def test_export_replaces_an_older_one(tmp_path):

@@ -333,6 +333,15 @@ def test_steps_that_were_run_twice_are_refused(tmp_path: Path) -> None:
         merge_ledgers(tmp_path, 2)
 
 
+def test_a_row_that_was_written_twice_is_refused(tmp_path: Path) -> None:
+    write_ranks(tmp_path)
+    path = tmp_path / "ledger.rank1.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*rows[:4], *rows[3:]]))
+    with pytest.raises(LedgerError, match=r"rank1.jsonl:5: reordered rows"):
+        merge_ledgers(tmp_path, 2)
+
+
 # ---- resume ------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from safereg_dist.parallel.hardware import (
     rates_of_device,
 )
 from safereg_dist.plan.flops import trunk_flops
-from safereg_dist.plan.memory import activation_bytes
+from safereg_dist.plan.memory import activation_bytes, memory
 from safereg_dist.plan.plan import make_plan
 from safereg_dist.plan.remedies import remedies
 from safereg_dist.plan.risky_rows import expected_rows, most_rows_law
@@ -256,6 +256,58 @@ def test_bytes_of_a_ring_add_up_whatever_the_nodes():
         assert moved.between == 0
         assert two[part].total == pytest.approx(moved.total)
         assert two[part].between == pytest.approx(moved.total / 8)
+
+
+def test_the_update_is_the_fullest_moment_of_short_rows():
+    """Two tokens a row, one layer whole at a time: the float32 gradients outweigh the rest."""
+    settings = {"seq_length": 2, "micro_batch": 1, "arm": "sft", "activation_checkpointing": True}
+    few_whole = {"reuse_distance": 1, "max_live_parameters": 1}
+    shape = shape_of(REAL["Llama-2-7B"], where="")
+    shard = PUBLISHED["Llama-2-7B"] / 8
+    # A shard of weights and gradients (2 bytes each), master weights and two moments (4 each); the
+    # norms whole (2 layers' and the last, of 4096); in the update the gradients in float32.
+    expected = (2 + 2 + 3 * 4) * shard + 65 * 4096 * 2 + 4 * shard
+    assert memory(shape, Settings(world_size=8, **settings, **few_whole)).gpu == expected
+    # Of more than a sub-group, its gradients alone.
+    alone = memory(shape, Settings(world_size=1, **settings, **few_whole))
+    assert alone.updating == 4e9 > sum(alone.working.values())
+    assert alone.gpu == 16 * PUBLISHED["Llama-2-7B"] + 65 * 4096 * 2 + 4e9
+
+
+# Numbers of the small Llama beyond 640, which are gathered: embedding and head, and the layers'.
+SMALL_HEAD = 96 * 64
+SMALL_TRUNK = 96 * 64 + 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
+
+
+def test_second_shards_are_gathered_over_all_ranks_once_a_step():
+    shape = shape_of(SMALL["llama"], where="")
+    settings = {"world_size": 16, "grad_accum": 4, "gpus_per_node": 8, "arm": "sft"}
+    weights = 2 * (SMALL_TRUNK + SMALL_HEAD)  # bytes
+    plain = traffic(shape, Settings(**settings))
+    assert plain["parameters, first use"].total == pytest.approx(4 * weights * 15 / 16)
+    assert plain["parameters, used again"].total == 0
+    hpz = traffic(shape, Settings(**settings, hpz=8))
+    assert hpz["parameters, first use"].total == pytest.approx(weights * 15 / 16)
+    assert hpz["parameters, first use"].between == pytest.approx(weights * 15 / 16 / 8)
+    assert hpz["parameters, used again"].inside == pytest.approx(3 * weights * 7 / 8)
+    assert hpz["parameters, used again"].between == 0
+    for name in ("gradients", "small parameters"):
+        assert hpz[name] == plain[name]
+
+
+def test_a_reference_that_always_runs_is_gathered_for_every_micro_batch():
+    shape = shape_of(SMALL["llama"], where="")
+    for risky_fraction in (0.0, 1.0):
+        moved = traffic(
+            shape,
+            Settings(
+                world_size=4, grad_accum=6, risky_fraction=risky_fraction, arm="always_on",
+                probe_depth=0.5,
+            ),
+        )  # fmt: skip
+        assert moved["reference trunk"].total == pytest.approx(6 * 2 * SMALL_TRUNK * 3 / 4)
+        assert moved["reference head"].total == pytest.approx(6 * 2 * SMALL_HEAD * 3 / 4)
+        assert moved["probe, first epoch"].total == moved["agreement"].total == 0
 
 
 def test_remedies_name_what_fits_and_how_much_it_frees():

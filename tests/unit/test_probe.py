@@ -27,7 +27,13 @@ from safereg_dist.parallel.single import SingleBackend, single_ranks
 from safereg_dist.policy import Policy, enable_activation_checkpointing
 from safereg_dist.reference import Packing, Reference
 from safereg_dist.risk.probe import POOLINGS, Probe, check_model, pool_prompt
-from safereg_dist.risk.probe_risk import PolicyProbeRisk, ReferenceProbeRisk
+from safereg_dist.risk.probe_risk import (
+    KnownRisks,
+    PolicyProbeRisk,
+    ReferenceProbeRisk,
+    scorer_name,
+)
+from safereg_dist.storage.score_cache import ScoreCache
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), dp_group=None)
 H = 32
@@ -368,6 +374,18 @@ def test_each_content_is_scored_once_over_its_prompt_only():
     assert len(estimator.cache) == 2
 
 
+def test_an_answer_does_not_inherit_the_risk_of_another_one():
+    """Read over the answer, rows with the same prompt have risks of their own, cached apart."""
+    trunk, probe = CountingTrunk(), make_probe(position="response", pooling="last_response_token")
+    same = {"prompt": "w1 w2", "response": "w3 w4"}
+    batch = batch_of([same, {**same, "response": "w9 w8"}, same])
+    expected = [trunk.risk(probe, row.input_ids) for row in batch.rows[:3]]
+    assert expected[0] == expected[2] != expected[1]
+    estimator = ReferenceProbeRisk(probe, trunk, ranks=ALONE, rows_per_pass=4)
+    for _ in range(2):  # computed, and from the cache
+        assert estimator(batch, None) == [*map(pytest.approx, expected), None]
+
+
 def test_nothing_runs_for_anchors_and_fillers():
     trunk = CountingTrunk()
     estimator = ReferenceProbeRisk(make_probe(), trunk, ranks=ALONE, rows_per_pass=4)
@@ -407,6 +425,37 @@ def test_the_risk_cache_goes_through_a_file(tmp_path):
     before.cache.pop("ab" * 32)
     assert after.cache == before.cache
     assert after(batch_of(ROWS), None) == risks
+
+
+@pytest.mark.parametrize("other", ["probe", "reference", "precision"])
+def test_risks_on_disk_are_those_of_one_probe_reference_and_precision(other, tmp_path):
+    probe, cache = make_probe(), ScoreCache(tmp_path / "scores.sqlite")
+    batch = batch_of(ROWS)
+
+    def risks(trunk, probe, reference, precision):
+        known = KnownRisks(cache, scorer_name(probe, reference, precision))
+        return ReferenceProbeRisk(probe, trunk, ranks=ALONE, rows_per_pass=2, known=known)(
+            batch, None
+        )
+
+    trunk, second = CountingTrunk(), CountingTrunk()
+    first = risks(trunk, probe, "f" * 64, "fp32")
+    assert risks(second, probe, "f" * 64, "fp32") == first
+    assert second.shapes == []  # all of them were on the disk
+    asked = {"probe": probe, "reference": "f" * 64, "precision": "fp32"}
+    asked |= {
+        "probe": {"probe": make_probe(seed=1)},
+        "reference": {"reference": "0" * 64},
+        "precision": {"precision": "bf16"},
+    }[other]
+    if other != "probe":
+        second.table = second.table.bfloat16().float()
+    close(
+        risks(second, *asked.values()),
+        ReferenceProbeRisk(asked["probe"], second, ranks=ALONE, rows_per_pass=2)(batch, None),
+    )
+    assert second.shapes
+    cache.close()
 
 
 def test_an_empty_risk_cache(tmp_path):

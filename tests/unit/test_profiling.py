@@ -9,6 +9,7 @@ of a float. Seconds are only held against each other: parts add up to the step.
 import base64
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from matplotlib.image import imread
 from step_flops import Rows, llama, write_run_folder
 from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from safereg_dist import regions
 from safereg_dist.config import config_to_yaml, load_config
@@ -227,6 +229,28 @@ def test_an_inner_part_is_not_the_outer_one():
     assert list(found) == [regions.POLICY_FORWARD, regions.PROBE, regions.OTHER]
 
 
+def test_seconds_are_those_of_the_innermost_part(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def work(seconds):
+        clock[0] += seconds
+
+    with Recorder() as recorder:
+        work(1)
+        with region(regions.POLICY_FORWARD):
+            work(2)
+            with region(regions.PROBE):
+                work(4)
+            work(8)
+        work(16)
+    assert {name: cost.seconds for name, cost in recorder.totals().items()} == {
+        regions.POLICY_FORWARD: 10.0,
+        regions.PROBE: 4.0,
+        regions.OTHER: 17.0,
+    }
+
+
 def test_a_part_that_fails_is_left():
     with Recorder() as recorder:
         with pytest.raises(ZeroDivisionError), region(regions.PROBE):
@@ -298,3 +322,36 @@ def test_collectives_are_seen_with_their_payload(name, group):
     cost = recorder.totals()[regions.AGREEMENT]
     assert (dict(cost.bytes), dict(cost.calls)) == ({kind: size}, {kind: 1})
     assert recorder.safety_bytes == recorder.total_bytes == size
+
+
+@pytest.fixture
+def three_ranks():
+    """The first of three ranks; its collectives are called as usual and carry nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
+    yield
+    dist.destroy_process_group()
+
+
+def parts_of(x):
+    return [torch.empty_like(x) for _ in range(3)]
+
+
+OF_THREE = {
+    # Of 6 float32 here: what all ranks give together, or what this rank gives to all.
+    "all_gather": (lambda x: dist.all_gather(parts_of(x), x), 72),
+    "all_gather_into_tensor": (lambda x: dist.all_gather_into_tensor(x.new_empty(18), x), 72),
+    "reduce_scatter": (lambda x: dist.reduce_scatter(x, parts_of(x)), 72),
+    "reduce_scatter_tensor": (lambda x: dist.reduce_scatter_tensor(x, x.new_empty(18)), 72),
+    "all_to_all": (lambda x: dist.all_to_all(parts_of(x), parts_of(x)), 72),
+    "gather": (lambda x: dist.gather(x, parts_of(x)), 24),
+    "scatter": (lambda x: dist.scatter(x, parts_of(x)), 24),
+}
+
+
+@pytest.mark.parametrize("name", OF_THREE)
+def test_the_payload_is_whole_where_ranks_hold_parts(name, three_ranks):
+    call, size = OF_THREE[name]
+    with Recorder() as recorder, region(regions.AGREEMENT):
+        call(torch.ones(6))
+    kind = name.removesuffix("_tensor").removesuffix("_into")
+    assert dict(recorder.totals()[regions.AGREEMENT].bytes) == {kind: size}

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,21 @@ def test_no_score_outside_the_range_is_kept(path: Path, bad: float) -> None:
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         cache.put_many("judge", {key(0): CachedScore(0.5), key(1): CachedScore(bad)})
     assert cache.get_many("judge", [key(0), key(1)]) == {}
+    cache.close()
+
+
+def test_a_transaction_that_fails_in_the_middle_leaves_nothing(path: Path) -> None:
+    cache = ScoreCache(path)
+    cache.put_many("judge", {key(0): score(0)})
+    unbindable: Any = object()
+    rows = {key(0): CachedScore(0.75), key(1): score(1), key(2): CachedScore(0.5, unbindable)}
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        cache.put_many("judge", rows)
+    for reader in (cache, ScoreCache(path)):
+        assert reader.get_many("judge", list(rows)) == {key(0): score(0)}
+    cache.put_many("judge", {key(1): score(1)})  # no transaction is left open
+    assert len(reader.get_many("judge", list(rows))) == 2
+    reader.close()
     cache.close()
 
 
