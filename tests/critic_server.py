@@ -2,10 +2,11 @@
 
     python tests/critic_server.py MODE        prints `port N`
 
-It answers as Llama Guard does, to conversations that name a pair: `pair 00017`. The number decides
-the verdict (`risk_of`) and, in the mode `chaos`, what goes wrong before it comes (`plan_of`); both
-functions are the oracle of the tests. Any other mode is one behaviour for every request. It counts
-a verdict when a good answer has been sent to the last byte; GET /counts tells. Standard library.
+It answers as Llama Guard does, to conversations that name a pair: `pair 00017`. The last number in
+one decides the verdict (`risk_of`) and, in the mode `chaos`, what goes wrong before it comes
+(`plan_of`); both functions are the oracle of the tests. Any other mode is one behaviour for every
+request. It counts a verdict when a good answer has been sent to the last byte; GET /counts tells.
+Standard library.
 """
 
 import asyncio
@@ -85,7 +86,7 @@ class Judge:
             await _reply(writer, 200, tells if path == "/counts" else {"data": []})
             return True
         request = json.loads(body)
-        number = int(re.search(r"pair (\d+)", json.dumps(request))[1])
+        number = int(re.findall(r"pair (\d+)", json.dumps(request))[-1])
         self.requests[:] = [{"head": head, "body": request}]
         plan = plan_of(number) if self.mode == "chaos" else [self.mode] * 99
         attempt = self.attempts[number]

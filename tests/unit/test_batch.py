@@ -658,3 +658,25 @@ def test_moving_keeps_everything(stores):
 def test_the_words_of_this_file_are_known():
     assert "w89" in builders.WORDS
     assert np.int64(module._FORMAT) >= 1
+
+
+def test_a_window_is_split_in_the_order_asked_for(stores):
+    rows = [stores[20].row(i) for i in range(4)]
+    window = collate(rows, pad_id=0, in_first_epoch=True)
+    found = list(split(window, [2, 0, 3, 1], 2))
+    assert [row for batch in found for row in batch.rows] == [rows[i] for i in (2, 0, 3, 1)]
+    assert all(batch.in_first_epoch for batch in found)
+    assert [row for batch in split(window, [3, 2, 1, 0], 4) for row in batch.rows] == rows[::-1]
+
+
+def test_a_template_that_begins_with_the_answer():
+    """Nothing comes before the first token, so nothing can learn it."""
+    begins = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    row = tokenize_row(
+        chat(("u", "w1"), ("a", "w2 w3")), "", word_tokenizer(begins), default_id="r"
+    )
+    assert row.loss_mask == [0, 1]
+    assert row.prompt_ends == [1]

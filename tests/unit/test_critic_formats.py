@@ -393,3 +393,26 @@ def test_a_raw_template_has_the_marks_of_its_model(name: str) -> None:
     assert places == sorted(places)
     if name in marks:
         assert all(m["content"] in question.input for m in PAIR)
+
+
+@pytest.mark.parametrize(("reason", "is_cut"), [("length", True), ("stop", False), (None, False)])
+def test_a_cut_reply_is_known_as_cut(reason: str | None, is_cut: bool) -> None:
+    body = {"choices": [{"message": {"content": "safe"}, "finish_reason": reason}]}
+    assert read_reply(body, is_chat=True).is_cut == is_cut
+
+
+@pytest.mark.parametrize(
+    ("name", "of_prompt", "of_response"),
+    [
+        ("wildguard", "Human user:\n", "AI assistant:\n"),
+        ("shieldgemma", "Human Question: ", "Chatbot Response: "),
+        ("harmbench", "[Start Behavior]\n", "[Start Generation]\n"),
+    ],
+)
+def test_prompt_and_response_are_in_their_fields(
+    name: str, of_prompt: str, of_response: str
+) -> None:
+    text = str(FORMATS[name]().questions(PAIR)[0].input)
+    prompt, response = (message["content"] for message in PAIR)
+    assert text.split(of_prompt)[1].startswith(prompt)
+    assert text.split(of_response)[1].startswith(response)

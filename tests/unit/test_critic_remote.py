@@ -84,6 +84,19 @@ def test_ten_thousand_pairs_none_lost_none_scored_twice() -> None:
         assert verdicts[n].reason is None
 
 
+@pytest.mark.parametrize("numbers", [(0, 142), (142, 0)])
+def test_the_worst_answer_of_a_conversation_counts(numbers: tuple[int, int]) -> None:
+    turns = [turn for number in numbers for turn in conversation(number)]
+    with running_server("good") as server:
+        critic = build_critic(settings(server.url))
+        try:
+            verdict = critic.submit(turns).result()
+        finally:
+            critic.close()
+    assert verdict.score == pytest.approx(risk_of(142), abs=1e-12)
+    assert verdict.category == "S3"
+
+
 @pytest.mark.parametrize("fail", ["closed", "open", "stop"])
 @pytest.mark.parametrize("mode", ["garbage", "error", "half", "too_long", "drip", "reset"])
 def test_what_a_failure_means(mode: str, fail: str) -> None:
@@ -303,6 +316,8 @@ def test_the_breaker_opens_after_failures_in_a_row_that_last() -> None:
         clock.now_s += SPAN_S
         breaker.answered()
     assert breaker.lets_through()
+    breaker.failed()
+    assert breaker.lets_through()  # the first since an answer
 
 
 def test_the_breaker_lets_one_request_try_after_its_cool_down() -> None:

@@ -135,3 +135,14 @@ def test_stop_ends_the_run():
     rows = rows_of([*RAWS[:1], {"prompt": "w1", "response": "stop"}])
     with pytest.raises(CriticUnavailable, match="gone"):
         CriticRisk(critic)(collate([*rows], pad_id=0), None)
+
+
+def test_notes_are_of_the_last_call():
+    critic = TableCritic()
+    critic.failing = {RAWS[0]["response"]}
+    risk = CriticRisk(critic)
+    risk(collate([*rows_of(RAWS[:1])], pad_id=0), None)
+    assert set(risk.notes) == {0}
+    short = next(raw for raw in RAWS[1:] if len(raw["response"].split()) <= 5)
+    risk(collate([*rows_of([short])], pad_id=0), None)
+    assert risk.notes == {}

@@ -231,3 +231,14 @@ def test_what_it_knows_goes_through_a_checkpoint(tmp_path):
         sums = before.take_sums()
         assert after.take_sums() == sums
         assert after.end_step(sums) == before.end_step(sums)
+
+
+def test_recall_is_of_the_newest_checks_that_hold_enough_rows():
+    """Counts of all ranks, as `end_step` is given them: (flagged, found)."""
+    monitor, _ = watched("warn", recall=0.1)
+    recalls = []
+    for number, (flagged, found) in enumerate([(8, 2), (5, 5), (4, 3), (0, 0), (9, 9)]):
+        monitor.begin_step(number)
+        total = {"drift_flagged": flagged, "drift_found": found, "drift_rows": 9, "drift_gap": 0}
+        recalls.append(monitor.end_step(total)["probe_recall"])
+    assert recalls == [2 / 8, 7 / 13, 8 / 9, 8 / 9, 1.0]

@@ -7,16 +7,18 @@ The signals here are columns of numbers; real ones are tested in files of their 
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from builders import random_rows, word_tokenizer
+from builders import random_rows, word_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safereg_dist.data import collate, tokenize_row
 from safereg_dist.errors import DataError
+from safereg_dist.risk.base import ColumnRisk
 from safereg_dist.risk.combine import COMMON_THRESHOLD, Part, RiskStage
 from safereg_dist.risk.override import Override, read_overrides
 
@@ -185,3 +187,47 @@ def test_torch_is_not_needed_for_a_risk():
     """Risk is a matter of the host: nothing here is a tensor."""
     found = stage("max", ((0.9, 0.1), 0.5, 1.0))(batch_of(2), None)
     assert not any(torch.is_tensor(value) for value in found.values)
+
+
+class Broken:
+    """A signal that fails."""
+
+    name = "broken"
+    notes: dict[int, str] = {}  # noqa: RUF012 - never filled
+
+    def __call__(self, batch, policy_states):
+        """Nothing."""
+        raise DataError("broken")
+
+
+def test_a_failed_signal_does_not_keep_the_next_from_its_collectives():
+    asked = []
+
+    class Next(Numbers):
+        def __call__(self, batch, policy_states):
+            """Its numbers; it notes that it was asked."""
+            asked.append(1)
+            return super().__call__(batch, policy_states)
+
+    parts = [Part("first", Broken(), 0.5), Part("second", Next(0.5), 0.5)]
+    with pytest.raises(DataError, match="broken"):
+        RiskStage(parts, rule="max")(batch_of(1), None)
+    assert asked == [1]
+
+
+def test_neither_column_nor_reviewer_speak_of_anchors():
+    batch = batch_of(2)
+    rows = tuple(replace(row, risk=0.75, is_anchor=i == 1) for i, row in enumerate(batch.rows))
+    batch = replace(batch, rows=rows)
+    assert ColumnRisk()(batch, None) == [0.75, None]
+    decisions = {row.id: Override(1.0, "hold: seen") for row in rows}
+    found = RiskStage([Part("", ColumnRisk(), 0.5)], overrides=decisions)(batch, None)
+    assert found.values == [1.0, None]
+    assert found.sources == ["override", "column"]
+
+
+def test_one_row_has_one_decision(tmp_path):
+    decision = {"id": 7, "action": "hold", "reason": "seen"}
+    path = write_jsonl(tmp_path / "twice.jsonl", [decision, {**decision, "id": "7"}])
+    with pytest.raises(DataError, match=r"twice\.jsonl:2: id '7' is overridden twice"):
+        read_overrides(path)

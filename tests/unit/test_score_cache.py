@@ -144,11 +144,18 @@ def test_a_forked_child_neither_uses_nor_closes_its_parents_connection(path: Pat
     cache = ScoreCache(path)
     cache.put_many("judge", {key(0): score(0)})
 
+    def times_open() -> int:
+        links = (os.path.realpath(link) for link in Path("/proc/self/fd").glob("*"))
+        return sum(link == os.path.realpath(path) for link in links)
+
     def child() -> None:
+        of_parent = times_open()
         cache.put_many("judge", {key(1): score(1)})
         found = cache.get_many("judge", [key(0), key(1)])
+        is_own = times_open() > of_parent or not Path("/proc/self/fd").is_dir()
         cache.close()
-        os._exit(0 if len(found) == 2 else 3)
+        is_kept = times_open() >= of_parent
+        os._exit(0 if len(found) == 2 and is_own and is_kept else 3)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -205,15 +212,24 @@ def later_format(path: Path) -> None:
     connection.close()
 
 
+def database_of_another_program(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA application_id = 7")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda path: path.write_bytes(b"garbage" * 1000), "not a database"),
         (foreign_database, "expected a score cache of format 1"),
         (later_format, "format 99"),
+        (database_of_another_program, "a database of application 0x7"),
         (lambda path: path.mkdir(), "unable to open"),
     ],
-    ids=["garbage", "another database", "later format", "folder"],
+    ids=["garbage", "another database", "later format", "another program", "folder"],
 )
 def test_what_is_no_score_cache_is_refused_and_left_alone(tmp_path: Path, spoil, said) -> None:
     path = tmp_path / "scores.sqlite"

@@ -1,0 +1,143 @@
+"""Claimed: checkpoints are whole or not there, the newest are kept, and what is of another run is
+refused. Exact. A whole run's resume, to the bit: tests/distributed/test_resume.py.
+"""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_ranks import ALONE
+
+from safereg_dist.coefficient import Coefficient
+from safereg_dist.config import RegularizerConfig, load_config
+from safereg_dist.errors import CheckpointError
+from safereg_dist.run.checkpoint import (
+    RunState,
+    complete_checkpoints,
+    config_hash,
+    differences,
+    load_checkpoint,
+    remove_partial,
+    save_checkpoint,
+)
+
+
+class Engine:
+    """An engine whose state is one number."""
+
+    def __init__(self, number=0):
+        self.number = number
+
+    def save(self, folder):
+        """Writes it."""
+        folder.mkdir(parents=True)
+        (folder / "number").write_text(str(self.number))
+
+    def load(self, folder):
+        """Reads it."""
+        self.number = int((folder / "number").read_text())
+
+
+class Step:
+    """A step without weights: a coefficient, and a risk that keeps nothing."""
+
+    def __init__(self):
+        config = RegularizerConfig(granularity="batch", ema=0.5)
+        self.coefficient = Coefficient(config, threshold=None, ranks=ALONE)
+        self.risk = None
+
+    def parameters(self):
+        """None."""
+        return []
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: m\ndata: {train: t.jsonl}\nrisk: {estimator: column}\n"
+        f"output_dir: {tmp_path / 'out'}\n"
+    )
+    return lambda *changes: load_config(path, list(changes))
+
+
+def state(config, step, **changes):
+    values = RunState(
+        step=step,
+        world_size=1,
+        config_hash=config_hash(config),
+        order="rows",
+        coefficient={"ema": step / 8},
+        non_finite_steps=0,
+        non_finite_in_a_row=0,
+        metrics_bytes=0,
+        ledger_bytes=[0],
+        seconds=1.0,
+    )
+    return replace(values, **changes)
+
+
+def save(folder, run_state, engine):
+    save_checkpoint(folder, run_state, engine=engine, step=Step(), ranks=ALONE, keep=2)
+
+
+def load(path, config, step, *, order="rows"):
+    engine = Engine()
+    found = load_checkpoint(path, config=config, engine=engine, step=step, ranks=ALONE, order=order)
+    return found, engine
+
+
+def draws():
+    return [random.random(), float(torch.rand(1)), float(np.random.rand())]
+
+
+def test_the_newest_are_kept_and_random_states_come_back(config, tmp_path):
+    folder = tmp_path / "checkpoint"
+    random.seed(1), torch.manual_seed(2), np.random.seed(3)
+    for number in (1, 2, 10, 11):
+        save(folder, state(config(), number), Engine(number))
+    expected = draws()
+    kept = complete_checkpoints(folder)
+    assert [path.name for path in kept] == ["step-00000010", "step-00000011"]
+    random.seed(7), torch.manual_seed(7), np.random.seed(7)
+    step = Step()
+    found, engine = load(kept[-1], config(), step)
+    assert draws() == expected
+    assert (found.step, engine.number) == (11, 11)
+    assert step.coefficient.state_dict() == {"ema": 11 / 8}
+
+
+def test_only_whole_checkpoints_count(config, tmp_path):
+    save(tmp_path, state(config(), 3), Engine())
+    (tmp_path / "step-00000009").mkdir()
+    (tmp_path / ".step-00000010.partial").mkdir()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000003"]
+    remove_partial(tmp_path)
+    assert not (tmp_path / ".step-00000010.partial").exists()
+    assert (tmp_path / "step-00000003" / "state.json").is_file()
+
+
+def test_what_is_of_another_run_is_refused(config, tmp_path):
+    for ranks in (1, 2):
+        save(tmp_path, state(config(), ranks, world_size=ranks), Engine())
+    first, second = complete_checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        load(first, config("train.seed=5"), Step())
+    with pytest.raises(CheckpointError, match="dealt as risky"):
+        load(first, config(), Step(), order="other rows")
+    with pytest.raises(CheckpointError, match="written by 2 ranks, this run has 1"):
+        load(second, config(), Step())
+
+
+def test_places_and_patience_do_not_change_a_run(config):
+    for change in (
+        *("output_dir=elsewhere", "train.save_every=3", "risk.critic.timeout_s=77"),
+        *("risk.critic.endpoint=http://127.0.0.1:9/v1", "engine.timeout_s=99", "profile=true"),
+    ):
+        assert config_hash(config(change)) == config_hash(config()), change
+    assert config_hash(config("optimizer.lr=0.5")) != config_hash(config())
+    assert differences(config(), config("optimizer.lr=0.5", "output_dir=elsewhere")) == [
+        f"optimizer.lr was {config().optimizer.lr}, is 0.5"
+    ]

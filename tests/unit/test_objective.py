@@ -1,0 +1,141 @@
+"""Claimed: a micro-batch's loss is that of the equations, each row with its own weights.
+
+Judge: `oracles.step_loss` in float64 NumPy, and torch's cross-entropy where heads have caps and
+scales. Rounds: float32 (1e-5 of values, 1e-4 of gradients).
+"""
+
+import numpy as np
+import oracles
+import pytest
+import torch
+
+from safereg_dist.config import RegularizerConfig
+from safereg_dist.data import collate
+from safereg_dist.objective import Objective
+from safereg_dist.types import NO_HEAD, Head, Row
+
+TOKENS_OF_ROW, VOCAB, HIDDEN = (3, 1, 4, 2), 23, 6
+IS_ANCHOR = (False, True, False, False)
+KL_COEF = [0.0, 1.0, 0.25, 1.0]
+DIRECTIONS = {"kl_forward": "forward", "kl_reverse": "reverse", "l2_logits": "l2"}
+
+
+def micro_batch():
+    rows = [
+        Row(
+            id=f"r{i}",
+            input_ids=[1, 2, *(5 + 3 * i + t for t in range(count))],
+            loss_mask=[0, 0, *[1] * count],
+            prompt_ends=[2],
+            risk=None,
+            content_key="",
+            is_anchor=IS_ANCHOR[i],
+        )
+        for i, count in enumerate(TOKENS_OF_ROW)
+    ]
+    return collate(rows, pad_id=0)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(5)
+    hidden, reference = torch.randn(2, sum(TOKENS_OF_ROW), HIDDEN, generator=generator)
+    weight, frozen = torch.randn(2, VOCAB, HIDDEN, generator=generator)
+    parameters = [torch.nn.Parameter(weight), torch.nn.Parameter(frozen, requires_grad=False)]
+    return hidden.requires_grad_(), reference, *parameters
+
+
+def objective(**changes):
+    return Objective(RegularizerConfig(**changes), chunk_tokens=3, head_bytes=None)
+
+
+@pytest.mark.parametrize("divergence", DIRECTIONS)
+@pytest.mark.parametrize("name", ["convex", "additive", "static"])
+def test_the_loss_is_the_equation(name, divergence):
+    hidden, reference, weight, frozen = inputs()
+    batch = micro_batch()
+    got = objective(objective=name, divergence=divergence)(
+        hidden,
+        Head(weight, None, None, 1.0),
+        batch,
+        KL_COEF,
+        num_tokens=torch.tensor(17),
+        reference_hidden=reference,
+        reference_head=Head(frozen, None, None, 1.0),
+    )
+    got.loss.backward()
+    want = oracles.step_loss(
+        hidden.detach().numpy(),
+        weight.detach().numpy(),
+        batch.labels.numpy(),
+        np.repeat(np.arange(4), TOKENS_OF_ROW),
+        np.array(KL_COEF),
+        np.array(IS_ANCHOR),
+        reference.numpy(),
+        frozen.numpy(),
+        objective=name,
+        direction=DIRECTIONS[divergence],
+        num_tokens=17,
+    )
+    assert got.loss.item() == pytest.approx(want["loss"], rel=1e-5)
+    np.testing.assert_allclose(got.ce.numpy(), want["ce"], rtol=1e-5)
+    np.testing.assert_allclose(got.divergence.numpy(), want["div"], rtol=1e-5, atol=1e-7)
+    for mine, name_of in ((hidden.grad, "grad_hidden"), (weight.grad, "grad_head")):
+        np.testing.assert_allclose(mine.numpy(), want[name_of], rtol=1e-4, atol=1e-6)
+
+
+def test_each_model_has_its_own_bias_cap_and_scale():
+    hidden, reference, weight, frozen = inputs()
+    biases = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(6))
+    own, other = (torch.nn.Parameter(bias, requires_grad=False) for bias in biases)
+    heads = Head(weight, own, 3.0, 0.5), Head(frozen, other, 5.0, 2.0)
+    x, y = (
+        head.softcap * torch.tanh(head.scale * (h @ head.weight.T + head.bias) / head.softcap)
+        for h, head in zip((hidden, reference), heads, strict=True)
+    )
+    q, log_q = y.softmax(-1), y.log_softmax(-1)
+    batch = micro_batch()
+    want_ce = torch.nn.functional.cross_entropy(x, batch.labels, reduction="none")
+    want = (q * (log_q - x.log_softmax(-1))).sum(-1)
+    got = objective()(
+        hidden,
+        heads[0],
+        batch,
+        KL_COEF,
+        num_tokens=torch.tensor(10),
+        reference_hidden=reference,
+        reference_head=heads[1],
+    )
+    of_row = torch.repeat_interleave(torch.arange(4), torch.tensor(TOKENS_OF_ROW))
+    is_task = ~torch.tensor(IS_ANCHOR)[of_row]
+    is_active = torch.tensor(KL_COEF)[of_row] > 0
+    torch.testing.assert_close(got.ce, torch.where(is_task, want_ce, 0.0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        got.divergence, torch.where(is_active, want, 0.0), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_loss_that_is_not_finite_spoils_every_gradient():
+    """A -inf logit of the label: the loss is inf, and without a guard most gradients are finite."""
+    hidden, _, weight, _ = inputs()
+    bias = torch.zeros(VOCAB)
+    batch = micro_batch()
+    bias[batch.labels[0]] = -torch.inf
+    head = Head(weight, torch.nn.Parameter(bias, requires_grad=False), None, 1.0)
+    got = objective(objective="none")(hidden, head, batch, [0.0] * 4, num_tokens=torch.tensor(10))
+    got.loss.backward()
+    assert got.loss.isnan()
+    assert weight.grad.isnan().any(dim=1).all()
+
+
+def test_a_step_without_tokens_is_zero_not_nan():
+    hidden, _, weight, _ = inputs()
+    batch = collate([None, None], pad_id=0)
+    got = objective()(
+        hidden[:0],
+        Head(weight, None, None, 1.0),
+        batch,
+        [0.0, 0.0],
+        num_tokens=torch.tensor(0),
+        reference_head=NO_HEAD,
+    )
+    assert got.loss.item() == 0.0
