@@ -31,9 +31,9 @@ from safereg_dist.config import (
 )
 from safereg_dist.demo.base import HIDDEN_SIZE, NUM_LAYERS
 from safereg_dist.demo.tokenizer import MAX_TOKENS, SPECIAL_TOKENS, build_tokenizer
-from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.probe import Probe, pool_prompt
+from safereg_dist.storage.atomic import write_atomically
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 LARGE_STEP, LARGE_FRACTION, LARGE_MICRO_BATCH_SIZE = 512, 0.01, 8

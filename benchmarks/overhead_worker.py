@@ -31,11 +31,11 @@ from overhead_cases import (
 from torch import Tensor
 
 from safereg_dist.data import collate
-from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.factory import Run, build_run, start_backend
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, PolicyEngine
 from safereg_dist.profiling import Recorder
+from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.types import MicroBatch
 
 

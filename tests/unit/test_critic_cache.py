@@ -87,7 +87,9 @@ def test_the_key_is_of_roles_and_contents_in_canonical_json() -> None:
     canonical = r'[["user","caf\u00e9 \ud800"],["tool","x"]]'
     assert json.loads(canonical) == [[m["role"], m["content"]] for m in messages]
     assert conversation_key(messages) == hashlib.sha256(canonical.encode()).hexdigest()
-    assert conversation_key([{**messages[0], "name": "me"}, messages[1]]) == conversation_key(messages)
+    assert conversation_key([{**messages[0], "name": "me"}, messages[1]]) == conversation_key(
+        messages
+    )
     assert conversation_key(messages[::-1]) != conversation_key(messages)
     assert conversation_key([{"role": "user", "content": 'a","b'}]) != conversation_key(
         [{"role": "user", "content": "a"}, {"role": "b", "content": ""}]
