@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections import Counter
+from dataclasses import fields
 
 import builders
 import numpy as np
@@ -21,15 +22,15 @@ from safereg_dist.config import DataConfig
 from safereg_dist.data import (
     Sampler,
     collate,
-    collate_window,
+    filler,
     load_rows,
     load_tokenizer,
-    split,
     steps_for,
     tokenize_row,
 )
-from safereg_dist.data import rows as module
+from safereg_dist.data.collate import padded
 from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.types import Row
 
 # The newline that many templates write after the end-of-turn token is a word here, <nl>.
 NEWLINE = (
@@ -139,11 +140,11 @@ def test_an_empty_answer_is_an_end_of_turn():
     assert sum(row.loss_mask) == 1
 
 
-def test_content_keys_tell_prompts_apart_and_nothing_else():
+def test_prompt_keys_tell_prompts_apart_and_nothing_else():
     tokenizer = word_tokenizer()
 
     def key(*turns):
-        return tokens(tokenizer, chat(*turns)).content_key
+        return tokens(tokenizer, chat(*turns)).prompt_key
 
     assert key(("u", "w1"), ("a", "w2")) == key(("u", "w1"), ("a", "w3 w4"))
     assert key(("u", "w1"), ("a", "w2")) != key(("u", "w2"), ("a", "w2"))
@@ -360,7 +361,7 @@ def test_truncation_forgets_the_turns_it_cuts(tmp_path):
         assert row.prompt_ends == [e for e in whole.prompt_ends if any(whole.loss_mask[e:limit])]
         # A risk cached for fewer turns must not be taken for that of all turns.
         is_all = row.prompt_ends == whole.prompt_ends
-        assert (row.content_key == whole.content_key) == is_all
+        assert (row.prompt_key == whole.prompt_key) == is_all
 
 
 def test_long_rows_can_be_an_error(tmp_path):
@@ -609,14 +610,14 @@ def test_fewer_rows_than_ranks(stores):
 
 def test_micro_batches_against_loops(stores):
     s = stream(stores[20], anchor=stores[3])
-    window = collate_window(s, start=5, count=12, pad_id=0)
-    batches = list(split(window, range(12), 3))
+    rows = s.rows(5, 12, filler=filler(0))
+    batches = [collate(rows[begin : begin + 3], pad_id=0) for begin in range(0, 12, 3)]
     assert len(batches) == 4
     expected_rows = [s.row(5 + i) for i in range(12)]
     assert [row for batch in batches for row in batch.rows] == expected_rows
     for batch in batches:
         width = max(len(row.input_ids) for row in batch.rows)
-        flat, labels, owner, ends = [], [], [], []
+        flat, labels, owner = [], [], []
         for b, row in enumerate(batch.rows):
             for t in range(width):
                 real = t < len(row.input_ids)
@@ -626,11 +627,11 @@ def test_micro_batches_against_loops(stores):
                     flat.append(b * width + t - 1)
                     labels.append(row.input_ids[t])
                     owner.append(b)
-            ends += [(b, end) for end in row.prompt_ends]
         assert batch.response_index.tolist() == flat
         assert batch.labels.tolist() == labels
         assert batch.row_of_token.tolist() == owner
-        assert list(zip(batch.prompt_rows, batch.prompt_ends, strict=True)) == ends
+        assert batch.tokens_of_row == tuple(owner.count(b) for b in range(len(batch.rows)))
+        assert batch.tokens_of_row == tuple(row.num_response_tokens for row in batch.rows)
         assert batch.num_response_tokens == len(labels)
         for tensor in (batch.input_ids, batch.attention_mask, batch.response_index, batch.labels):
             assert tensor.dtype == torch.int64
@@ -640,33 +641,71 @@ def test_micro_batches_against_loops(stores):
 
 
 def test_fillers_are_inert():
-    batch = collate([None, None], pad_id=7)
+    inert = filler(7)
+    batch = collate([inert, inert], pad_id=7)
     assert batch.input_ids.tolist() == [[7], [7]]
     assert batch.num_response_tokens == 0
-    assert batch.prompt_ends == ()
+    assert batch.tokens_of_row == (0, 0)
+    assert all(row.prompt_ends == [] for row in batch.rows)
     assert all(row.id == "" for row in batch.rows)
+    assert (inert.risk, inert.is_anchor, inert.messages_json) == (None, False, "")
+
+
+def test_a_filler_stands_where_a_stream_has_no_row(stores):
+    """After the last epoch, and where an even deal leaves this rank no row."""
+    inert = filler(3)
+    s = stream(stores[7], 1, 3, epochs=2)  # this rank has two of the seven rows
+    assert s.rows(2, 5, filler=inert) == [s.row(2), s.row(3), inert, inert, inert]
+    assert s.rows(9, 2, filler=inert) == [inert, inert]
+    assert s.rows(0, 0, filler=inert) == []
+    dealt = [
+        Sampler(
+            stores[7],
+            None,
+            anchor_fraction=0.0,
+            rank=rank,
+            world_size=3,
+            seed=0,
+            epochs=None,
+            active=np.arange(7) < 2,
+        ).rows(0, 6, filler=inert)
+        for rank in range(3)
+    ]
+    assert sum(row is inert for own in dealt for row in own) == 2 * (3 * 3 - 7)
+    seen = Counter(row.id for own in dealt for row in own if row is not inert)
+    assert seen == Counter({stores[7].row(i).id: 2 for i in range(7)})
+
+
+def test_sequences_are_padded_on_the_right_and_cut():
+    found = padded([[5, 6, 7], [], [8]], width=2, fill=9)
+    assert found.tolist() == [[5, 6], [9, 9], [8, 9]]
+    assert found.dtype == torch.int64
+    assert padded([[1]], width=3).tolist() == [[1, 0, 0]]
+    assert padded([], width=3).shape == (0, 3)
 
 
 def test_moving_keeps_everything(stores):
-    batch = collate([stores[3].row(0)], pad_id=0, in_first_epoch=False)
+    batch = collate([stores[3].row(0)], pad_id=0)
     moved = batch.to(torch.device("cpu"))
-    assert torch.equal(moved.labels, batch.labels)
-    assert moved.rows == batch.rows
-    assert not moved.in_first_epoch
+    for field in fields(batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        assert torch.equal(before, after) if torch.is_tensor(before) else before == after
 
 
-def test_the_words_of_this_file_are_known():
+def test_the_words_of_this_file_are_known(stores):
     assert "w89" in builders.WORDS
-    assert np.int64(module._FORMAT) >= 1
+    kept = {field.name for field in fields(Row)} - {"is_anchor"}
+    assert set(stores[3].table.column_names) == kept
 
 
-def test_a_window_is_split_in_the_order_asked_for(stores):
+def test_rows_are_stacked_in_the_order_given(stores):
     rows = [stores[20].row(i) for i in range(4)]
-    window = collate(rows, pad_id=0, in_first_epoch=True)
-    found = list(split(window, [2, 0, 3, 1], 2))
-    assert [row for batch in found for row in batch.rows] == [rows[i] for i in (2, 0, 3, 1)]
-    assert all(batch.in_first_epoch for batch in found)
-    assert [row for batch in split(window, [3, 2, 1, 0], 4) for row in batch.rows] == rows[::-1]
+    for order in ([2, 0], [3, 1], [3, 2, 1, 0]):
+        batch = collate([rows[i] for i in order], pad_id=0)
+        assert list(batch.rows) == [rows[i] for i in order]
+        for ids, i in zip(batch.input_ids.tolist(), order, strict=True):
+            length = len(rows[i].input_ids)
+            assert ids == rows[i].input_ids + [0] * (len(ids) - length)
 
 
 def test_a_template_that_begins_with_the_answer():
