@@ -18,14 +18,15 @@ import torch
 from builders import FAMILIES, random_rows, save_model, tiny_model, word_tokenizer
 from safetensors.torch import load_file, save_file
 
-from safereg_dist.data import collate, tokenize_row
+from safereg_dist.data import collate, filler, tokenize_row
 from safereg_dist.errors import CheckpointError, ProbeError
-from safereg_dist.models.architecture import decoder_layers
+from safereg_dist.models.architecture import decoder_layers, enable_activation_checkpointing
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.single import SingleBackend, single_ranks
-from safereg_dist.policy import Policy, enable_activation_checkpointing
-from safereg_dist.reference import Packing, Reference
+from safereg_dist.policy import Policy
+from safereg_dist.reference import EngineModel, Packing, Reference
+from safereg_dist.risk.base import ProbedStates
 from safereg_dist.risk.probe import POOLINGS, Probe, check_model, pool_prompt
 from safereg_dist.risk.probe_risk import (
     KnownRisks,
@@ -225,7 +226,34 @@ def batch_of(raws, *, anchors=(), tokenizer=None):
     from dataclasses import replace
 
     rows = [replace(row, is_anchor=i in anchors) for i, row in enumerate(rows)]
-    return collate([*rows, None], pad_id=0)
+    return collate([*rows, filler(0)], pad_id=0)
+
+
+def reference_of(model, backend, rows_per_pass):
+    """A reference of its own of a model that is loaded."""
+    own = EngineModel.of_model(model, backend=backend, offload="none", rows=rows_per_pass)
+    return Reference(own, ranks=backend.ranks, packing=Packing(rows_per_pass=rows_per_pass))
+
+
+def probed_in_a_forward(policy, batch):
+    """(last hidden states, the probed layer's) of one forward of the policy over a batch."""
+    kept = []
+
+    def loss(hidden, probed):
+        kept.append((hidden, probed))
+        return hidden.float().sum()
+
+    with policy.ending_in(loss):
+        output = policy.model(input_ids=batch.input_ids, use_cache=False)
+    ((hidden, probed),) = kept
+    assert torch.equal(output.logits, hidden.float().sum())
+    return hidden, ProbedStates(probed, batch.attention_mask)
+
+
+def ask(source, batch, states=None, *, in_first_epoch=True):
+    """The source's risk of a batch's rows, with the policy's states where they are given."""
+    probed = None if states is None else ProbedStates(states, batch.attention_mask)
+    return source(batch.rows, probed, in_first_epoch=in_first_epoch)
 
 
 def expected_risk(model, batch, probe):
@@ -265,9 +293,7 @@ def loaded(request, tmp_path_factory):
 def test_states_of_a_prefix_are_hidden_states(loaded, layer):
     plain, folder, backend = loaded
     model = backend.load_model(folder, precision="fp32", offload="none")
-    reference = Reference.of_model(
-        model, backend=backend, offload="none", packing=Packing(rows_per_pass=2)
-    )
+    reference = reference_of(model, backend, 2)
     batch = batch_of(ROWS)
     with torch.no_grad():
         expected = plain(
@@ -277,7 +303,7 @@ def test_states_of_a_prefix_are_hidden_states(loaded, layer):
     for k in (layer, 1, layer):  # an earlier stop changes nothing of a later one
         states = reference.prompt_states(batch.input_ids, k)
         torch.testing.assert_close(states[real], expected[k][real], rtol=1e-5, atol=1e-5)
-    whole = reference.engine(batch.input_ids)
+    whole = reference.model.hidden_states(batch.input_ids)
     torch.testing.assert_close(whole[real], expected[3][real], rtol=1e-5, atol=1e-5)
     assert model_fingerprint(model) == model_fingerprint(plain)
     assert not any(p.requires_grad for p in model.parameters())
@@ -293,20 +319,18 @@ def test_policy_and_reference_give_the_same_risk(loaded, layer, pooling):
     assert expected[1] is None
     assert expected[-1] is None
     policy = Policy(
-        backend.load_model(folder, precision="fp32", offload="none"), probed_layer=layer
-    ).eval()
-    probed = policy(batch).probed
-    assert not probed.requires_grad
-    close(PolicyProbeRisk(probe)(batch, probed), expected)
+        backend.load_model(folder, precision="fp32", offload="none").eval(), probed_layer=layer
+    )
+    _, probed = probed_in_a_forward(policy, batch)
+    assert not probed.hidden.requires_grad
+    close(PolicyProbeRisk(probe)(batch.rows, probed, in_first_epoch=True), expected)
     for rows_per_pass in (1, 2, 8):
         model = backend.load_model(folder, precision="fp32", offload="none")
-        reference = Reference.of_model(
-            model, backend=backend, offload="none", packing=Packing(rows_per_pass=rows_per_pass)
-        )
+        reference = reference_of(model, backend, rows_per_pass)
         estimator = ReferenceProbeRisk(
             probe, reference, ranks=backend.ranks, rows_per_pass=rows_per_pass
         )
-        close(estimator(batch, None), expected)
+        close(ask(estimator, batch), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -319,11 +343,11 @@ def test_probed_states_under_activation_checkpointing(loaded, dtype):
     policy = Policy(model, probed_layer=2)
     fired = []
     decoder_layers(model)[1][1].register_forward_hook(lambda *_: fired.append(1))
-    hidden, probed = policy(batch)
+    hidden, probed = probed_in_a_forward(policy, batch)
     hidden.float().sum().backward()
     assert len(fired) == 1
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
-    got = PolicyProbeRisk(probe)(batch, probed)
+    got = PolicyProbeRisk(probe)(batch.rows, probed, in_first_epoch=True)
     # In bfloat16 the judge runs the same model in bfloat16, on each prompt alone.
     expected = expected_risk(copy.deepcopy(plain).to(dtype), batch, probe)
     for mine, other in zip(got, expected, strict=True):
@@ -352,7 +376,7 @@ def test_the_riskiest_turn_counts():
     trunk, probe = CountingTrunk(), make_probe()
     batch = batch_of(ROWS)
     estimator = ReferenceProbeRisk(probe, trunk, ranks=ALONE, rows_per_pass=3)
-    got = estimator(batch, None)
+    got = ask(estimator, batch)
     several = 0
     for row, risk in zip(batch.rows[:-1], got[:-1], strict=True):
         turns = [trunk.risk(probe, row.input_ids[:end]) for end in row.prompt_ends]
@@ -366,10 +390,10 @@ def test_each_content_is_scored_once_over_its_prompt_only():
     same = {"prompt": "w1 w2", "response": "w3 w4 w5 w6 w7 w8"}
     batch = batch_of([same, {**same, "response": "w9"}, {"prompt": "w3", "response": "w1"}])
     estimator = ReferenceProbeRisk(make_probe(), trunk, ranks=ALONE, rows_per_pass=4)
-    first = estimator(batch, None)
+    first = ask(estimator, batch)
     assert trunk.shapes == [(2, batch.rows[0].prompt_ends[-1], 2)]
     assert first[0] == first[1] != first[2]
-    assert estimator(batch, None) == first
+    assert ask(estimator, batch) == first
     assert len(trunk.shapes) == 1
     assert len(estimator.cache) == 2
 
@@ -383,17 +407,16 @@ def test_an_answer_does_not_inherit_the_risk_of_another_one():
     assert expected[0] == expected[2] != expected[1]
     estimator = ReferenceProbeRisk(probe, trunk, ranks=ALONE, rows_per_pass=4)
     for _ in range(2):  # computed, and from the cache
-        assert estimator(batch, None) == [*map(pytest.approx, expected), None]
+        assert ask(estimator, batch) == [*map(pytest.approx, expected), None]
 
 
 def test_nothing_runs_for_anchors_and_fillers():
     trunk = CountingTrunk()
     estimator = ReferenceProbeRisk(make_probe(), trunk, ranks=ALONE, rows_per_pass=4)
-    assert estimator(batch_of(ROWS[:2], anchors=(0, 1)), None) == [None, None, None]
+    batch = batch_of(ROWS[:2], anchors=(0, 1))
+    assert ask(estimator, batch) == [None, None, None]
     assert trunk.shapes == []
-    assert PolicyProbeRisk(make_probe())(
-        batch_of(ROWS[:2], anchors=(0, 1)), torch.zeros(3, 20, H)
-    ) == [None, None, None]
+    assert ask(PolicyProbeRisk(make_probe()), batch, torch.zeros(3, 20, H)) == [None, None, None]
 
 
 def test_a_state_that_is_not_finite_is_a_failed_risk():
@@ -401,7 +424,7 @@ def test_a_state_that_is_not_finite_is_a_failed_risk():
     row = batch.rows[0]  # of which only the second turn is lost
     states = torch.zeros(*batch.input_ids.shape, H)
     states[0, row.prompt_ends[1] - 1] = math.nan
-    got = PolicyProbeRisk(make_probe())(batch, states)
+    got = ask(PolicyProbeRisk(make_probe()), batch, states)
     assert math.isnan(got[0])
     assert not math.isnan(got[1])
 
@@ -415,16 +438,16 @@ def estimator_for(probe):
 
 def test_the_risk_cache_goes_through_a_file(tmp_path):
     before = estimator_for(make_probe())
-    risks = before(batch_of(ROWS), None)
+    risks = ask(before, batch_of(ROWS))
     before.cache["ab" * 32] = math.nan
-    before.save_cache(tmp_path / "risk.safetensors")
+    before.save_state(tmp_path / "risk.safetensors")
     after = estimator_for(make_probe())
-    after.load_cache(tmp_path / "risk.safetensors")
+    after.load_state(tmp_path / "risk.safetensors")
     assert list(after.cache) == list(before.cache)
     assert math.isnan(after.cache.pop("ab" * 32))
     before.cache.pop("ab" * 32)
     assert after.cache == before.cache
-    assert after(batch_of(ROWS), None) == risks
+    assert ask(after, batch_of(ROWS)) == risks
 
 
 @pytest.mark.parametrize("other", ["probe", "reference", "precision"])
@@ -434,9 +457,8 @@ def test_risks_on_disk_are_those_of_one_probe_reference_and_precision(other, tmp
 
     def risks(trunk, probe, reference, precision):
         known = KnownRisks(cache, scorer_name(probe, reference, precision))
-        return ReferenceProbeRisk(probe, trunk, ranks=ALONE, rows_per_pass=2, known=known)(
-            batch, None
-        )
+        source = ReferenceProbeRisk(probe, trunk, ranks=ALONE, rows_per_pass=2, known=known)
+        return ask(source, batch)
 
     trunk, second = CountingTrunk(), CountingTrunk()
     first = risks(trunk, probe, "f" * 64, "fp32")
@@ -452,7 +474,7 @@ def test_risks_on_disk_are_those_of_one_probe_reference_and_precision(other, tmp
         second.table = second.table.bfloat16().float()
     close(
         risks(second, *asked.values()),
-        ReferenceProbeRisk(asked["probe"], second, ranks=ALONE, rows_per_pass=2)(batch, None),
+        ask(ReferenceProbeRisk(asked["probe"], second, ranks=ALONE, rows_per_pass=2), batch),
     )
     assert second.shapes
     cache.close()
@@ -460,25 +482,25 @@ def test_risks_on_disk_are_those_of_one_probe_reference_and_precision(other, tmp
 
 def test_an_empty_risk_cache(tmp_path):
     before = estimator_for(make_probe())
-    before.save_cache(tmp_path / "risk.safetensors")
+    before.save_state(tmp_path / "risk.safetensors")
     after = estimator_for(make_probe())
-    after.load_cache(tmp_path / "risk.safetensors")
+    after.load_state(tmp_path / "risk.safetensors")
     assert after.cache == {}
 
 
 def test_the_risk_cache_of_another_model_is_refused(tmp_path):
     before = estimator_for(make_probe())
-    before(batch_of(ROWS), None)
-    before.save_cache(tmp_path / "risk.safetensors")
+    ask(before, batch_of(ROWS))
+    before.save_state(tmp_path / "risk.safetensors")
     for other in (make_probe(fingerprint="0" * 64), make_probe(seed=1), make_probe(layer=1)):
         with pytest.raises(CheckpointError, match="remove the checkpoint or restore the probe"):
-            estimator_for(other).load_cache(tmp_path / "risk.safetensors")
+            estimator_for(other).load_state(tmp_path / "risk.safetensors")
 
 
 def test_a_risk_cache_that_cannot_be_read(tmp_path):
     path = tmp_path / "risk.safetensors"
     with pytest.raises(CheckpointError):
-        estimator_for(make_probe()).load_cache(path)
+        estimator_for(make_probe()).load_state(path)
     path.write_bytes(b"torn")
     with pytest.raises(CheckpointError):
-        estimator_for(make_probe()).load_cache(path)
+        estimator_for(make_probe()).load_state(path)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_probe import H, make_probe
+from test_probe import H, ask, make_probe
 from test_ranks import ALONE
 
 from safereg_dist.data import collate
@@ -28,7 +28,7 @@ def row(mask, prompt_ends):
         loss_mask=mask,
         prompt_ends=prompt_ends,
         risk=None,
-        content_key="00" * 32,
+        prompt_key="00" * 32,
     )
 
 
@@ -71,7 +71,7 @@ def test_a_failed_risk_is_not_kept_on_disk(tmp_path):
         estimator = ReferenceProbeRisk(
             make_probe(), trunk, ranks=ALONE, rows_per_pass=2, known=known
         )
-        return estimator(batch, None)[0]
+        return ask(estimator, batch)[0]
 
     assert math.isnan(risk())
     trunk.value = 0.5

@@ -15,11 +15,12 @@ from builders import tiny_model
 from torch import distributed as dist
 
 from safereg_dist.errors import DataError
-from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.comm import Ranks, Result, capture
 from safereg_dist.parallel.hardware import Rates
 from safereg_dist.parallel.single import SingleBackend
-from safereg_dist.reference import Packing, Reference, exchange
-from safereg_dist.reference.exchange import Lent, even_moves, exchanged_states, slowest_rates
+from safereg_dist.reference import EngineModel, Exchange, Packing, Reference, exchange
+from safereg_dist.reference.exchange import Lent, even_moves, slowest_rates
+from safereg_dist.reference.trunk import used_parameters
 from safereg_kernels import TopK, vocab_parallel_linear_ce_kl
 
 TIMEOUT_S = 40
@@ -70,20 +71,25 @@ def raised(action):
 
 def test_numbers_that_ranks_agree_on(tmp_path):
     def work(ranks):
-        own = [ranks.rank, 7 - ranks.rank]
+        own = Result([ranks.rank, 7 - ranks.rank])
+        ranks.raise_if_any_failed(own)
         return [
             ranks.all_reduce_max_async(own, count=2).result(),
             ranks.all_gather_async(own, count=2).result(),
-            ranks.max_over_ranks(ranks.rank % 2),
+            ranks.max_over_ranks(Result(ranks.rank % 2)),
+            ranks.total(1 + ranks.rank).item(),
             ranks.sum_(torch.tensor([1.0 + ranks.rank])).tolist(),
             ranks.gather(torch.tensor([ranks.rank, -ranks.rank])).tolist(),
         ]
 
-    expected = [[2, 7], [0, 7, 1, 6, 2, 5], 1, [6.0], [[0, 0], [1, -1], [2, -2]]]
+    expected = [[2, 7], [0, 7, 1, 6, 2, 5], 1, 6.0, [6.0], [[0, 0], [1, -1], [2, -2]]]
     assert on_ranks(3, work, tmp_path) == [expected] * 3
-    assert ALONE.all_reduce_max_async([3, 4], count=2).result() == [3, 4]
-    with pytest.raises(DataError, match="alone"):
-        ALONE.max_over_ranks(DataError("alone"))
+    assert ALONE.all_reduce_max_async(Result([3, 4]), count=2).result() == [3, 4]
+    assert (ALONE.total(5).item(), ALONE.total(5).dtype) == (5.0, torch.float32)
+    ALONE.raise_if_any_failed(Result("anything"))
+    for agree in (ALONE.max_over_ranks, ALONE.raise_if_any_failed):
+        with pytest.raises(DataError, match="alone"):
+            agree(Result(error=DataError("alone")))
 
 
 def test_the_first_rank_that_fails_speaks_for_all(tmp_path):
@@ -92,9 +98,11 @@ def test_the_first_rank_that_fails_speaks_for_all(tmp_path):
     def work(ranks):
         rank = ranks.rank
         own = {1: DataError("a bad row"), 2: KeyError("later")}.get(rank)
+        number, numbers = Result(rank, own), Result([rank, 0], own)
         seen = [
-            raised(lambda: ranks.max_over_ranks(own or rank)),
-            raised(lambda: ranks.all_gather_async(own or [rank, 0], count=2).result()),
+            raised(lambda: ranks.max_over_ranks(number)),
+            raised(lambda: ranks.raise_if_any_failed(number)),
+            raised(lambda: ranks.all_gather_async(numbers, count=2).result()),
             raised(lambda: ranks.raise_together(own)),
             raised(lambda: ranks.raise_together(None)),
             raised(lambda: ranks.raise_together(DataError("mine") if rank == 0 else None)),
@@ -111,14 +119,27 @@ def test_the_first_rank_that_fails_speaks_for_all(tmp_path):
     first, second, third = on_ranks(3, work, tmp_path)
     told = ["DataError", "rank 1: a bad row"]
     for told_of, kept in ((first, False), (second, True), (third, False)):
-        assert told_of[:3] == [["DataError", "a bad row"] if kept else told] * 3
-        assert told_of[3:5] == [[], ["DataError", "mine"]]
-        assert told_of[6] == [3.0]
-    assert third[5] == ["ValueError", "odd"]
-    for name, text in (first[5], second[5]):
+        assert told_of[:4] == [["DataError", "a bad row"] if kept else told] * 4
+        assert told_of[4:6] == [[], ["DataError", "mine"]]
+        assert told_of[7] == [3.0]
+    assert third[6] == ["ValueError", "odd"]
+    for name, text in (first[6], second[6]):
         assert name == "RemoteRankError"
         assert text.startswith("rank 2: ValueError: odd at ")
         assert "test_ranks.py:" in text
+
+
+def test_a_result_is_a_value_or_an_error():
+    good, bad = capture(int, "7"), capture(int, "seven")
+    assert (good.value, good.error, good.or_else(0)) == (7, None, 7)
+    assert (type(bad.error), bad.or_else(0)) == (ValueError, 0)
+    with pytest.raises(ValueError, match="seven"):
+        _ = bad.value
+    assert good.then(lambda number, more: number + more, more=2).value == 9
+    later = good.then(lambda number: number / 0)
+    assert type(later.error) is ZeroDivisionError
+    assert bad.then(lambda number: number / 0).error is bad.error
+    assert capture(lambda: None).value is None
 
 
 @pytest.mark.parametrize(
@@ -156,13 +177,20 @@ def test_rows_that_others_run_come_back_to_their_owner(tmp_path, pays):
     model = tiny_model(num_hidden_layers=1).eval()
 
     def work(ranks):
-        packing = Packing(rows_per_pass=2 if pays else 8, exchange=True)
-        reference = Reference.of_model(
-            model, backend=SingleBackend(ranks), offload="none", packing=packing
+        packing = Packing(rows_per_pass=2 if pays else 8)
+        own = EngineModel.of_model(
+            model, backend=SingleBackend(ranks), offload="none", rows=packing.rows_per_pass
         )
+        reference = Reference(own, ranks=ranks, packing=packing)
         rates = (1.0, 1e30) if pays else (1e30, 1.0)
-        reference.rates = Rates(flops_per_s=rates[0], link_bytes_per_s=rates[1])
-        states, rows_run = exchanged_states(reference, some_rows(ranks.rank))
+        handed = Exchange(
+            ranks=ranks,
+            rates=Rates(flops_per_s=rates[0], link_bytes_per_s=rates[1]),
+            trunk_parameters=used_parameters(model),
+            head=own.head,
+            rows_per_pass=packing.rows_per_pass,
+        )
+        states, rows_run = handed.states(some_rows(ranks.rank), reference.response_states)
         rates_of_all = slowest_rates(ranks)
         return [[s.tolist() for s in states], rows_run, rates_of_all.link_bytes_per_s]
 
