@@ -26,6 +26,7 @@ from safereg_dist.run.folder import claim_folder, describe_run
 from safereg_dist.run.gate import refuse_too_many_held_back
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
+from safereg_dist.step import StepPlan
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.types import Row
 
@@ -35,10 +36,14 @@ EXIT_REQUEUE = 75
 
 
 class StepResult(NamedTuple):
-    """One optimizer step: what it did over all ranks, and what became of the weights."""
+    """One optimizer step."""
 
+    plan: StepPlan
+    """Its micro-batches; `plan.metrics.results` has what each gave on this rank."""
     totals: StepTotals
+    """What it did over all ranks, and this rank's rows of the ledger."""
     update: Update
+    """What became of the weights."""
 
 
 def optimizer_step(
@@ -69,7 +74,7 @@ def optimizer_step(
             loss = run.engine(batch.input_ids)
         run.engine.backward(loss, is_last=planned.is_last)
     update = run.engine.update(lr)
-    return StepResult(regularizer.close(plan, flags=flags), update)
+    return StepResult(plan, regularizer.close(plan, flags=flags), update)
 
 
 @dataclass(slots=True)
@@ -132,7 +137,7 @@ def _logged_step(
     sources, step = run.sources, progress.step
     run.regularizer.risk.prefetch(sources.coming_rows(step))
     lr = learning_rate(step, sources.total_steps, run.config.optimizer)
-    totals, update = optimizer_step(
+    _, totals, update = optimizer_step(
         run,
         sources.rows_of_step(step),
         step=step,

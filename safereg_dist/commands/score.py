@@ -13,7 +13,8 @@ from pathlib import Path
 
 from safereg_dist.commands.options import at_least
 from safereg_dist.config import CriticConfig, section_from_dict
-from safereg_dist.critic.critic import Messages, Verdict, build_critic, score_conversations
+from safereg_dist.critic.critic import build_critic, score_conversations
+from safereg_dist.critic.verdict import Messages, Verdict
 from safereg_dist.data.files import answered_conversation, read_rows
 from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.storage.atomic import whole_file

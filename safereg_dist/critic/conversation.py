@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from safereg_dist.critic.critic import Messages
+from safereg_dist.critic.verdict import Messages
 
 # U+FF5C is the bar in the control tokens of some model families.
 _MARK = re.compile(r"<(?=[^\s=<\d])|\[(?=/?\s*INST|(?:Start|End) )|#(?=the)", re.IGNORECASE)

@@ -1,86 +1,26 @@
-"""What a judge is to the rest: conversations in, verdicts out, each conversation judged once.
+"""Conversations judged once each, in the background; failures are never cached.
 
-A judgement that fails is a verdict too: risk 1 under `closed`, risk 0 under `open`, both marked; or
-`CriticUnavailable` under `stop`. Failures are never cached. Collectives: none.
+Collectives: none.
 """
 
-import hashlib
-import json
 import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from safereg_dist.config.risk import CriticConfig
-from safereg_dist.errors import CheckpointError, CriticUnavailable
+from safereg_dist.critic.verdict import Critic, Messages, Verdict, conversation_key
+from safereg_dist.errors import CheckpointError
 from safereg_dist.storage.score_cache import CachedScore, ScoreCache, default_cache_path
 
 if TYPE_CHECKING:
     import torch
 
-Messages = list[dict[str, str]]
-
 _IN_FLIGHT = 4096  # futures, not requests: enough that one slow verdict stalls nobody behind it
-
-
-class Verdict(NamedTuple):
-    """What a judge says of one conversation."""
-
-    score: float
-    """Risk in [0, 1]."""
-    category: str | None = None
-    """Kind of harm in the judge's own words (S1, Violent, ...), where it names one."""
-    failed: bool = False
-    """True where there was no judgement; the score then follows the fail mode."""
-    reason: str | None = None
-    """Why it failed, in a few words, none of them from the data."""
-
-
-class JudgementFailed(Exception):  # noqa: N818 - it passes between a judge and its fail mode only
-    """One judgement did not come about; the message is short and holds nothing of the data."""
-
-
-class Critic(Protocol):
-    """Scores conversations in the background."""
-
-    identity: str
-    """Everything that a score depends on, but for the conversation; names it in the cache."""
-
-    def submit(self, messages: Messages) -> Future[Verdict]:
-        """The verdict to come; may be called from any thread, returns at once.
-
-        A failed judgement is a verdict; under `stop` the future carries CriticUnavailable. It
-        carries ConfigError where no judgement can succeed (an unknown model, a refused key).
-        """
-        ...
-
-    def close(self) -> None:
-        """Gives up what is under way and frees threads and connections."""
-        ...
-
-
-def conversation_key(messages: Messages) -> str:
-    """SHA-256 (hex) of the conversation as canonical JSON of its roles and contents."""
-    turns = [[message["role"], message["content"]] for message in messages]
-    return hashlib.sha256(json.dumps(turns, separators=(",", ":")).encode()).hexdigest()
-
-
-def failed_verdict(fail: str, reason: str) -> Verdict:
-    """What a failed judgement means under `fail`: closed, open or stop.
-
-    Raises:
-        CriticUnavailable: under `stop`.
-    """
-    if fail == "stop":
-        raise CriticUnavailable(
-            f"a judgement failed ({reason}) and `fail` is `stop`: mend the judge and run the same "
-            "command again (what was judged is cached), or choose fail=closed"
-        )
-    return Verdict(1.0 if fail == "closed" else 0.0, None, True, reason)
 
 
 def score_conversations(

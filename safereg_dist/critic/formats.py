@@ -18,7 +18,7 @@ from safereg_dist.critic.conversation import (
     prompt_and_response,
     up_to_each_answer,
 )
-from safereg_dist.critic.critic import Messages
+from safereg_dist.critic.verdict import Messages
 
 VERSION = 1
 

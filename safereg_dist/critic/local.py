@@ -23,15 +23,9 @@ from transformers import (
 from transformers.utils import logging
 
 from safereg_dist.config.risk import CriticConfig
-from safereg_dist.critic.critic import (
-    Critic,
-    JudgementFailed,
-    Messages,
-    Verdict,
-    failed_verdict,
-)
 from safereg_dist.critic.formats import FORMATS, VERSION
 from safereg_dist.critic.local_models import CausalGuard, LocalModel, SequenceClassifier
+from safereg_dist.critic.verdict import Critic, JudgementFailed, Messages, Verdict, failed_verdict
 from safereg_dist.errors import ConfigError, CriticUnavailable, reason_of
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.regions import CRITIC, region

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.critic.answers import named_label
 from safereg_dist.critic.conversation import alternating, prompt_and_response, up_to_each_answer
-from safereg_dist.critic.critic import JudgementFailed, Messages
 from safereg_dist.critic.formats import FORMATS, Format
+from safereg_dist.critic.verdict import JudgementFailed, Messages
 from safereg_dist.errors import ConfigError
 
 _BLANK_TOKENS = 2  # how many tokens of white space a guard may say before its label

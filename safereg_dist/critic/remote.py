@@ -25,10 +25,10 @@ import httpx
 
 from safereg_dist.config.risk import CriticConfig
 from safereg_dist.critic.answers import Judgement, MalformedAnswer, read_reply
-from safereg_dist.critic.critic import JudgementFailed, Messages, Verdict, failed_verdict
 from safereg_dist.critic.endpoint import base_url, is_loopback, key_headers
 from safereg_dist.critic.formats import FORMATS, VERSION, Format, Question
 from safereg_dist.critic.retrying import CircuitBreaker, backoff_s, retry_after_s
+from safereg_dist.critic.verdict import JudgementFailed, Messages, Verdict, failed_verdict
 from safereg_dist.errors import ConfigError, CriticUnavailable
 
 _ATTEMPT_SHARE = 0.5  # of the deadline, so that a server that hangs once can be asked once more

@@ -18,6 +18,7 @@ from safereg_dist.data import (
     load_tokenizer,
     steps_for,
 )
+from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.risk import (
     SourceSpec,
     check_overrides,
@@ -26,7 +27,6 @@ from safereg_dist.factory.risk import (
     reads_column,
     require_risk_column,
 )
-from safereg_dist.models.loading import resolve_model
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.risk.override import read_overrides
 from safereg_dist.types import Row

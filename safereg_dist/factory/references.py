@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from safereg_dist.config import Config
 from safereg_dist.data import load_tokenizer
 from safereg_dist.errors import ConfigError
-from safereg_dist.models.loading import resolve_model
+from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
 from safereg_dist.parallel.shards import read_architecture, weights_fingerprint
 from safereg_dist.reference import (

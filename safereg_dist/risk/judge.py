@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
-from safereg_dist.critic.critic import Critic, Verdict
+from safereg_dist.critic.verdict import Critic, Verdict
 from safereg_dist.regions import CRITIC, region
 from safereg_dist.risk.base import ProbedStates, Risk, RiskSource
 from safereg_dist.types import Row

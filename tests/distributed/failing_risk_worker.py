@@ -15,10 +15,11 @@ from step_worker import COLLECTIVES
 
 from safereg_dist.coefficient import Coefficient
 from safereg_dist.config import RegularizerConfig
-from safereg_dist.data import collate
+from safereg_dist.data import filler
 from safereg_dist.errors import CheckpointError, CriticUnavailable
-from safereg_dist.parallel.comm import Ranks, held
-from safereg_dist.risk.combine import Part, RiskStage
+from safereg_dist.parallel.comm import Ranks, capture
+from safereg_dist.risk.base import RiskSource
+from safereg_dist.risk.combine import RiskStage, WeightedSource
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import KnownRisks, ReferenceProbeRisk
 from safereg_dist.run.gate import row_risks
@@ -37,20 +38,19 @@ class ShardedTrunk:
         return table[input_ids.cumsum(1) % 400]
 
 
-class Judge:
-    """A signal that fails where it is told to."""
+class Judge(RiskSource):
+    """A source that fails where it is told to."""
 
     name = "judge"
 
     def __init__(self, fails: bool):
         self.fails = fails
-        self.notes: dict[int, str] = {}
 
-    def __call__(self, batch, policy_states):
+    def __call__(self, rows, probed=None, *, in_first_epoch):
         """Half a risk for every row."""
         if self.fails:
             raise CriticUnavailable("a judgement failed")
-        return [0.5] * len(batch.rows)
+        return [0.5] * len(rows)
 
 
 class Disk:
@@ -96,7 +96,7 @@ def some_row(name: str, salt: int) -> Row:
     """A row unlike any other."""
     return Row(
         id=name, input_ids=[1, salt, 2, 3], loss_mask=[0, 0, 1, 1], prompt_ends=[2], risk=None,
-        content_key=f"{salt:064x}",
+        prompt_key=f"{salt:064x}",
     )  # fmt: skip
 
 
@@ -119,21 +119,21 @@ def main() -> None:
         )
 
     def parts(*estimators) -> RiskStage:
-        return RiskStage([Part(f"c{i}", e, 0.5) for i, e in enumerate(estimators)], rule="max")
+        return RiskStage(
+            [WeightedSource(f"c{i}", e, 0.5) for i, e in enumerate(estimators)], rule="max"
+        )
 
     def step(stage: RiskStage, granularity: str) -> None:
-        """What `RegularizedStep` does up to the first agreement."""
+        """What `SafetyRegularizer` does up to the agreement."""
         coefficient = Coefficient(
             RegularizerConfig(granularity=granularity), threshold=None, ranks=ranks
         )
-        batch = collate(list(rows[:6]), pad_id=0)
-        risk = held(stage, batch, None)
-        found = held(coefficient, batch.rows, risk)
-        ranks.max_over_ranks(found if isinstance(found, Exception) else 0)
+        risk = capture(stage, rows[:6], in_first_epoch=True)
+        ranks.raise_if_any_failed(capture(coefficient, rows[:6], risk))
 
     def screen(stage: RiskStage) -> None:
         screened = row_risks(
-            Stream(rows), stage, count=12, micro_batch_size=4, pad_id=0, ranks=ranks  # type: ignore[arg-type]
+            Stream(rows), stage, count=12, micro_batch_size=4, filler=filler(0), ranks=ranks  # type: ignore[arg-type]
         )  # fmt: skip
         ranks.sum_(torch.tensor([len(list(screened))]))
 
@@ -152,7 +152,7 @@ def main() -> None:
     found = {}
     for name, (act, *arguments) in cases.items():
         begin = len(COLLECTIVES)
-        error = held(act, *arguments)
+        error = capture(act, *arguments).error
         found[name] = {
             "error": f"{type(error).__name__}: {error}",
             "collectives": COLLECTIVES[begin:],

@@ -125,12 +125,12 @@ def describe(run) -> dict:
     )
     if not run.config.needs_reference:
         return facts
-    own = [*run.model.parameters(), *run.step.reference.head.parameters]
+    own = [*run.model.parameters(), *run.regularizer.reference.model.head.parameters]
     facts["shared"] = {"parameter_groups": len({id(p.ds_process_group) for p in own}) == 1}
     if run.config.reference.cache is not None:
-        facts["has_trunk"] = run.step.reference._engine is not None
+        facts["has_trunk"] = run.regularizer.reference.model.is_loaded
         return facts
-    reference = run.step.reference.engine.engine
+    reference = run.regularizer.reference.model.engine.engine
     model = reference.module.model
     both = [*run.model.parameters(), *model.parameters()]
     facts["reference"] = settings(reference)

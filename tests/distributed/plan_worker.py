@@ -59,6 +59,7 @@ import safereg_dist.parallel.deepspeed as adapter  # noqa: E402
 import safereg_dist.trainer as training  # noqa: E402
 from safereg_dist.config import load_config  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
+from safereg_dist.reference import NoReference  # noqa: E402
 
 
 def use_reuse_distance(distance: int) -> None:
@@ -106,8 +107,10 @@ def second_shards(run) -> int:
 
 def reference_parameters(run) -> list:
     """The frozen model's parameters; none where there is no reference."""
-    engine = getattr(run.step.reference, "engine", None)
-    return [] if engine is None else list(engine.module.parameters())
+    reference = run.regularizer.reference
+    if isinstance(reference, NoReference):
+        return []
+    return list(reference.model.engine.module.parameters())
 
 
 def whole_bytes(parameters) -> int:
@@ -129,24 +132,24 @@ def run_case(folder, case, backend) -> None:
     run = build_run(config, backend)
     adapter.policy_config = build
     result = {}
-    step, backward = training._optimizer_step, run.engine.backward
+    step, backward = training.optimizer_step, run.engine.backward
 
     def measured_backward(*args, **kwargs):
         backward(*args, **kwargs)
         result["second"] = second_shards(run)
 
-    def measured(*args):
+    def measured(*args, **kwargs):
         before = RECEIVED[0]
-        outcome = step(*args)
+        outcome = step(*args, **kwargs)
         result["bytes"] = RECEIVED[0] - before
         result["held"] = {**held(run), "policy's second shards (hpZ)": result["second"]}
         return outcome
 
     run.engine.backward = measured_backward
 
-    training._optimizer_step = measured
+    training.optimizer_step = measured
     training.train(run)
-    training._optimizer_step = step
+    training.optimizer_step = step
     name = f"{case.name}.{backend.ranks.world_size}.rank{backend.ranks.rank}.json"
     (folder / name).write_text(json.dumps(result))
     run.engine.engine.destroy()

@@ -3,14 +3,14 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from step_worker import left_gathered
 
 from safereg_dist.config import load_config
-from safereg_dist.data import collate, collate_window
 from safereg_dist.factory import build_run, start_backend
-from safereg_dist.trainer import _global_tokens
+from safereg_dist.trainer import optimizer_step
 
 
 def probed_training(folder, backend, source: str, steps: int) -> dict:
@@ -20,36 +20,53 @@ def probed_training(folder, backend, source: str, steps: int) -> dict:
     risk: dict[str, float] = {}
     left = []
     for step in range(steps):
-        batch = collate_window(
-            run.sources.stream,
-            start=step * run.sources.rows_per_step,
-            count=config.train.micro_batch_size,
-            pad_id=run.pad_id,
+        # lr 0, so weights stay: the policy's states stay those of the reference.
+        done = optimizer_step(
+            run,
+            run.sources.rows_of_step(step),
+            step=step,
+            lr=0.0,
+            in_first_epoch=run.sources.in_first_epoch(step),
         )
-        num_tokens = _global_tokens(run, batch.num_response_tokens)
-        output = run.engine(batch, num_tokens)
-        for row, value in zip(batch.rows, output.risk.values, strict=True):
-            risk.setdefault(row.id, value)
-        run.engine.backward(output.loss, is_last=True)
-        run.engine.update(0.0)  # weights stay: the policy's states stay those of the reference
+        for batch, result in done.plan.metrics.results:
+            for row, value in zip(batch.rows, result.risk.values, strict=True):
+                risk.setdefault(row.id, value)
         left.append(left_gathered(run))
-    signal = run.step.risk.parts[0].estimator
-    found = {"risk": risk, "left": left, "cached": len(getattr(signal, "cache", {}))}
+    source = run.regularizer.risk.sources[0].source
+    found = {"risk": risk, "left": left, "cached": len(getattr(source, "cache", {}))}
     run.engine.engine.destroy()
     return found
+
+
+class Spoiling:
+    """Stands before the policy's engine, and multiplies every loss."""
+
+    def __init__(self, engine, factor: float) -> None:
+        self._engine, self._factor = engine, factor
+
+    def __call__(self, input_ids):
+        """The engine's."""
+        return self._engine(input_ids)
+
+    def backward(self, loss, *, is_last) -> None:
+        """The engine's, of another loss."""
+        self._engine.backward(loss * self._factor, is_last=is_last)
+
+    def update(self, lr):
+        """The engine's."""
+        return self._engine.update(lr)
 
 
 def one_rank_not_finite(folder, backend) -> dict:
     """A loss that is nan on rank 1 alone: no rank steps, and the next step is as if nothing was."""
     config = load_config(folder / "base.yaml", ["regularizer.objective=none"])
     run = build_run(config, backend)
-    batch = collate([run.sources.stream.row(0)], pad_id=run.pad_id)
     applied, before = [], backend.fingerprint(run.model)
     for step in range(2):
-        output = run.engine(batch, _global_tokens(run, batch.num_response_tokens))
         spoilt = step == 0 and backend.ranks.rank == 1
-        run.engine.backward(output.loss * (float("nan") if spoilt else 1.0), is_last=True)
-        applied.append(run.engine.update(1e-2).applied)
+        spoiling = replace(run, engine=Spoiling(run.engine, float("nan") if spoilt else 1.0))
+        done = optimizer_step(spoiling, [run.sources.stream.row(0)], step=step, lr=1e-2)
+        applied.append(done.update.applied)
         applied.append(backend.fingerprint(run.model) == before)
     run.engine.engine.destroy()
     return {"applied_and_unchanged": applied}

@@ -87,19 +87,19 @@ def run_arm(folder: Path, name: str, backend) -> None:
     config = load_config(folder / "base.yaml", [f"output_dir={folder / name}", *changes])
     run = build_run(config, backend)
     steps = []
-    original = train_module._optimizer_step
+    original = train_module.optimizer_step
 
-    def watched(*args):
+    def watched(*args, **kwargs):
         before = Counter(SEEN)
-        result = original(*args)
+        result = original(*args, **kwargs)
         steps.append(dict(SEEN - before))
         return result
 
-    train_module._optimizer_step = watched
+    train_module.optimizer_step = watched
     try:
         assert train_module.train(run) == 0
     finally:
-        train_module._optimizer_step = original
+        train_module.optimizer_step = original
     (folder / f"{name}.rank{backend.ranks.rank}.json").write_text(json.dumps(steps))
     run.engine.engine.destroy()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,12 +52,12 @@ from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from step_cases import SCHEDULE_LINEAR, cases_on, micro_batch_rows  # noqa: E402
 
 from safereg_dist.config import load_config  # noqa: E402
-from safereg_dist.data import collate  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
+from safereg_dist.parallel.engine import Update  # noqa: E402
 from safereg_dist.reference import NoReference  # noqa: E402
-from safereg_dist.risk.combine import Part, RiskStage  # noqa: E402
-from safereg_dist.run.metrics import StepMetrics  # noqa: E402
-from safereg_dist.trainer import _global_tokens  # noqa: E402
+from safereg_dist.risk.base import RiskSource  # noqa: E402
+from safereg_dist.risk.combine import RiskStage, WeightedSource  # noqa: E402
+from safereg_dist.trainer import optimizer_step  # noqa: E402
 
 
 def run_case(folder, case, backend) -> None:
@@ -64,38 +65,75 @@ def run_case(folder, case, backend) -> None:
     config = load_config(folder / "base.yaml", [*case.overrides(), SCHEDULE_LINEAR])
     run = build_run(config, backend)
     rank = backend.ranks.rank
-    batches = [
-        collate(micro_batch_rows(rank, m, anchors=case.anchors), pad_id=0)
+    rows = [
+        row
         for m in range(case.grad_accum_steps)
+        for row in micro_batch_rows(rank, m, anchors=case.anchors)
     ]
-    num_tokens = _global_tokens(run, sum(b.num_response_tokens for b in batches))
-    metrics = StepMetrics()
+    held = replace(run, engine=NoUpdate(run))
     before = len(COLLECTIVES)
-    for index, batch in enumerate(batches):
-        output = run.engine(batch, num_tokens)
-        run.engine.backward(output.loss, is_last=index == len(batches) - 1)
-        metrics.add(batch, output)
+    sums = optimizer_step(held, rows, step=0, lr=0.0).totals.sums
     per_step = COLLECTIVES[before:]
-    total = metrics.reduce(backend.ranks, stop_requested=False)
-    grads = {}
-    for name, parameter in run.model.named_parameters():
-        grads[name] = safe_get_full_grad(parameter).float().numpy()
     left = left_gathered(run)
     if rank == 0:
-        np.savez(folder / f"{case.name}.npz", **grads)
-        text = json.dumps({"total": total, "left_gathered": left})
+        np.savez(folder / f"{case.name}.npz", **held.engine.grads)
+        text = json.dumps({"total": sums, "left_gathered": left})
         (folder / f"{case.name}.json").write_text(text)
     (folder / f"{case.name}.rank{rank}.collectives").write_text("\n".join(per_step))
     run.engine.engine.destroy()
+
+
+class NoUpdate:
+    """Stands before the policy's engine: keeps the gradients of a step, and leaves the weights."""
+
+    def __init__(self, run) -> None:
+        self._engine, self._model = run.engine, run.model
+        self.grads: dict[str, np.ndarray] = {}
+
+    def __call__(self, input_ids):
+        """The engine's."""
+        return self._engine(input_ids)
+
+    def backward(self, loss, *, is_last) -> None:
+        """The engine's."""
+        self._engine.backward(loss, is_last=is_last)
+
+    def update(self, lr) -> Update:
+        """None."""
+        named = self._model.named_parameters()
+        self.grads = {n: safe_get_full_grad(p).float().numpy().copy() for n, p in named}
+        return Update(applied=True, grad_norm=0.0)
+
+
+class Watched:
+    """Stands before the policy's engine: notes how many collectives came before the backward."""
+
+    def __init__(self, engine) -> None:
+        self._engine = engine
+        self.backward_began = 0
+
+    def __call__(self, input_ids):
+        """The engine's."""
+        return self._engine(input_ids)
+
+    def backward(self, loss, *, is_last) -> None:
+        """The engine's."""
+        self.backward_began = len(COLLECTIVES)
+        self._engine.backward(loss, is_last=is_last)
+
+    def update(self, lr) -> Update:
+        """The engine's."""
+        return self._engine.update(lr)
 
 
 def left_gathered(run) -> list[str]:
     """Reference parameters that are whole though nobody asked them to stay so."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    if isinstance(run.step.reference, NoReference):
+    reference = run.regularizer.reference
+    if isinstance(reference, NoReference):
         return []
-    model = run.step.reference.engine.module.model
+    model = reference.model.engine.module.model
     return [
         name
         for name, p in model.named_parameters()
@@ -108,6 +146,7 @@ def random_patterns(folder, backend, steps: int) -> None:
     config = load_config(folder / "base.yaml", ["reference.rows_per_pass=1"])
     run = build_run(config, backend)
     rank = backend.ranks.rank
+    watched = replace(run, engine=Watched(run.engine))
     draw = np.random.default_rng(rank)
     begin = len(COLLECTIVES)
     skipped = 0
@@ -115,15 +154,12 @@ def random_patterns(folder, backend, steps: int) -> None:
         rows = micro_batch_rows(rank, step % 4, anchors=False)
         quiet = step % 5 == 0  # on all ranks: nobody runs the reference then
         changed = [replace_risk(row, 0.0 if quiet or draw.random() < 0.6 else 1.0) for row in rows]
-        batch = collate(changed, pad_id=0)
-        num_tokens = _global_tokens(run, batch.num_response_tokens)
         at = len(COLLECTIVES)
-        output = run.engine(batch, num_tokens)
-        skipped += quiet and output.reference_rows == 0
+        sums = optimizer_step(watched, changed, step=step, lr=1e-3).totals.sums
+        skipped += quiet and sums["reference_rows"] == 0
         if quiet and step > 10:
-            (folder / f"quiet.rank{rank}").write_text("\n".join(COLLECTIVES[at:]))
-        run.engine.backward(output.loss, is_last=True)
-        run.engine.update(1e-3)
+            before_backward = COLLECTIVES[at : watched.engine.backward_began]
+            (folder / f"quiet.rank{rank}").write_text("\n".join(before_backward))
     (folder / f"random.rank{rank}").write_text("\n".join(COLLECTIVES[begin:]))
     if rank == 0:
         (folder / "random.json").write_text(
@@ -133,25 +169,23 @@ def random_patterns(folder, backend, steps: int) -> None:
 
 
 def replace_risk(row, risk):
-    from dataclasses import replace
-
+    """The row with another risk; an anchor row has none."""
     return row if row.is_anchor else replace(row, risk=risk)
 
 
-class FailingSignal:
+class FailingSource(RiskSource):
     """Fails on one rank only."""
 
     name = "failing"
-    notes = {}  # noqa: RUF012
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def __call__(self, batch, policy_states):
+    def __call__(self, rows, probed=None, *, in_first_epoch):
         """Raises on rank 1."""
         if self.rank == 1:
             raise RuntimeError("the risk of rank 1 broke")
-        return [0.0] * len(batch.rows)
+        return [0.0] * len(rows)
 
 
 def failing_rank(folder, backend) -> None:
@@ -162,11 +196,10 @@ def failing_rank(folder, backend) -> None:
         config = load_config(folder / "base.yaml", [f"regularizer.granularity={granularity}"])
         run = build_run(config, backend)
         rank = backend.ranks.rank
-        run.step.risk = RiskStage([Part("", FailingSignal(rank), 0.5)])
-        batch = collate(micro_batch_rows(rank, 0), pad_id=0)
+        run.regularizer.risk = RiskStage([WeightedSource("", FailingSource(rank), 0.5)])
         caught = ""
         try:
-            run.engine(batch, _global_tokens(run, batch.num_response_tokens))
+            optimizer_step(run, micro_batch_rows(rank, 0), step=0, lr=0.0)
         except (RuntimeError, RemoteRankError) as error:
             caught = f"{type(error).__name__}: {error}"
         (folder / f"failing-{granularity}.rank{rank}").write_text(caught)

@@ -5,21 +5,21 @@ import os
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from step_worker import COLLECTIVES  # before deepspeed is imported
+from step_worker import COLLECTIVES, NoUpdate  # before deepspeed is imported
 from transformers import PreTrainedModel
 
 from safereg_dist.cli import main as safereg
 from safereg_dist.commands.reference import build_store
 from safereg_dist.config import load_config
-from safereg_dist.data import collate_window
 from safereg_dist.errors import SafeRegError
 from safereg_dist.factory import build_risk_context, build_run, start_backend
 from safereg_dist.parallel.shards import weights_fingerprint
-from safereg_dist.trainer import _global_tokens
+from safereg_dist.trainer import optimizer_step
 
 STORES = {
     "llama": ["model=llama", "reference.model=llama-reference"],
@@ -86,34 +86,26 @@ def slow_build(folder: Path) -> None:
 
 def one_step(folder: Path, backend, name: str, overrides: list[str]) -> dict:
     """One optimizer step without the update; gradients go to a file of rank 0."""
-    from deepspeed.utils import safe_get_full_grad
-
     run = build_run(load_config(folder / "base.yaml", overrides), backend)
-    sources, count = run.sources, run.config.train.grad_accum_steps
-    window = collate_window(sources.stream, start=0, count=sources.rows_per_step, pad_id=run.pad_id)
-    num_tokens = _global_tokens(run, window.num_response_tokens)
+    held = replace(run, engine=NoUpdate(run))
     collectives_before, forwards_before = len(COLLECTIVES), Counter(FORWARDS)
-    loss, rows = 0.0, []
-    misses = rows_run = 0
-    for index, (batch, ahead) in enumerate(run.step.micro_batches(window, count)):
-        output = run.engine(batch, num_tokens, ahead)
-        run.engine.backward(output.loss, is_last=index == count - 1)
-        loss += output.loss.item()
-        rows += zip([row.id for row in batch.rows], output.kl_coef, strict=True)
-        misses += output.reference_misses
-        rows_run += output.reference_rows
+    plan, totals, _ = optimizer_step(held, run.sources.rows_of_step(0), step=0, lr=0.0)
     collectives = COLLECTIVES[collectives_before:]
     forwards = FORWARDS - forwards_before
-    total = backend.ranks.sum_(torch.tensor([loss], dtype=torch.float64)).item()
-    grads = {n: safe_get_full_grad(p).float().numpy() for n, p in run.model.named_parameters()}
     if backend.ranks.is_main:
-        np.savez(folder / f"{name}.npz", **grads)
+        np.savez(folder / f"{name}.npz", **held.engine.grads)
     run.engine.engine.destroy()
+    results = plan.metrics.results
+    rows = [
+        (row.id, coef)
+        for batch, result in results
+        for row, coef in zip(batch.rows, result.kl_coef, strict=True)
+    ]
     return {
-        "loss": total,
+        "loss": totals.sums["loss"],
         "rows": rows,
-        "misses": misses,
-        "rows_run": rows_run,
+        "misses": sum(result.reference_misses for _, result in results),
+        "rows_run": sum(result.reference_rows for _, result in results),
         "collectives": collectives,
         "forwards": dict(forwards),
         "fingerprint": run.fingerprints.get("reference"),

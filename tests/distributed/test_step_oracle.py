@@ -99,5 +99,5 @@ def check_random_patterns(folder):
     assert written["skipped"] == 8
     assert written["left_gathered"] == []
     quiet = (folder / "quiet.rank0").read_text().splitlines()
-    # A step without risk: the policy's own gathers and the one agreement, of one number.
-    assert quiet.count("all_reduce:1") == 1, quiet
+    # A step without risk: the policy's own gathers, the sum of tokens, and the one agreement.
+    assert quiet.count("all_reduce:1") == 2, quiet

@@ -1,4 +1,4 @@
-"""One rank of the window tests: the loop of `train` on rows given here. Argument: the folder."""
+"""One rank of the window tests: optimizer steps on rows given here. Argument: the folder."""
 
 import faulthandler
 import json
@@ -11,9 +11,9 @@ import numpy as np
 from step_worker import (  # before deepspeed is imported: it counts collectives
     BYTES,
     COLLECTIVES,
-    FailingSignal,
+    FailingSource,
+    NoUpdate,
     left_gathered,
-    safe_get_full_grad,
 )
 from window_cases import (
     DEAL,
@@ -34,62 +34,27 @@ from safereg_dist.factory import build_run, start_backend
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.hardware import Rates
 from safereg_dist.reference import Reference
-from safereg_dist.risk.combine import Part, RiskStage
-from safereg_dist.run.log import RunLog
-from safereg_dist.trainer import Progress, _optimizer_step
+from safereg_dist.risk.combine import RiskStage, WeightedSource
+from safereg_dist.trainer import optimizer_step
 
 WATCHDOG_S = 60
+LR = 1e-5
 
 
-class Given:
-    """A stream of rows made by the test, in place of a file's."""
-
-    def __init__(self, rows) -> None:
-        self._rows = rows
-
-    def row(self, position):
-        """The row at a position."""
-        return self._rows[position]
-
-    def in_first_epoch(self, position) -> bool:
-        """False: no estimator here keeps what it knows."""
-        return False
-
-
-class Recording:
-    """Stands before the policy's engine: notes outputs and gradients, and may leave out updates."""
+class Recording(NoUpdate):
+    """Stands before the policy's engine: keeps gradients, and may leave out updates."""
 
     def __init__(self, run, *, updates: bool) -> None:
-        self._engine, self._model, self._updates = run.engine, run.model, updates
-        self.tokens: dict[str, list[list[float]]] = {}
-        self.rows_run = 0
-        self.grads: dict[str, np.ndarray] = {}
-
-    def __call__(self, batch, num_tokens, ahead=None):
-        """The engine's output of one micro-batch."""
-        output = self._engine(batch, num_tokens, ahead)
-        self.rows_run += output.reference_rows
-        parts = [output.ce.split(batch.tokens_of_row), output.divergence.split(batch.tokens_of_row)]
-        for row, ce, divergence in zip(batch.rows, *parts, strict=True):
-            if row.id:
-                self.tokens[row.id] = [ce.tolist(), divergence.tolist()]
-        return output
-
-    def backward(self, loss, *, is_last) -> None:
-        """The engine's."""
-        self._engine.backward(loss, is_last=is_last)
+        super().__init__(run)
+        self._updates = updates
 
     def update(self, lr) -> Update:
         """The engine's, or none, so that the weights stay."""
-        if self._updates:
-            return self._engine.update(lr)
-        named = self._model.named_parameters()
-        self.grads = {n: safe_get_full_grad(p).float().numpy().copy() for n, p in named}
-        return Update(applied=True, grad_norm=0.0)
+        return self._engine.update(lr) if self._updates else super().update(lr)
 
 
 class Loop:
-    """A run, the loop's own state, and what was seen of it."""
+    """A loop around `optimizer_step`, and what was seen of it."""
 
     def __init__(self, folder, case, backend, rows=None, *, updates=False, overrides=()) -> None:
         out = folder / f"{case.name}-{backend.ranks.world_size}"
@@ -97,30 +62,53 @@ class Loop:
             folder / "base.yaml", [*case.overrides(), *overrides, f"output_dir={out}"]
         )
         run = build_run(config, backend)
-        if rows is not None:
-            run = replace(run, sources=replace(run.sources, stream=Given(rows)))
         if case.balance == "exchange":
             # Slow processors on a fast network, where an exchange pays, or the other way round.
             flops_per_s, link_bytes_per_s = (1.0, 1e30) if case.pays else (1e30, 1.0)
-            run.step.reference.rates = Rates(
+            run.regularizer.reference.exchange.rates = Rates(
                 flops_per_s=flops_per_s, link_bytes_per_s=link_bytes_per_s
             )
         self.engine = run.engine
         self.seen = Recording(run, updates=updates)
         self.run = replace(run, engine=self.seen)
-        self.progress = Progress()
+        self._rows = rows
+        self._step = 0
+        self.rows_run = 0
+        self.tokens: dict[str, list[list[float]]] = {}
         out.mkdir(exist_ok=True)
         self.out, self.rank = out, backend.ranks.rank
-        self.log = RunLog(out, backend.ranks, metrics_bytes=0, ledger_bytes=0, first_step=0)
         self.begin = len(COLLECTIVES)
 
+    def rows(self):
+        """This rank's rows of the coming step: those given here, in place of a file's."""
+        if self._rows is None:
+            return self.run.sources.rows_of_step(self._step)
+        count = self.run.sources.rows_per_step
+        return self._rows[self._step * count : (self._step + 1) * count]
+
     def step(self) -> None:
-        """One optimizer step, by the function of `train`; a rank that hangs ends the test."""
+        """One optimizer step; a rank that hangs ends the test."""
         faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
         try:
-            _optimizer_step(self.run, self.progress, self.log, [False])
+            plan, totals, _ = optimizer_step(
+                self.run, self.rows(), step=self._step, lr=LR, in_first_epoch=False
+            )
         finally:
             faulthandler.cancel_dump_traceback_later()
+        for batch, result in plan.metrics.results:
+            self._note(batch, result)
+        row = totals.metrics_row(step=self._step, lr=LR, grad_norm=0.0, step_time_s=1.0)
+        if self.rank == 0:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        self._step += 1
+
+    def _note(self, batch, result) -> None:
+        self.rows_run += result.reference_rows
+        terms = [t.split(batch.tokens_of_row) for t in (result.loss.ce, result.loss.divergence)]
+        for row, ce, divergence in zip(batch.rows, *terms, strict=True):
+            if row.id:
+                self.tokens[row.id] = [ce.tolist(), divergence.tolist()]
 
     def collectives(self) -> list[str]:
         """Those of this loop so far."""
@@ -134,10 +122,9 @@ class Loop:
         """Writes what every case has to show, and frees the engine."""
         self.write("collectives", self.collectives())
         self.write("left", left_gathered(self.run))
-        self.write("rows_run", self.seen.rows_run)
-        self.write("tokens", self.seen.tokens)
-        with self.log:
-            self.engine.engine.destroy()
+        self.write("rows_run", self.rows_run)
+        self.write("tokens", self.tokens)
+        self.engine.engine.destroy()
 
 
 def equal(folder, case, backend) -> None:
@@ -174,8 +161,9 @@ def quiet(folder, case, backend) -> None:
     """Steps without risk: how often the reference's trunk runs, and what is sent."""
     loop = Loop(folder, case, backend, quiet_rows(case, backend.ranks.rank) * 2, updates=True)
     forwards = []
-    if isinstance(loop.run.step.reference, Reference):
-        trunk = loop.run.step.reference.engine.module
+    reference = loop.run.regularizer.reference
+    if isinstance(reference, Reference):
+        trunk = reference.model.engine.module
         trunk.register_forward_pre_hook(lambda *_: forwards.append(1))
     loop.step()
     loop.begin = begin = len(COLLECTIVES)  # the second step: prefetching has settled
@@ -193,7 +181,7 @@ def random_patterns(folder, case, backend) -> None:
     for _ in range(steps):
         loop.step()
     loop.write("left", left_gathered(loop.run))
-    loop.run.step.risk = RiskStage([Part("", FailingSignal(rank), 0.5)])
+    loop.run.regularizer.risk = RiskStage([WeightedSource("", FailingSource(rank), 0.5)])
     caught = ""
     try:
         loop.step()
@@ -201,9 +189,8 @@ def random_patterns(folder, case, backend) -> None:
         caught = f"{type(error).__name__}: {error}"
     loop.write("caught", caught)
     loop.write("collectives", loop.collectives())
-    loop.write("rows_run", loop.seen.rows_run)
-    with loop.log:
-        loop.engine.engine.destroy()
+    loop.write("rows_run", loop.rows_run)
+    loop.engine.engine.destroy()
 
 
 def main() -> None:
