@@ -85,6 +85,11 @@ class Coefficient:
             self._sum_over_ranks(float("nan"), 1)
             self._ranks.raise_together(risk.error)
         known, size, found = risk.value, len(rows) // micro_batches, []
+        if len(known.values) != len(rows):
+            raise ValueError(
+                f"expected a risk for each of {len(rows)} rows, got {len(known.values)}: a source "
+                "of risk gives one value a row, None where there is none"
+            )
         for begin in range(0, len(rows), size):
             places = list(range(begin, begin + size))
             found += self._of_micro_batch(rows[begin : begin + size], known.of_rows(places))
@@ -100,10 +105,7 @@ class Coefficient:
             common = scheduled(self._batch_risk(rows, risk.values), config, self.threshold)
         else:
             common = None
-        return [
-            self._row_coefficient(index, row, risk, common)
-            for (index, row), _ in zip(enumerate(rows), risk.values, strict=True)
-        ]
+        return [self._row_coefficient(index, row, risk, common) for index, row in enumerate(rows)]
 
     def _row_coefficient(self, index: int, row: Row, risk: RowRisks, common: float | None) -> float:
         if row.is_anchor:

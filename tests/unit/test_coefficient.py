@@ -15,12 +15,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from safereg_dist.coefficient import Coefficient, scheduled
+from safereg_dist.coefficient import Coefficient, resolved_threshold, scheduled
 from safereg_dist.config import RegularizerConfig
 from safereg_dist.config.messages import choices_of
 from safereg_dist.errors import DataError
-from safereg_dist.parallel.comm import Ranks
-from safereg_dist.types import Row, RowRisks
+from safereg_dist.parallel.comm import Ranks, Result
+from safereg_dist.types import Row, RowRisks, known_risk
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), dp_group=None)
 UNIT = st.floats(0, 1)
@@ -35,7 +35,7 @@ def row(*, anchor=False, tokens=2):
         loss_mask=mask,
         prompt_ends=[1],
         risk=None,
-        content_key="",
+        prompt_key="",
         is_anchor=anchor,
     )
 
@@ -46,7 +46,7 @@ def coefficient(threshold=None, *, ceilings=None, **changes):
 
 
 def risks(values, **by_category):
-    return RowRisks(list(values), by_category, ["test"] * len(values), {})
+    return Result(RowRisks(list(values), by_category, ["test"] * len(values), {}))
 
 
 def test_the_oracle_knows_the_same_schedules():
@@ -107,6 +107,23 @@ def test_which_threshold_counts():
     assert coefficient(threshold=0.2, **{"schedule": "step"}).threshold == 0.2
     explicit = Coefficient(RegularizerConfig(threshold=0.0), threshold=0.2, ranks=ALONE)
     assert explicit.threshold == 0.0
+    config = RegularizerConfig()
+    assert (resolved_threshold(config), resolved_threshold(config, 0.0)) == (0.5, 0.0)
+
+
+def test_what_could_not_be_judged_counts_as_risky():
+    assert [known_risk(risk) for risk in (None, math.nan, 0.0, 0.25, 1.0)] == [0, 1, 0, 0.25, 1]
+
+
+def test_each_micro_batch_has_its_own_mean():
+    """Of a step's rows at once: as one call for each micro-batch, one after the other."""
+    options = {"schedule": "linear", "granularity": "batch", "ema": 0.5}
+    together, apart = coefficient(**options), coefficient(**options)
+    values, rows = [0.2, 0.6, 1.0, None, math.nan, 0.5], tuple(row() for _ in range(6))
+    found = together(rows, risks(values), micro_batches=3)
+    assert found == [b for i in (0, 2, 4) for b in apart(rows[i : i + 2], risks(values[i : i + 2]))]
+    assert found == pytest.approx([0.4, 0.4, 0.45, 0.45, 0.6, 0.6])
+    assert together.state_dict() == apart.state_dict()
 
 
 @pytest.mark.parametrize("granularity", ["sequence", "batch"])
@@ -171,12 +188,13 @@ def test_state_goes_through_a_checkpoint():
 @pytest.mark.parametrize("granularity", ["sequence", "batch"])
 def test_an_error_in_place_of_risk_is_raised(granularity):
     with pytest.raises(DataError, match="lost"):
-        coefficient(granularity=granularity)((row(),), DataError("lost"))
+        coefficient(granularity=granularity)((row(),), Result(error=DataError("lost")))
 
 
 def test_lists_that_do_not_match():
-    with pytest.raises(ValueError, match="zip"):
-        coefficient()((row(), row()), risks([0.5]))
+    for values in ([0.5], [0.5] * 3):
+        with pytest.raises(ValueError, match=rf"each of 2 rows, got {len(values)}"):
+            coefficient()((row(), row()), risks(values))
 
 
 def test_categories_with_ceilings_of_their_own():

@@ -12,9 +12,10 @@ import pytest
 import torch
 from builders import random_rows, word_tokenizer
 
-from safereg_dist.data import collate, tokenize_row
+from safereg_dist.data import collate, filler, tokenize_row
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.risk.base import ProbedStates
 from safereg_dist.risk.drift import MIN_FLAGGED, WatchedPolicyProbe
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import ReferenceProbeRisk
@@ -53,12 +54,12 @@ def probe():
 def batches(count, rows=24):
     raws = random_rows(count * rows, seed=7, risk=False)
     made = [tokenize_row(raw, "", TOKENIZER, default_id="") for raw in raws]
-    return [collate([*made[i * rows : (i + 1) * rows], None], pad_id=0) for i in range(count)]
+    return [collate([*made[i * rows : (i + 1) * rows], filler(0)], pad_id=0) for i in range(count)]
 
 
 def watched(mode, *, every=1, recall=0.9, trunk=None):
     trunk = trunk or TableTrunk()
-    frozen = ReferenceProbeRisk(probe(), trunk, ranks=ALONE, rows_per_pass=8)
+    frozen = ReferenceProbeRisk(probe(), trunk, ranks=ALONE, rows_per_pass=8, is_asked_seldom=True)
     settings = SimpleNamespace(drift=mode, drift_every=every, drift_recall=recall)
     return WatchedPolicyProbe(
         probe(), frozen, settings=settings, threshold=THRESHOLD, ranks=ALONE
@@ -82,9 +83,15 @@ def risks_of(batch, states):
     return found
 
 
+def ask(monitor, batch, states):
+    """The risk of a batch's rows in a forward with these states; every row was planned before."""
+    probed = ProbedStates(states, batch.attention_mask)
+    return monitor(batch.rows, probed, in_first_epoch=False)
+
+
 def step(monitor, number, batch, states):
     monitor.begin_step(number)
-    risk = monitor(batch, states)
+    risk = ask(monitor, batch, states)
     return risk, monitor.end_step(monitor.take_sums())
 
 
@@ -124,8 +131,8 @@ def test_one_micro_batch_of_a_step_is_compared():
     monitor, trunk = watched("warn")
     first, second = batches(2)
     monitor.begin_step(0)
-    monitor(first, states_of(first, trunk))
-    monitor(second, states_of(second, trunk))
+    ask(monitor, first, states_of(first, trunk))
+    ask(monitor, second, states_of(second, trunk))
     assert trunk.calls == 3
     assert monitor.take_sums()["drift_rows"] == 24
 
@@ -133,7 +140,7 @@ def test_one_micro_batch_of_a_step_is_compared():
 def test_a_quiet_rank_runs_as_many_passes():
     """Realigning needs states of every check: no rank may run fewer passes than the others."""
     monitor, trunk = watched("realign")
-    batch = collate([None] * 25, pad_id=0)
+    batch = collate([filler(0)] * 25, pad_id=0)
     _, row = step(monitor, 0, batch, torch.zeros(25, 1, H))
     assert trunk.calls == 4
     assert row == {"probe_gap": 0.0}  # nothing flagged: no recall is claimed
@@ -145,7 +152,7 @@ def blind(batch):
 
 
 def test_warn_goes_on_and_says_so(capsys):
-    monitor, _ = watched("warn")
+    monitor, trunk = watched("warn")
     (batch,) = batches(1)
     _, row = step(monitor, 0, batch, blind(batch))
     assert row["probe_recall"] == 0
@@ -156,7 +163,7 @@ def test_warn_goes_on_and_says_so(capsys):
     step(monitor, 1, batch, blind(batch))
     assert capsys.readouterr().err == ""  # nothing new
     for number in (2, 3):
-        step(monitor, number, batch, states_of(batch, monitor._reference._reference))
+        step(monitor, number, batch, states_of(batch, trunk))
     step(monitor, 4, batch, blind(batch))
     assert "finds" in capsys.readouterr().err
 
@@ -204,13 +211,13 @@ def test_realignment_undoes_an_affine_drift():
 
 def test_a_checkpoint_without_its_half_is_refused(tmp_path):
     before, _ = watched("fallback")
-    before.save_cache(tmp_path / "risk0.safetensors")
+    before.save_state(tmp_path / "risk0.safetensors")
     own = tmp_path / "risk0-drift.safetensors"
     whole = own.read_bytes()
     own.write_bytes(whole[:40])
     for _ in range(2):
         with pytest.raises(CheckpointError, match="remove this checkpoint"):
-            watched("fallback")[0].load_cache(tmp_path / "risk0.safetensors")
+            watched("fallback")[0].load_state(tmp_path / "risk0.safetensors")
         own.unlink(missing_ok=True)
 
 
@@ -219,15 +226,15 @@ def test_what_it_knows_goes_through_a_checkpoint(tmp_path):
         before, trunk = watched(mode)
         (batch,) = batches(1)
         step(before, 0, batch, blind(batch) + states_of(batch, trunk))
-        before.save_cache(tmp_path / f"{mode}.safetensors")
+        before.save_state(tmp_path / f"{mode}.safetensors")
         after, _ = watched(mode)
-        after.load_cache(tmp_path / f"{mode}.safetensors")
+        after.load_state(tmp_path / f"{mode}.safetensors")
         assert after.has_fallen_back == before.has_fallen_back
         assert after.name == before.name
         states = states_of(batch, trunk)
         before.begin_step(1)
         after.begin_step(1)
-        assert after(batch, states) == before(batch, states)
+        assert ask(after, batch, states) == ask(before, batch, states)
         sums = before.take_sums()
         assert after.take_sums() == sums
         assert after.end_step(sums) == before.end_step(sums)

@@ -5,14 +5,16 @@ Exact but for the float64 sums of float32 losses (1e-6).
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from test_ranks import ALONE, on_ranks
 
-from safereg_dist.data import collate
-from safereg_dist.run.metrics import MetricsWriter, StepMetrics, metrics_row
-from safereg_dist.types import Row, RowRisks, StepOutput
+from safereg_dist.data import collate, filler
+from safereg_dist.metrics import StepMetrics
+from safereg_dist.run.metrics import MetricsWriter
+from safereg_dist.types import Loss, MicroBatchResult, Row, RowRisks
 
 
 def row(name, tokens, *, anchor=False):
@@ -22,21 +24,19 @@ def row(name, tokens, *, anchor=False):
         loss_mask=[0, 0, *[1] * tokens],
         prompt_ends=[2],
         risk=None,
-        content_key="",
+        prompt_key="",
         is_anchor=anchor,
     )
 
 
-def output(batch, loss, risks, coefs, *, ran, missed):
+def result(batch, loss, risks, coefs, *, ran, missed):
     """CE of token t is t + 1 on rows that are no anchors, its divergence 10 (t + 1) where b > 0."""
     places = batch.row_of_token.tolist()
     ce = [0.0 if batch.rows[r].is_anchor else t + 1.0 for t, r in enumerate(places)]
     divergence = [10.0 * (t + 1) if coefs[r] > 0 else 0.0 for t, r in enumerate(places)]
     sources = ["test"] * len(batch.rows)
-    return StepOutput(
-        torch.tensor(loss),
-        torch.tensor(ce),
-        torch.tensor(divergence),
+    return MicroBatchResult(
+        Loss(torch.tensor(loss), torch.tensor(ce), torch.tensor(divergence)),
         RowRisks(risks, {}, sources, {0: "seen"}),
         coefs,
         ran,
@@ -46,19 +46,23 @@ def output(batch, loss, risks, coefs, *, ran, missed):
 
 def a_step():
     metrics = StepMetrics()
-    first = collate([row("a", 2), row("b", 3), None], pad_id=0)
-    metrics.add(first, output(first, 1.5, [0.25, math.nan, None], [0.0, 0.5, 0.0], ran=1, missed=1))
-    second = collate([row("c", 1, anchor=True), row("d", 1), None], pad_id=0)
+    first = collate([row("a", 2), row("b", 3), filler(0)], pad_id=0)
+    metrics.add(first, result(first, 1.5, [0.25, math.nan, None], [0.0, 0.5, 0.0], ran=1, missed=1))
+    second = collate([row("c", 1, anchor=True), row("d", 1), filler(0)], pad_id=0)
     risks = [None, 0.5, None]
-    metrics.add(second, output(second, 0.25, risks, [1.0, 0.75, 0.0], ran=2, missed=0))
+    metrics.add(second, result(second, 0.25, risks, [1.0, 0.75, 0.0], ran=2, missed=0))
     return metrics
 
 
 def test_sums_and_rows_of_a_step():
     metrics = a_step()
-    total = metrics.reduce(ALONE, stop_requested=False, risk_sums={"risky": 3.0})
-    assert total["risky"] == 3.0
-    found = metrics_row(total, step=7, lr=0.1, grad_norm=2.0, step_time_s=4.0)
+    ranks = replace(ALONE, rank=2)
+    flags = {"stop_requested": False, "log_failed": True}
+    totals = metrics.reduce(ranks, step=7, flags=flags, risk_sums={"risky": 3.0})
+    assert totals.sums["risky"] == 3.0
+    assert totals.flags == flags
+    assert not flags.keys() & totals.sums.keys()
+    found = totals.metrics_row(step=7, lr=0.1, grad_norm=2.0, step_time_s=4.0)
     assert found.pop("peak_memory_bytes") > 1e6
     assert found == pytest.approx(
         {
@@ -81,8 +85,11 @@ def test_sums_and_rows_of_a_step():
             "step_time_s": 4.0,
         }
     )
-    assert total["reference_misses"] == 1.0
-    rows = metrics.ledger_rows(step=7, rank=2)
+    assert totals.sums["reference_misses"] == 1.0
+    assert totals.risk_metrics == {}
+    said = totals._replace(risk_metrics={"risk_failed": 3})
+    assert said.metrics_row(step=7, lr=0.1, grad_norm=2.0, step_time_s=4.0)["risk_failed"] == 3
+    rows = totals.ledger_rows
     assert [(r.micro_batch, r.row, r.id, r.estimator, r.divergence) for r in rows] == [
         (0, 0, "a", "test", None),
         (0, 1, "b", "test", 40.0),
@@ -104,14 +111,19 @@ def test_ranks_add_up(tmp_path):
         metrics = StepMetrics()
         batch = collate([row("a", 2)], pad_id=0)
         coef = 0.25 if ranks.rank else 0.5
-        metrics.add(batch, output(batch, 1.0, [0.75], [coef], ran=1, missed=0))
-        total = metrics.reduce(
-            ranks, stop_requested=ranks.rank == 1, risk_sums={"risky": 2.0 + ranks.rank}
+        metrics.add(batch, result(batch, 1.0, [0.75], [coef], ran=1, missed=0))
+        totals = metrics.reduce(
+            ranks,
+            step=0,
+            flags={"stop_requested": ranks.rank == 1, "log_failed": False},
+            risk_sums={"risky": 2.0 + ranks.rank},
         )
-        names = ("loss", "rows", "kl_coef_sum", "kl_coef_max", "stop_requested", "log_failed")
-        return [total[name] for name in (*names, "risky")]
+        names = ("loss", "rows", "kl_coef_sum", "kl_coef_max", "risky")
+        return [*(totals.sums[name] for name in names), totals.flags, totals.ledger_rows[0].rank]
 
-    assert on_ranks(2, work, tmp_path) == [[2.0, 2.0, 0.75, 0.5, 1.0, 0.0, 5.0]] * 2
+    flags = {"stop_requested": True, "log_failed": False}
+    expected = [[2.0, 2.0, 0.75, 0.5, 5.0, flags, rank] for rank in range(2)]
+    assert on_ranks(2, work, tmp_path) == expected
 
 
 def test_the_file_goes_on_where_the_checkpoint_was(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from safereg_dist.config import RegularizerConfig
-from safereg_dist.data import collate
+from safereg_dist.data import collate, filler
 from safereg_dist.objective import Objective
 from safereg_dist.types import NO_HEAD, Head, Row
 
@@ -28,7 +28,7 @@ def micro_batch():
             loss_mask=[0, 0, *[1] * count],
             prompt_ends=[2],
             risk=None,
-            content_key="",
+            prompt_key="",
             is_anchor=IS_ANCHOR[i],
         )
         for i, count in enumerate(TOKENS_OF_ROW)
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_spoils_every_gradient():
 
 def test_a_step_without_tokens_is_zero_not_nan():
     hidden, _, weight, _ = inputs()
-    batch = collate([None, None], pad_id=0)
+    batch = collate([filler(0), filler(0)], pad_id=0)
     got = objective()(
         hidden[:0],
         Head(weight, None, None, 1.0),

@@ -16,10 +16,10 @@ from builders import random_rows, word_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safereg_dist.data import collate, tokenize_row
+from safereg_dist.data import tokenize_row
 from safereg_dist.errors import DataError
-from safereg_dist.risk.base import ColumnRisk
-from safereg_dist.risk.combine import COMMON_THRESHOLD, Part, RiskStage
+from safereg_dist.risk.base import ColumnRisk, RiskSource
+from safereg_dist.risk.combine import COMMON_THRESHOLD, RiskStage, WeightedSource
 from safereg_dist.risk.override import Override, read_overrides
 
 TOKENIZER = word_tokenizer()
@@ -27,7 +27,7 @@ UNIT = st.floats(0, 1)
 NAN = math.nan
 
 
-class Numbers:
+class Numbers(RiskSource):
     """A signal that says what it was told to."""
 
     name = "numbers"
@@ -36,23 +36,27 @@ class Numbers:
         self.values = list(values)
         self.notes = notes or {}
 
-    def __call__(self, batch, policy_states):
+    def __call__(self, rows, probed=None, *, in_first_epoch):
         """The numbers, one a row."""
         return list(self.values)
 
 
-def batch_of(count):
+def rows_of(count):
     raws = random_rows(count, risk=False)
-    rows = [
+    return [
         tokenize_row({**raw, "id": f"r{i}"}, "", TOKENIZER, default_id="")
         for i, raw in enumerate(raws)
     ]
-    return collate(list(rows), pad_id=0)
+
+
+def ask(source, rows):
+    """What a source or the stage says of rows in the first epoch."""
+    return source(rows, in_first_epoch=True)
 
 
 def stage(rule, *parts, overrides=None):
     """Parts are (values, threshold, weight)."""
-    built = [Part(f"c{i}", Numbers(*v), t, w) for i, (v, t, w) in enumerate(parts)]
+    built = [WeightedSource(f"c{i}", Numbers(*v), t, w) for i, (v, t, w) in enumerate(parts)]
     return RiskStage(built, rule=rule, overrides=overrides)
 
 
@@ -72,11 +76,11 @@ def scaled(risk, threshold):
 def test_rules_are_the_equations(values, thresholds, weights):
     columns = list(zip(*values, strict=True))
     parts = list(zip(columns, thresholds, weights, strict=True))
-    batch = batch_of(len(values))
+    rows = rows_of(len(values))
     table = np.array([[scaled(r, t) for r, t in zip(v, thresholds, strict=True)] for v in values])
-    largest = stage("max", *parts)(batch, None)
+    largest = ask(stage("max", *parts), rows)
     assert largest.values == pytest.approx(table.max(1), rel=1e-9, abs=1e-12)
-    mean = stage("weighted", *parts)(batch, None)
+    mean = ask(stage("weighted", *parts), rows)
     assert mean.values == pytest.approx(table @ weights / np.sum(weights), rel=1e-9, abs=1e-12)
     for place, name in enumerate(("c0", "c1", "c2")):
         assert mean.by_category[name] == pytest.approx(table[:, place], rel=1e-9, abs=1e-12)
@@ -89,7 +93,7 @@ def test_rules_are_the_equations(values, thresholds, weights):
 def test_a_signal_sets_in_where_it_did(threshold):
     risks = sorted({*np.linspace(0, 1, 101), threshold, np.nextafter(threshold, 2)} - {1 + 1e-16})
     risks = [float(r) for r in risks if 0 <= r <= 1]
-    found = stage("max", (risks, threshold, 1.0))(batch_of(len(risks)), None).values
+    found = ask(stage("max", (risks, threshold, 1.0)), rows_of(len(risks))).values
     assert found == sorted(found)
     for risk, value in zip(risks, found, strict=True):
         assert (value >= COMMON_THRESHOLD) == (risk >= threshold), (risk, value)
@@ -97,8 +101,8 @@ def test_a_signal_sets_in_where_it_did(threshold):
 
 
 def test_a_single_signal_is_left_as_it_is():
-    single = RiskStage([Part("", Numbers(0.25, None, NAN), 0.3)])
-    found = single(batch_of(3), None)
+    single = RiskStage([WeightedSource("", Numbers(0.25, None, NAN), 0.3)])
+    found = ask(single, rows_of(3))
     assert found.values[:2] == [0.25, None]
     assert math.isnan(found.values[2])
     assert found.by_category == {}
@@ -111,11 +115,11 @@ def test_a_single_signal_is_left_as_it_is():
 
 def test_failed_and_missing_signals():
     parts = [((0.9, NAN, None, None), 0.5, 1.0), ((NAN, 0.2, 0.4, None), 0.5, 3.0)]
-    largest = stage("max", *parts)(batch_of(4), None)
+    largest = ask(stage("max", *parts), rows_of(4))
     assert math.isnan(largest.values[0])  # full risk, and still recognisable as failed
     assert math.isnan(largest.values[1])
     assert largest.values[2:] == [0.4, None]
-    mean = stage("weighted", *parts)(batch_of(4), None)
+    mean = ask(stage("weighted", *parts), rows_of(4))
     assert math.isnan(mean.values[0])  # the others must not outvote what is not known
     assert math.isnan(mean.values[1])
     assert mean.values[2] == pytest.approx(0.4)
@@ -123,9 +127,9 @@ def test_failed_and_missing_signals():
 
 
 def test_a_reviewer_has_the_last_word():
-    batch = batch_of(4)
+    rows = rows_of(4)
     overrides = {"r0": Override(0.0, "allow: a quote"), "r2": Override(1.0, "hold: seen")}
-    found = stage("max", ((0.9, 0.9, 0.1, NAN), 0.5, 1.0), overrides=overrides)(batch, None)
+    found = ask(stage("max", ((0.9, 0.9, 0.1, NAN), 0.5, 1.0), overrides=overrides), rows)
     assert found.values[:3] == [0.0, 0.9, 1.0]
     assert found.by_category["c0"][:3] == [0.0, 0.9, 1.0]
     assert found.sources == ["override", "max:c0", "override", "max:c0"]
@@ -134,10 +138,10 @@ def test_a_reviewer_has_the_last_word():
 
 def test_counts_become_metrics():
     parts = [((0.9, 0.1, None), 0.5, 1.0), ((0.2, 0.6, NAN), 0.5, 1.0)]
-    batch = batch_of(3)
+    rows = rows_of(3)
     several = stage("max", *parts)
-    several(batch, None)
-    several(batch, None)
+    ask(several, rows)
+    ask(several, rows)
     sums = several.take_sums()
     assert list(sums) == list(several.sum_names)
     assert sums["risk_rows/c0"] == 4
@@ -147,6 +151,21 @@ def test_counts_become_metrics():
     assert row["risk_mean/c1"] == pytest.approx(0.6)
     assert (row["risky_rows/c0"], row["risky_rows/c1"]) == (2, 4)
     assert set(several.take_sums().values()) == {0.0}
+
+
+def test_a_plain_source_knows_nothing(tmp_path):
+    """What a source that overrides nothing does: no risk, no count, no file."""
+    plain = RiskSource()
+    assert ask(plain, rows_of(2)) == [None, None]
+    assert (plain.name, plain.reads_policy, plain.looks_ahead) == ("none", False, False)
+    stage = RiskStage([WeightedSource("", plain, 0.5)])
+    stage.begin_step(0)
+    stage.prefetch(rows_of(2))
+    assert ask(stage, rows_of(2)).values == [None, None]
+    assert stage.end_step(stage.take_sums()) == {}
+    stage.save_state(tmp_path / "risk.safetensors")
+    stage.load_state(tmp_path / "risk.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Overrides
@@ -185,17 +204,16 @@ def test_an_override_without_a_field_is_refused(tmp_path, row):
 
 def test_torch_is_not_needed_for_a_risk():
     """Risk is a matter of the host: nothing here is a tensor."""
-    found = stage("max", ((0.9, 0.1), 0.5, 1.0))(batch_of(2), None)
+    found = ask(stage("max", ((0.9, 0.1), 0.5, 1.0)), rows_of(2))
     assert not any(torch.is_tensor(value) for value in found.values)
 
 
-class Broken:
+class Broken(RiskSource):
     """A signal that fails."""
 
     name = "broken"
-    notes: dict[int, str] = {}  # noqa: RUF012 - never filled
 
-    def __call__(self, batch, policy_states):
+    def __call__(self, rows, probed=None, *, in_first_epoch):
         """Nothing."""
         raise DataError("broken")
 
@@ -204,24 +222,23 @@ def test_a_failed_signal_does_not_keep_the_next_from_its_collectives():
     asked = []
 
     class Next(Numbers):
-        def __call__(self, batch, policy_states):
+        def __call__(self, rows, probed=None, *, in_first_epoch):
             """Its numbers; it notes that it was asked."""
             asked.append(1)
-            return super().__call__(batch, policy_states)
+            return super().__call__(rows, probed, in_first_epoch=in_first_epoch)
 
-    parts = [Part("first", Broken(), 0.5), Part("second", Next(0.5), 0.5)]
+    sources = [WeightedSource("first", Broken(), 0.5), WeightedSource("second", Next(0.5), 0.5)]
     with pytest.raises(DataError, match="broken"):
-        RiskStage(parts, rule="max")(batch_of(1), None)
+        ask(RiskStage(sources, rule="max"), rows_of(1))
     assert asked == [1]
 
 
 def test_neither_column_nor_reviewer_speak_of_anchors():
-    batch = batch_of(2)
-    rows = tuple(replace(row, risk=0.75, is_anchor=i == 1) for i, row in enumerate(batch.rows))
-    batch = replace(batch, rows=rows)
-    assert ColumnRisk()(batch, None) == [0.75, None]
+    rows = [replace(row, risk=0.75, is_anchor=i == 1) for i, row in enumerate(rows_of(2))]
+    assert ask(ColumnRisk(), rows) == [0.75, None]
     decisions = {row.id: Override(1.0, "hold: seen") for row in rows}
-    found = RiskStage([Part("", ColumnRisk(), 0.5)], overrides=decisions)(batch, None)
+    column = RiskStage([WeightedSource("", ColumnRisk(), 0.5)], overrides=decisions)
+    found = ask(column, rows)
     assert found.values == [1.0, None]
     assert found.sources == ["override", "column"]
 
