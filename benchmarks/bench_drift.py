@@ -36,7 +36,7 @@ import torch
 from harness import write_csv
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plot import STYLE, save
+from plot_style import STYLE, save
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer

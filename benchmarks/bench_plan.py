@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from plot import STYLE, save
+from plot_style import STYLE, save
 from tqdm import tqdm
 
 from safereg_dist.parallel.hardware import GIB, find_gpu

@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from harness import write_csv
 from matplotlib.figure import Figure
-from plot import STYLE, save
+from plot_style import STYLE, save
 from world_runs import PROVENANCE, RESULTS, run_verb, same_for_all, world_of
 
 from safereg_dist.demo.attacks import KINDS, write_attacks

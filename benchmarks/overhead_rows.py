@@ -10,7 +10,7 @@ from typing import Any
 from bench_probe_flops import head_flops
 from overhead_cases import FRACTIONS, PROMPT_TOKENS, RESPONSE_TOKENS, model_shape
 from overhead_worker import SOURCES, Case
-from plot import read_csv
+from plot_style import read_csv
 from real_shapes import REAL_SHAPES, RealModel
 from transformers import PretrainedConfig
 

@@ -7,20 +7,15 @@ Figures of kernels and training steps (cuda.csv, or cpu.csv where there is none)
 against how far the two models are apart. Each title is worked out from the rows that are drawn.
 """
 
-import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from plot_kernels import COLOURS, OURS, Row
 from plot_kernels import figures_of as kernel_figures
-
-from safereg_dist.plan.figures import STYLE
+from plot_probe import figures_of as probe_figures
+from plot_style import COLOURS, OURS, STYLE, Row, read_csv, save
 
 RESULTS = [Path(__file__).resolve().parent / "results" / name for name in ("kernels", "probe")]
 VARIANTS = {
@@ -30,12 +25,6 @@ VARIANTS = {
     ("bfloat16", "False"): ("bfloat16", "#0072B2", "-.", "D"),
 }
 """By logits_dtype and is_difference: label, colour, dashes, marker."""
-
-
-def read_csv(path: Path) -> list[Row]:
-    """The rows of one results file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def draw_logits_error(rows: list[Row]) -> Figure:
@@ -74,18 +63,8 @@ def _error_message(rows: list[Row]) -> str:
     )
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Writes PNG and SVG."""
-    figure.savefig(folder / f"{name}.png", dpi=160)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    plt.close(figure)
-    print(f"written: {folder / name}.png and .svg")
-
-
 def figures_of(folder: Path) -> Iterator[tuple[str, Figure]]:
     """Name and figure of what the folder holds results for."""
-    from plot_probe import figures_of as probe_figures  # which imports this module
-
     kernels = [path for name in ("cuda", "cpu") if (path := folder / f"{name}.csv").is_file()]
     if kernels:
         yield from kernel_figures(read_csv(kernels[0]), kernels[0].stem.upper())

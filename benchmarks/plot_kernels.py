@@ -12,27 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from plot_style import COLOURS, OURS, PRODUCTS, Row
 
 from safereg_dist.plan.figures import ARM_STYLES
 
-Row = dict[str, str]
 Bars = dict[tuple[str, str], float]
 
-OURS, PRODUCTS = "ours", "bare products"
-COLOURS = {
-    PRODUCTS: "#E6E6E6",
-    OURS: "#E69F00",
-    "torch eager": "#4D4D4D",
-    "torch compile": "#999999",
-    "torch linear_cross_entropy": "#C4C4C4",
-    "Liger KLDIVLoss / JSD": "#0072B2",
-    "Liger chunked JSDLoss": "#0072B2",
-    "Liger FLCE + FLJSD": "#56B4E9",
-    "Liger FLCE + FLKLDiv": "#9AD0F0",
-    "cut-cross-entropy": "#009E73",
-    "quack": "#CC79A7",
-}
-"""Ours is orange, torch is grey, Liger is blue; told apart by the colour-blind, and in print."""
 _ARMS = {"SFT": "sft", "adaptive": "routed", "stored": "stored", "always on": "always_on"}
 _TARGET = 1.15
 """Goal for linear_ce_kl on all rows with a trained head, as a multiple of its four products."""

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from plot import COLOURS, OURS, STYLE, Row, read_csv, save
+from plot_style import COLOURS, OURS, STYLE, Row, read_csv, save
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ARM_STYLES: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, PercentFormatter
-from plot import COLOURS, OURS, Row, read_csv
+from plot_style import COLOURS, OURS, Row, read_csv
 
 HEAVY_HEAD = 0.2
 """Share of a step in the head from which the trunk no longer dominates."""
