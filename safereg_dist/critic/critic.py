@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from safereg_dist.config.risk import CriticConfig
 from safereg_dist.critic.verdict import Critic, Messages, Verdict, conversation_key
-from safereg_dist.errors import CheckpointError
+from safereg_dist.errors import CheckpointError, CriticUnavailable
 from safereg_dist.storage.score_cache import CachedScore, ScoreCache, default_cache_path
 
 if TYPE_CHECKING:
