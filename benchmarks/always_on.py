@@ -9,33 +9,26 @@ so that both sides have the same ZeRO-3 engines, groups, rows, optimizer and los
     then masked to response tokens and weighted by the rows' coefficients b
 
 What is ours in `safereg_dist` and not here: rows with b = 0 kept from the reference, response
-tokens alone in the head, no [B, S, V] tensor.
+tokens alone in the head, no [B, S, V] tensor. `trainer.optimizer_step` runs both.
 """
 
+import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, pad
 from transformers import PreTrainedModel
 
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, scheduled
-from safereg_dist.config import Config
-from safereg_dist.data import split
-from safereg_dist.factory import resolve_model
-from safereg_dist.parallel.engine import Backend, PolicyEngine, ReferenceEngine
+from safereg_dist.config import Config, RegularizerConfig, RiskConfig, replace
+from safereg_dist.factory import Run, build_run, resolve_model
+from safereg_dist.parallel.engine import Backend, ReferenceEngine
 from safereg_dist.regions import REFERENCE_TRUNK, region
-from safereg_dist.types import MicroBatch, Row
-
-
-class AlwaysOnOutput(NamedTuple):
-    """What one micro-batch gives."""
-
-    loss: Tensor
-    """float32 scalar, this rank's share of L."""
-    reference_rows: int
-    """Rows that the reference ran on: all."""
+from safereg_dist.step import PlannedMicroBatch, SafetyRegularizer, StepPlan
+from safereg_dist.types import Loss, MicroBatch, MicroBatchResult, Row, RowRisks
 
 
 class WholeModel(nn.Module):
@@ -50,36 +43,49 @@ class WholeModel(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
-class AlwaysOnStep(nn.Module):
-    """The trained module: whole policy, and a whole reference that is asked about every row."""
+class AlwaysOn:
+    """Stands where a `SafetyRegularizer` does: a whole reference is asked about every row."""
 
-    def __init__(self, policy: PreTrainedModel, reference: ReferenceEngine, config: Config) -> None:
-        super().__init__()
-        self.policy = WholeModel(policy)
-        self._reference = reference  # an engine, not a module: its weights are not the policy's
-        self._regularizer = config.regularizer
+    def __init__(
+        self, plain: SafetyRegularizer, reference: ReferenceEngine, config: RegularizerConfig
+    ) -> None:
+        """`plain` is that of plain fine-tuning: it lays the rows out, and adds up what was done."""
+        self.plan, self.close = plain.plan, plain.close
+        self._model = plain.policy.model
+        self._reference = reference
+        self._config = config
 
-    def micro_batches(self, window: MicroBatch, count: int) -> Iterator[tuple[MicroBatch, None]]:
-        """The rows of one optimizer step as `count` micro-batches, in their own order."""
-        size = len(window.rows) // count
-        yield from ((batch, None) for batch in split(window, range(len(window.rows)), size))
+    @contextmanager
+    def loss_of(
+        self, planned: PlannedMicroBatch, batch: MicroBatch, step: StepPlan
+    ) -> Iterator[None]:
+        """A block in which a forward of the policy returns the loss in place of its logits.
 
-    def forward(self, batch: MicroBatch, num_tokens: Tensor, ahead: None = None) -> AlwaysOnOutput:
-        """This rank's share of L. Collectives: the engines', reference included, every time."""
-        policy_logits = self.policy(batch.input_ids)
-        with region(REFERENCE_TRUNK):
-            reference_logits = self._reference(batch.input_ids)
-        kl_coef = [self._coefficient(row) for row in batch.rows]
-        loss = full_logits_loss(policy_logits, reference_logits, batch, kl_coef, num_tokens)
-        return AlwaysOnOutput(loss, len(batch.rows))
+        It is computed from them, after the whole forward. Collectives: the reference's, every time.
+        """
+        results: list[MicroBatchResult] = []
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        """None: the head runs inside its own module, where engines gather it anyway."""
-        return []
+        def loss(module: nn.Module, args: object, output: Any) -> None:
+            with region(REFERENCE_TRUNK):
+                reference_logits = self._reference(batch.input_ids)
+            kl_coef = [self._coefficient(row) for row in batch.rows]
+            terms = full_logits_loss(
+                output.logits, reference_logits, batch, kl_coef, step.num_tokens
+            )
+            count = len(batch.rows)
+            results.append(MicroBatchResult(terms, RowRisks.none(count), kl_coef, count, 0))
+            output.logits = terms.loss
+
+        hook = self._model.register_forward_hook(loss)
+        try:
+            yield
+        finally:
+            hook.remove()
+        step.metrics.add(batch, *results)
 
     def _coefficient(self, row: Row) -> float:
         assert row.risk is not None  # the risk is the data's column
-        return scheduled(row.risk, self._regularizer, DEFAULT_THRESHOLD)
+        return scheduled(row.risk, self._config, DEFAULT_THRESHOLD)
 
 
 def full_logits_loss(
@@ -88,7 +94,7 @@ def full_logits_loss(
     batch: MicroBatch,
     kl_coef: list[float],
     num_tokens: Tensor,
-) -> Tensor:
+) -> Loss:
     """1/N sum_i sum_t [(1 - b_i) CE_it + b_i KL_it] from [B, S, V] logits of both models."""
     labels = batch.input_ids[:, 1:]
     policy, reference = policy_logits[:, :-1].float(), reference_logits[:, :-1].float()
@@ -102,20 +108,31 @@ def full_logits_loss(
     mask = torch.zeros_like(batch.input_ids, dtype=ce.dtype)
     mask.view(-1)[batch.response_index] = 1.0
     coef = torch.tensor(kl_coef, device=ce.device)[:, None]
-    return (((1 - coef) * ce + coef * kl) * mask[:, :-1]).sum() / num_tokens.clamp_min(1)
+    loss = (((1 - coef) * ce + coef * kl) * mask[:, :-1]).sum() / num_tokens.clamp_min(1)
+    return Loss(loss, _at_response(ce, batch), _at_response(kl, batch))
 
 
-def build_always_on(config: Config, backend: Backend) -> tuple[AlwaysOnStep, PolicyEngine]:
-    """Step and training engine of the peer, from the configuration of our own arm.
+def _at_response(values: Tensor, batch: MicroBatch) -> Tensor:
+    """[T] of [B, S - 1] values, for the log."""
+    return pad(values.detach(), (0, 1)).flatten().index_select(0, batch.response_index)
+
+
+def build_always_on(config: Config, backend: Backend) -> Run:
+    """A run of the peer, from the configuration of our own arm.
 
     Collectives: those of loading and wrapping; every rank calls it.
     """
-    precision = config.train.precision
-    folder = resolve_model(config.model, backend.ranks)
-    policy = backend.load_model(folder, precision=precision, offload=config.engine.offload_params)
+    plain = build_run(
+        replace(
+            config,
+            risk=RiskConfig(estimator="none"),
+            regularizer=replace(config.regularizer, objective="none"),
+        ),
+        backend,
+    )
     reference = backend.load_model(
         resolve_model(config.reference.model or config.model, backend.ranks),
-        precision=precision,
+        precision=config.train.precision,
         offload=config.reference.offload,
     )
     engine = backend.wrap_reference(
@@ -123,6 +140,5 @@ def build_always_on(config: Config, backend: Backend) -> tuple[AlwaysOnStep, Pol
         offload=config.reference.offload,
         rows=config.train.micro_batch_size,
     )
-    step = AlwaysOnStep(policy, engine, config)
-    step.train()
-    return step, backend.wrap_policy(step, config=config)
+    peer: Any = AlwaysOn(plain.regularizer, engine, config.regularizer)
+    return dataclasses.replace(plain, regularizer=peer)

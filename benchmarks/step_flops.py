@@ -24,17 +24,19 @@ from safereg_dist.config import (
     RiskConfig,
     TrainConfig,
 )
-from safereg_dist.data import collate_window
 from safereg_dist.demo.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from safereg_dist.factory import Run, build_run, start_backend
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.probe_lab.mlp import UNITS
 from safereg_dist.profiling.operators import UNKNOWN_TO_TORCH
 from safereg_dist.risk.probe import POOLINGS, Probe
-from safereg_dist.types import MicroBatch
+from safereg_dist.trainer import optimizer_step
+from safereg_dist.types import Row
 
 MAX_EPOCHS = 10
 """Bound of the runs' row streams."""
+NOT_COMPARED = 1
+"""A step in which a watched probe does not ask the reference: it does in 0, drift_every, ..."""
 _ATEN = torch.ops.aten
 
 
@@ -206,18 +208,12 @@ def epoch_costs(
 
     `is_watched` lets the policy-side probe compare itself with the reference when that is due.
     """
-    size, count = run.sources.rows_per_step, len(run.sources.train)
-    steps = -(-count // size)
+    steps = -(-len(run.sources.train) // run.sources.rows_per_step)
     for epoch in range(epochs):
         costs, tokens = [], []
         for step in range(epoch * steps, (epoch + 1) * steps):
-            if is_watched:
-                run.step.risk.begin_step(step)
-            batch = collate_window(
-                run.sources.stream, start=step * size, count=size, pad_id=run.pad_id
-            )
-            costs.append(_step_cost(run, batch))
-            tokens.append(_tokens_of(batch))
+            costs.append(_step_cost(run, step, is_watched=is_watched))
+            tokens.append(_tokens_of(run.sources.rows_of_step(step)))
         yield (
             Cost(*map(sum, zip(*costs, strict=True))),
             Tokens(*map(sum, zip(*tokens, strict=True))),
@@ -233,23 +229,22 @@ class Tokens(NamedTuple):
     padded_prompt: int
 
 
-def _step_cost(run: Run, batch: MicroBatch) -> Cost:
-    num_tokens = torch.tensor(float(batch.num_response_tokens))
+def _step_cost(run: Run, step: int, *, is_watched: bool) -> Cost:
+    """Of a whole optimizer step; update and log have no product, and cancel in a difference."""
+    rows = run.sources.rows_of_step(step)
+    in_first_epoch = run.sources.in_first_epoch(step)
+    number = step if is_watched else NOT_COMPARED
 
     def work() -> None:
-        output = run.engine(batch, num_tokens)
-        assert output.reference_rows == 0, "the reference must run for the probe alone"
-        run.engine.backward(output.loss, is_last=True)
+        done = optimizer_step(run, rows, step=number, lr=1e-5, in_first_epoch=in_first_epoch)
+        ran = done.totals.sums["reference_rows"]
+        assert ran == 0, "the reference must run for the probe alone"
 
-    cost = counted(work)
-    run.engine.update(1e-5)
-    return cost
+    return counted(work)
 
 
-def _tokens_of(batch: MicroBatch) -> Tokens:
-    return Tokens(
-        int(batch.attention_mask.sum()),
-        sum(batch.prompt_ends),
-        batch.input_ids.numel(),
-        len(batch.rows) * max(batch.prompt_ends),
-    )
+def _tokens_of(rows: list[Row]) -> Tokens:
+    """Of one micro-batch."""
+    lengths = [len(row.input_ids) for row in rows]
+    prompts = [end for row in rows for end in row.prompt_ends]
+    return Tokens(sum(lengths), sum(prompts), len(rows) * max(lengths), len(rows) * max(prompts))
