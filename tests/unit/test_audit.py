@@ -5,8 +5,10 @@ and entered in the ledger.
 The judge counts over the data file. Exact.
 """
 
+import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +18,12 @@ from scipy.stats import beta
 from safereg_dist.cli import main
 from safereg_dist.commands.audit import AuditFacts, write_audit, write_part
 from safereg_dist.config import load_config
+from safereg_dist.data import filler
 from safereg_dist.errors import ConfigError
-from safereg_dist.run.gate import RowRisk, _check_share, is_held_back
+from safereg_dist.parallel.single import single_ranks
+from safereg_dist.risk.base import ColumnRisk
+from safereg_dist.risk.combine import RiskStage, WeightedSource
+from safereg_dist.run.gate import RowRisk, is_held_back, refuse_too_many_held_back
 from safereg_dist.run.ledger import verify_ledger
 
 WORDS_SAFE, WORDS_RISKY = "w1 w2 w3 w4 w5", "w50 w51 w52 w53 w54"
@@ -186,19 +192,50 @@ def test_training_refuses_and_leaves_no_trace(tmp_path, model, capsys):
     assert main(["train", str(path), "data.declared_poison=0.1"]) == 0
 
 
+def gate(held, rows, *, is_sample):
+    """The gate of a run of which so many rows of so many looked at have a risk of 0.9."""
+    row = dataclasses.replace(filler(0), id="r")
+    risky, free = (dataclasses.replace(row, risk=risk) for risk in (0.9, 0.1))
+    stream = SimpleNamespace(
+        rows_within=lambda positions: rows,
+        first_rows=lambda count: iter([risky] * held + [free] * (count - held)),
+    )
+    run = SimpleNamespace(
+        ranks=single_ranks(),
+        config=SimpleNamespace(
+            needs_risk=True,
+            risk=SimpleNamespace(max_held_back=0.15, estimator="probe", source="reference"),
+            data=SimpleNamespace(declared_poison=0.05),
+            train=SimpleNamespace(micro_batch_size=8),
+        ),
+        sources=SimpleNamespace(
+            stream=stream,
+            total_steps=4,
+            rows_per_step=8,
+            train=range(rows + is_sample),
+            filler=filler(0),
+        ),
+        regularizer=SimpleNamespace(
+            risk=RiskStage([WeightedSource("", ColumnRisk(), 0.5)]),
+            coefficient=SimpleNamespace(threshold=0.5),
+        ),
+    )
+    refuse_too_many_held_back(run)
+
+
 def test_the_sample_bound_is_clopper_pearson():
     """20 % is refused from a sample only where 20 % is hardly possible."""
     for held, rows in ((9, 30), (10, 30), (11, 30), (60, 256), (64, 256), (256, 256)):
         low = beta.ppf(0.05, held, rows - held + 1)
         if low > 0.2:
             with pytest.raises(ConfigError, match=f"{held} of {rows} rows looked at"):
-                _check_share(held, rows, limit=0.2, is_sample=True)
+                gate(held, rows, is_sample=True)
         else:
-            _check_share(held, rows, limit=0.2, is_sample=True)
+            gate(held, rows, is_sample=True)
     with pytest.raises(ConfigError, match="7 of 30 rows"):
-        _check_share(7, 30, limit=0.2, is_sample=False)
-    _check_share(6, 30, limit=0.2, is_sample=False)
-    _check_share(0, 0, limit=0.2, is_sample=True)
+        gate(7, 30, is_sample=False)
+    gate(6, 30, is_sample=False)
+    gate(0, 0, is_sample=True)
 
 
 # Overrides

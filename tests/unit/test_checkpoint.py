@@ -2,8 +2,10 @@
 refused. Exact. A whole run's resume, to the bit: tests/distributed/test_resume.py.
 """
 
+import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,17 +42,25 @@ class Engine:
         self.number = int((folder / "number").read_text())
 
 
-class Step:
-    """A step without weights: a coefficient, and a risk that keeps nothing."""
+class Regularizer:
+    """A regulariser around a policy without weights: a moving average, and a risk of one number."""
 
-    def __init__(self):
+    def __init__(self, ema=None):
         config = RegularizerConfig(granularity="batch", ema=0.5)
+        self.policy = SimpleNamespace(model=torch.nn.Identity())
         self.coefficient = Coefficient(config, threshold=None, ranks=ALONE)
-        self.risk = None
+        self.coefficient.load_state_dict({"ema": ema})
+        self.risk = ema
 
-    def parameters(self):
-        """None."""
-        return []
+    def save_state(self, path):
+        """Writes the risk, returns the average."""
+        path.write_text(str(self.risk))
+        return self.coefficient.state_dict()
+
+    def load_state(self, path, state):
+        """Reads both."""
+        self.coefficient.load_state_dict(state)
+        self.risk = float(path.read_text())
 
 
 @pytest.fixture
@@ -68,8 +78,7 @@ def state(config, step, **changes):
         step=step,
         world_size=1,
         config_hash=config_hash(config),
-        order="rows",
-        coefficient={"ema": step / 8},
+        order_digest="rows",
         non_finite_steps=0,
         non_finite_in_a_row=0,
         metrics_bytes=0,
@@ -80,12 +89,20 @@ def state(config, step, **changes):
 
 
 def save(folder, run_state, engine):
-    save_checkpoint(folder, run_state, engine=engine, step=Step(), ranks=ALONE, keep=2)
+    regularizer = Regularizer(run_state.step / 8)
+    save_checkpoint(folder, run_state, engine=engine, regularizer=regularizer, ranks=ALONE, keep=2)
 
 
-def load(path, config, step, *, order="rows"):
+def load(path, config, regularizer, *, order_digest="rows"):
     engine = Engine()
-    found = load_checkpoint(path, config=config, engine=engine, step=step, ranks=ALONE, order=order)
+    found = load_checkpoint(
+        path,
+        config=config,
+        engine=engine,
+        regularizer=regularizer,
+        ranks=ALONE,
+        order_digest=order_digest,
+    )
     return found, engine
 
 
@@ -102,11 +119,12 @@ def test_the_newest_are_kept_and_random_states_come_back(config, tmp_path):
     kept = complete_checkpoints(folder)
     assert [path.name for path in kept] == ["step-00000010", "step-00000011"]
     random.seed(7), torch.manual_seed(7), np.random.seed(7)
-    step = Step()
-    found, engine = load(kept[-1], config(), step)
+    regularizer = Regularizer()
+    found, engine = load(kept[-1], config(), regularizer)
     assert draws() == expected
     assert (found.step, engine.number) == (11, 11)
-    assert step.coefficient.state_dict() == {"ema": 11 / 8}
+    assert regularizer.coefficient.state_dict() == found.regularizer == {"ema": 11 / 8}
+    assert regularizer.risk == 11 / 8
 
 
 def test_only_whole_checkpoints_count(config, tmp_path):
@@ -124,11 +142,33 @@ def test_what_is_of_another_run_is_refused(config, tmp_path):
         save(tmp_path, state(config(), ranks, world_size=ranks), Engine())
     first, second = complete_checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match="another configuration"):
-        load(first, config("train.seed=5"), Step())
+        load(first, config("train.seed=5"), Regularizer())
     with pytest.raises(CheckpointError, match="dealt as risky"):
-        load(first, config(), Step(), order="other rows")
+        load(first, config(), Regularizer(), order_digest="other rows")
     with pytest.raises(CheckpointError, match="written by 2 ranks, this run has 1"):
-        load(second, config(), Step())
+        load(second, config(), Regularizer())
+
+
+@pytest.mark.parametrize("written", [1, 3, None])
+def test_another_format_is_refused(config, tmp_path, written):
+    """The first version of the format did not say which it was."""
+    save(tmp_path, state(config(), 3), Engine())
+    (path,) = complete_checkpoints(tmp_path)
+    values = json.loads((path / "state.json").read_text())
+    values["format"] = written
+    kept = {name: value for name, value in values.items() if value is not None}
+    (path / "state.json").write_text(json.dumps(kept))
+    with pytest.raises(CheckpointError, match=rf"has format {written or 1}, .* reads 2"):
+        load(path, config(), Regularizer())
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"format": 2}', '{"format": 2, "more": 1}'])
+def test_a_state_that_cannot_be_read_is_refused(config, tmp_path, content):
+    save(tmp_path, state(config(), 3), Engine())
+    (path,) = complete_checkpoints(tmp_path)
+    (path / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match="remove this checkpoint"):
+        load(path, config(), Regularizer())
 
 
 def test_places_and_patience_do_not_change_a_run(config):
