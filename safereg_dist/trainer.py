@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +53,13 @@ def optimizer_step(
     step: int,
     lr: float,
     in_first_epoch: bool = True,
-    flags: Mapping[str, bool] | None = None,
+    flags: Callable[[], Mapping[str, bool]] = dict,
 ) -> StepResult:
     """One optimizer step over this rank's `rows`: forwards, backwards, update, and their metrics.
 
     Nothing is logged, saved or validated. `rows` is `run.sources.rows_per_step` long on every rank;
-    `flags` are for `SafetyRegularizer.close`.
+    `flags` are for `SafetyRegularizer.close`, asked for once the weights are updated: a signal that
+    came during the step is among them.
     Collectives: those of `SafetyRegularizer` and of the policy's engine, the same on every rank.
     """
     regularizer = run.regularizer
@@ -74,7 +75,7 @@ def optimizer_step(
             loss = run.engine(batch.input_ids)
         run.engine.backward(loss, is_last=planned.is_last)
     update = run.engine.update(lr)
-    return StepResult(plan, regularizer.close(plan, flags=flags), update)
+    return StepResult(plan, regularizer.close(plan, flags=flags()), update)
 
 
 @dataclass(slots=True)
@@ -143,7 +144,7 @@ def _logged_step(
         step=step,
         lr=lr,
         in_first_epoch=sources.in_first_epoch(step),
-        flags={"stop_requested": stop_requested[0], "log_failed": log.error is not None},
+        flags=lambda: {"stop_requested": stop_requested[0], "log_failed": log.error is not None},
     )
     if totals.flags["log_failed"]:
         run.ranks.raise_together(log.error)

@@ -4,6 +4,7 @@ Judge: plain transformers on each row alone. Exact: orders, counts. Rounds: stat
 several ranks: tests/distributed/test_window.py.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,29 @@ import torch
 from builders import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from safereg_dist.data import collate
+from safereg_dist.coefficient import Coefficient
+from safereg_dist.config import RegularizerConfig
+from safereg_dist.data import collate, filler
 from safereg_dist.errors import CheckpointError, DataError
 from safereg_dist.models.fingerprint import row_key
+from safereg_dist.objective import Objective
+from safereg_dist.parallel.comm import Result
 from safereg_dist.parallel.single import SingleBackend, single_ranks
-from safereg_dist.reference import Packing, Reference
+from safereg_dist.policy import Policy
+from safereg_dist.reference import (
+    EngineModel,
+    NoReference,
+    Packing,
+    Reference,
+    ReferencePasses,
+    ReferenceSchedule,
+    ReferenceTrunk,
+)
 from safereg_dist.reference.store import ReferenceStore, Shard, Table, crc32_of
-from safereg_dist.reference.trunk import ReferenceTrunk, used_parameters
+from safereg_dist.reference.trunk import used_parameters
+from safereg_dist.risk.base import ColumnRisk
+from safereg_dist.risk.combine import RiskStage, WeightedSource
+from safereg_dist.step import SafetyRegularizer
 from safereg_dist.types import NO_HEAD, Row, head_of
 
 MODEL = tiny_model(num_hidden_layers=2).eval()
@@ -35,7 +52,7 @@ def rows():
         ids = [(11 * i + 5 * t) % 90 + 6 for t in range(length)]
         found.append(
             Row(id=f"r{i}", input_ids=ids, loss_mask=mask, prompt_ends=[2], risk=None,
-                content_key="")
+                prompt_key="")
         )  # fmt: skip
     return found
 
@@ -48,23 +65,30 @@ def states_of(row):
 
 
 def reference(*, store=None, **packing):
-    made = Reference.of_model(
-        MODEL,
-        backend=SingleBackend(single_ranks()),
-        offload="none",
-        packing=Packing(**{"rows_per_pass": 2, "max_length": 8, **packing}),
+    chosen = Packing(**{"rows_per_pass": 2, "max_length": 8, **packing})
+    backend = SingleBackend(single_ranks())
+    own = EngineModel.of_model(MODEL, backend=backend, offload="none", rows=chosen.rows_per_pass)
+    return Reference(own, ranks=backend.ranks, packing=chosen, store=store)
+
+
+def opened(made, own, kl_coef, *, micro_batches=1):
+    """The passes over a window's rows, agreed on, as a step's plan has them."""
+    coef = kl_coef if isinstance(kl_coef, Result) else Result(kl_coef)
+    schedule = coef.then(lambda known: made.schedule(own, known, micro_batches=micro_batches))
+    return ReferencePasses(
+        schedule=schedule.or_else(ReferenceSchedule.of_no_row(len(own))),
+        agreement=made.start_agreement(schedule),
+        micro_batch_size=len(own) // micro_batches,
     )
-    made.store = store
-    return made
 
 
-def read(window, all_rows, size):
+def read(made, passes, all_rows):
     """ReferenceStates of each micro-batch, after checking each row's states."""
-    found = []
+    found, size = [], passes.micro_batch_size
     for index in range(len(all_rows) // size):
-        places = window.order[index * size : (index + 1) * size]
+        places = passes.schedule.order[index * size : (index + 1) * size]
         batch = collate([all_rows[place] for place in places], pad_id=0)
-        states = window.states(index, batch)
+        states = made.hidden_states(passes, index, batch)
         found.append(states)
         if states.hidden is None:
             continue
@@ -81,38 +105,89 @@ def test_active_rows_come_first_and_share_passes(is_kept_together):
     bytes_of_one = size * 8 * MODEL.config.hidden_size * 4
     made = reference(keep_bytes=1 << 20 if is_kept_together else bytes_of_one)
     forwards = []
-    made.engine.module.register_forward_pre_hook(lambda _, given: forwards.append(given[0].shape))
-    window = made.open(rows(), KL_COEF, micro_batches=3)
-    assert window.order == [1, 3, 5, 0, 2, 4]
-    found = read(window, rows(), size)
+    trunk = made.model.engine.module
+    trunk.register_forward_pre_hook(lambda _, given: forwards.append(given[0].shape))
+    passes = opened(made, rows(), KL_COEF, micro_batches=3)
+    assert passes.schedule.order == [1, 3, 5, 0, 2, 4]
+    assert passes.schedule.num_active == 3
+    found = read(made, passes, rows())
     assert [states.needs_head for states in found] == [True, True, False]
     assert [states.rows_run for states in found] == ([3, 0, 0] if is_kept_together else [2, 1, 0])
     assert [states.hidden is None for states in found] == [False, False, True]
+    assert passes.waiting == {}
     # Longest first, two a pass, each as wide as its own longest row.
     assert forwards == ([(2, 8), (1, 3)] if is_kept_together else [(2, 4), (1, 8)])
 
 
 def test_one_micro_batch_keeps_its_order():
-    window = reference().open(rows(), KL_COEF)
-    assert window.order == list(range(6))
-    (states,) = read(window, rows(), 6)
+    made = reference()
+    passes = opened(made, rows(), KL_COEF)
+    assert passes.schedule.order == list(range(6))
+    (states,) = read(made, passes, rows())
     assert states.needs_head
     assert states.rows_run == 3
 
 
 def test_rows_without_response_tokens_are_not_active():
     """A coefficient alone runs nothing; neither does a window without risk."""
-    window = reference().open(rows()[3:5], [0.0, 1.0])
-    batch = collate(rows()[3:5], pad_id=0)
-    states = window.states(0, batch)
+    made = reference()
+    passes = opened(made, rows()[3:5], [0.0, 1.0])
+    assert passes.schedule.num_active == 0
+    states = made.hidden_states(passes, 0, collate(rows()[3:5], pad_id=0))
     assert states == (None, False, 0, 0)
 
 
 def test_an_error_in_place_of_coefficients_is_raised_on_reading():
-    window = reference().open(rows(), DataError("no risk"), micro_batches=2)
-    assert window.order == list(range(6))
+    made = reference()
+    passes = opened(made, rows(), Result(error=DataError("no risk")), micro_batches=2)
+    assert passes.schedule.order == list(range(6))
     with pytest.raises(DataError, match="no risk"):
-        window.states(0, collate(rows()[:3], pad_id=0))
+        made.hidden_states(passes, 0, collate(rows()[:3], pad_id=0))
+
+
+def test_without_a_reference_rows_come_as_they_are():
+    """Nothing is agreed on, so an error is this rank's own and is raised at once."""
+    made = NoReference()
+    passes = opened(made, rows(), KL_COEF, micro_batches=3)
+    assert passes.schedule == ReferenceSchedule.of_no_row(6)
+    assert passes.agreement is None
+    assert made.hidden_states(passes, 0, collate(rows()[:2], pad_id=0)) == (None, False, 0, 0)
+    with made.gathered_head(False) as head:
+        assert head == NO_HEAD
+    with pytest.raises(DataError, match="no risk"):
+        opened(made, rows(), Result(error=DataError("no risk")), micro_batches=3)
+
+
+def test_a_plan_lays_rows_out_in_the_order_of_the_schedule():
+    """Each micro-batch has the plan of its own rows; a filler counts for nothing."""
+    own = [replace(row, risk=b) for row, b in zip(rows(), KL_COEF, strict=True)]
+    own[4] = filler(0)
+    ranks = single_ranks()
+    config = RegularizerConfig(schedule="linear")
+    regularizer = SafetyRegularizer(
+        Policy(tiny_model(num_hidden_layers=1)),
+        risk=RiskStage([WeightedSource("", ColumnRisk(), 0.5)]),
+        coefficient=Coefficient(config, threshold=None, ranks=ranks),
+        reference=reference(),
+        objective=Objective(config, chunk_tokens=None, head_bytes=None),
+        ranks=ranks,
+    )
+    plan = regularizer.plan(own, step=4, micro_batches=3, in_first_epoch=False)
+    assert (plan.step, plan.in_first_epoch) == (4, False)
+    assert plan.num_tokens.item() == sum(LENGTHS[i] - 2 for i in (0, 1, 2, 3, 5))
+    assert [planned.is_last for planned in plan.micro_batches] == [False, False, True]
+    order = [1, 3, 5, 0, 2, 4]
+    for index, planned in enumerate(plan.micro_batches):
+        places = order[2 * index : 2 * index + 2]
+        assert planned.index == index
+        assert planned.rows == planned.plan.rows == [own[place] for place in places]
+        assert planned.plan.risk.values == [own[place].risk for place in places]
+        assert planned.plan.kl_coef == [KL_COEF[place] for place in places]
+        assert planned.plan.passes is plan.micro_batches[0].plan.passes
+    whole = regularizer.plan(own, step=5)
+    (planned,) = whole.micro_batches
+    assert planned.rows == own
+    assert planned.is_last
 
 
 def stored(indices, *, spoil=False):
@@ -127,18 +202,27 @@ def stored(indices, *, spoil=False):
 
 
 def test_stored_rows_are_read_and_the_others_run():
-    window = reference(store=stored([5, 0, 1])).open(rows(), KL_COEF, micro_batches=3)
-    assert window.order == [3, 1, 5, 0, 2, 4]  # those that run, those that are stored, the rest
-    found = read(window, rows(), 2)
+    made = reference(store=stored([5, 0, 1]))
+    passes = opened(made, rows(), KL_COEF, micro_batches=3)
+    assert passes.schedule.order == [
+        3,
+        1,
+        5,
+        0,
+        2,
+        4,
+    ]
+    found = read(made, passes, rows())
     assert [states.rows_run for states in found] == [1, 0, 0]
     assert [states.misses for states in found] == [1, 0, 0]
     assert [states.needs_head for states in found] == [True, True, False]
 
 
 def test_a_store_that_lost_a_row_fails_the_window():
-    window = reference(store=stored([5, 1], spoil=True)).open(rows(), KL_COEF, micro_batches=3)
+    made = reference(store=stored([5, 1], spoil=True))
+    passes = opened(made, rows(), KL_COEF, micro_batches=3)
     with pytest.raises(CheckpointError, match="not those that were written"):
-        window.states(0, collate(rows()[:2], pad_id=0))
+        made.hidden_states(passes, 0, collate(rows()[:2], pad_id=0))
 
 
 def test_used_parameters_leave_out_embeddings_and_idle_experts():
@@ -174,13 +258,14 @@ def test_the_trunk_is_loaded_once_and_only_when_run():
         loaded.append(1)
         return backend.wrap_reference(ReferenceTrunk(MODEL), offload="none", rows=2)
 
-    made = Reference(
-        MODEL.config, head_of(MODEL), load, backend=backend, packing=Packing(rows_per_pass=2)
-    )
-    made.open(rows(), [0.0] * 6).states(0, collate(rows(), pad_id=0))
+    own = EngineModel(head_of(MODEL), load, backend=backend)
+    made = Reference(own, ranks=backend.ranks, packing=Packing(rows_per_pass=2))
+    made.hidden_states(opened(made, rows(), [0.0] * 6), 0, collate(rows(), pad_id=0))
     assert loaded == []
+    assert not own.is_loaded
     made.response_states(rows()[:3], passes=2)
     assert loaded == [1]
+    assert own.is_loaded
 
 
 def test_no_head_is_gathered_where_no_rank_needs_it():

@@ -22,7 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from safereg_dist.config import load_config
 from safereg_dist.errors import NonFiniteLoss
 from safereg_dist.factory import build_run, start_backend
-from safereg_dist.run.checkpoint import _load_random, _save_random
+from safereg_dist.run.checkpoint import (
+    RunState,
+    complete_checkpoints,
+    config_hash,
+    load_checkpoint,
+    save_checkpoint,
+)
 from safereg_dist.run.metrics import MetricsWriter
 from safereg_dist.trainer import EXIT_REQUEUE, train
 
@@ -208,19 +214,32 @@ def test_steps_that_are_run_again_appear_once_in_tensorboard(tmp_path: Path):
     assert [(row["step"], row["loss"]) for row in found] == expected
 
 
-def test_random_states_go_through_a_checkpoint(tmp_path: Path):
+def test_random_states_go_through_a_checkpoint(world, tmp_path: Path):
     """Of every global generator that a model's own code may draw from."""
     import random
 
     def draws():
         return (torch.rand(3).tolist(), [random.random() for _ in range(3)], np.random.rand(3))
 
-    device = torch.device("cpu")
+    run = built(world, "random")
+    state = RunState(
+        step=1,
+        world_size=1,
+        config_hash=config_hash(run.config),
+        order_digest="rows",
+        non_finite_steps=0,
+        non_finite_in_a_row=0,
+        metrics_bytes=0,
+        ledger_bytes=[0],
+        seconds=1.0,
+    )
+    parts = {"engine": run.engine, "regularizer": run.regularizer, "ranks": run.ranks}
     np.random.seed(5)
     draws()  # no generator is at its beginning
-    _save_random(tmp_path / "rank0.safetensors", device)
+    save_checkpoint(tmp_path, state, keep=1, **parts)
     expected = draws()
     draws()
-    _load_random(tmp_path / "rank0.safetensors", device)
+    (path,) = complete_checkpoints(tmp_path)
+    load_checkpoint(path, config=run.config, order_digest="rows", **parts)
     for found, wanted in zip(draws(), expected, strict=True):
         assert list(found) == list(wanted)
