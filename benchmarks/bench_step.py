@@ -2,9 +2,9 @@
 
     python benchmarks/bench_step.py --device cuda|cpu --out FILE.csv
 
-Through the project's own single-process engine and `RegularizedStep`, built directly, since there
-is no data and no folder; collating rows and the log are left out. 10 rows of 832 tokens, all of
-them response; a row is risky or not by the risk column, and then weighs its divergence alone:
+`trainer.optimizer_step` on the project's own single-process engine, built directly, since there is
+no data and no folder; the log is left out. 10 rows of 832 tokens, all of them response; a row is
+risky or not by the risk column, and then weighs its divergence alone:
 
     SFT         objective `none`
     adaptive    the reference runs on the risky rows: 0, 10 and 100 % of them
@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from always_on import AlwaysOnStep, WholeModel
+from always_on import AlwaysOn, WholeModel
 from harness import Measurement, matmul_limit, measure_interleaved, provenance
 from peers import status_of
-from problems import relative_gap
 from result_rows import Rows
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -46,20 +45,20 @@ from safereg_dist.config import (
     RiskConfig,
     TrainConfig,
 )
-from safereg_dist.data import collate
+from safereg_dist.factory import Run
 from safereg_dist.models.fingerprint import row_key
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.engine import PolicyEngine
 from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.policy import Policy
-from safereg_dist.reference import NoReference, Packing, Reference
+from safereg_dist.reference import EngineModel, NoReference, Packing, Reference
 from safereg_dist.reference.store import ReferenceStore, map_shard
 from safereg_dist.reference.store_writer import StoreWriter
-from safereg_dist.risk.base import ColumnRisk, NoRisk
-from safereg_dist.risk.combine import Part, RiskStage
-from safereg_dist.step import RegularizedStep
-from safereg_dist.types import MicroBatch, Row, head_of
+from safereg_dist.risk.base import ColumnRisk, RiskSource
+from safereg_dist.risk.combine import RiskStage, WeightedSource
+from safereg_dist.step import SafetyRegularizer
+from safereg_dist.trainer import optimizer_step
+from safereg_dist.types import Row, head_of
 from safereg_kernels import linear_ce_kl_flops
 
 SFT, ADAPTIVE, STORED, ALWAYS_ON = "SFT", "adaptive", "stored", "always on"
@@ -108,8 +107,8 @@ class Arm:
     name: str
     risky: int
     """Rows with a divergence."""
-    step: nn.Module
-    window: MicroBatch
+    run: Run
+    rows: list[Row]
     flops: int
     resident_bytes: int
     """What is held between steps."""
@@ -126,20 +125,22 @@ class Bench:
         self._policy = Policy(self.policy)
         self._config = self._config_of("convex")
         packing = Packing(rows_per_pass=sizes.rows, max_length=sizes.length)
-        self._running = Reference.of_model(
-            self._reference, backend=self._backend, offload="none", packing=packing
+        model = EngineModel.of_model(
+            self._reference, backend=self._backend, offload="none", rows=sizes.rows
         )
+        self._running = Reference(model, ranks=ranks, packing=packing)
         self._stored = self._store(folder, packing)
         whole = self._backend.wrap_reference(
             WholeModel(self._reference), offload="none", rows=sizes.rows
         )
-        self._steps: dict[str, nn.Module] = {
-            SFT: self._step("none", NoReference()),
-            ADAPTIVE: self._step("convex", self._running),
-            STORED: self._step("convex", self._stored),
-            ALWAYS_ON: AlwaysOnStep(self.policy, whole, self._config).train(),
+        self._engine = self._backend.wrap_policy(self.policy.train(), config=self._config)
+        plain = self._regularizer("none", NoReference())
+        self._runs = {
+            SFT: self._run(plain),
+            ADAPTIVE: self._run(self._regularizer("convex", self._running)),
+            STORED: self._run(self._regularizer("convex", self._stored)),
+            ALWAYS_ON: self._run(AlwaysOn(plain, whole, self._config.regularizer)),
         }
-        self._engine: Any = self._backend.wrap_policy(self._steps[SFT], config=self._config)
 
     def arms(self) -> Iterator[Arm]:
         """In the order in which they are reported."""
@@ -151,17 +152,9 @@ class Bench:
             yield self._arm(STORED, risky)
         yield self._arm(ALWAYS_ON, rows)
 
-    def run(self, arm: Arm) -> tuple[torch.Tensor, int]:
-        """One optimizer step as `train` makes it: the loss, and rows that the reference ran on."""
-        engine: PolicyEngine = self._engine
-        self._engine.module = arm.step
-        window = arm.window.to(self.device)
-        num_tokens = torch.tensor(float(window.num_response_tokens), device=self.device)
-        [(batch, ahead)] = arm.step.micro_batches(window, 1)
-        output = engine(batch, num_tokens, ahead)
-        engine.backward(output.loss, is_last=True)
-        engine.update(0.0)
-        return output.loss.detach(), output.reference_rows
+    def run(self, arm: Arm) -> dict[str, float]:
+        """One optimizer step; its sums."""
+        return optimizer_step(arm.run, arm.rows, step=0, lr=0.0).totals.sums
 
     def forget(self) -> None:
         """Drops what a step that failed on its way has left."""
@@ -180,8 +173,8 @@ class Bench:
         return Arm(
             name=name,
             risky=risky,
-            step=self._steps[name],
-            window=collate(rows, pad_id=0),
+            run=self._runs[name],
+            rows=rows,
             flops=step_flops(self.policy, name, risky=risky, sizes=self.sizes),
             resident_bytes=trained + sum(p.nbytes for p in held),
         )
@@ -198,7 +191,7 @@ class Bench:
                 loss_mask=mask,
                 prompt_ends=[1],
                 risk=0.0,
-                content_key=str(i),
+                prompt_key=str(i),
             )
             for i, row in enumerate(ids)
         ]
@@ -213,12 +206,28 @@ class Bench:
             engine=EngineConfig(name="single"),
         )
 
-    def _step(self, objective: str, reference: Reference | NoReference) -> RegularizedStep:
+    def _run(self, regularizer: SafetyRegularizer | AlwaysOn) -> Run:
+        absent: Any = None  # nothing of a run that a step does not read
+        theirs: Any = regularizer
+        return Run(
+            config=self._config,
+            ranks=self._ranks,
+            backend=self._backend,
+            tokenizer=absent,
+            sources=absent,
+            model=self.policy,
+            regularizer=theirs,
+            engine=self._engine,
+            pad_id=0,
+            fingerprints={},
+        )
+
+    def _regularizer(self, objective: str, reference: Reference | NoReference) -> SafetyRegularizer:
         config = self._config_of(objective)
-        signal = NoRisk() if objective == "none" else ColumnRisk()
-        step = RegularizedStep(
+        source = RiskSource() if objective == "none" else ColumnRisk()
+        return SafetyRegularizer(
             self._policy,
-            risk=RiskStage([Part("", signal, DEFAULT_THRESHOLD)]),
+            risk=RiskStage([WeightedSource("", source, DEFAULT_THRESHOLD)]),
             coefficient=Coefficient(config.regularizer, threshold=None, ranks=self._ranks),
             reference=reference,
             objective=Objective(
@@ -226,9 +235,8 @@ class Bench:
                 chunk_tokens=config.train.chunk_tokens,
                 head_bytes=config.train.head_bytes,
             ),
+            ranks=self._ranks,
         )
-        step.train()
-        return step
 
     def _store(self, folder: Path, packing: Packing) -> Reference:
         """The reference's states of all rows, on disk, and its head."""
@@ -239,10 +247,8 @@ class Bench:
         writer.flush()
         shards = [map_shard(path) for path in sorted(folder.glob("rank*.safetensors"))]
         return Reference(
-            self._reference.config,
-            head_of(self._reference),
-            _no_trunk,
-            backend=self._backend,
+            EngineModel(head_of(self._reference), _no_trunk, backend=self._backend),
+            ranks=self._ranks,
             packing=packing,
             store=ReferenceStore(shards, self._running.state_size),
         )
@@ -289,7 +295,7 @@ def step_flops(model: PreTrainedModel, name: str, *, risky: int, sizes: Sizes) -
 def measure(bench: Bench, rows: Rows) -> bool:
     """Adds a row for each arm; True where losses that should agree do."""
     sft, *others, always_on = bench.arms()
-    outcomes: dict[Arm, tuple[torch.Tensor, int]] = {}
+    outcomes: dict[Arm, dict[str, float]] = {}
     _take_turns(bench, [sft, *others], rows, outcomes)
     # Apart, and next to SFT once more: it may leave no memory for anything else.
     again = replace(sft, name=f"{SFT} again")
@@ -298,7 +304,7 @@ def measure(bench: Bench, rows: Rows) -> bool:
 
 
 def _take_turns(
-    bench: Bench, arms: list[Arm], rows: Rows, outcomes: dict[Arm, tuple[torch.Tensor, int]]
+    bench: Bench, arms: list[Arm], rows: Rows, outcomes: dict[Arm, dict[str, float]]
 ) -> None:
     """Adds a row for each arm, its time next to that of the first one."""
     calls: dict[Arm, Callable[[], Any]] = {}
@@ -326,8 +332,8 @@ def _take_turns(
             **columns_of(arm, bench.sizes),
             **asdict(measured[name]),
             **_shares(arm, measured[name], rate, measured["0"].median_ms),
-            loss=float(outcomes[arm][0]),
-            count=outcomes[arm][1],
+            loss=outcomes[arm]["loss"],
+            count=int(outcomes[arm]["reference_rows"]),
         )
 
 
@@ -352,9 +358,9 @@ def _shares(arm: Arm, measurement: Measurement, rate: float, sft: float) -> dict
     }
 
 
-def _losses_agree(outcomes: dict[Arm, tuple[torch.Tensor, int]], sizes: Sizes) -> bool:
+def _losses_agree(outcomes: dict[Arm, dict[str, float]], sizes: Sizes) -> bool:
     """Nothing risky is SFT; stored states and full logits change nothing."""
-    losses = {(arm.name, arm.risky): loss for arm, (loss, _) in outcomes.items()}
+    losses = {(arm.name, arm.risky): sums["loss"] for arm, sums in outcomes.items()}
     few, all_rows = sizes.rows // 10, sizes.rows
     pairs = [
         ((ADAPTIVE, 0), (SFT, 0)),
@@ -365,7 +371,7 @@ def _losses_agree(outcomes: dict[Arm, tuple[torch.Tensor, int]], sizes: Sizes) -
     is_good = True
     for one, other in pairs:
         if one in losses and other in losses:
-            gap = relative_gap(losses[one], losses[other])
+            gap = abs(losses[one] / losses[other] - 1)
             if not gap <= SAME_LOSS[sizes.precision]:
                 print(f"FAIL: the losses of {one} and {other} are {gap:.1e} apart", flush=True)
                 is_good = False

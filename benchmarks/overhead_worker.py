@@ -6,7 +6,8 @@ All arms live in one process group, each with its own engines. A case is one ris
 arm trains one optimizer step to warm up, one under `profiling.Recorder` (FLOPs, bytes, loss), one
 under the allocator's events (memory), and then, with nothing that watches, one in each round; the
 order of arms turns from round to round. The learning rate is 0: the optimizer works, and the
-weights stay, so that losses of all steps can be compared. Rank 0 writes a file for each case.
+weights stay, so that losses of all steps can be compared. A step is `trainer.optimizer_step`, the
+gather of its metrics included. Rank 0 writes a file for each case.
 """
 
 import gc
@@ -28,15 +29,17 @@ from overhead_cases import (
     place_rows,
     threshold_for,
 )
+from step_flops import NOT_COMPARED
 from torch import Tensor
 
-from safereg_dist.data import collate
+from safereg_dist import config
 from safereg_dist.factory import Run, build_run, start_backend
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.engine import Backend, PolicyEngine
+from safereg_dist.parallel.engine import Backend
 from safereg_dist.profiling import Recorder
 from safereg_dist.storage.atomic import write_atomically
-from safereg_dist.types import MicroBatch
+from safereg_dist.trainer import optimizer_step
+from safereg_dist.types import Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,60 +70,51 @@ class Case:
 
 
 class Arm:
-    """One way to train: a step, its engine, and the rows of the case at hand."""
+    """One way to train: a run, and the rows of the case at hand."""
 
     def __init__(
-        self,
-        step: Any,
-        engine: PolicyEngine,
-        rows: Run,
-        *,
-        scores: Sequence[float] | None = None,
-        is_first_epoch: bool = False,
+        self, run: Run, *, scores: Sequence[float] | None = None, is_first_epoch: bool = False
     ) -> None:
-        """`step` is a `RegularizedStep` or the peer's, `rows` a run that has them tokenised.
+        """`scores` are given where a probe says the risk.
 
-        `scores` are given where a probe says the risk. In the first epoch it is not known of any
-        row when a step begins.
+        In the first epoch it is not known of any row when a step begins.
         """
-        self._step = step
-        self._engine = engine
-        self._rows = rows
+        self._run = run
         self._scores = scores
         self._is_first_epoch = is_first_epoch
-        self._window: MicroBatch
-        self._count = 0
+        self._rows: list[Row] = []
+        self._is_cold = False
 
     def begin(self, case: Case) -> None:
         """Lays out the rows of a case, and makes the right ones risky; not measured."""
-        run, dealt = self._rows, case.micro_batches(self._rows.ranks)
-        rows = [
+        run, dealt = self._run, case.micro_batches(self._run.ranks)
+        self._rows = [
             replace(run.sources.train.row(i), risk=float(i < case.num_risky))
             for micro_batch in dealt
             for i in micro_batch
         ]
-        self._window, self._count = collate(rows, pad_id=run.pad_id), len(dealt)
+        train = config.replace(
+            run.config.train,
+            micro_batch_size=len(self._rows) // len(dealt),
+            grad_accum_steps=len(dealt),
+        )
+        self._run = replace(run, config=config.replace(run.config, train=train))
         if self._scores is not None:
-            self._step.coefficient.threshold = threshold_for(self._scores, case.num_risky)
+            threshold = threshold_for(self._scores, case.num_risky)
+            run.regularizer.coefficient.threshold = threshold
+            self._is_cold = True
             self()  # fills the cache of risks
-            self._window = replace(self._window, in_first_epoch=self._is_first_epoch)
+        self._is_cold = self._is_first_epoch
 
-    def __call__(self) -> tuple[float, int]:
-        """One optimizer step as `train` makes it: this rank's share of L, and reference rows."""
+    def __call__(self) -> dict[str, float]:
+        """One optimizer step; its sums over all ranks."""
         if self._is_first_epoch:
-            for part in self._step.risk.parts:
-                part.estimator.cache.clear()
-        window, ranks = self._window, self._rows.ranks
-        num_tokens = ranks.sum_(torch.tensor(window.num_response_tokens)).float()
-        losses, reference_rows = [], 0
-        micro_batches = self._step.micro_batches(window, self._count)
-        for index, (batch, ahead) in enumerate(micro_batches):
-            output = self._engine(batch, num_tokens, ahead)
-            self._engine.backward(output.loss, is_last=index == self._count - 1)
-            losses.append(output.loss.detach())
-            reference_rows += output.reference_rows
-        self._engine.update(0.0)
-        return float(torch.stack(losses).sum()), reference_rows
+            for entry in self._run.regularizer.risk.sources:
+                entry.source.cache.clear()
+        done = optimizer_step(
+            self._run, self._rows, step=NOT_COMPARED, lr=0.0, in_first_epoch=self._is_cold
+        )
+        return done.totals.sums
 
 
 class BuiltArm(NamedTuple):
@@ -135,19 +129,15 @@ def build_arms(
 ) -> dict[str, BuiltArm]:
     """The arms by name, one after another, each having made one step."""
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    runs: list[Run] = []
 
     def build(name: str) -> Arm:
         source = SOURCES[name]
         cache = folder / "store" if name == "stored" else None
-        config = arm_config(folder, model, source, ranks=backend.ranks.world_size, cache=cache)
+        settings = arm_config(folder, model, source, ranks=backend.ranks.world_size, cache=cache)
         if name == "always_on":
-            return Arm(*build_always_on(config, backend), runs[0])
-        runs.append(run := build_run(config, backend))
+            return Arm(build_always_on(settings, backend))
         return Arm(
-            run.step,
-            run.engine,
-            run,
+            build_run(settings, backend),
             scores=scores if source.startswith("probe") else None,
             is_first_epoch=name == "routed_first_epoch",
         )
@@ -220,12 +210,10 @@ def measure_case(
 def _counts(built: BuiltArm, case: Case, ranks: Ranks) -> dict[str, Any]:
     """FLOPs and bytes summed over ranks; safety bytes and memory of the rank that has most."""
     with Recorder() as recorder:
-        loss, reference_rows = built.arm()
+        sums = built.arm()
     peaks = [peak_extra_bytes(built.arm, ranks.device) for _ in range(case.memory_steps)]
     own = torch.tensor(
         [
-            loss,
-            reference_rows,
             recorder.flops,
             recorder.total_bytes,
             recorder.safety_bytes,
@@ -234,11 +222,11 @@ def _counts(built: BuiltArm, case: Case, ranks: Ranks) -> dict[str, Any]:
         dtype=torch.float64,
     )
     by_rank = ranks.gather(own)
-    loss, reference_rows, flops, total_bytes = by_rank[:, :4].sum(0).tolist()
-    safety_bytes, peak_bytes = by_rank[:, 4:].max(0).values.tolist()
+    flops, total_bytes = by_rank[:, :2].sum(0).tolist()
+    safety_bytes, peak_bytes = by_rank[:, 2:].max(0).values.tolist()
     return {
-        "loss": loss,
-        "reference_rows": int(reference_rows),
+        "loss": sums["loss"],
+        "reference_rows": int(sums["reference_rows"]),
         "flops": int(flops),
         "total_bytes": int(total_bytes),
         "safety_bytes_per_micro_batch": safety_bytes / len(case.micro_batches(ranks)),

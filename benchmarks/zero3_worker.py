@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +30,12 @@ from safereg_dist.config import (
     RiskConfig,
     TrainConfig,
 )
-from safereg_dist.data import collate_window
 from safereg_dist.demo.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from safereg_dist.factory import Run, build_run, start_backend
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.engine import PolicyEngine, Update
 from safereg_dist.parallel.single import SingleBackend
+from safereg_dist.trainer import optimizer_step
 
 WITHIN = {"fp32": 1e-4, "bf16": 3e-2}
 """Largest gap of a loss, a gradient or an updated weight: kernels round alike, sums are taken in
@@ -94,25 +96,40 @@ def config_of(folder: Path, engine: str, precision: str, offload: str) -> Config
     )
 
 
+class WatchedEngine:
+    """A `PolicyEngine` that calls `look` before each update, while gradients are still there."""
+
+    def __init__(self, engine: PolicyEngine, look: Callable[[], None]) -> None:
+        self._engine = engine
+        self._look = look
+        self.backward, self.save, self.load = engine.backward, engine.save, engine.load
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """What the engine gives."""
+        return self._engine(input_ids)
+
+    def update(self, lr: float) -> Update:
+        """The engine's update, after a look."""
+        self._look()
+        return self._engine.update(lr)
+
+
 def one_step(run: Run, gradient_of: Callable[[Run, str, Tensor], Tensor]) -> Outcome:
     """An optimizer step as `train` makes it, on the first rows of the stream."""
-    count, device = run.config.train.grad_accum_steps, run.ranks.device
-    window = collate_window(
-        run.sources.stream, start=0, count=run.sources.rows_per_step, pad_id=run.pad_id
-    ).to(device)
-    num_tokens = torch.tensor(float(window.num_response_tokens), device=device)
-    losses, reference_rows = [], 0
-    for index, (batch, ahead) in enumerate(run.step.micro_batches(window, count)):
-        output = run.engine(batch, num_tokens, ahead)
-        run.engine.backward(output.loss, is_last=index == count - 1)
-        losses.append(output.loss.detach())
-        reference_rows += output.reference_rows
     parameters = dict(run.model.named_parameters())
-    gradients = {name: gradient_of(run, name, p).cpu() for name, p in parameters.items()}
-    run.engine.update(_LR)
+    gradients: dict[str, Tensor] = {}
+
+    def look() -> None:
+        for name, parameter in parameters.items():
+            gradients[name] = gradient_of(run, name, parameter).cpu()
+
+    watched = replace(run, engine=WatchedEngine(run.engine, look))
+    sums = optimizer_step(watched, run.sources.rows_of_step(0), step=0, lr=_LR).totals.sums
     with run.backend.gathered(parameters.values()):
         weights = {name: p.detach().float().cpu() for name, p in parameters.items()}
-    return Outcome(torch.stack(losses).sum().cpu(), gradients, weights, reference_rows)
+    return Outcome(
+        torch.tensor(sums["loss"]), gradients, weights, reference_rows=int(sums["reference_rows"])
+    )
 
 
 def _single_gradient(run: Run, name: str, parameter: Tensor) -> Tensor:
