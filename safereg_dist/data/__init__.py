@@ -1,6 +1,6 @@
 """The data of a run: rows read, tokenised once, dealt to ranks, stacked into micro-batches."""
 
-from safereg_dist.data.collate import collate, filler
+from safereg_dist.data.collate import collate, filler, row_of
 from safereg_dist.data.sampler import Sampler, steps_for
 from safereg_dist.data.tokenized import TokenizedDataset, load_rows, load_tokenizer, tokenize_row
 
@@ -11,6 +11,7 @@ __all__ = [
     "filler",
     "load_rows",
     "load_tokenizer",
+    "row_of",
     "steps_for",
     "tokenize_row",
 ]

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safereg_dist.models.fingerprint import prompt_key
 from safereg_dist.types import MicroBatch, Row
 
 
@@ -32,6 +33,32 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> MicroBatch:
         row_of_token=row_of_token,
         tokens_of_row=tuple(response.sum(dim=1).tolist()),
         rows=tuple(rows),
+    )
+
+
+def row_of(
+    id: str,
+    input_ids: Sequence[int],
+    loss_mask: Sequence[int],
+    *,
+    risk: float | None = None,
+    is_anchor: bool = False,
+) -> Row:
+    """A training row of tokens; each stretch of ones in `loss_mask` is a turn of the assistant.
+
+    >>> row_of("a", [1, 7, 8, 9, 2], [0, 0, 0, 1, 1], risk=0.9).prompt_ends
+    [3]
+    """
+    ids, mask = list(input_ids), [int(is_response) for is_response in loss_mask]
+    ends = [t for t, is_response in enumerate(mask) if is_response and (t == 0 or not mask[t - 1])]
+    return Row(
+        id=id,
+        input_ids=ids,
+        loss_mask=mask,
+        prompt_ends=ends,
+        risk=risk,
+        prompt_key=prompt_key(ids, ends),
+        is_anchor=is_anchor,
     )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from jinja2 import TemplateError
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from safereg_dist.config import DataConfig
 from safereg_dist.data.files import answered_conversation, read_rows
 from safereg_dist.errors import ConfigError, DataError, reason_of
+from safereg_dist.models.fingerprint import prompt_key
 from safereg_dist.types import Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -242,7 +242,7 @@ def _shorten(row: Row, where: str, config: DataConfig) -> Row | None:
         input_ids=row.input_ids[:limit],
         loss_mask=row.loss_mask[:limit],
         prompt_ends=prompt_ends,
-        prompt_key=_prompt_key(row.input_ids, prompt_ends),  # the risk of what is left
+        prompt_key=prompt_key(row.input_ids, prompt_ends),  # the risk of what is left
     )
 
 
@@ -276,15 +276,9 @@ def tokenize_row(
         loss_mask=loss_mask,
         prompt_ends=prompt_ends,
         risk=_risk(raw, where),
-        prompt_key=_prompt_key(input_ids, prompt_ends),
+        prompt_key=prompt_key(input_ids, prompt_ends),
         messages_json=json.dumps(messages),
     )
-
-
-def _prompt_key(input_ids: list[int], prompt_ends: list[int]) -> str:
-    prompt = np.asarray(input_ids[: prompt_ends[-1]], dtype=np.int64)
-    ends = np.asarray(prompt_ends, dtype=np.int64)
-    return hashlib.sha256(prompt.tobytes() + ends.tobytes()).hexdigest()
 
 
 def _risk(raw: dict, where: str) -> float | None:

@@ -1,6 +1,8 @@
 """From a configuration to the objects of a run; each is built here and nowhere else."""
 
-from safereg_dist.factory.inputs import DEFAULT_STEPS, RowSources, build_sources, resolve_model
+from safereg_dist.factory.inputs import DEFAULT_STEPS, RowSources, build_sources
+from safereg_dist.factory.model_folder import resolve_model
+from safereg_dist.factory.prepare import prepare
 from safereg_dist.factory.run import RiskContext, Run, build_risk_context, build_run, start_backend
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "build_risk_context",
     "build_run",
     "build_sources",
+    "prepare",
     "resolve_model",
     "start_backend",
 ]

@@ -92,7 +92,7 @@ def build_reference(
 
 
 def _loaded_reference(config: Config, backend: Backend, model: PreTrainedModel) -> Reference:
-    packing = _packing(config)
+    packing = packing_of(config)
     own = EngineModel.of_model(
         model, backend=backend, offload=config.reference.offload, rows=packing.rows_per_pass
     )
@@ -135,7 +135,7 @@ def _stored_reference(
                 )
         trunk = ReferenceTrunk(model)
         return backend.wrap_reference(
-            trunk, offload=settings.offload, rows=_packing(config).rows_per_pass
+            trunk, offload=settings.offload, rows=packing_of(config).rows_per_pass
         )
 
     with _own_randomness(ranks.device):
@@ -143,7 +143,7 @@ def _stored_reference(
     return Reference(
         EngineModel(head, load_trunk, backend=backend),
         ranks=ranks,
-        packing=_packing(config),
+        packing=packing_of(config),
         store=store,
     )
 
@@ -164,7 +164,8 @@ def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _packing(config: Config) -> Packing:
+def packing_of(config: Config) -> Packing:
+    """How rows share the reference's passes."""
     settings = config.reference
     return Packing(
         rows_per_pass=settings.rows_per_pass or config.train.micro_batch_size,

@@ -51,6 +51,13 @@ def model_fingerprint(model: nn.Module) -> str:
     )
 
 
+def prompt_key(input_ids: list[int], prompt_ends: list[int]) -> str:
+    """SHA-256 (hex) of a row's tokens up to its last prompt end, and of where prompts end."""
+    prompt = np.asarray(input_ids[: prompt_ends[-1] if prompt_ends else 0], dtype=np.int64)
+    ends = np.asarray(prompt_ends, dtype=np.int64)
+    return hashlib.sha256(prompt.tobytes() + ends.tobytes()).hexdigest()
+
+
 def row_key(input_ids: list[int], loss_mask: list[int]) -> str:
     """SHA-256 (hex) of a row's tokens, and of which of them are the response's."""
     tokens = np.asarray([input_ids, loss_mask], dtype=np.int64)

@@ -33,6 +33,22 @@ def distributed_ranks() -> Iterator[Ranks]:
         leave_group()
 
 
+def current_ranks() -> Ranks:
+    """The ranks of the process group that a program has formed; this process alone without one."""
+    cuda = torch.cuda.is_available()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        device = torch.device("cuda" if cuda else "cpu")
+        return Ranks(rank=0, world_size=1, local_rank=0, device=device, dp_group=None)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Ranks(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        local_rank=local_rank,
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        dp_group=torch.distributed.group.WORLD,
+    )
+
+
 def share_cores() -> None:
     """Ranks of one node share its cores, unless the user has decided; CPU training only."""
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():

@@ -77,7 +77,7 @@ def micro_batch_rows(rank: int, micro_batch: int, *, anchors: bool = True) -> li
                 loss_mask=mask,
                 prompt_ends=[] if masked else [prompt],
                 risk=None if anchor else (0.0 if rank == 1 else (salt * 37 % 100) / 100),
-                content_key=f"{rank:02d}{micro_batch:02d}{index:02d}" + "0" * 58,
+                prompt_key=f"{rank:02d}{micro_batch:02d}{index:02d}" + "0" * 58,
                 is_anchor=anchor,
             )
         )

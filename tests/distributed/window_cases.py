@@ -115,5 +115,5 @@ def changed(row: Row, *, risk: float, is_masked: bool) -> Row:
         loss_mask=mask,
         prompt_ends=[] if is_masked else [prompt],
         risk=risk,
-        content_key=row.content_key,
+        prompt_key=row.prompt_key,
     )
