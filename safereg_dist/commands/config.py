@@ -19,7 +19,6 @@ from safereg_dist.commands.config_reference import (
 )
 from safereg_dist.config import Config
 from safereg_dist.config.section import Section
-from safereg_dist.data.files import read_rows
 from safereg_dist.errors import ConfigError, DataError
 
 _SCHEMA_HELP = """the JSON schema of the configuration
@@ -177,6 +176,8 @@ def _has_risk(data: str) -> bool:
     """True where every row of the file has a `risk`; a data set of a hub is not looked into."""
     if Path(data).suffix not in (".jsonl", ".json", ".csv") and not Path(data).exists():
         return False
+    from safereg_dist.data.files import read_rows  # loads torch, which a configuration does without
+
     risks = [row.get("risk") is not None for _, row in read_rows(data)]
     if not risks:
         raise DataError(f"{data} has no row: check the file")
