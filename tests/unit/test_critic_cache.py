@@ -19,14 +19,8 @@ import pytest
 
 from safereg_dist.config import CriticConfig
 from safereg_dist.critic import critic as critic_module
-from safereg_dist.critic.critic import (
-    CachedCritic,
-    Messages,
-    Verdict,
-    conversation_key,
-    failed_verdict,
-    score_conversations,
-)
+from safereg_dist.critic.critic import CachedCritic, score_conversations
+from safereg_dist.critic.verdict import Messages, Verdict, conversation_key, failed_verdict
 from safereg_dist.errors import CheckpointError, ConfigError, CriticUnavailable
 from safereg_dist.storage.score_cache import CachedScore, ScoreCache
 

@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from safereg_dist.config import CriticConfig, replace
-from safereg_dist.critic.critic import Messages, Verdict, build_critic, score_conversations
+from safereg_dist.critic.critic import build_critic, score_conversations
 from safereg_dist.critic.formats import FORMATS
+from safereg_dist.critic.verdict import Messages, Verdict
 from safereg_dist.demo import grammar
 from safereg_dist.demo.guard import write_guard
 from safereg_dist.errors import ConfigError, CriticUnavailable

@@ -22,7 +22,7 @@ import pytest
 from critic_server import is_hopeless, plan_of, risk_of, running_server
 
 from safereg_dist.config.risk import CriticConfig
-from safereg_dist.critic.critic import Messages, Verdict, build_critic, score_conversations
+from safereg_dist.critic.critic import build_critic, score_conversations
 from safereg_dist.critic.retrying import (
     BACKOFF_CAP_S,
     BACKOFF_S,
@@ -33,6 +33,7 @@ from safereg_dist.critic.retrying import (
     backoff_s,
     retry_after_s,
 )
+from safereg_dist.critic.verdict import Messages, Verdict
 from safereg_dist.errors import ConfigError, CriticUnavailable
 
 PAIRS = 10_000

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 from builders import random_rows, word_tokenizer
 
-from safereg_dist.critic.critic import Verdict
-from safereg_dist.data import collate, tokenize_row
+from safereg_dist.critic.verdict import Verdict
+from safereg_dist.data import filler, tokenize_row
 from safereg_dist.errors import CriticUnavailable
+from safereg_dist.factory.inputs import RowSources
 from safereg_dist.risk.judge import CriticRisk
-from safereg_dist.trainer import _coming_rows
 
 TOKENIZER = word_tokenizer()
 
@@ -59,6 +59,11 @@ def rows_of(raws):
     return rows
 
 
+def ask(risk, rows):
+    """The judge's risk of rows."""
+    return risk(rows, in_first_epoch=True)
+
+
 RAWS = random_rows(6, risk=False)
 
 
@@ -70,9 +75,9 @@ def test_each_conversation_is_judged_once():
     critic = TableCritic()
     risk = CriticRisk(critic)
     rows = rows_of([*RAWS, {**RAWS[0], "id": "again"}])
-    batch = collate([*rows, None], pad_id=0)
+    rows.append(filler(0))
     for _ in range(3):  # epochs
-        assert risk(batch, None) == [*map(expected, RAWS), expected(RAWS[0]), None]
+        assert ask(risk, rows) == [*map(expected, RAWS), expected(RAWS[0]), None]
     assert sorted(critic.asked) == sorted(raw["response"] for raw in RAWS)
     notes = {i: "judge: S1" for i, r in enumerate(rows) if r.loss_mask.count(1) - 1 > 5}
     assert risk.notes == notes
@@ -88,23 +93,25 @@ def test_coming_rows_are_asked_without_waiting():
     risk.prefetch(rows)
     assert len(critic.asked) == len(RAWS)
     critic.gate.set()
-    assert risk(collate([*rows], pad_id=0), None) == [*map(expected, RAWS)]
+    assert ask(risk, rows) == [*map(expected, RAWS)]
     assert len(critic.asked) == len(RAWS)
 
 
 def test_no_row_beyond_the_last_step_is_asked_for():
     stream = SimpleNamespace(row=lambda position: position)
     sources = SimpleNamespace(stream=stream, total_steps=5, rows_per_step=3)
-    assert _coming_rows(sources, 0) == [0, 1, 2, 3, 4, 5]
-    assert _coming_rows(sources, 3) == [9, 10, 11, 12, 13, 14]
-    assert _coming_rows(sources, 4) == [12, 13, 14]
+    assert [*RowSources.coming_rows(sources, 0)] == [0, 1, 2, 3, 4, 5]
+    assert [*RowSources.coming_rows(sources, 3)] == [9, 10, 11, 12, 13, 14]
+    assert [*RowSources.coming_rows(sources, 4)] == [12, 13, 14]
+    stream.row = lambda position: position if position < 4 else None  # the last epoch has ended
+    assert [*RowSources.coming_rows(sources, 0)] == [0, 1, 2, 3]
 
 
 def test_anchors_are_not_judged():
     critic = TableCritic()
     rows = rows_of(RAWS[:2])
     rows[0] = replace(rows[0], is_anchor=True)
-    assert CriticRisk(critic)(collate([*rows], pad_id=0), None) == [None, expected(RAWS[1])]
+    assert ask(CriticRisk(critic), rows) == [None, expected(RAWS[1])]
     assert len(critic.asked) == 1
 
 
@@ -112,8 +119,8 @@ def test_a_failure_is_noted_counted_and_tried_again(capsys):
     critic = TableCritic()
     critic.failing = {RAWS[2]["response"]}
     risk = CriticRisk(critic)
-    batch = collate([*rows_of(RAWS)], pad_id=0)
-    assert risk(batch, None)[2] == 1.0
+    rows = rows_of(RAWS)
+    assert ask(risk, rows)[2] == 1.0
     assert risk.notes[2] == "judge failed: deadline"
     sums = risk.take_sums()
     assert sums == {"risk_failed": 1.0}
@@ -121,11 +128,11 @@ def test_a_failure_is_noted_counted_and_tried_again(capsys):
     assert "1 judgements of this step failed" in capsys.readouterr().err
     assert risk.end_step(sums) == {"risk_failed": 1}
     assert capsys.readouterr().err == ""
-    twice = collate([*rows_of([RAWS[2], RAWS[2]])], pad_id=0)  # one question, two rows
-    assert risk(twice, None) == [1.0, 1.0]
+    twice = rows_of([RAWS[2], RAWS[2]])  # one question, two rows
+    assert ask(risk, twice) == [1.0, 1.0]
     assert risk.take_sums() == {"risk_failed": 2.0}
     critic.failing = set()
-    assert risk(batch, None)[2] == expected(RAWS[2])
+    assert ask(risk, rows)[2] == expected(RAWS[2])
     assert not risk.notes.get(2, "").startswith("judge failed")
     assert len(critic.asked) == len(RAWS) + 2
 
@@ -134,15 +141,15 @@ def test_stop_ends_the_run():
     critic = TableCritic()
     rows = rows_of([*RAWS[:1], {"prompt": "w1", "response": "stop"}])
     with pytest.raises(CriticUnavailable, match="gone"):
-        CriticRisk(critic)(collate([*rows], pad_id=0), None)
+        ask(CriticRisk(critic), rows)
 
 
 def test_notes_are_of_the_last_call():
     critic = TableCritic()
     critic.failing = {RAWS[0]["response"]}
     risk = CriticRisk(critic)
-    risk(collate([*rows_of(RAWS[:1])], pad_id=0), None)
+    ask(risk, rows_of(RAWS[:1]))
     assert set(risk.notes) == {0}
     short = next(raw for raw in RAWS[1:] if len(raw["response"].split()) <= 5)
-    risk(collate([*rows_of([short])], pad_id=0), None)
+    ask(risk, rows_of([short]))
     assert risk.notes == {}

@@ -21,8 +21,8 @@ from builders import random_rows, save_model, tiny_model, word_tokenizer, write_
 from critic_server import RunningServer, is_hopeless, risk_of, running_server
 
 from safereg_dist.cli import main
-from safereg_dist.critic.critic import conversation_key
 from safereg_dist.critic.formats import VERSION
+from safereg_dist.critic.verdict import conversation_key
 from safereg_dist.data.files import read_rows
 from safereg_dist.demo.guard import write_guard
 from safereg_dist.models.fingerprint import model_fingerprint
