@@ -30,7 +30,7 @@ from safereg_dist.plan.risky_rows import expected_rows, most_rows_law
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import shape_of
 from safereg_dist.plan.traffic import traffic
-from safereg_dist.reference.cost import exchange_pays
+from safereg_dist.reference.exchange import exchange_pays
 
 
 def fields(model_type, vocab, hidden, width, layers, heads, kv, **more):
