@@ -184,7 +184,7 @@ def _run_block(block: Block, inputs: Inputs, chunk: slice, grad: Tensor | None) 
             path.add_mixture(block, spec, statistics)
         else:
             kl_rows = slice(chunk.start, chunk.start + num_kl)
-            at_teacher = inputs.topk.look_at(block, inputs, kl_rows, statistics)
+            at_teacher = inputs.topk.look_at(block, inputs.call.spec, kl_rows, statistics)
         if shard is not None:
             shard.sum_shares(statistics)
     if grad is not None:

@@ -1,16 +1,14 @@
 """A teacher that was stored as its k largest logits: q is their softmax, and 0 elsewhere."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from safereg_kernels.block import DIVERGENCE, LABEL_LOGIT, MAX_P, REF_B, SUM_P, SUM_PT, Block
 from safereg_kernels.logits_transform import LogitsTransform
-
-if TYPE_CHECKING:
-    from safereg_kernels.chunks import Inputs
+from safereg_kernels.spec import LossSpec
 
 
 class TopK(NamedTuple):
@@ -31,14 +29,14 @@ class TopKRows(NamedTuple):
     """[num_kl, k]."""
 
     def look_at(
-        self, block: Block, inputs: "Inputs", kl_rows: slice, statistics: Tensor
+        self, block: Block, spec: LossSpec, kl_rows: slice, statistics: Tensor
     ) -> "AtTeacher":
         """Writes the divergence of a chunk's first rows into their statistics.
 
         KL(q||p) = sum_k q (log q - log p), over the tokens that are columns here. Returns what
         overwrites the gradient at these tokens.
         """
-        spec, num_rows = inputs.call.spec, kl_rows.stop - kl_rows.start
+        num_rows = kl_rows.stop - kl_rows.start
         ids, own = self.ids[kl_rows], statistics[:num_rows]
         is_here = ids >= 0
         transform = LogitsTransform(spec.policy_logit_scale, spec.policy_softcap)

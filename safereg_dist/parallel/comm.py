@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Result(Generic[T]):
         """The value; an error is raised, with its own trace."""
         if self.error is not None:
             raise self.error
-        return self._value  # type: ignore[return-value]  # None only where T is None
+        return cast(T, self._value)  # None only where T is None
 
     def or_else(self, value: T) -> T:
         """The value; this one in place of an error, which is for an agreement to raise."""

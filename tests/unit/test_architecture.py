@@ -4,6 +4,7 @@ Exact: every import statement of the package is read with `ast`, those inside fu
 """
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -16,52 +17,28 @@ KERNELS = ROOT / "kernels" / "safereg_kernels"
 KERNEL_TESTS = sorted((ROOT / "kernels" / "tests").rglob("*.py"))
 FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
-# Layer of a module, by the longest prefix that matches. A module may import lower layers only; and
-# modules of its own layer only where they share a package (`parallel/`, `risk/`, ...).
-LAYERS = {
-    "safereg_kernels": 0,
-    "safereg_dist": 0,
-    "safereg_dist.errors": 1,
-    "safereg_dist.types": 1,
-    "safereg_dist.regions": 1,
-    "safereg_dist.config": 2,
-    "safereg_dist.data.files": 2,
-    "safereg_dist.models.fingerprint": 2,
-    "safereg_dist.models.architecture": 2,
-    "safereg_dist.storage.score_cache": 2,
-    "safereg_dist.parallel": 3,
-    "safereg_dist.critic": 3,
-    "safereg_dist.plan": 3,
-    "safereg_dist.data": 4,
-    "safereg_dist.policy": 4,
-    "safereg_dist.risk": 4,
-    "safereg_dist.coefficient": 4,
-    "safereg_dist.reference": 4,
-    "safereg_dist.objective": 4,
-    "safereg_dist.run.ledger": 4,
-    "safereg_dist.step": 5,
-    "safereg_dist.run.metrics": 5,
-    "safereg_dist.run.export": 5,
-    "safereg_dist.factory.risk": 5,
-    "safereg_dist.run.log": 6,
-    "safereg_dist.profiling": 6,
-    "safereg_dist.factory": 6,
-    "safereg_dist.run.checkpoint": 6,
-    "safereg_dist.run.gate": 7,
-    "safereg_dist.trainer": 8,
-    "safereg_dist.evaluate": 8,
-    "safereg_dist.commands.anchor": 9,
-    "safereg_dist.probe_lab": 9,
-    "safereg_dist.commands.score": 10,
-    "safereg_dist.commands.audit": 9,
-    "safereg_dist.commands.reference": 9,
-    "safereg_dist.integrations": 9,
-    "safereg_dist.launcher": 10,
-    "safereg_dist.commands": 11,
-    "safereg_dist.cli": 12,
-    "safereg_dist.__main__": 13,
-    "safereg_dist.demo": 13,
-}
+# Rooms from low to high: a folder or a file at the top of the package. A module may import lower
+# rooms, and modules of its own room.
+ROOMS = (
+    {"errors", "regions", "types"},
+    {"config", "storage"},
+    {"models"},
+    {"data", "parallel"},
+    {"coefficient", "critic", "metrics", "objective", "policy", "profiling", "reference"},
+    {"risk"},
+    {"step"},
+    {"factory"},
+    {"run"},
+    {"trainer"},
+    {"evaluate", "plan"},
+    {"probe_lab"},
+    {"integrations"},
+    {"commands"},
+    {"cli"},
+    {"__main__", "demo"},
+)
+DOOR = "safereg_dist"
+"""The package itself: it loads what it names on first use, so nothing is below it."""
 ONE_DOOR = {
     "deepspeed": {"parallel/deepspeed.py"},
     "httpx": {"critic/remote.py"},
@@ -75,12 +52,34 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def layer_key(module: str) -> str:
-    parts = module.split(".")
-    for end in range(len(parts), 0, -1):
-        if ".".join(parts[:end]) in LAYERS:
-            return ".".join(parts[:end])
-    raise AssertionError(f"{module} has no layer: add it to LAYERS")
+MODULES = {module_name(path): path for path in FILES}
+
+
+def room_of(module: str) -> str:
+    """The folder or file at the top of the package that a module is in."""
+    top, *inside = module.split(".")
+    return inside[0] if inside and top == DOOR else top
+
+
+def height(room: str) -> int:
+    """Of a room; the kernels are below all of them."""
+    if room == "safereg_kernels":
+        return -1
+    found = [level for level, rooms in enumerate(ROOMS) if room in rooms]
+    assert found, f"{room} is in no row of ROOMS: say which rooms it may import"
+    return found[0]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of ours that a file imports; a package only where the name is the package's own."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in inside}
+    return found & MODULES.keys()
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -95,14 +94,22 @@ def imported(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_downward(path):
-    own = layer_key(module_name(path))
-    for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
-        if not name.startswith(("safereg_dist", "safereg_kernels")):
-            continue
-        other = layer_key(name)
-        if other in (own, "safereg_dist"):
-            continue
-        assert LAYERS[other] < LAYERS[own], f"{own} imports {name}, which is not below it"
+    own = room_of(module_name(path))
+    for name in imported_modules(path) if own != DOOR else ():
+        other = room_of(name)
+        if other not in (own, DOOR):
+            assert height(other) < height(own), f"{own} imports {name}, which is not below it"
+
+
+def test_modules_import_in_no_circle():
+    edges = {name: imported_modules(path) - {name, DOOR} for name, path in MODULES.items()}
+    graphlib.TopologicalSorter(edges).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_first_page_is_short():
+    """The top level of the package holds the method, the trainer, types, errors and the door."""
+    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert len(files) <= 10, sorted(files)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
