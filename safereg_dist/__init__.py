@@ -46,7 +46,22 @@ _HOMES = {
     "start_backend": "factory",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "ReferenceModel",
+    "RiskSource",
+    "Row",
+    "SafeRegError",
+    "SafetyRegularizer",
+    "__version__",
+    "build_run",
+    "collate",
+    "filler",
+    "load_config",
+    "optimizer_step",
+    "prepare",
+    "row_of",
+    "start_backend",
+]
 
 
 def __getattr__(name: str) -> Any:
