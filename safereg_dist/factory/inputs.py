@@ -12,7 +12,7 @@ from safereg_dist.config import Config
 from safereg_dist.data import Sampler, TokenizedDataset, load_rows, load_tokenizer, steps_for
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.risk import (
-    RiskSource,
+    SourceSpec,
     check_overrides,
     check_templates,
     read_sources,
@@ -48,7 +48,7 @@ class RowSources:
 
 def read_inputs(
     config: Config, ranks: Ranks
-) -> tuple[Path, PreTrainedTokenizerBase, RowSources, list[RiskSource]]:
+) -> tuple[Path, PreTrainedTokenizerBase, RowSources, list[SourceSpec]]:
     """The model's folder, its tokenizer, the rows and the signals: all that is read before weights.
 
     Collectives: gathers of texts.

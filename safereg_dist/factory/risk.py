@@ -32,7 +32,7 @@ _GENERATION_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RiskSource:
+class SourceSpec:
     """One signal as configured, with its probe read and nothing else built."""
 
     category: str
@@ -45,7 +45,7 @@ class RiskSource:
     ceiling: float | None
 
 
-def read_sources(config: Config, ranks: Ranks) -> list[RiskSource]:
+def read_sources(config: Config, ranks: Ranks) -> list[SourceSpec]:
     """The configured signals; probes are read before any model is, so that a wrong path is told.
 
     A probe for prompts and one for responses in one folder are two signals.
@@ -77,7 +77,7 @@ def read_sources(config: Config, ranks: Ranks) -> list[RiskSource]:
     return signals
 
 
-def check_templates(signals: list[RiskSource], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_templates(signals: list[SourceSpec], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ProbeError where a probe was fitted with another chat template, unless forced.
 
     The tokens before the answer are the template's, and a probe reads their states. Generation
@@ -96,12 +96,12 @@ def check_templates(signals: list[RiskSource], tokenizer: PreTrainedTokenizerBas
             )
 
 
-def _signals_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[RiskSource]:
+def _signals_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[SourceSpec]:
     own_threshold = part.threshold if isinstance(part, RiskPart) else None
 
-    def signal(category: str, probe: Probe | None) -> RiskSource:
+    def signal(category: str, probe: Probe | None) -> SourceSpec:
         default = DEFAULT_THRESHOLD if probe is None else probe.threshold
-        return RiskSource(
+        return SourceSpec(
             category=category,
             estimator=part.estimator,
             probe=probe,
@@ -136,7 +136,7 @@ def _wanted_probes(path: str, position: str | None) -> list[Probe]:
     return wanted
 
 
-def policy_layer(config: Config, signals: list[RiskSource]) -> int | None:
+def policy_layer(config: Config, signals: list[SourceSpec]) -> int | None:
     """The decoder layer of the policy that a probe reads, if one does."""
     reads = config.needs_risk and config.risk.estimator == "probe"
     if not reads or config.risk.source != "policy":
@@ -145,14 +145,14 @@ def policy_layer(config: Config, signals: list[RiskSource]) -> int | None:
     return signals[0].probe.layer
 
 
-def category_ceilings(signals: list[RiskSource]) -> dict[str, float]:
+def category_ceilings(signals: list[SourceSpec]) -> dict[str, float]:
     """The largest coefficient of each category that has one of its own."""
     return {s.category: s.ceiling for s in signals if s.ceiling is not None}
 
 
 def build_risk(
     config: Config,
-    signals: list[RiskSource],
+    signals: list[SourceSpec],
     backend: Backend,
     reference: Reference | NoReference,
     policy: PreTrainedModel | None,
@@ -195,7 +195,7 @@ class _Builder:
         self._fingerprints = fingerprints
         self._cache: ScoreCache | None = None
 
-    def __call__(self, signal: RiskSource) -> RiskEstimator:
+    def __call__(self, signal: SourceSpec) -> RiskEstimator:
         match signal.estimator:
             case "none":
                 return NoRisk()
@@ -208,7 +208,7 @@ class _Builder:
                 )
         return self._probe_risk(signal)
 
-    def _probe_risk(self, signal: RiskSource) -> RiskEstimator:
+    def _probe_risk(self, signal: SourceSpec) -> RiskEstimator:
         assert signal.probe is not None
         assert isinstance(self._reference, Reference)
         risk = self._config.risk
@@ -235,7 +235,7 @@ class _Builder:
         )
 
     def _check(
-        self, signal: RiskSource, text_config: PreTrainedConfig, side: str, *, force: bool
+        self, signal: SourceSpec, text_config: PreTrainedConfig, side: str, *, force: bool
     ) -> None:
         assert signal.probe is not None
         check_model(

@@ -140,7 +140,7 @@ class NoProfiler:
 
 
 def _numbers(recorder: Recorder, device: torch.device) -> torch.Tensor:
-    """[len(REGIONS) * _WIDTH] int64: FLOPs, nanoseconds, peak bytes; bytes and calls by kind."""
+    """[len(REGIONS) * _WIDTH] int64: FLOPs, nanoseconds, peak bytes, and bytes and calls by kind."""
     costs = recorder.totals()
     numbers: list[int] = []
     for name in REGIONS:

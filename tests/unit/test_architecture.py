@@ -31,7 +31,7 @@ LAYERS = {
     "safereg_dist.storage.score_cache": 2,
     "safereg_dist.parallel": 3,
     "safereg_dist.critic": 3,
-    "safereg_dist.plan": 7,
+    "safereg_dist.plan": 3,
     "safereg_dist.data": 4,
     "safereg_dist.policy": 4,
     "safereg_dist.risk": 4,
