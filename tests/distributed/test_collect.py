@@ -84,9 +84,7 @@ def test_killed_ranks_leave_whole_shards_for_one_that_goes_on(tmp_path, launch):
     save_model(tmp_path / "model", tiny_model(seed=5, num_hidden_layers=24, intermediate_size=512))
     labelled(tmp_path, count=1000)
     states = tmp_path / "states" / "states"
-    process, log = launch.start(
-        *launched_fit(tmp_path, "probe", "--work", tmp_path / "states"), launcher="torchrun"
-    )
+    process, log = launch.start(*launched_fit(tmp_path, "probe", "--work", tmp_path / "states"))
     deadline = time.monotonic() + 120
     while len(list(states.glob("states-*.safetensors"))) < 4 and process.poll() is None:
         assert time.monotonic() < deadline, tail(log)
@@ -111,9 +109,7 @@ def test_an_error_of_one_rank_ends_all(tmp_path, launch):
     taken = tmp_path / "states" / "states" / "states-00001.safetensors"
     taken.unlink()
     (taken / "taken").mkdir(parents=True)
-    done = launch(
-        *launched_fit(tmp_path, "other", "--work", tmp_path / "states"), launcher="torchrun"
-    )
+    done = launch(*launched_fit(tmp_path, "other", "--work", tmp_path / "states"))
     assert done.status != 0
     assert done.output.count("safereg: rank 1: cannot write") == 1, done.output[-3000:]
     assert not (tmp_path / "other").exists()

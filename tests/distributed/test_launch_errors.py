@@ -36,7 +36,7 @@ def messages(output):
 
 
 def test_a_bad_row_is_one_message_from_two_ranks(tmp_path, launch):
-    done = launch(FINETUNE, make_config(tmp_path), ranks=2)
+    done = launch(FINETUNE, make_config(tmp_path), ranks=2, launcher="deepspeed")
     assert done.status == 2, done.output[-3000:]
     assert len(messages(done.output)) == 1, done.output[-3000:]
     assert "bad.jsonl:6: risk must be a number in [0, 1], got 1.5" in messages(done.output)[0]
@@ -83,9 +83,9 @@ def test_anchors_of_two_ranks_are_those_of_one(tmp_path, launch):
         *("--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", "40"),
     ]
     entry = ROOT / "safereg_dist" / "__main__.py"
-    for ranks, launcher in ((2, "torchrun"), (1, "python")):
+    for ranks in (2, 1):
         out = tmp_path / f"anchor-{ranks}.jsonl"
-        done = launch(entry, *arguments, "--out", out, ranks=ranks, launcher=launcher)
+        done = launch(entry, *arguments, "--out", out, ranks=ranks)
         assert done.status == 0, done.output[-3000:]
     two, one = (
         [json.loads(line) for line in (tmp_path / f"anchor-{n}.jsonl").read_text().splitlines()]

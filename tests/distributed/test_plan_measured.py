@@ -1,6 +1,6 @@
 """Claimed: bytes of a step and parameter memory of a plan are those of real runs, within 5 %.
 
-Measured: training steps under the deepspeed launcher on 1, 2 and 4 ranks (gloo), the collectives
+Measured: training steps under DeepSpeed on 1, 2 and 4 ranks (gloo), the collectives
 counted at torch's functions, the shards read from deepspeed. Exact: memory, up to deepspeed's
 padding. Rounds: bytes, since the plan leaves out the scalars of norms and metrics. One rank moves
 nothing, planned and measured.

@@ -106,7 +106,9 @@ def test_killed_and_resumed_runs_give_the_same_bits(config, launch):
     expected = result(folder / "whole")
 
     one, full = folder / "one", folder / "all"
-    process, log = launch.start(FINETUNE, config, f"output_dir={one}", ranks=2)
+    process, log = launch.start(
+        FINETUNE, config, f"output_dir={one}", ranks=2, launcher="deepspeed"
+    )
     wait_for(lambda: steps_logged(one) >= 5, process, log)
     os.kill(rank_processes(process)[-1], signal.SIGKILL)
     process.wait(120)

@@ -134,7 +134,7 @@ def test_a_rank_with_a_slow_or_broken_judge(tmp_path, launch, judge_url):
 
 def test_what_fails_on_one_rank_fails_on_all(tmp_path, launch):
     """A judge or a disk of rank 1, before, between and after collectives of other signals."""
-    done = launch(FAILING, str(tmp_path), ranks=2, launcher="torchrun")
+    done = launch(FAILING, str(tmp_path), ranks=2)
     assert done.status == 0, done.output[-4000:]
     found = [json.loads((tmp_path / f"found.rank{r}.json").read_text()) for r in range(2)]
     assert len(found[0]) == 9

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 from builders import random_rows, save_model, tiny_model, write_jsonl
-from launching import FINETUNE
+from launching import FINETUNE, descendants
 
 
 @pytest.fixture
@@ -36,17 +36,18 @@ def decision(row: str, action: str) -> dict:
 
 
 def test_other_decisions_are_refused_in_the_middle(config, launch, tmp_path):
-    process, _ = launch.start(FINETUNE, str(config), launcher="python", ranks=1)
+    process, _ = launch.start(FINETUNE, str(config), ranks=1)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text().count("\n") > 2):
         assert process.poll() is None
-    os.kill(process.pid, signal.SIGTERM)
+    (rank,) = descendants(process.pid)
+    os.kill(rank, signal.SIGTERM)
     assert process.wait(120) == 75
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     harmless = next(row["id"] for row in rows if row["risk"] < 0.5)
     write_jsonl(tmp_path / "reviewed.jsonl", [decision(harmless, "hold")])
-    done = launch(FINETUNE, str(config), launcher="python", ranks=1)
+    done = launch(FINETUNE, str(config), ranks=1)
     assert done.status == 2, done.output
     assert "the rows that are dealt as risky are not those of" in done.output
-    done = launch(FINETUNE, str(config), "reference.balance=none", launcher="python", ranks=1)
+    done = launch(FINETUNE, str(config), "reference.balance=none", ranks=1)
     assert "another configuration" in done.output
