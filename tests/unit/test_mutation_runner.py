@@ -1,5 +1,5 @@
-"""Claimed: the runner of planted bugs tells killed from survived, stale and misnamed ones, and what
-a test starts imports the planted code too. Exact, on a repository of three files.
+"""Claimed: the runner of planted bugs tells killed from survived, stale and misnamed ones, finds
+tests whose file has moved, and what a test starts imports the planted code too. Exact, on a repository of three files.
 """
 
 import subprocess
@@ -33,6 +33,7 @@ BUGS = [
         **{"file": KERNELS, "find": "ONE = 1", "replace": "ONE = 2"},
         "tests": ["tests/test_toy.py::test_elsewhere"],
     },
+    {"id": "seen-elsewhere", **TREBLE, "tests": ["tests/unit/gone/test_toy.py::test_two"]},
     {"id": "unseen", **TREBLE, "tests": ["tests/test_toy.py::test_zero"]},
     {
         "id": "gone",
@@ -73,7 +74,7 @@ def test_killed_survived_stale_and_misnamed(run):
     assert "STALE gone: its text occurs 0 times in safereg_dist/__init__.py" in output
     assert "ERROR misnamed: exit code 4" in output
     assert output.count("SURVIVED") == output.count("STALE") == output.count("ERROR ") == 1
-    assert "killed 2 of 5 (40.0 %)" in output
+    assert "killed 3 of 6 (50.0 %)" in output
 
 
 @pytest.mark.slow
