@@ -19,7 +19,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import safereg_dist
 from safereg_dist import RiskSource, SafeRegError, collate, filler, prepare, row_of
-from safereg_dist.errors import ConfigError
+from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.models.fingerprint import model_fingerprint
+from safereg_dist.risk.probe import Probe
 from safereg_dist.types import head_of
 
 SETTINGS = {
@@ -211,6 +213,116 @@ def test_a_risk_of_ones_own_and_rows_that_are_missing():
     _, totals = take_step(regularizer, model, [*ROWS[:3], filler(0)])
     found = {row.id: (row.estimator, row.kl_coef) for row in totals.ledger_rows}
     assert found == {"a": ("length", 0.25), "b": ("length", 0.25), "c": ("length", 0.0)}
+
+
+class Told(RiskSource):
+    """A source that notes what it is told, and fails where it is asked to."""
+
+    sum_names = ("asked",)
+
+    def __init__(self):
+        self.told, self.fails = [], False
+
+    def begin_step(self, step):
+        """Notes the step."""
+        self.told.append(step)
+
+    def __call__(self, rows, probed=None, *, in_first_epoch):
+        """No risk."""
+        if self.fails:
+            raise DataError("no risk today")
+        self.told.append(in_first_epoch)
+        return [0.0] * len(rows)
+
+    def take_sums(self):
+        """How often it was asked in all."""
+        return {"asked": float(len(self.told))}
+
+    def end_step(self, total):
+        """The same, as a metric."""
+        return {"asked": int(total["asked"])}
+
+
+def test_a_source_is_told_of_steps_and_epochs_and_has_its_metric():
+    model, source = tiny_model(), Told()
+    regularizer = prepare(model, SETTINGS, reference=tiny_model(seed=1), risk=source)
+    _, totals = take_step(regularizer, model, ROWS[:2], step=7)
+    assert source.told == [7, True]
+    assert totals.risk_metrics == {"asked": 2}
+    plan = regularizer.plan(ROWS[:2], step=8, in_first_epoch=False)
+    assert source.told == [7, True, 8, False]
+    assert not plan.in_first_epoch
+
+
+@pytest.mark.parametrize("granularity", ["sequence", "batch"])
+def test_a_source_that_fails_is_an_error_of_the_forward(granularity):
+    """With granularity `batch` too, where ranks agree on the risk before. No gradient is left."""
+    model, source = tiny_model(), Told()
+    settings = {**SETTINGS, "regularizer": {"granularity": granularity}}
+    regularizer = prepare(model, settings, reference=tiny_model(seed=1), risk=source)
+    source.fails = True
+    plan = regularizer.plan(ROWS, step=0, micro_batches=2)
+    batch = collate(plan.micro_batches[0].rows, pad_id=0)
+    with (
+        pytest.raises(DataError, match="no risk today"),
+        regularizer.loss_of(plan.micro_batches[0], batch, plan),
+    ):
+        model(input_ids=batch.input_ids, use_cache=False)
+    assert all(p.grad is None for p in model.parameters())
+    source.fails = False
+    loss, _ = take_step(regularizer, model, ROWS)
+    assert loss > 0
+
+
+def test_a_probe_on_the_policy_reads_this_forward(tmp_path):
+    """Each micro-batch is decided on in its own forward, from the states of its own rows."""
+    model, layer, size = tiny_model(), 2, 32
+    generator = torch.Generator().manual_seed(4)
+    probe = Probe(
+        layer=layer,
+        pooling="last_prompt_token",
+        mean=torch.zeros(size),
+        scale=torch.ones(size),
+        weight=torch.randn(size, generator=generator) / 16,
+        bias=0.0,
+        threshold=0.5,
+        fingerprint=model_fingerprint(model),
+        meta={},
+    )
+    probe.save(tmp_path / "probe")
+    risk = {"estimator": "probe", "path": str(tmp_path / "probe"), "source": "policy"}
+    settings = {**SETTINGS, "risk": {**risk, "cache": "none", "drift": "warn"}}
+    rows = [row for row in ROWS if not row.is_anchor]
+    rows.append(row_of("d", [1, 40, 41, 42, 2], [0, 0, 0, 1, 1]))
+    expected = []
+    for row in rows:
+        with torch.no_grad():
+            ids = torch.tensor([row.input_ids])
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states[layer]
+        logit = states[0, row.prompt_ends[0] - 1].double() @ probe.tensors["weight"].double()
+        expected.append(float(torch.sigmoid(logit)))
+    assert max(expected) - min(expected) > 0.3  # rows can be told apart
+    regularizer = prepare(model, settings, reference=copy.deepcopy(model))
+    _, totals = take_step(regularizer, model, rows, step=1)
+    assert [row.id for row in totals.ledger_rows] == ["a", "b", "c", "d"]
+    assert [row.risk for row in totals.ledger_rows] == pytest.approx(expected, rel=1e-4)
+    assert [row.kl_coef for row in totals.ledger_rows] == pytest.approx(
+        [0.8 * risk for risk in expected], rel=1e-4
+    )
+
+
+def test_categories_keep_their_ceilings():
+    parts = [
+        {"category": "mild", "estimator": "column", "threshold": 0.3, "ceiling": 0.25},
+        {"category": "grave", "estimator": "column", "threshold": 0.6},
+    ]
+    settings = {**SETTINGS, "risk": {"estimator": "max", "parts": parts}}
+    settings["regularizer"] = {"schedule": "step", "ceiling": 0.8}
+    model = tiny_model()
+    regularizer = prepare(model, settings, reference=tiny_model(seed=1))
+    _, totals = take_step(regularizer, model, ROWS)
+    found = {row.id: row.kl_coef for row in totals.ledger_rows}
+    assert found == {"a": 0.0, "b": 0.8, "c": 0.25, "anchor": 1.0}
 
 
 def test_validation_is_the_plain_cross_entropy():

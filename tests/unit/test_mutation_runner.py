@@ -1,5 +1,6 @@
 """Claimed: the runner of planted bugs tells killed from survived, stale and misnamed ones, finds
-tests whose file has moved, and what a test starts imports the planted code too. Exact, on a repository of three files.
+tests whose file has moved, and what a test starts imports the planted code too. Exact, on a
+repository of three files.
 """
 
 import subprocess

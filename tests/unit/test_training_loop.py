@@ -105,6 +105,27 @@ def test_a_validation_changes_no_step(world):
         assert max(row["kl_coef_max"] for row in steps) == 1.0
 
 
+def test_a_validation_leaves_the_model_in_training(world):
+    """Two micro-batches a step, three batches of validation rows."""
+    run, is_training = built(world, "modes", "train.eval_every=1", "train.steps=2"), []
+    run.model.register_forward_pre_hook(lambda model, _: is_training.append(model.training))
+    assert train(run) == 0
+    assert is_training == 2 * [True, True, False, False, False]
+
+
+def test_the_first_epoch_ends_after_its_rows(world):
+    run, told = built(world, "epochs"), []
+    plan = run.regularizer.plan
+
+    def noted(rows, **how):
+        told.append((how["micro_batches"], how["in_first_epoch"]))
+        return plan(rows, **how)
+
+    run.regularizer.plan = noted
+    assert train(run) == 0
+    assert told == [(2, True), (2, True), (2, False), (2, False)]
+
+
 def test_validation_is_the_mean_over_all_its_rows(world):
     """Five rows in batches of two; the exported weights are those of the last validation."""
     last = metrics_of(world, "loss", "train.eval_every=3")[-1]
