@@ -54,8 +54,7 @@ from safereg_dist.policy import Policy
 from safereg_dist.reference import EngineModel, NoReference, Packing, Reference
 from safereg_dist.reference.store import ReferenceStore, map_shard
 from safereg_dist.reference.store_writer import StoreWriter
-from safereg_dist.risk.base import ColumnRisk, RiskSource
-from safereg_dist.risk.combine import RiskStage, WeightedSource
+from safereg_dist.risk.stage import ColumnRisk, RiskSource, RiskStage, WeightedSource
 from safereg_dist.step import SafetyRegularizer
 from safereg_dist.trainer import optimizer_step
 from safereg_dist.types import Row, head_of

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from safereg_dist.factory import prepare as prepare
     from safereg_dist.factory import start_backend as start_backend
     from safereg_dist.reference import ReferenceModel as ReferenceModel
-    from safereg_dist.risk.base import RiskSource as RiskSource
+    from safereg_dist.risk.stage import RiskSource as RiskSource
     from safereg_dist.step import SafetyRegularizer as SafetyRegularizer
     from safereg_dist.trainer import optimizer_step as optimizer_step
     from safereg_dist.types import Row as Row
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ReferenceModel": "reference",
-    "RiskSource": "risk.base",
+    "RiskSource": "risk.stage",
     "Row": "types",
     "SafeRegError": "errors",
     "SafetyRegularizer": "step",

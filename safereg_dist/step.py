@@ -28,8 +28,7 @@ from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.policy import Policy
 from safereg_dist.reference import NoReference, Reference, ReferencePasses, ReferenceSchedule
-from safereg_dist.risk.base import ProbedStates
-from safereg_dist.risk.combine import RiskStage
+from safereg_dist.risk.stage import ProbedStates, RiskStage
 from safereg_dist.types import MicroBatch, MicroBatchResult, Row, RowRisks
 
 

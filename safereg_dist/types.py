@@ -145,6 +145,12 @@ class Head(NamedTuple):
         """The weight and, where there is one, the bias."""
         return [parameter for parameter in self[:2] if parameter is not None]
 
+    @property
+    def state_size(self) -> int:
+        """H, what it reads, whether it is whole here or a shard of ZeRO-3."""
+        assert self.weight is not None
+        return getattr(self.weight, "ds_shape", self.weight.shape)[1]
+
 
 NO_HEAD = Head(None, None, None, 1.0)
 

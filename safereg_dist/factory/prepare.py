@@ -20,8 +20,7 @@ from safereg_dist.parallel.engine import Backend
 from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.policy import Policy
 from safereg_dist.reference import EngineModel, NoReference, Reference, ReferenceModel
-from safereg_dist.risk.base import RiskSource
-from safereg_dist.risk.combine import RiskStage, WeightedSource
+from safereg_dist.risk.stage import RiskSource, RiskStage, WeightedSource
 from safereg_dist.step import SafetyRegularizer
 
 SECTIONS = ("reference", "risk", "regularizer", "train")

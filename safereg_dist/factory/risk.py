@@ -20,13 +20,12 @@ from safereg_dist.factory.references import BuiltReference, WeightsFacts
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend
 from safereg_dist.reference import Reference
-from safereg_dist.risk.base import ColumnRisk, RiskSource
-from safereg_dist.risk.combine import RiskStage, WeightedSource
 from safereg_dist.risk.drift import WatchedPolicyProbe
 from safereg_dist.risk.judge import CriticRisk
 from safereg_dist.risk.override import read_overrides
 from safereg_dist.risk.probe import Probe, check_model, load_probes
 from safereg_dist.risk.probe_risk import KnownRisks, ReferenceProbeRisk, scorer_name
+from safereg_dist.risk.stage import ColumnRisk, RiskSource, RiskStage, WeightedSource
 from safereg_dist.storage.score_cache import ScoreCache, default_cache_path
 
 _GENERATION_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")

@@ -23,7 +23,7 @@ from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, PolicyEngine
 from safereg_dist.policy import Policy
 from safereg_dist.reference import NoReference, Reference
-from safereg_dist.risk.combine import RiskStage
+from safereg_dist.risk.stage import RiskStage
 from safereg_dist.step import SafetyRegularizer
 
 

@@ -1,14 +1,14 @@
-"""Stage 3: the frozen reference, run on the rows that need it and on no others."""
+"""Stages 3 and 5: the frozen reference, run on the rows that need it and on no others."""
 
+from safereg_dist.reference.base import Packing, ReferenceModel
 from safereg_dist.reference.exchange import Exchange
 from safereg_dist.reference.reference import (
     NoReference,
-    Packing,
     Reference,
-    ReferenceModel,
     ReferencePasses,
+    ReferenceSchedule,
+    active_rows,
 )
-from safereg_dist.reference.schedule import ReferenceSchedule, active_rows
 from safereg_dist.reference.trunk import EngineModel, ReferenceTrunk
 
 __all__ = [

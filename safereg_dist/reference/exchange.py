@@ -115,7 +115,7 @@ class Exchange:
         """The states of this rank's rows that others ran; one all-to-all."""
         weight = self.head.weight
         assert weight is not None
-        size = state_size(self.head)
+        size = self.head.state_size
         nothing = torch.empty(0, size, dtype=weight.dtype, device=self.ranks.device)
         returned = self.ranks.all_to_all(
             torch.cat([nothing, *states]), _tokens_by_rank(lent, taken), _tokens_by_rank(own, given)
@@ -135,17 +135,11 @@ class Exchange:
             passes_before=self._passes(counts),
             passes_after=self._passes(after),
             tokens_per_row=longest,
-            moved_bytes=most_moved * longest * (8 + state_size(self.head) * weight.itemsize),
+            moved_bytes=most_moved * longest * (8 + self.head.state_size * weight.itemsize),
             trunk_parameters=self.trunk_parameters,
             parameter_bytes=weight.itemsize,
             rates=self.rates,
         )
-
-
-def state_size(head: Head) -> int:
-    """H_ref, what a head reads, whether it is whole here or a shard of ZeRO-3."""
-    assert head.weight is not None
-    return getattr(head.weight, "ds_shape", head.weight.shape)[1]
 
 
 def even_moves(counts: Sequence[int]) -> list[list[int]]:

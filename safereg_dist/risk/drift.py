@@ -23,7 +23,6 @@ from torch import Tensor
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.regions import PROBE, region
-from safereg_dist.risk.base import ProbedStates, Risk, RiskSource
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import (
     PolicyProbeRisk,
@@ -32,6 +31,7 @@ from safereg_dist.risk.probe_risk import (
     turn_risks,
 )
 from safereg_dist.risk.realign import Moments, Realignment
+from safereg_dist.risk.stage import ProbedStates, Risk, RiskSource
 from safereg_dist.types import Row
 
 MIN_FLAGGED = 8

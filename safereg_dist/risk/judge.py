@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from safereg_dist.critic.verdict import Critic, Verdict
 from safereg_dist.regions import CRITIC, region
-from safereg_dist.risk.base import ProbedStates, Risk, RiskSource
+from safereg_dist.risk.stage import ProbedStates, Risk, RiskSource
 from safereg_dist.types import Row
 
 

@@ -15,8 +15,8 @@ from safereg_dist.errors import CheckpointError
 from safereg_dist.models.fingerprint import row_key
 from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.regions import PROBE, region
-from safereg_dist.risk.base import ProbedStates, Risk, RiskSource
 from safereg_dist.risk.probe import Probe, pool_spans
+from safereg_dist.risk.stage import ProbedStates, Risk, RiskSource
 from safereg_dist.storage.score_cache import CachedScore, ScoreCache
 from safereg_dist.types import Row, to_device
 

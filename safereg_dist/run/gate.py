@@ -14,7 +14,7 @@ from safereg_dist.data import Sampler
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory import Run
 from safereg_dist.parallel.comm import Ranks, capture
-from safereg_dist.risk.combine import RiskStage
+from safereg_dist.risk.stage import RiskStage
 from safereg_dist.types import Row
 
 _CONFIDENCE = 0.95  # of the bound from a sample; a whole data set needs none

@@ -18,10 +18,9 @@ from safereg_dist.config import RegularizerConfig
 from safereg_dist.data import filler
 from safereg_dist.errors import CheckpointError, CriticUnavailable
 from safereg_dist.parallel.comm import Ranks, capture
-from safereg_dist.risk.base import RiskSource
-from safereg_dist.risk.combine import RiskStage, WeightedSource
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import KnownRisks, ReferenceProbeRisk
+from safereg_dist.risk.stage import RiskSource, RiskStage, WeightedSource
 from safereg_dist.run.gate import row_risks
 from safereg_dist.types import Row
 

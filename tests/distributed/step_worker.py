@@ -55,8 +55,11 @@ from safereg_dist.config import load_config  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
 from safereg_dist.parallel.engine import Update  # noqa: E402
 from safereg_dist.reference import NoReference  # noqa: E402
-from safereg_dist.risk.base import RiskSource  # noqa: E402
-from safereg_dist.risk.combine import RiskStage, WeightedSource  # noqa: E402
+from safereg_dist.risk.stage import (  # noqa: E402
+    RiskSource,
+    RiskStage,
+    WeightedSource,
+)
 from safereg_dist.trainer import optimizer_step  # noqa: E402
 
 

@@ -34,7 +34,7 @@ from safereg_dist.factory import build_run, start_backend
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.hardware import Rates
 from safereg_dist.reference import Reference
-from safereg_dist.risk.combine import RiskStage, WeightedSource
+from safereg_dist.risk.stage import RiskStage, WeightedSource
 from safereg_dist.trainer import optimizer_step
 
 WATCHDOG_S = 60

@@ -21,8 +21,7 @@ from safereg_dist.config import load_config
 from safereg_dist.data import filler
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.single import single_ranks
-from safereg_dist.risk.base import ColumnRisk
-from safereg_dist.risk.combine import RiskStage, WeightedSource
+from safereg_dist.risk.stage import ColumnRisk, RiskStage, WeightedSource
 from safereg_dist.run.gate import RowRisk, is_held_back, refuse_too_many_held_back
 from safereg_dist.run.ledger import verify_ledger
 

@@ -15,10 +15,10 @@ from builders import random_rows, word_tokenizer
 from safereg_dist.data import collate, filler, tokenize_row
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.risk.base import ProbedStates
 from safereg_dist.risk.drift import MIN_FLAGGED, WatchedPolicyProbe
 from safereg_dist.risk.probe import Probe
 from safereg_dist.risk.probe_risk import ReferenceProbeRisk
+from safereg_dist.risk.stage import ProbedStates
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), dp_group=None)
 H, THRESHOLD = 16, 0.6

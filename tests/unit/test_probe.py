@@ -26,7 +26,6 @@ from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.single import SingleBackend, single_ranks
 from safereg_dist.policy import Policy
 from safereg_dist.reference import EngineModel, Packing, Reference
-from safereg_dist.risk.base import ProbedStates
 from safereg_dist.risk.probe import POOLINGS, Probe, check_model, pool_prompt
 from safereg_dist.risk.probe_risk import (
     KnownRisks,
@@ -34,6 +33,7 @@ from safereg_dist.risk.probe_risk import (
     ReferenceProbeRisk,
     scorer_name,
 )
+from safereg_dist.risk.stage import ProbedStates
 from safereg_dist.storage.score_cache import ScoreCache
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), dp_group=None)

@@ -33,8 +33,7 @@ from safereg_dist.reference import (
 )
 from safereg_dist.reference.store import ReferenceStore, Shard, Table, crc32_of
 from safereg_dist.reference.trunk import used_parameters
-from safereg_dist.risk.base import ColumnRisk
-from safereg_dist.risk.combine import RiskStage, WeightedSource
+from safereg_dist.risk.stage import ColumnRisk, RiskStage, WeightedSource
 from safereg_dist.step import SafetyRegularizer
 from safereg_dist.types import NO_HEAD, Row, head_of
 

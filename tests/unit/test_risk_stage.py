@@ -18,9 +18,14 @@ from hypothesis import strategies as st
 
 from safereg_dist.data import tokenize_row
 from safereg_dist.errors import DataError
-from safereg_dist.risk.base import ColumnRisk, RiskSource
-from safereg_dist.risk.combine import COMMON_THRESHOLD, RiskStage, WeightedSource
 from safereg_dist.risk.override import Override, read_overrides
+from safereg_dist.risk.stage import (
+    COMMON_THRESHOLD,
+    ColumnRisk,
+    RiskSource,
+    RiskStage,
+    WeightedSource,
+)
 
 TOKENIZER = word_tokenizer()
 UNIT = st.floats(0, 1)
