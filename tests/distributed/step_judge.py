@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import oracles
 import torch
 from step_cases import Case, micro_batch_rows
+from support import oracles
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from safereg_dist.types import Row

@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from builders import WORDS, save_model, tiny_model, write_jsonl
-from launching import kill_session, tail
+from support.builders import WORDS, save_model, tiny_model, write_jsonl
+from support.launching import kill_session, tail
 
 from safereg_dist.probe_lab.fit import fit_probe
 

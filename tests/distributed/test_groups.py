@@ -11,9 +11,9 @@ import json
 
 import numpy as np
 import pytest
-from builders import random_rows, save_model, tiny_model, write_jsonl
-from launching import FINETUNE, ROOT
 from safetensors.numpy import load_file
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.launching import FINETUNE, ROOT
 
 WORKER = ROOT / "tests" / "distributed" / "groups_worker.py"
 STEPS = 4

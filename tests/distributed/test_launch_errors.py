@@ -9,8 +9,8 @@ import socket
 
 import pytest
 import torch
-from builders import random_rows, save_model, tiny_model, write_jsonl
-from launching import FINETUNE, ROOT
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.launching import FINETUNE, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
 

@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 import pytest
-from launching import ROOT
+from support.launching import ROOT
 
 WORKER = ROOT / "tests" / "distributed" / "patch_worker.py"
 CASES = [

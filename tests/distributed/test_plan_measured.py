@@ -9,9 +9,9 @@ nothing, planned and measured.
 import json
 
 import pytest
-from builders import save_model, tiny_model, write_jsonl
-from launching import ROOT, Launcher
 from plan_cases import CASES, MICRO_BATCH, STEPS
+from support.builders import save_model, tiny_model, write_jsonl
+from support.launching import ROOT, Launcher
 
 from safereg_dist.plan.memory import memory
 from safereg_dist.plan.shape import read_shape

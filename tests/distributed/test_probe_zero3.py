@@ -10,8 +10,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import random_rows, save_model, tiny_model, write_jsonl
-from launching import FINETUNE, ROOT
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.launching import FINETUNE, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safereg_dist.models.fingerprint import model_fingerprint

@@ -10,8 +10,8 @@ import json
 
 import pytest
 import torch
-from builders import random_rows, save_model, tiny_model, write_jsonl
-from launching import ROOT
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.launching import ROOT
 
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.regions import SAFETY_PATH
@@ -40,7 +40,7 @@ def make_probe(policy):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """All arms of `profile_worker`, trained on two ranks."""
-    from launching import Launcher
+    from support.launching import Launcher
 
     base = tmp_path_factory.mktemp("profile")
     policy = tiny_model(seed=0)

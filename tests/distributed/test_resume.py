@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import random_rows, save_model, tiny_model, write_jsonl
-from launching import FINETUNE, descendants, kill_session, tail
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.launching import FINETUNE, descendants, kill_session, tail
 
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.probe import Probe

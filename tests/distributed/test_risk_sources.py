@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from builders import random_rows, save_model, tiny_model, write_jsonl
-from launching import FINETUNE, ROOT
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.launching import FINETUNE, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safereg_dist.data import tokenize_row

@@ -10,10 +10,10 @@ import json
 
 import numpy as np
 import pytest
-from builders import random_rows, save_model, tiny_model, write_jsonl
-from launching import ROOT
 from step_cases import cases_on
 from step_judge import expected, rows_of_step, whole_models
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.launching import ROOT
 
 WORKER = ROOT / "tests" / "distributed" / "step_worker.py"
 TOLERANCE = 1e-5

@@ -14,9 +14,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from builders import VOCAB, random_rows, save_model, tiny_model, write_jsonl
-from launching import ROOT, kill_session, tail
 from safetensors.torch import load_file, save_file
+from support.builders import VOCAB, random_rows, save_model, tiny_model, write_jsonl
+from support.launching import ROOT, kill_session, tail
 
 from safereg_dist.cli import main as safereg
 from safereg_dist.reference.store import INDEX_FILE
@@ -55,7 +55,7 @@ def write_inputs(folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Inputs, and stores that two ranks have built."""
-    from launching import Launcher
+    from support.launching import Launcher
 
     base = write_inputs(tmp_path_factory.mktemp("stored"))
     done = Launcher(base)(WORKER, str(base), "build", ranks=2)

@@ -9,11 +9,11 @@ import json
 import shutil
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from builders import random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
-from launching import FINETUNE
+from support import oracles
+from support.builders import random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
+from support.launching import FINETUNE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safereg_dist.data import tokenize_row

@@ -15,9 +15,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from builders import random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
-from launching import ROOT
 from step_judge import coefficient, expected, rows_of_step, whole_models
+from support.builders import random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
+from support.launching import ROOT
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 from window_cases import (

@@ -195,7 +195,7 @@ def _become(bug: Bug, clean: Path, folder: Path) -> NoReturn:
 
 def _kill_with_children(pid: int) -> None:
     """SIGKILL to a child and to whatever its tests have started, in sessions of their own too."""
-    from launching import descendants
+    from support.launching import descendants
 
     for process in [*descendants(pid), pid]:
         try:

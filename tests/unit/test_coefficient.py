@@ -9,11 +9,11 @@ of granularity `batch` on several ranks is in tests/distributed; here the proces
 import math
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support import oracles
 
 from safereg_dist.coefficient import Coefficient, resolved_threshold, scheduled
 from safereg_dist.config import RegularizerConfig

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from builders import tiny_model
+from support.builders import tiny_model
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import safereg_dist

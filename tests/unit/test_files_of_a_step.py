@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from builders import random_rows, save_model, tiny_model, write_jsonl
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
 
 import safereg_dist
 from safereg_dist import build_run, optimizer_step, start_backend

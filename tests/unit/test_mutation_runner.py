@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from launching import ROOT
+from support.launching import ROOT
 
 RUNNER = ROOT / "tests" / "mutation" / "run.py"
 TESTS = """

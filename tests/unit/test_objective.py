@@ -5,9 +5,9 @@ scales. Rounds: float32 (1e-5 of values, 1e-4 of gradients).
 """
 
 import numpy as np
-import oracles
 import pytest
 import torch
+from support import oracles
 
 from safereg_dist.config import RegularizerConfig
 from safereg_dist.data import collate, filler

@@ -6,9 +6,9 @@ central differences in float64 with a step of 1e-5 agree to about 1e-9 of the gr
 """
 
 import numpy as np
-import oracles
 import pytest
 from head_oracle import central_differences
+from support import oracles
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from builders import random_rows, save_model, tiny_model, write_jsonl
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
