@@ -117,7 +117,13 @@ def _config_of(model: PreTrainedModel, settings: Path | str | Mapping[str, Any])
             f"settings hold {', '.join(sorted(map(str, unknown)))}: only {', '.join(SECTIONS)} say "
             "how to regularise; data, engine and optimizer are the loop's own"
         )
-    return config_from_dict({**given, "model": model.name_or_path or "-", "data": {"train": "-"}})
+    config = config_from_dict({**given, "model": model.name_or_path or "-", "data": {"train": "-"}})
+    if config.reference.cache is not None or config.reference.balance not in ("auto", "none"):
+        raise ConfigError(
+            "reference.cache and reference.balance=deal or exchange need the data of a whole run: "
+            "use `safereg train`, or leave them out"
+        )
+    return config
 
 
 def _reference(

@@ -340,6 +340,9 @@ def test_validation_is_the_plain_cross_entropy():
 def test_settings_that_are_the_loops_own_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="settings hold optimizer: only reference, risk"):
         prepare(tiny_model(), {"optimizer": {"lr": 1.0}})
+    for key in ({"cache": "store"}, {"balance": "exchange"}):
+        with pytest.raises(ConfigError, match="need the data of a whole run"):
+            prepare(tiny_model(), {**SETTINGS, "reference": key})
     file = tmp_path / "safety.yaml"
     file.write_text("risk: {estimator: colum}")
     with pytest.raises(SafeRegError, match="colum"):
