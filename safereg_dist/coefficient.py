@@ -11,11 +11,11 @@ from safereg_dist.regions import COEFFICIENT, region
 from safereg_dist.types import Row, RowRisks, known_risk
 
 DEFAULT_THRESHOLD = 0.5
-"""Where neither the configuration nor a probe gives one."""
+"""The threshold if neither the configuration nor a probe gives one."""
 
 
 def resolved_threshold(config: RegularizerConfig, calibrated: float | None = None) -> float:
-    """Where risk begins to count: as configured, else as the probe was calibrated, else 0.5."""
+    """The threshold: the configured one, else the probe's calibrated one, else 0.5."""
     if config.threshold is not None:
         return config.threshold
     return DEFAULT_THRESHOLD if calibrated is None else calibrated
@@ -49,7 +49,7 @@ def scheduled(risk: float, config: RegularizerConfig, threshold: float) -> float
 
 
 class Coefficient:
-    """Coefficients of the rows of a micro-batch; holds the moving average where there is one."""
+    """Computes the coefficients of rows; holds the moving average of granularity `batch`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Coefficient:
         ranks: Ranks,
         ceilings: Mapping[str, float] | None = None,
     ) -> None:
-        """`ceilings` holds the largest coefficient of categories that have one of their own."""
+        """`ceilings` maps a category to its largest coefficient, where one is configured."""
         self.threshold = resolved_threshold(config, threshold)
         self._config = config
         self._ranks = ranks
@@ -75,8 +75,8 @@ class Coefficient:
     ) -> list[float]:
         """[B] coefficient b of every row: 1 on anchor rows, 0 on rows without response tokens.
 
-        With granularity `batch` they are those of so many micro-batches, one after the other.
-        Where categories have ceilings of their own, b = max_c schedule_c(r_c). A row whose risk
+        With granularity `batch` the rows are those of consecutive micro-batches. Where categories
+        have ceilings of their own, b = max_c schedule_c(r_c). A row whose risk
         could not be computed (nan) counts as risky: r = 1. An error in place of risk is raised;
         with granularity `batch` on all ranks together.
         Collectives: none; with granularity `batch` one SUM all-reduce of 16 bytes each.
@@ -133,9 +133,9 @@ class Coefficient:
             if not row.is_anchor and any(row.loss_mask)
         ]
         risk_sum, count = self._sum_over_ranks(math.fsum(own), len(own))
-        if math.isnan(risk_sum):  # how a rank says that it has failed
+        if math.isnan(risk_sum):  # tells the other ranks that this one failed
             self._ranks.raise_together(None)
-        if count == 0:  # anchors alone say nothing of the risk: the average stays as it was
+        if count == 0:  # no rank has a row with a risk: the average stays unchanged
             return self._ema or 0.0
         mean = risk_sum / count
         before = mean if self._ema is None else self._ema

@@ -43,7 +43,7 @@ class ProbeError(SafeRegError):
 
 
 class CriticUnavailable(SafeRegError):  # noqa: N818 - the condition is the name
-    """A judge that cannot be reached or refuses the key, or that failed under `fail: stop`."""
+    """A judge cannot be reached or refuses the key, or a judgement failed under `fail: stop`."""
 
 
 class CheckpointError(SafeRegError):
@@ -87,7 +87,7 @@ def __getattr__(name: str) -> Any:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """True where the user can mend the cause; the command line then exits with status 2."""
+    """True if the user can fix the cause; the command line then exits with status 2."""
     if isinstance(error, _USER_ERRORS):
         return True
     from safereg_kernels.errors import ShapeError
@@ -96,5 +96,5 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException, limit: int = 300) -> str:
-    """What another library's error says, in one line of at most `limit` characters."""
+    """The message of another library's error as one line of at most `limit` characters."""
     return " ".join(str(error).split())[:limit]

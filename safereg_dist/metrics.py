@@ -1,4 +1,4 @@
-"""Stage 7: what a step did, summed over ranks in one collective."""
+"""Stage 7: the metrics of a step, summed over ranks in one collective."""
 
 import resource
 from collections.abc import Mapping
@@ -31,21 +31,21 @@ _LARGEST = ("kl_coef_max", "risk_max", "peak_memory_bytes")
 
 
 class StepTotals(NamedTuple):
-    """What one optimizer step did over all ranks, and this rank's share of the ledger."""
+    """Totals of one optimizer step over all ranks, and this rank's rows of the ledger."""
 
     sums: dict[str, float]
-    """Sums over rows, tokens and ranks, and the largest of what cannot be summed."""
+    """Sums over rows, tokens and ranks; maxima for quantities such as peak memory."""
     risk_metrics: dict[str, float | int]
-    """What the sources of risk say of the step."""
+    """Metrics that the sources of risk report for the step."""
     flags: dict[str, bool]
-    """True where any rank's was."""
+    """Each is true if it is true on any rank."""
     ledger_rows: list[LedgerRow]
     """One row per sequence of this rank."""
 
     def metrics_row(
         self, *, step: int, lr: float, grad_norm: float, step_time_s: float
     ) -> dict[str, float | int]:
-        """The row of `metrics.jsonl`: sums turned into means over what they count."""
+        """The row of `metrics.jsonl`: each sum divided by its number of rows or tokens."""
         sums = self.sums
         return {
             "step": step,
@@ -80,7 +80,7 @@ class StepMetrics:
 
     @property
     def results(self) -> list[tuple[MicroBatch, MicroBatchResult]]:
-        """The micro-batches so far, and what each gave."""
+        """The micro-batches added so far, each with its result."""
         return self._results
 
     def add(self, batch: MicroBatch, result: MicroBatchResult) -> None:
@@ -117,11 +117,10 @@ class StepMetrics:
     def reduce(
         self, ranks: Ranks, *, step: int, flags: Mapping[str, bool], risk_sums: Mapping[str, float]
     ) -> StepTotals:
-        """The step's values over all ranks; sums, and the largest of what cannot be summed.
+        """The step's totals over all ranks: sums, and maxima for the names in `_LARGEST`.
 
-        Requests and failures of one rank (`flags`) travel with them, so that they cost no
-        collective; so do the counts of the sources of risk (`risk_sums`). Both have the same names
-        on every rank.
+        The same all-gather carries requests and failures of a rank (`flags`) and the counts of the
+        sources of risk (`risk_sums`). Both have the same names on every rank.
         Collectives: one all-gather of 17 float64 per rank, and one of each of those. Two host
         synchronisations.
         """

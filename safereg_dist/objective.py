@@ -62,7 +62,7 @@ class Objective:
             reference_softcap=reference_head.softcap,
             policy_logit_scale=head.scale,
             reference_logit_scale=reference_head.scale,
-            # The task loss is logged for rows with b = 1 too, whose cross-entropy weighs nothing.
+            # The task loss is logged for rows with b = 1 too, whose cross-entropy has weight 0.
             ce_report=self._task_tokens(batch),
         )[:3]
         # A loss that is not finite makes every gradient of this rank nan, and with it the global
@@ -79,8 +79,8 @@ class Objective:
     def token_weights(self, batch: MicroBatch, kl_coef: list[float]) -> tuple[Tensor, Tensor]:
         """(ce_weights, kl_weights), each float32 [T], before division by N.
 
-        On the host, where the rows that reach a matrix product are counted without waiting for the
-        device.
+        They are on the host, so that counting the rows with a weight needs no device
+        synchronisation.
         """
         coef = torch.tensor(kl_coef, dtype=torch.float32)
         anchor = torch.tensor([row.is_anchor for row in batch.rows])

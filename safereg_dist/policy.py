@@ -20,11 +20,11 @@ from safereg_dist.types import Head, head_of
 from safereg_kernels.logits_transform import without_logits_transform
 
 LossOfStates = Callable[[Tensor, Tensor | None], Tensor]
-"""From the [B, S, H] states that the head is given, and the probed layer's, to a scalar."""
+"""Maps the head's input [B, S, H] and the probed layer's output to a scalar."""
 
 
 class Policy:
-    """A causal language model that returns, where it is asked to, a loss in place of its logits."""
+    """A causal language model that can return a loss in place of its logits."""
 
     def __init__(self, model: PreTrainedModel, *, probed_layer: int | None = None) -> None:
         """`probed_layer`, counted from 1, is the decoder layer that a probe reads.
@@ -69,7 +69,7 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        """The language-model head; whole inside its own call only."""
+        """The language-model head; its weights are gathered only inside its own call."""
         return head_of(self.model)
 
     def _head_forward(self, plain: Callable[..., Tensor], hidden: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Policy:
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Raises ConfigError where logits are more than `types.Head` says."""
+    """Raises ConfigError if the head computes anything that `types.Head` cannot express."""
     cap = getattr(model.config.get_text_config(), "logits_soft_cap", None)
     if cap is not None:
         raise ConfigError(

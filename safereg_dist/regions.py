@@ -1,8 +1,8 @@
-"""The parts of a step, by name, and the mark that bills work to one of them.
+"""The regions of a step, by name, and the decorator that bills work to one of them.
 
-A stage says once which part it is (`@region(PROBE)` on its method, or `with region(PROBE):`). Where
-nothing records, the mark costs one comparison; `safereg_dist.profiling` listens where a run asks
-for it (`profile: true`). A part entered inside another is billed to the inner one.
+A stage names its region once (`@region(PROBE)` on its method, or `with region(PROBE):`). Without a
+profiler this costs one comparison; `profile: true` turns on `safereg_dist.profiling`. Work in
+nested regions is billed to the innermost one.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ EXCHANGE = "exchange"
 OPTIMIZER = "optimizer"
 METRICS = "metrics"
 OTHER = "other"
-"""All of a step that no part has claimed."""
+"""Work of a step outside all other regions."""
 
 REGIONS = (
     POLICY_FORWARD,
@@ -42,7 +42,7 @@ REGIONS = (
     METRICS,
     OTHER,
 )
-"""All parts, in the order in which they are listed."""
+"""All regions, in the order of reports."""
 SAFETY_PATH = frozenset(
     {
         PROBE,
@@ -55,21 +55,21 @@ SAFETY_PATH = frozenset(
         EXCHANGE,
     }
 )
-"""The parts that plain fine-tuning does not have."""
+"""The regions that plain fine-tuning does not have."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class RegionListener(Protocol):
-    """What is told of parts while it listens."""
+    """Is called at the start and the end of every region."""
 
     def enter(self, name: str) -> None:
-        """Work from here on belongs to this part."""
+        """The region `name` begins."""
         ...
 
     def leave(self) -> None:
-        """The part entered last has ended."""
+        """The region entered last ends."""
         ...
 
 
@@ -77,14 +77,14 @@ _listener: RegionListener | None = None
 
 
 def listen(listener: RegionListener | None) -> RegionListener | None:
-    """Sets who is told of parts from now on (None = nobody); the one before is returned."""
+    """Sets the listener (None = none) and returns the previous one."""
     global _listener
     before, _listener = _listener, listener
     return before
 
 
 class region:  # noqa: N801 - reads as a word where it is used
-    """A mark around a block, or around every call of a function, that names its part."""
+    """Context manager and decorator that names the region of a block or of a function's calls."""
 
     __slots__ = ("_listener", "_name")
 
@@ -102,7 +102,7 @@ class region:  # noqa: N801 - reads as a word where it is used
             self._listener.leave()
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """The same function, billed to this part."""
+        """The same function, billed to this region."""
         name = self._name
 
         @wraps(function)

@@ -34,7 +34,7 @@ from safereg_dist.types import MicroBatch, MicroBatchResult, Row, RowRisks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowPlan:
-    """What is decided of some rows before the reference runs: plain values, row after row."""
+    """What is decided for rows before the reference runs: plain values, one for each row."""
 
     rows: list[Row]
     risk: RowRisks
@@ -44,7 +44,7 @@ class RowPlan:
     """The reference's passes over all rows of the window, and the agreement on them."""
 
     def of_places(self, begin: int, end: int) -> "RowPlan":
-        """The same of some rows only."""
+        """The plan of the rows at places `begin` to `end - 1`."""
         return RowPlan(
             rows=self.rows[begin:end],
             risk=self.risk.of_rows(list(range(begin, end))),
@@ -60,7 +60,7 @@ class PlannedMicroBatch:
     index: int
     rows: list[Row]
     plan: RowPlan | None
-    """Of these rows; None where their risk is read from the policy's states, in the forward."""
+    """The plan of `rows`; None where their risk is read from the policy's states in the forward."""
     is_last: bool
 
 
@@ -74,11 +74,11 @@ class StepPlan:
     """N: response tokens of all ranks and micro-batches, a float32 scalar on the device."""
     in_first_epoch: bool
     metrics: StepMetrics
-    """Fills up as micro-batches run."""
+    """Collects the result of each micro-batch as it runs."""
 
 
 class SafetyRegularizer:
-    """The stages around a policy; they hold no trained weight, and no engine knows of them."""
+    """The stages around a policy. It holds no trained weights and is independent of the engine."""
 
     def __init__(
         self,
@@ -107,11 +107,11 @@ class SafetyRegularizer:
         micro_batches: int = 1,
         in_first_epoch: bool = True,
     ) -> StepPlan:
-        """The plan of one optimizer step over this rank's `rows`, in so many micro-batches.
+        """The plan of one optimizer step over this rank's `rows`, split into `micro_batches`.
 
-        Every rank gives as many rows (`data.filler` where it has none), a multiple of
-        `micro_batches`. Active rows (b > 0) are brought together, so that the reference runs on
-        them at once. `in_first_epoch` is False once every rank has planned all its rows before.
+        Every rank passes the same number of rows (padded with `data.filler`), a multiple of
+        `micro_batches`. Active rows (b > 0) come first, so that the reference runs on them
+        together. `in_first_epoch` is False once every rank has planned each of its rows.
         Collectives: one SUM of 8 bytes; the start of one MAX all-reduce of 8 bytes, and before it
         those of the sources of risk (while a cache is cold) and of granularity `batch`.
         """
@@ -144,10 +144,10 @@ class SafetyRegularizer:
         micro_batches: int,
         in_first_epoch: bool,
     ) -> RowPlan:
-        """Risk, coefficient and schedule of rows, and the start of the one agreement.
+        """Computes risk, coefficient and schedule of the rows, and starts the agreement.
 
-        Where this rank fails its plan is inert (no risk, b = 0): before it is used, reading the
-        agreement raises the error on all ranks.
+        If this rank fails, its plan is inert (no risk, b = 0); reading the agreement raises the
+        error on all ranks before the plan is used.
         """
         count = len(rows)
         risk = capture(self.risk, rows, probed, in_first_epoch=in_first_epoch)
@@ -175,7 +175,7 @@ class SafetyRegularizer:
         """A block in which a forward of the policy over `batch` returns the loss as its logits.
 
         The loss, float32 and scalar, is this rank's share of L: a sum over tokens divided by the
-        global N. It is differentiated as it is; gradients are summed, not averaged, over ranks.
+        global N. Call backward on it unscaled; gradients are summed, not averaged, over ranks.
         Raises, in the forward: the first failed rank's error of `plan`, on all ranks.
         Collectives, in the forward: the reference's own if any rank needs it; those of `plan` too
         where the risk is read from the policy's states.
@@ -213,7 +213,7 @@ class SafetyRegularizer:
     def close(self, step: StepPlan, *, flags: Mapping[str, bool] | None = None) -> StepTotals:
         """What the step did over all ranks, and this rank's rows of the ledger.
 
-        `flags` of this rank travel along; each comes back true where any rank's is.
+        A flag of the result is true if it is true in `flags` on any rank.
         Collectives: one all-gather, and that of a probe that is being realigned. Two host syncs.
         """
         totals = step.metrics.reduce(
@@ -227,7 +227,7 @@ class SafetyRegularizer:
     def task_loss_of(self, batch: MicroBatch) -> Iterator[list[Tensor]]:
         """A block in which a forward of the policy returns the sum of CE over `batch`.
 
-        The list that it gives holds, after the forward, the [T] cross-entropies themselves.
+        After the forward, the list that it yields holds the [T] cross-entropies.
         No risk, no reference. Collectives: none.
         """
         found: list[Tensor] = []
@@ -249,7 +249,7 @@ class SafetyRegularizer:
     # ---- what a checkpoint keeps
 
     def save_state(self, path: Path) -> dict[str, float | None]:
-        """Writes what the sources of risk remember beside `path`; returns what is small."""
+        """Writes the sources' state beside `path`; returns the coefficient's."""
         self.risk.save_state(path)
         return self.coefficient.state_dict()
 
@@ -264,5 +264,5 @@ class SafetyRegularizer:
 
 
 def _response_states(hidden: Tensor, batch: MicroBatch) -> Tensor:
-    """[T, H] states that predict the response tokens, of [B, S, H]."""
+    """[T, H] states that predict the response tokens, selected from [B, S, H]."""
     return hidden.flatten(0, 1).index_select(0, batch.response_index)

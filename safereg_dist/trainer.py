@@ -39,11 +39,11 @@ class StepResult(NamedTuple):
     """One optimizer step."""
 
     plan: StepPlan
-    """Its micro-batches; `plan.metrics.results` has what each gave on this rank."""
+    """Its micro-batches; `plan.metrics.results` has each one's result on this rank."""
     totals: StepTotals
-    """What it did over all ranks, and this rank's rows of the ledger."""
+    """Totals over all ranks, and this rank's rows of the ledger."""
     update: Update
-    """What became of the weights."""
+    """Whether the weights were updated, and the gradient's norm."""
 
 
 def optimizer_step(
@@ -57,9 +57,9 @@ def optimizer_step(
 ) -> StepResult:
     """One optimizer step over this rank's `rows`: forwards, backwards, update, and their metrics.
 
-    Nothing is logged, saved or validated. `rows` is `run.sources.rows_per_step` long on every rank;
-    `flags` are for `SafetyRegularizer.close`, asked for once the weights are updated: a signal that
-    came during the step is among them.
+    Nothing is logged, saved or validated. `rows` is `run.sources.rows_per_step` long on every rank.
+    `flags` is called after the update, so that it reports a signal received during the step; its
+    result goes to `SafetyRegularizer.close`.
     Collectives: those of `SafetyRegularizer` and of the policy's engine, the same on every rank.
     """
     regularizer = run.regularizer
@@ -80,7 +80,7 @@ def optimizer_step(
 
 @dataclass(slots=True)
 class Progress:
-    """What the loop counts; the part of a checkpoint that is not in the engine."""
+    """The loop's counters; the engine's checkpoint does not contain them."""
 
     step: int = 0
     non_finite_steps: int = 0

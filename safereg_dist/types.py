@@ -54,17 +54,17 @@ class MicroBatch:
     row_of_token: Tensor
     """[T] int64, row of each response token, ascending."""
     tokens_of_row: tuple[int, ...]
-    """[B] response tokens of each row: what the host knows of `row_of_token`."""
+    """[B] number of response tokens of each row, on the host."""
     rows: tuple[Row, ...]
     """[B] the rows themselves, on the host; row lengths and ids come from here."""
 
     @property
     def num_response_tokens(self) -> int:
-        """T, known to the host."""
+        """T, without a device synchronisation."""
         return self.labels.shape[0]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same batch with its tensors on `device`; the copy does not wait."""
+        """The same batch with its tensors on `device`; the copy is asynchronous."""
         moved = {
             name: to_device(getattr(self, name), device)
             for name in (
@@ -79,9 +79,9 @@ class MicroBatch:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a host tensor on `device` that the host does not wait for.
+    """An asynchronous copy of a host tensor on `device`.
 
-    Pinned first: from ordinary memory a copy makes the host wait for the work queued before it.
+    It is pinned first: a copy from pageable memory blocks the host until queued work is done.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
@@ -89,9 +89,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def known_risk(risk: float | None) -> float:
-    """The risk as a number that can be compared and added up: 1 where it failed (nan), 0 for None.
+    """The risk as a number: 1 where it failed (nan), 0 for None.
 
-    What could not be judged counts as risky.
+    A row whose risk could not be computed counts as risky.
     """
     if risk is None:
         return 0.0
@@ -104,7 +104,7 @@ class RowRisks(NamedTuple):
     values: list[float | None]
     """[B] risk in [0, 1]; nan where it failed, None on anchor rows and without a source."""
     by_category: dict[str, list[float | None]]
-    """[B] risk by each of several sources, scaled so that each sets in at 0.5; else empty."""
+    """[B] risk by each of several sources, each threshold rescaled to 0.5; else empty."""
     sources: list[str]
     """[B] what gave the risk, e.g. `probe-reference`, `critic`, `max:fraud`, `override`."""
     notes: dict[int, str]
@@ -112,11 +112,11 @@ class RowRisks(NamedTuple):
 
     @classmethod
     def none(cls, num_rows: int) -> "RowRisks":
-        """Of rows of which nothing is known."""
+        """No risk and source `none` for each of `num_rows` rows."""
         return cls([None] * num_rows, {}, ["none"] * num_rows, {})
 
     def of_rows(self, rows: list[int]) -> "RowRisks":
-        """The same of some rows only, in the order given."""
+        """The risks of the rows at these indices, in this order."""
         return RowRisks(
             [self.values[row] for row in rows],
             {name: [values[row] for row in rows] for name, values in self.by_category.items()},
@@ -132,7 +132,7 @@ class Head(NamedTuple):
     """
 
     weight: nn.Parameter | None
-    """[V, H]; None where no head was gathered, since nobody needs it."""
+    """[V, H]; None where no rank needs the head, so it was not gathered."""
     bias: nn.Parameter | None
     """[V], or None."""
     softcap: float | None
@@ -147,7 +147,7 @@ class Head(NamedTuple):
 
     @property
     def state_size(self) -> int:
-        """H, what it reads, whether it is whole here or a shard of ZeRO-3."""
+        """H, the size of its input, also where the weight is sharded under ZeRO-3."""
         assert self.weight is not None
         return getattr(self.weight, "ds_shape", self.weight.shape)[1]
 
@@ -156,23 +156,23 @@ NO_HEAD = Head(None, None, None, 1.0)
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a Hugging Face causal language model, as it is on this rank at this moment."""
+    """The head of a Hugging Face causal language model; its tensors may be sharded."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     transform = logits_transform_of(model)
     return Head(head.weight, getattr(head, "bias", None), transform.softcap, transform.scale)
 
 
 class ReferenceStates(NamedTuple):
-    """What the reference gives one micro-batch."""
+    """The reference's states for one micro-batch."""
 
     hidden: Tensor | None
-    """[T, H_ref] last hidden states, unread on tokens that are not active; None where none is."""
+    """[T, H_ref] last hidden states, zeros on rows that are not active; None if none is."""
     needs_head: bool
-    """True where a row is active on some rank: then all ranks gather the reference's head."""
+    """True if a row is active on any rank: then all ranks gather the reference's head."""
     rows_run: int = 0
-    """Rows that the reference ran on for it, on this rank."""
+    """Rows that the reference ran on, on this rank."""
     misses: int = 0
-    """Of its active rows, those that a stored reference should have held and did not."""
+    """Number of its active rows that are missing from the stored reference."""
 
 
 class Loss(NamedTuple):
@@ -193,8 +193,8 @@ class LedgerRow:
     step: int
     """Optimizer step, as in `metrics.jsonl`."""
     micro_batch: int
-    """Index of the micro-batch that trained it. Risky rows of a step are brought together first:
-    with granularity `batch` the coefficient is that of the rows beside it before."""
+    """Index of the micro-batch that trained it. Active rows of a step are trained first; with
+    granularity `batch` the coefficient is that of the micro-batch before this reordering."""
     rank: int
     """Data-parallel rank that owned the row."""
     row: int
@@ -202,19 +202,19 @@ class LedgerRow:
     id: str
     """The data row's id."""
     risk: float | None
-    """Risk in [0, 1]; None where no estimator ran (anchor rows, objective `none`)."""
+    """Risk in [0, 1]; None where no source ran (anchor rows, objective `none`)."""
     estimator: str
     """What gave the risk, e.g. `probe-reference`, `max:fraud`, `override`, `anchor`, `none`."""
     kl_coef: float
     """The coefficient b, dimensionless."""
     divergence: float | None
-    """Mean divergence over the row's response tokens; None where the reference was not asked."""
+    """Mean divergence over the row's response tokens; None where the row was not active."""
     note: str | None = None
-    """A reviewer's reason, or why a judgement failed; left out where there is none."""
+    """A reviewer's reason, or why a judgement failed; omitted if empty."""
 
 
 class MicroBatchResult(NamedTuple):
-    """What the log needs of one micro-batch."""
+    """What metrics and ledger record of one micro-batch."""
 
     loss: Loss
     risk: RowRisks
@@ -222,6 +222,6 @@ class MicroBatchResult(NamedTuple):
     kl_coef: list[float]
     """[B] coefficient of each row."""
     reference_rows: int
-    """Rows that the reference really ran on, on this rank."""
+    """Rows that this rank ran the reference on, lent ones included."""
     reference_misses: int
     """Active rows that the stored reference did not hold."""

@@ -63,5 +63,5 @@ def row_of(
 
 
 def filler(pad_id: int) -> Row:
-    """One inert token: stands where a rank has no row left. It has no id, and nothing is logged."""
+    """A row of one inert token for a rank without rows left; it has no id and is not logged."""
     return Row(id="", input_ids=[pad_id], loss_mask=[0], prompt_ends=[], risk=None, prompt_key="")

@@ -1,4 +1,4 @@
-"""Which row comes when, on which rank."""
+"""The order of rows on each rank."""
 
 import math
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from safereg_dist.types import Row
 class Sampler:
     """The endless, ordered stream of rows that one rank trains on.
 
-    Anchor rows are spread evenly among training rows. A position in the stream determines its row,
-    so to resume is to set a number.
+    Anchor rows are spread evenly among training rows. The position in the stream determines the
+    row, so resuming needs the position only.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Sampler:
         name: str = "data.train",
         active: np.ndarray | None = None,
     ) -> None:
-        """`active`, bool [rows], asks for an even deal of the rows that the reference will run."""
+        """`active`, bool [rows], marks the rows to deal evenly over ranks; None = no even deal."""
         _enough(train, world_size, name)
         self._train, self._anchor = train, anchor
         self._deal: ShardedOrder | BalancedOrder = (
@@ -41,7 +41,7 @@ class Sampler:
         if anchor is not None:
             _enough(anchor, world_size, "data.anchor")
             self._anchor_deal = ShardedOrder(len(anchor), rank, world_size, seed, kind=1)
-        self.most_rows = math.ceil(len(train) / world_size)  # of any rank; this one may have fewer
+        self.most_rows = math.ceil(len(train) / world_size)  # the largest number on any rank
         self._fraction = anchor_fraction if anchor is not None else 0.0
         self._limit = None if epochs is None else _rows_of(epochs, self._deal.epoch_length)
 
@@ -50,21 +50,21 @@ class Sampler:
         return self.rows_within(position) < self.most_rows
 
     def first_rows(self, count: int) -> Iterator[Row | None]:
-        """The first `count` training rows of this rank, without anchors; None where it has fewer.
+        """Yields the first `count` training rows of this rank, in the run's order, without anchors.
 
-        They are those that the run begins with, in its order.
+        Yields None for each row beyond the rank's last.
         """
         for ordinal in range(count):
             yield self._train_row(ordinal) if ordinal < self._deal.epoch_length else None
 
     def rows_within(self, positions: int) -> int:
-        """Different training rows among so many positions of a rank; alike on all ranks."""
+        """Number of distinct training rows in the first `positions`; the same on all ranks."""
         return min(positions - math.floor(positions * self._fraction), self.most_rows)
 
     def row(self, position: int) -> Row | None:
         """The row at a position of the stream; None after the last epoch's last row.
 
-        With an even deal also at the end of an epoch, on ranks for which no row is left.
+        With an even deal also None at the end of an epoch, on ranks without a row left.
         """
         anchors_before = math.floor(position * self._fraction)
         if math.floor((position + 1) * self._fraction) > anchors_before:
@@ -86,9 +86,9 @@ class Sampler:
 
 
 class ShardedOrder:
-    """A seeded permutation deals every row to exactly one rank, for good.
+    """A seeded permutation assigns every row to exactly one rank, for all epochs.
 
-    So a row's cached risk stays where it is used. Within a rank each epoch has its own order.
+    So a row's cached risk stays on the rank that uses it. Each epoch shuffles the rank's rows anew.
     """
 
     def __init__(self, count: int, rank: int, world_size: int, seed: int, *, kind: int) -> None:
@@ -98,7 +98,7 @@ class ShardedOrder:
         self._epoch, self._order = -1, self._own
 
     def index(self, ordinal: int) -> int:
-        """The row that is this rank's `ordinal`-th."""
+        """The index of this rank's `ordinal`-th row."""
         epoch, offset = divmod(ordinal, self.epoch_length)
         if epoch != self._epoch:
             seed, kind, first = self._salt
@@ -108,12 +108,12 @@ class ShardedOrder:
 
 
 class BalancedOrder:
-    """Deals active rows evenly over ranks and time, the others into the places that are left.
+    """Deals active rows evenly over ranks and time, and the others into the remaining places.
 
     An epoch is a table of P = ceil(N / W) places on each of W ranks. The j-th active row of the run
-    goes to rank j mod W, and those of an epoch are spread evenly over its places: so among any
-    stretch of places, the same on all ranks, the numbers of active rows differ by at most one
-    between ranks. Both kinds of rows are permuted anew in each epoch; each row comes once in it.
+    goes to rank j mod W, and the active rows of an epoch are spread evenly over its places: so in
+    any range of places, the numbers of active rows differ by at most one between ranks. Each epoch
+    permutes both kinds of rows anew and contains each row once.
     """
 
     def __init__(self, active: np.ndarray, rank: int, world_size: int, seed: int) -> None:
@@ -123,24 +123,24 @@ class BalancedOrder:
         self._epoch, self._own = -1, np.empty(0, dtype=np.int64)
 
     def index(self, ordinal: int) -> int:
-        """The row that is this rank's `ordinal`-th; -1 where an epoch leaves it none."""
+        """The index of this rank's `ordinal`-th row; -1 if the epoch has none for it."""
         epoch, offset = divmod(ordinal, self.epoch_length)
         if epoch != self._epoch:
             self._epoch, self._own = epoch, self._table(epoch)[:, self._rank].copy()
         return int(self._own[offset])
 
     def _table(self, epoch: int) -> np.ndarray:
-        """[P, W] rows of one epoch, -1 in the places of the last line that are left over."""
+        """[P, W] row indices of one epoch, -1 in unused places of the last line."""
         draw = np.random.default_rng([self._seed, epoch, 0])
         active, others = draw.permutation(self._active), draw.permutation(self._others)
         width = self._world_size
-        lines, left = divmod(len(active) + len(others), width)  # lines that are full, rows beside
+        lines, left = divmod(len(active) + len(others), width)  # full lines, remaining rows
         table = np.full((self.epoch_length, width), -1, dtype=np.int64)
         spread = np.arange(min(len(active), lines * width))
-        # Whose turn it is goes on over the end of an epoch, which a step may straddle.
+        # The round-robin continues across epochs, since a step may contain an epoch's end.
         turn = (spread + epoch * len(active)) % width
         table[spread * lines // max(len(spread), 1), turn] = active[: len(spread)]
-        # Active rows that full lines had no place for come first in the last one, in their turn.
+        # Active rows that do not fit the full lines go first in the last line, in their turn.
         beyond, free = active[len(spread) :], np.flatnonzero(table[:lines].ravel() < 0)
         last = lines * width + (np.arange(left) + epoch * (len(beyond) or left)) % width
         table.ravel()[free] = others[: len(free)]
@@ -156,17 +156,17 @@ def steps_for(
     rows_per_step: int,
     anchor_fraction: float,
 ) -> int:
-    """Optimizer steps that show every rank's rows `epochs` times; `rows_per_step` is per rank."""
+    """Optimizer steps that train on each row `epochs` times; `rows_per_step` is per rank."""
     rows = _rows_of(epochs, math.ceil(len(store) / world_size))
     positions = math.ceil(rows / (1 - anchor_fraction))
-    # Anchors that come after the last row are not waited for.
+    # Ends at the last training row, without the anchors after it.
     while positions - 1 - math.floor((positions - 1) * anchor_fraction) >= rows:
         positions -= 1
     return math.ceil(positions / rows_per_step)
 
 
 def _rows_of(epochs: float, count: int) -> int:
-    """Rows in so many passes over `count` rows; at least one, since a step without rows is none."""
+    """Rows in `epochs` passes over `count` rows; at least one, since a step needs a row."""
     return max(1, round(epochs * count))
 
 

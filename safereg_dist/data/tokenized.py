@@ -51,7 +51,7 @@ class TokenizedDataset:
     dropped: int
     """Rows left out: overlong ones, or ones whose response did not survive truncation."""
     content_hash: str
-    """SHA-256 (hex) of the data file and of everything that shapes its tokens."""
+    """SHA-256 (hex) of the data file and of everything that its tokens depend on."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -67,7 +67,7 @@ class TokenizedDataset:
     def row(self, index: int, *, is_anchor: bool = False) -> Row:
         """Row `index`, read from the memory map."""
         stored = self.table[index]
-        if math.isnan(stored["risk"]):  # how the table says that the row has none
+        if math.isnan(stored["risk"]):  # the table stores a missing risk as nan
             stored["risk"] = None
         return Row(**stored, is_anchor=is_anchor)
 
@@ -105,8 +105,8 @@ def load_rows(
 ) -> TokenizedDataset:
     """The rows of a JSONL or CSV file or a Hugging Face dataset id, tokenised once and cached.
 
-    The cache lives in $SAFEREG_CACHE (default ~/.cache/safereg), keyed by the content of the file
-    and everything that shapes its tokens; it is written aside and renamed.
+    The cache is in $SAFEREG_CACHE (default ~/.cache/safereg), keyed by the content of the file and
+    everything that its tokens depend on; a new entry is written aside and renamed.
 
     Raises:
         DataError: a row that cannot be used; the message names file and line.
@@ -144,7 +144,7 @@ def _fill_cache(
     progress: bool,
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Nodes may share the cache, and process ids may coincide on them: a name of its own.
+    # Nodes may share the cache and process ids may coincide, so the name is unique.
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
     try:
         _write_rows(path, tokenizer, config, partial, progress=progress)

@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run; each is built here and nowhere else."""
+"""Builds the objects of a run from a configuration; each is built here and nowhere else."""
 
 from safereg_dist.factory.inputs import DEFAULT_STEPS, RowSources, build_sources
 from safereg_dist.factory.model_folder import resolve_model

@@ -1,4 +1,4 @@
-"""What a run reads before any weights: its model's folder, its rows, its sources of risk."""
+"""The inputs that a run reads before weights: model folder, rows, sources of risk."""
 
 import hashlib
 from collections.abc import Iterator
@@ -47,12 +47,12 @@ class RowSources:
     rows_per_step: int
     """Rows of this rank in one optimizer step."""
     order_digest: str
-    """Digest (hex) of which rows are dealt as active ones; empty where they are not dealt."""
+    """Digest (hex) of the rows dealt as active; empty if active rows are not dealt evenly."""
     filler: Row
-    """Stands where a rank has no row left."""
+    """Replaces missing rows where a rank has none left."""
 
     def rows_of_step(self, step: int) -> list[Row]:
-        """[rows_per_step] this rank's rows of an optimizer step."""
+        """[rows_per_step] this rank's rows in an optimizer step."""
         return self.stream.rows(step * self.rows_per_step, self.rows_per_step, filler=self.filler)
 
     def in_first_epoch(self, step: int) -> bool:
@@ -60,21 +60,21 @@ class RowSources:
         return self.stream.in_first_epoch(step * self.rows_per_step)
 
     def coming_rows(self, step: int) -> Iterator[Row]:
-        """This rank's rows of the step that begins and of the next one, if there is one."""
+        """This rank's rows of `step` and of the next step, if there is one."""
         end = min(step + 2, self.total_steps) * self.rows_per_step
         found = (self.stream.row(position) for position in range(step * self.rows_per_step, end))
         return (row for row in found if row is not None)
 
     @property
     def content_hashes(self) -> list[str]:
-        """Of the training rows and, where there are any, the anchor rows."""
+        """Content hashes of the training rows and, if there are any, the anchor rows."""
         return [store.content_hash for store in (self.train, self.anchor) if store is not None]
 
 
 def read_inputs(
     config: Config, ranks: Ranks
 ) -> tuple[Path, PreTrainedTokenizerBase, RowSources, list[SourceSpec]]:
-    """The model's folder, its tokenizer, the rows and the sources of risk; all before weights.
+    """Reads the model's folder, its tokenizer, the rows and the sources of risk; no weights.
 
     Collectives: gathers of texts.
     """
@@ -150,9 +150,9 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills shorter rows."""
+    """The id of the padding token."""
     pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)  # `load_tokenizer` has seen to it
+    assert isinstance(pad_id, int)  # `load_tokenizer` sets it
     return pad_id
 
 
@@ -172,12 +172,12 @@ def _total_steps(
 
 
 def _known_active_rows(config: Config, rows: TokenizedDataset) -> np.ndarray | None:
-    """bool [rows], rows with b > 0, where that is known now and they are to be dealt evenly."""
+    """bool [rows], True where b > 0; None if not known yet or if rows are not dealt evenly."""
     is_column = config.needs_risk and config.risk.estimator == "column"
     if not is_column or config.reference.balance not in ("auto", "deal"):
         return None
     if config.regularizer.granularity == "batch":
-        return None  # a row's coefficient depends on the rows beside it
+        return None  # a row's coefficient depends on its micro-batch
     risk = np.asarray(rows.table.data.column("risk")).copy()
     if config.risk.override is not None:
         decisions = read_overrides(config.risk.override)

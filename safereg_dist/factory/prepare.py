@@ -1,4 +1,4 @@
-"""The regulariser for a training loop of one's own: any model, any engine, any data."""
+"""The regulariser for a custom training loop: any model, any engine, any data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ from safereg_dist.risk.stage import RiskSource, RiskStage, WeightedSource
 from safereg_dist.step import SafetyRegularizer
 
 SECTIONS = ("reference", "risk", "regularizer", "train")
-"""What of a configuration says how to regularise; `train` for precision, rows and the head."""
+"""The sections that `prepare` reads; of `train` only precision, rows and the head's keys."""
 
 
 def prepare(
@@ -35,11 +35,10 @@ def prepare(
     risk: RiskSource | None = None,
     backend: Backend | None = None,
 ) -> SafetyRegularizer:
-    """The regulariser of `model`, to be made before an engine wraps the model.
+    """Makes the regulariser of `model`; call it before an engine wraps the model.
 
-    It changes the model in one place: while it is asked to (`SafetyRegularizer.loss_of`), the
-    model's own head returns the loss in place of logits. Whatever engine runs the model, its hooks
-    stay as they are.
+    It changes the model in one place: inside `SafetyRegularizer.loss_of` the model's own head
+    returns the loss in place of logits. The hooks of the engine stay as they are.
 
     >>> import copy
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -149,7 +148,7 @@ def _reference(
 
 
 def _fingerprint(model: PreTrainedModel, specs: list[Any]) -> str:
-    """Of the policy's weights, where a probe has to be held against them."""
+    """The fingerprint of the policy's weights, if a probe must be checked against it."""
     return model_fingerprint(model) if any(spec.probe is not None for spec in specs) else ""
 
 

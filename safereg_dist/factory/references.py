@@ -28,22 +28,22 @@ from safereg_dist.reference.trunk import used_parameters
 
 
 class WeightsFacts(NamedTuple):
-    """What names a model's weights, and says how they are shaped."""
+    """The fingerprint and the configuration of a model."""
 
     fingerprint: str
     config: PreTrainedConfig
-    """Of the text model."""
+    """The configuration of the text model."""
 
 
 class BuiltReference(NamedTuple):
-    """A reference, and what names its weights where it has any."""
+    """A reference, and the facts of its weights if it has any."""
 
     reference: Reference | NoReference
     facts: WeightsFacts | None
 
 
 class LoadedPolicy(NamedTuple):
-    """What the reference is held against."""
+    """The policy that the reference is checked against."""
 
     folder: Path
     model: PreTrainedModel
@@ -59,9 +59,9 @@ def build_reference(
     content_hashes: list[str],
     policy: LoadedPolicy | None = None,
 ) -> BuiltReference:
-    """The reference of a run; held against the policy, where that is loaded already.
+    """Builds the reference of a run, and checks it against the policy if that is loaded.
 
-    `content_hashes` name the rows whose states may be stored.
+    `content_hashes` identify the rows that a stored reference must belong to.
     """
     if not config.needs_reference:
         return BuiltReference(NoReference(), None)
@@ -111,7 +111,7 @@ def _loaded_reference(config: Config, backend: Backend, model: PreTrainedModel) 
 def _stored_reference(
     config: Config, backend: Backend, folder: Path, identity: StoreIdentity
 ) -> Reference:
-    """A reference of which the head alone is loaded; its trunk on the first row not in store."""
+    """A reference with only its head loaded; loads the trunk for the first row not in store."""
     ranks, settings = backend.ranks, config.reference
     assert settings.cache is not None
     with ranks.together():
@@ -149,8 +149,8 @@ def _stored_reference(
 
 
 def _load_reference(config: Config, backend: Backend, folder: Path) -> PreTrainedModel:
-    # Building a model draws random weights first. Dropout must not hang on whether, and when, that
-    # happens: a stored reference is loaded late or never.
+    # Building a model draws random weights first. Dropout must not depend on whether, and when,
+    # that happens: a stored reference is loaded late or never.
     with _own_randomness(backend.ranks.device):
         model = backend.load_model(
             folder, precision=config.train.precision, offload=config.reference.offload
@@ -165,7 +165,7 @@ def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
 
 
 def packing_of(config: Config) -> Packing:
-    """How rows share the reference's passes."""
+    """How rows are packed into the reference's passes."""
     settings = config.reference
     return Packing(
         rows_per_pass=settings.rows_per_pass or config.train.micro_batch_size,

@@ -1,4 +1,4 @@
-"""From the section `risk` of the configuration to the stage that gives every row its risk."""
+"""Builds the risk stage from the section `risk` of the configuration."""
 
 import hashlib
 import re
@@ -33,7 +33,7 @@ _GENERATION_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceSpec:
-    """One source of risk as configured, with its probe read and nothing else built."""
+    """One configured source of risk; its probe is read, nothing else is built."""
 
     category: str
     estimator: str
@@ -46,12 +46,12 @@ class SourceSpec:
 
 
 def read_sources(config: Config, ranks: Ranks) -> list[SourceSpec]:
-    """The configured sources; probes are read before any model is, so that a wrong path is told.
+    """The configured sources; reads probes before any model, so that a wrong path fails early.
 
     A probe for prompts and one for responses in one folder are two sources.
 
     Raises:
-        ProbeError: a folder without the probe that is asked for.
+        ProbeError: a folder lacks the configured probe.
         ConfigError: a judge's format that does not exist, or one category twice.
     Collectives: one gather of texts.
     """
@@ -137,7 +137,7 @@ def _wanted_probes(path: str, position: str | None) -> list[Probe]:
 
 
 def policy_layer(config: Config, specs: list[SourceSpec]) -> int | None:
-    """The decoder layer of the policy that a probe reads, if one does."""
+    """The decoder layer of the policy that a probe reads; None without such a probe."""
     reads = config.needs_risk and config.risk.estimator == "probe"
     if not reads or config.risk.source != "policy":
         return None
@@ -146,7 +146,7 @@ def policy_layer(config: Config, specs: list[SourceSpec]) -> int | None:
 
 
 def category_ceilings(specs: list[SourceSpec]) -> dict[str, float]:
-    """The largest coefficient of each category that has one of its own."""
+    """Category -> its largest coefficient, where one is configured."""
     return {s.category: s.ceiling for s in specs if s.ceiling is not None}
 
 
@@ -170,7 +170,7 @@ def build_risk(
         return RiskStage([WeightedSource("", RiskSource(), DEFAULT_THRESHOLD)])
     build = _Builder(config, backend, reference, policy)
     sources = [WeightedSource(s.category, build(s), s.threshold, s.weight) for s in specs]
-    rule = "max" if len(sources) > 1 else "single"  # two of one folder: prompts and responses
+    rule = "max" if len(sources) > 1 else "single"  # one folder: prompts and responses
     if config.risk.is_composite:
         rule = config.risk.estimator
     overrides = read_overrides(config.risk.override) if config.risk.override else {}
@@ -255,12 +255,12 @@ def _check(spec: SourceSpec, probe: Probe, model: WeightsFacts) -> None:
 
 
 def reads_column(risk: RiskConfig) -> bool:
-    """True where a source is the data's own `risk`."""
+    """True if a source is the data's `risk` column."""
     return "column" in (risk.estimator, *(part.estimator for part in risk.parts))
 
 
 def check_overrides(override: str, rows: TokenizedDataset, path: str, *, is_main: bool) -> None:
-    """Reads the reviewers' decisions before any model is loaded, and says which name no row.
+    """Reads the reviewers' decisions before any model is loaded; warns of ids without a row.
 
     Raises:
         DataError: as `read_overrides`.

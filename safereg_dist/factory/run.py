@@ -45,7 +45,7 @@ class Run:
 
 
 def start_backend(config: Config) -> Backend:
-    """The backend that `engine.name` asks for, with its ranks joined. Collectives: rendezvous."""
+    """The backend named by `engine.name`, with its ranks joined. Collectives: rendezvous."""
     if config.engine.name == "single":
         from safereg_dist.parallel.single import SingleBackend, single_ranks
 
@@ -56,11 +56,11 @@ def start_backend(config: Config) -> Backend:
 
 
 def build_run(config: Config, backend: Backend) -> Run:
-    """All objects of a run, models loaded and wrapped.
+    """Builds all objects of a run, with models loaded and wrapped.
 
     Raises:
-        ConfigError, DataError, ProbeError, CriticUnavailable: what the configuration names is
-            missing or does not fit.
+        ConfigError, DataError, ProbeError, CriticUnavailable: something that the configuration
+            names is missing or does not fit.
     Collectives: those of loading and wrapping; every rank calls it.
     """
     ranks = backend.ranks
@@ -130,7 +130,7 @@ def _fingerprints(reference: BuiltReference, **known: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RiskContext:
-    """What is needed to know the risk of rows, without anything that trains."""
+    """The objects that compute the risk of rows, without those that train."""
 
     config: Config
     ranks: Ranks
@@ -143,15 +143,15 @@ class RiskContext:
     threshold: float
     pad_id: int
     probed_share: float
-    """(k / L): layers that the deepest probe reads, of the reference's; 0 without a probe."""
+    """(k / L): share of the reference's layers that the deepest probe needs; 0 without one."""
     ceilings: dict[str, float]
-    """The largest coefficient of each category that has one of its own."""
+    """Category -> its largest coefficient, where one is configured."""
 
 
 def build_risk_context(
     config: Config, backend: Backend, *, with_reference: bool = False
 ) -> RiskContext:
-    """The data and the risk stage of a run; a reference where a probe reads it or it is asked for.
+    """The data and risk stage of a run; the reference if a probe or `with_reference` needs it.
 
     Raises:
         ConfigError, DataError, ProbeError, CriticUnavailable: as `build_run` does.

@@ -1,1 +1,1 @@
-"""Hugging Face causal language models: where their parts are, and what names their weights."""
+"""Hugging Face causal language models: where their modules are, and weight fingerprints."""

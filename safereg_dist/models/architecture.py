@@ -1,4 +1,4 @@
-"""Where the parts of a Hugging Face causal language model are."""
+"""Where the modules of a Hugging Face causal language model are."""
 
 from torch import nn
 from transformers import PreTrainedModel

@@ -1,6 +1,6 @@
-"""Names for what does not change: a model's weights, a tokenizer, a row.
+"""Hashes that identify a model's weights, a tokenizer, a row.
 
-The fingerprint of weights is one that sharded and whole copies share.
+Sharded and whole copies of the same weights have the same fingerprint.
 
 Each parameter gets two 64-bit sums over its values rounded to bfloat16, bits b_i at flat index i:
 
@@ -69,6 +69,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     if backend is not None:
-        rules |= {"padding": None, "truncation": None}  # how it was called last
+        rules |= {"padding": None, "truncation": None}  # settings of its last call
     parts = [rules, tokenizer.all_special_ids, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""The ranks of a run and the few collectives they share.
+"""The ranks of a run and their collectives.
 
-Everything that ranks agree on goes through here, so that the order of collectives can be read (and
+All agreements of ranks go through this module, so that the order of collectives can be read (and
 tested) in one place. In a single process every method works without a process group.
 """
 
@@ -27,7 +27,7 @@ _FAILED = 1 << 62  # above any number of passes, so MAX carries a failure to eve
 
 @dataclass(frozen=True, slots=True)
 class Result(Generic[T]):
-    """What a stage returned on this rank, or the error that it raised there.
+    """The value that a stage returned on this rank, or the error that it raised.
 
     A rank that fails must not leave the others waiting in a collective: it keeps the error as a
     value, and the next agreement (`Ranks.all_reduce_max_async`) raises it on all ranks.
@@ -38,24 +38,24 @@ class Result(Generic[T]):
 
     @property
     def value(self) -> T:
-        """The value; an error is raised, with its own trace."""
+        """The value; raises the error, with its original traceback, if there is one."""
         if self.error is not None:
             raise self.error
         return cast(T, self._value)  # None only where T is None
 
     def or_else(self, value: T) -> T:
-        """The value; this one in place of an error, which is for an agreement to raise."""
+        """The value, or the argument if there is an error; an agreement raises that later."""
         return value if self.error is not None else self.value
 
     def then(self, stage: Callable[..., U], *args: Any, **kwargs: Any) -> "Result[U]":
-        """The result of `stage(value, ...)`; the same error where there is one already."""
+        """The result of `stage(value, ...)`; keeps an existing error without calling it."""
         if self.error is not None:
             return Result(error=self.error)
         return capture(stage, self._value, *args, **kwargs)
 
 
 def capture(stage: Callable[..., T], *args: Any, **kwargs: Any) -> Result[T]:
-    """The result of `stage(...)`, an error included."""
+    """Calls `stage(...)` and returns its value or its error as a `Result`."""
     try:
         return Result(stage(*args, **kwargs))
     except Exception as error:
@@ -80,9 +80,9 @@ class Ranks:
 
     @region(AGREEMENT)
     def max_over_ranks(self, own: Result[int]) -> int:
-        """The largest of the ranks' numbers, known to the host.
+        """The largest of the ranks' numbers, as a Python int.
 
-        A rank that has failed gives its error instead, and every rank raises it.
+        A failed rank passes its error instead, and every rank raises it.
         Collectives: one MAX all-reduce of 8 bytes (three gathers on the way to raising).
         """
         return self.all_reduce_max_async(own.then(lambda number: [number])).result()[0]
@@ -97,22 +97,23 @@ class Ranks:
         self.max_over_ranks(result.then(lambda _: 0))
 
     def all_reduce_max_async(self, own: Result[list[int]], *, count: int = 1) -> "Agreement":
-        """Starts to agree on the largest of each of `count` numbers over ranks.
+        """Starts an agreement on the largest value over ranks of each of `count` numbers.
 
-        A rank that has failed gives its error instead, and every rank raises it on reading.
+        A failed rank passes its error instead; reading the agreement raises it on every rank.
         Collectives: one MAX all-reduce of 8 bytes a number.
         """
         return Agreement.start(self, own, count, is_table=False)
 
     def all_gather_async(self, own: Result[list[int]], *, count: int) -> "Agreement":
-        """Starts to collect every rank's `count` numbers, in rank order.
+        """Starts gathering every rank's `count` numbers, in rank order.
 
-        Else as `all_reduce_max_async`. Collectives: one all-gather of 8 bytes a number and rank.
+        Errors as in `all_reduce_max_async`. Collectives: one all-gather of 8 bytes a number and
+        rank.
         """
         return Agreement.start(self, own, count, is_table=True)
 
     def all_to_all(self, sent: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
-        """The pieces that all ranks have for this one, in rank order; sizes count along dim 0.
+        """The pieces that all ranks sent to this one, in rank order; sizes are along dim 0.
 
         Collectives: one all-to-all.
         """
@@ -164,9 +165,9 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that one rank may fail in: either all leave it, or all raise the same error.
+        """A block that may fail on one rank: then all ranks raise the same error at its end.
 
-        The block itself must not hold a collective, or the ranks that did not fail would wait.
+        The block must not run a collective: the other ranks would wait in it for the failed one.
         Collectives: one `raise_together`.
         """
         error: Exception | None = None
@@ -185,10 +186,10 @@ class Ranks:
 
 
 class Agreement:
-    """Numbers that all ranks will have agreed on; read it as late as possible.
+    """A collective in flight over a few integers; read its result as late as possible.
 
-    On a GPU it has a stream of its own: reading it waits for this collective (and for those before
-    it on the same communicator), not for the work that was queued on the device meanwhile.
+    On a GPU it runs on its own stream: reading it waits for this collective (and for earlier ones
+    on the same communicator), not for work queued on the device since.
     """
 
     def __init__(self, ranks: Ranks, error: Exception | None) -> None:
@@ -227,7 +228,7 @@ class Agreement:
 
     @region(AGREEMENT)
     def result(self) -> list[int]:
-        """[count] largest numbers, or [world_size * count] numbers of all ranks. One host sync.
+        """[count] maxima, or [world_size * count] numbers of all ranks. One host sync.
 
         Raises:
             The first failed rank's error, on all ranks.

@@ -132,8 +132,8 @@ class DeepSpeedBackend:
     ) -> PreTrainedModel:
         """A model built under `zero.Init`, each rank reading just its own shard of every tensor.
 
-        Where `hpz_partition_size` is not 1, so many neighbouring ranks share a second shard, in a
-        group of their own; at most one model of a process can have one (deepspeed 0.19).
+        If `hpz_partition_size` is not 1, groups of that many neighbouring ranks share a second
+        copy of the weights; at most one model of a process can have one (deepspeed 0.19).
 
         Raises:
             ConfigError: the weights do not fit the architecture.
@@ -196,7 +196,7 @@ class DeepSpeedBackend:
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         """A block in which these parameters are whole. Collectives: one all-gather each."""
-        # As deepspeed's own modules gather: its GatheredParameters waits for the whole device.
+        # Gathers as deepspeed's modules do: GatheredParameters synchronises the whole device.
         unique: list[Any] = list(dict.fromkeys(parameters))
         absent = [p for p in unique if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         for handle in [p.all_gather_coalesced([p]) for p in absent]:
@@ -208,7 +208,7 @@ class DeepSpeedBackend:
                 parameter.partition()
 
     def first_not_finite(self, model: nn.Module) -> str | None:
-        """Name of a parameter whose shard here holds a value that is not finite. No collectives."""
+        """Name of a parameter with a non-finite value in its shard, or None. No collectives."""
         for name, parameter in model.named_parameters():
             first, last = _shard_range(parameter, self.ranks.rank)
             shard = parameter.ds_tensor.view(-1)[: last - first]  # type: ignore[attr-defined]
@@ -232,7 +232,7 @@ class DeepSpeedBackend:
 
 
 class _FrozenHead(nn.Module):
-    """What `zero.Init` shards in place of a whole model; it is never run."""
+    """The module that `zero.Init` shards in place of a whole model; it is never run."""
 
     def __init__(self, stored: StoredHead) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class DeepSpeedPolicy:
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Forward of one micro-batch under ZeRO-3's hooks."""
         # Rows are padded on the right, so under a causal mask no real token sees padding. A mask of
-        # its own would keep attention off its fastest kernel, and be looked at by the host.
+        # its own would rule out attention's fastest kernel and need a host synchronisation.
         return self.engine(input_ids=input_ids, use_cache=False).logits
 
     @region(POLICY_BACKWARD)
@@ -384,6 +384,6 @@ def _load_shards(model: PreTrainedModel, folder: Path, *, rank: int) -> None:
     places = stored_parameters(model, folder)
     _fill_shards([(parameters[name], place) for name, place in places.items()], rank=rank)
     for parameter in parameters.values():
-        # With hpZ it holds the random weights that the model was built with, and the first step
-        # would run on them. Without one, the next gather takes the shards and makes a new one.
+        # With hpZ the second shard still holds the random initial weights, and the first step
+        # would run on them. Once it is removed, the next gather rebuilds it from the shards.
         parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]

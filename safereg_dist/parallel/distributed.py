@@ -1,4 +1,4 @@
-"""The ranks of a verb that takes no configuration: the launcher's, or this process alone."""
+"""The ranks for a verb without a configuration: the launcher's, or this process alone."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from safereg_dist.parallel.comm import Ranks
 
 @contextmanager
 def distributed_ranks() -> Iterator[Ranks]:
-    """The ranks that the launcher's environment describes; the group is left at the end.
+    """The ranks that the launcher's environment describes; leaves the group at the end.
 
     Raises:
         GroupError: the process group cannot be formed.
@@ -50,7 +50,7 @@ def current_ranks() -> Ranks:
 
 
 def share_cores() -> None:
-    """Ranks of one node share its cores, unless the user has decided; CPU training only."""
+    """Divides a node's cores among its ranks unless the user set a number; CPU training only."""
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local)))

@@ -1,4 +1,4 @@
-"""What an engine is to the rest of the package: the interfaces that each backend fulfils."""
+"""The interfaces that every backend implements."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -14,7 +14,7 @@ from safereg_dist.types import Head
 
 
 class Update(NamedTuple):
-    """What an optimizer step did."""
+    """The outcome of an optimizer step."""
 
     applied: bool
     """False where a gradient was not finite on some rank, and no rank stepped."""
@@ -26,9 +26,9 @@ class PolicyEngine(Protocol):
     """Runs, differentiates, steps, saves and restores the trained module."""
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """What the model's head gives for [B, S] tokens, under the engine's hooks: its logits.
+        """The output of the model's head for [B, S] tokens, under the engine's hooks: its logits.
 
-        Inside `SafetyRegularizer.loss_of` that is the loss, a float32 scalar.
+        Inside `SafetyRegularizer.loss_of` it is the loss, a float32 scalar.
         """
         ...
 
@@ -52,7 +52,7 @@ class PolicyEngine(Protocol):
 class ReferenceEngine(Protocol):
     """Runs the frozen trunk; every rank calls it the same number of times.
 
-    Rows are padded on the right: no real token sees padding, so there is no mask to pass.
+    Rows are padded on the right: no real token attends to padding, so no mask is needed.
     """
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -60,12 +60,12 @@ class ReferenceEngine(Protocol):
         ...
 
     def prefix(self, input_ids: Tensor, num_layers: int) -> Tensor:
-        """[B, S, H] hidden states after the first `num_layers` decoder layers, which alone run."""
+        """[B, S, H] hidden states after the first `num_layers` decoder layers; runs no others."""
         ...
 
 
 class Backend(Protocol):
-    """One way to shard: makes engines, loads models, gathers weights."""
+    """A way to shard models: makes engines, loads models, gathers weights."""
 
     ranks: Ranks
 
@@ -79,7 +79,7 @@ class Backend(Protocol):
         ...
 
     def load_head(self, folder: Path, *, precision: str) -> Head:
-        """The frozen head of the model in a folder, alone; whole inside `gathered` only."""
+        """The frozen head alone of the model in a folder; whole inside `gathered` only."""
         ...
 
     def wrap_policy(self, model: PreTrainedModel, *, config: Config) -> PolicyEngine:
@@ -95,7 +95,7 @@ class Backend(Protocol):
         ...
 
     def first_not_finite(self, model: nn.Module) -> str | None:
-        """Name of a parameter of whose values on this rank one is not finite; None = all are."""
+        """Name of a parameter with a non-finite value on this rank, or None."""
         ...
 
     def fingerprint(self, model: nn.Module) -> str:

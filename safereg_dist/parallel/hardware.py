@@ -26,20 +26,20 @@ class Gpu:
     memory_bytes_per_s: float
     """Peak bandwidth of its memory, bytes/s."""
     node_bytes_per_s: float
-    """Peak towards the other GPUs of its node, one direction (NVLink, Infinity Fabric, PCIe)."""
+    """Peak bandwidth to the GPUs of its node, one direction (NVLink, Infinity Fabric, PCIe)."""
     network_bytes_per_s: float
-    """Peak of its usual share of the node's network, one direction."""
+    """Peak bandwidth of its usual share of the node's network, one direction."""
     aliases: tuple[str, ...] = ()
     """Other names, and how torch's name of the device begins; lower case, without separators."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What one rank achieves, not the peak."""
+    """Rates that one rank achieves, not the peak."""
 
     flops_per_s: float
     link_bytes_per_s: float
-    """Of the slowest link that a collective over all ranks crosses, one direction."""
+    """Rate of the slowest link that a collective over all ranks crosses, one direction."""
 
 
 def _gpu(
@@ -133,7 +133,7 @@ def rates_of_device(device_name: str | None, *, spans_nodes: bool) -> Rates:
     }
     if not named:
         return UNLISTED_RATES
-    longest = max(named, key=len)  # `h100pcie` says more than `h100`
+    longest = max(named, key=len)  # prefers the longer match: `h100pcie` over `h100`
     return achieved_rates(named[longest], spans_nodes=spans_nodes)
 
 

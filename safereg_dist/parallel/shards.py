@@ -151,9 +151,9 @@ def stored_head(folder: Path) -> StoredHead:
 
 
 def weights_fingerprint(folder: Path, ranks: Ranks) -> str:
-    """What `Backend.fingerprint` gives for the model in the folder, from its files alone.
+    """The value of `Backend.fingerprint` for the model in a folder, computed from its files.
 
-    Each rank reads its share of every tensor, one at a time; no model is held.
+    Each rank reads its share of every tensor, one at a time; no model is built in memory.
 
     Raises:
         ConfigError: the folder holds no causal language model, or not all of its weights.
@@ -172,7 +172,7 @@ def weights_fingerprint(folder: Path, ranks: Ranks) -> str:
 
 
 def _share_of(place: StoredParameter, ranks: Ranks) -> tuple[str, Path, int, int]:
-    """A request for `read_flat_slices`: this rank's part of the parameter, maybe empty."""
+    """A request for `read_flat_slices`: this rank's slice of the parameter, maybe empty."""
     numel = math.prod(place.shape)
     size = -(-numel // ranks.world_size)
     first = min(ranks.rank * size, numel)

@@ -13,7 +13,7 @@ from safereg_dist.config import Config
 from safereg_dist.types import head_of
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's own bound on whole parameters, beyond which nothing is prefetched."""
+"""DeepSpeed's default limit on gathered parameters; beyond it nothing is prefetched."""
 
 
 def zero_config(
@@ -66,12 +66,12 @@ def policy_config(model: PreTrainedModel, config: Config) -> dict[str, Any]:
     ds["gradient_clipping"] = config.optimizer.max_grad_norm
     ds["zero_allow_untested_optimizer"] = True  # torch's AdamW, which DeepSpeed does not list
     ds["zero_force_ds_cpu_optimizer"] = False
-    # Its default waits for the whole device before every forward, to print a speed every so often.
+    # Its default synchronises the device before every forward, to print the throughput.
     ds["timers"] = {"throughput": {"enabled": False}}
     return ds
 
 
 def hidden_size_of(module: nn.Module) -> int:
-    """Width of the model inside: what sizes of buckets and thresholds follow from."""
+    """The hidden size of the model; bucket sizes and thresholds are computed from it."""
     config = next(m.config for m in module.modules() if isinstance(m, PreTrainedModel))
     return int(config.get_text_config().hidden_size)

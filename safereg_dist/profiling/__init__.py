@@ -1,4 +1,4 @@
-"""FLOPs, bytes and seconds of training steps, part by part (`profile: true`)."""
+"""FLOPs, bytes and seconds of training steps, by region (`profile: true`)."""
 
 from safereg_dist.profiling.profile import NoProfiler, Profiler
 from safereg_dist.profiling.recorder import PartCost, Recorder

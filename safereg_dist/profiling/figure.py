@@ -1,4 +1,4 @@
-"""The profile of a run as a picture: each part's share of FLOPs, bytes and seconds."""
+"""The profile of a run as a figure: each region's share of FLOPs, bytes and seconds."""
 
 import io
 from typing import Any
@@ -8,7 +8,7 @@ _SCALES = (("flops_share", "FLOPs"), ("bytes_share", "bytes"), ("seconds_share",
 
 
 def shares_png(profile: dict[str, Any]) -> bytes:
-    """A PNG of three bar charts over the parts of `profile.json`, the safety path in orange."""
+    """A PNG of three bar charts over the regions of `profile.json`, the safety path in orange."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
-"""What a dispatched operator costs: FLOPs of matrix products, bytes of collectives.
+"""The cost of a dispatched operator: FLOPs of matrix products, bytes of collectives.
 
-FLOPs are torch's own formulas and those below, which torch 2.13 lacks; a multiplication and an
-addition are two, elementwise work is not counted. The bytes of a collective are its payload on this
-rank: those of the whole tensor that it moves for this rank, whatever the algorithm underneath.
+FLOPs follow torch's formulas and those below, which torch 2.13 lacks; a multiply-add counts as two,
+elementwise work is not counted. The bytes of a collective are its payload on this rank, the size of
+the whole tensor that it moves for this rank, independent of the algorithm.
 
     all_reduce, reduce, broadcast     the tensor
     all_gather                        the gathered output
@@ -45,8 +45,8 @@ UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
 }
-"""Formulas over the shapes of an operator's arguments; without them a CPU's step looks cheaper than
-it is."""
+"""Formulas over the shapes of an operator's arguments; without them steps on CPU are
+undercounted."""
 
 _PAYLOAD: dict[Any, tuple[str, int]] = {
     _C10D.allreduce_: ("all_reduce", 0),
@@ -68,19 +68,19 @@ _PAYLOAD: dict[Any, tuple[str, int]] = {
     _C10D.recv_: ("recv", 0),
     _C10D.recv_any_source_: ("recv", 0),
 }
-"""Kind of every collective, and which of its arguments is the payload."""
+"""Kind of every collective, and the index of the argument that is its payload."""
 
 
 KINDS = (*dict.fromkeys(kind for kind, _ in _PAYLOAD.values()), "barrier")
-"""Every kind of collective that is counted."""
+"""All kinds of collectives that are counted."""
 
 
 @cache
 def is_composite(operator: torch._ops.OpOverload) -> bool:
-    """True where an operator is nothing but calls of others.
+    """True if an operator only calls other operators.
 
-    Some have a composite form beside a kernel of their own (`silu_backward`), which differs from it
-    in the last bit: those are to run as they do when nobody counts.
+    Some operators have both a composite form and a kernel (`silu_backward`), which differ in the
+    last bit: these run unchanged, so that counting changes no result.
     """
     has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, operator.name())
     return has_kernel("CompositeImplicitAutograd") and not any(map(has_kernel, ("CPU", "CUDA")))
@@ -89,7 +89,7 @@ def is_composite(operator: torch._ops.OpOverload) -> bool:
 def flops_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int | None:
     """FLOPs of one call of an operator packet that has a formula, else None."""
     if getattr(operator, "_qualified_op_name", "").startswith("safereg_kernels::"):
-        return None  # tells its listener itself, and which of its terms costs what
+        return None  # reports its FLOPs itself, by term
     own = UNKNOWN_TO_TORCH.get(operator)
     if own is not None:
         return own(*(a.shape if isinstance(a, torch.Tensor) else a for a in args))

@@ -1,8 +1,8 @@
-"""`profile: true`: every optimizer step recorded part by part, over all ranks, and told at the end.
+"""`profile: true`: records every optimizer step by region, over all ranks, and prints a table.
 
-`profile.jsonl` has one row per step and part, `profile.json` the run's totals with their shares,
-`profile.png` the shares; all in the run folder. Sums go over ranks; what the recording itself takes
-to collect them is not recorded.
+`profile.jsonl` has one row per step and region, `profile.json` the run's totals with their shares,
+`profile.png` the shares; all in the run folder. Sums are over ranks; the profiler's own collectives
+are not recorded.
 """
 
 import json
@@ -23,20 +23,20 @@ from safereg_dist.regions import REGIONS, SAFETY_PATH
 from safereg_dist.storage.atomic import write_atomically
 
 _NANOSECONDS = 10**9
-_WIDTH = 3 + 2 * len(KINDS)  # numbers of one part of one rank, see `_numbers`
+_WIDTH = 3 + 2 * len(KINDS)  # numbers of one region on one rank, see `_numbers`
 
 Row = dict[str, Any]
-"""Cost of one part in one step, or in a run (see `_row`)."""
+"""Cost of one region in one step, or in a run (see `_row`)."""
 
 
 class Profiler:
     """Records optimizer steps; on the main rank it writes them to the run folder."""
 
     def __init__(self, folder: Path, ranks: Ranks, *, micro_batches: int, first_step: int) -> None:
-        """`micro_batches` per rank and step; rows of steps from `first_step` on are forgotten.
+        """`micro_batches` per rank and step; removes rows of steps from `first_step` on.
 
         Raises:
-            CheckpointError: the profile of an earlier part of the run cannot be read.
+            CheckpointError: the profile of the run before its resumption cannot be read.
         Collectives: one gather of texts.
         """
         self._folder, self._ranks = folder, ranks
@@ -48,8 +48,8 @@ class Profiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """A block that is recorded as this step. Collectives, after it: one all-gather of integers,
-        one gather of texts."""
+        """A block recorded as step `step`. Collectives, after it: one all-gather of integers, one
+        gather of texts."""
         with Recorder() as recorder:
             yield
         table = self._ranks.gather(_numbers(recorder, self._ranks.device)).tolist()
@@ -71,7 +71,7 @@ class Profiler:
 
     @contextmanager
     def _files(self) -> Iterator[None]:
-        """A block that fails on all ranks at once, with what to do about its files."""
+        """A block whose file errors become CheckpointError on all ranks."""
         with self._ranks.together():
             try:
                 yield
@@ -86,7 +86,7 @@ class Profiler:
         return self._folder / "profile.jsonl"
 
     def _rows(self, step: int, table: Sequence[Sequence[int]]) -> list[Row]:
-        """Rows of one step from every rank's numbers; parts that no rank entered have none."""
+        """Rows of one step from every rank's numbers; regions that no rank entered have no row."""
         found = []
         for place, name in enumerate(REGIONS):
             own = [rank[place * _WIDTH : (place + 1) * _WIDTH] for rank in table]
@@ -103,7 +103,7 @@ class Profiler:
         }
 
     def _summary(self, rows: Sequence[Row]) -> Row:
-        """What `profile.json` holds."""
+        """The content of `profile.json`."""
         steps = len({row["step"] for row in rows})
         by_part = {
             name: {"is_safety_path": name in SAFETY_PATH, **_sum_of(own)}
@@ -132,11 +132,11 @@ class NoProfiler:
     """Records nothing and writes nothing."""
 
     def step(self, step: int) -> AbstractContextManager[None]:
-        """A block like any other."""
+        """A block that is not recorded."""
         return nullcontext()
 
     def finish(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def _numbers(recorder: Recorder, device: torch.device) -> torch.Tensor:
@@ -152,7 +152,7 @@ def _numbers(recorder: Recorder, device: torch.device) -> torch.Tensor:
 
 
 def _row(name: str, ranks: Sequence[Sequence[int]]) -> Row:
-    """One part's cost over ranks, whose numbers are in the order of `_numbers`."""
+    """One region's cost over ranks, whose numbers are in the order of `_numbers`."""
     flops, nanoseconds, peaks, *counts = zip(*ranks, strict=True)
     sums = [sum(count) for count in counts]
     return {
@@ -168,7 +168,7 @@ def _row(name: str, ranks: Sequence[Sequence[int]]) -> Row:
 
 
 def _sum_of(rows: Sequence[Row]) -> Row:
-    """Their sum; of the seconds of the slowest rank too, and the largest memory."""
+    """The sum of the rows' costs; `peak_memory_bytes` is their maximum."""
     return {
         "flops": sum(row["flops"] for row in rows),
         "bytes": _by_kind(rows, "bytes"),
@@ -202,7 +202,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _read_rows(path: Path) -> list[Row]:
-    """Rows of `profile.jsonl`; a line that a kill has cut short is left out."""
+    """Rows of `profile.jsonl`; skips a last line that is incomplete."""
     rows = []
     for line in path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else ():
         if line.endswith("\n"):

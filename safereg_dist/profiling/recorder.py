@@ -1,7 +1,7 @@
-"""`Recorder`: counts FLOPs, collectives and seconds of what runs inside it, part by part.
+"""`Recorder`: counts FLOPs, collectives and seconds of the code in its block, by region.
 
-Everything is seen at torch's dispatcher, below every library, whenever that was imported. Counting
-changes no result: operators run as they would, in the same order.
+It observes operators at torch's dispatcher, below every library. Counting changes no result: the
+same operators run in the same order.
 """
 
 import resource
@@ -25,20 +25,20 @@ from safereg_kernels.flops import HeadFlops
 
 @dataclass(slots=True)
 class PartCost:
-    """What one part of the recorded work cost on this rank."""
+    """The cost of one region on this rank."""
 
     flops: int = 0
-    """Of matrix products and attention; a multiplication and an addition are two."""
+    """FLOPs of matrix products and attention; a multiply-add counts as two."""
     bytes: Counter[str] = field(default_factory=Counter)
     """Payload of collectives by kind (see `operators`)."""
     calls: Counter[str] = field(default_factory=Counter)
     """Number of collectives by kind."""
     seconds: float = 0.0
-    """Wall time, parts inside this one not included; on CUDA the device is waited for at the
-    borders of parts, so that its work is in the part that asked for it."""
+    """Wall time without nested regions; on CUDA the device is synchronised where a region begins
+    and ends, so that its work is billed to the region that launched it."""
     peak_memory_bytes: int = 0
-    """Largest memory of this process until the part last ended: allocated on the device (since the
-    recorder began), or resident in all where there is none (since the process began)."""
+    """Peak memory of this process when the region last ended: allocated on the device (since the
+    recorder began), or resident if there is no device (since the process began)."""
 
     @property
     def total_bytes(self) -> int:
@@ -49,8 +49,8 @@ class PartCost:
 class Recorder:
     """A block whose work is counted: `with Recorder() as recorder: ...`, then `totals()`.
 
-    One at a time in a process. Of other threads the FLOPs of parts that begin in the block are
-    counted (a local judge works in one), and no time: the step does not wait for them.
+    Only one can be active in a process. In other threads it counts the FLOPs of regions that begin
+    in the block (a local judge runs in a thread), but no time: the step does not wait for them.
     """
 
     def __init__(self) -> None:
@@ -80,13 +80,13 @@ class Recorder:
         self._closing.close()
 
     def totals(self) -> dict[str, PartCost]:
-        """Cost of every part that has any, in the order of `regions.REGIONS`."""
+        """Cost of every region that was entered, in the order of `regions.REGIONS`."""
         known = sorted(self._costs, key=regions.REGIONS.index)
         return {name: self._costs[name] for name in known}
 
     @property
     def flops(self) -> int:
-        """FLOPs of all parts."""
+        """FLOPs of all regions."""
         return sum(cost.flops for cost in self._costs.values())
 
     @property
@@ -102,7 +102,7 @@ class Recorder:
     # regions.RegionListener
 
     def enter(self, name: str) -> None:
-        """Bills what follows to `name`."""
+        """Bills subsequent work to region `name`."""
         if threading.get_ident() == self._thread:
             self._bill_time()
             self._open.append(name)
@@ -112,7 +112,7 @@ class Recorder:
         self._elsewhere.open = [*getattr(self._elsewhere, "open", ()), watch]
 
     def leave(self) -> None:
-        """Bills what follows to the part around the one that ends."""
+        """Bills subsequent work to the enclosing region."""
         if threading.get_ident() == self._thread:
             self._bill_time()
             self._open.pop()
@@ -133,13 +133,13 @@ class Recorder:
             self._is_in_operator = before
 
     def divergence(self) -> regions.region:
-        """Bills time to the divergence."""
+        """A context manager that bills time to the divergence."""
         return regions.region(regions.HEAD_DIVERGENCE)
 
     # from _Watch
 
     def see(self, operator: Any, args: Any, kwargs: Any, out: Any, elsewhere: str | None) -> None:
-        """Counts one call of an operator packet, in this thread or in a part of another."""
+        """Counts one call of an operator packet; `elsewhere` is the region of another thread."""
         name = elsewhere or (self._open[-1] if self._open else regions.OTHER)
         payload = payload_of(operator, args)
         if payload is not None:
@@ -163,12 +163,12 @@ class Recorder:
 
 
 class _Watch(TorchDispatchMode):
-    """Shows the operators of one thread to the recorder."""
+    """Reports the operators of one thread to the recorder."""
 
     supports_higher_order_operators = True
 
     def __init__(self, recorder: Recorder, elsewhere: str | None) -> None:
-        """`elsewhere` is the part of another thread; None = the recorder's own."""
+        """`elsewhere` is the region of another thread; None = the recorder's own thread."""
         super().__init__()
         self._recorder = recorder
         self._elsewhere = elsewhere
@@ -177,7 +177,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator) or func.namespace == "prim":
             return func(*args, **kwargs)
-        if is_composite(func):  # under inference mode they arrive whole: the products are inside
+        if is_composite(func):  # inference mode does not decompose it: its products are inside
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)

@@ -7,7 +7,7 @@ _UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
 def profile_table(profile: dict[str, Any]) -> str:
-    """The parts of `profile.json`, one a line, then the safety path and all; a `*` marks its parts.
+    """The regions of `profile.json`, then the safety path (its regions have a `*`) and the total.
 
     FLOPs are summed over ranks, bytes are means over ranks and micro-batches, seconds over ranks.
     """

@@ -1,4 +1,4 @@
-"""What a reference is to the step: the model that is run, and how rows share its passes."""
+"""The interface of a reference model, and how rows are packed into its passes."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from safereg_dist.types import Head
 
 
 class ReferenceModel(Protocol):
-    """What a frozen model is to the step, whatever runs it: the seam for other references.
+    """The interface that the step needs of a frozen model; implement it for other references.
 
-    Here: `parallel` engines of its own (`EngineModel`). Every rank makes every call.
+    `EngineModel` implements it with a `parallel` engine. Every rank makes every call.
     """
 
     @property
     def head(self) -> Head:
-        """The head as it lies on this rank, perhaps sharded: its shape and kind."""
+        """The head, possibly sharded on this rank; read for its sizes and dtype."""
         ...
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class ReferenceModel(Protocol):
         ...
 
     def prefix_states(self, input_ids: Tensor, num_layers: int) -> Tensor:
-        """[B, S, H] after the first `num_layers` decoder layers, which alone run."""
+        """[B, S, H] states after the first `num_layers` decoder layers; runs no further layer."""
         ...
 
     def gathered_head(self) -> AbstractContextManager[Head]:
@@ -35,11 +35,11 @@ class ReferenceModel(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How rows share the passes of the reference, and how much is kept of them."""
+    """How rows are packed into passes of the reference, and how many states are kept."""
 
     rows_per_pass: int
     """Rows of one forward."""
     keep_bytes: int = 256 << 20
-    """Bytes of hidden states that may wait for their micro-batch, if more than one has to."""
+    """Bytes of hidden states kept for later micro-batches; those of one are always kept."""
     max_length: int = 1024
     """Longest row, in tokens."""

@@ -33,15 +33,15 @@ class TokenRow(Protocol):
 
 
 class RunRows(Protocol):
-    """What runs the reference on rows (`Reference.response_states`)."""
+    """Runs the reference on rows, e.g. `Reference.response_states`."""
 
     def __call__(self, rows: Sequence[TokenRow], *, passes: int) -> list[Tensor]:
-        """[t, H_ref] states of each row, in so many passes."""
+        """[t, H_ref] states of each row, computed in `passes` passes."""
         ...
 
 
 class Lent(NamedTuple):
-    """A row of another rank: all that the reference reads of it."""
+    """A row of another rank, as far as the reference reads it."""
 
     input_ids: list[int]
     loss_mask: list[int]
@@ -49,19 +49,19 @@ class Lent(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Exchange:
-    """Hands rows over between ranks where the reference's passes get shorter by it."""
+    """Moves rows between ranks if that shortens the reference's passes."""
 
     ranks: Ranks
     rates: Rates
-    """Of the slowest rank, the same everywhere, so that all decide alike."""
+    """Rates of the slowest rank, the same on all ranks, so that all decide alike."""
     trunk_parameters: int
     """Weights of the trunk that one token is multiplied by."""
     head: Head
-    """The reference's, for size and precision of its states."""
+    """The reference's head: gives size and dtype of the states."""
     rows_per_pass: int
 
     def states(self, rows: Sequence[TokenRow], run: RunRows) -> tuple[list[Tensor], int]:
-        """[t, H_ref] states of each of this rank's rows, and the rows that it ran, own or lent.
+        """[t, H_ref] states of each of this rank's rows, and the number of rows that it ran.
 
         Collectives: an all-gather of 16 bytes from each rank and those of `run`; where the exchange
         pays, two all-to-alls around them.
@@ -89,12 +89,12 @@ class Exchange:
     def _lend(
         self, rows: Sequence[TokenRow], given: list[int], taken: list[int], longest: int
     ) -> list[Lent]:
-        """The rows that others lend to this rank; one all-to-all, one host sync."""
+        """The rows that other ranks lend here. Collectives: one all-to-all. One host sync."""
         sent = torch.zeros(len(rows), 1 + longest, dtype=torch.int64)
         for place, row in enumerate(rows):
             length = len(row.input_ids)
             sent[place, 0] = length
-            # A token and its place in the response, in one number.
+            # One number holds a token and its mask bit.
             tokens, mask = torch.tensor(row.input_ids), torch.tensor(row.loss_mask)
             sent[place, 1 : 1 + length] = 2 * tokens + mask
         received = self.ranks.all_to_all(to_device(sent, self.ranks.device), given, taken)
@@ -112,7 +112,7 @@ class Exchange:
         given: list[int],
         taken: list[int],
     ) -> Sequence[Tensor]:
-        """The states of this rank's rows that others ran; one all-to-all."""
+        """The states of this rank's rows that other ranks ran. Collectives: one all-to-all."""
         weight = self.head.weight
         assert weight is not None
         size = self.head.state_size
@@ -125,7 +125,7 @@ class Exchange:
     def _pays(
         self, counts: list[int], after: list[int], moves: list[list[int]], longest: int
     ) -> bool:
-        """The cost model's answer, from numbers that all ranks have."""
+        """The decision of `exchange_pays`, the same on all ranks."""
         weight = self.head.weight
         assert weight is not None
         most_moved = max(max(map(sum, moves)), max(map(sum, zip(*moves, strict=True))))
@@ -143,9 +143,9 @@ class Exchange:
 
 
 def even_moves(counts: Sequence[int]) -> list[list[int]]:
-    """[W, W] rows that rank i gives to rank j, so that counts differ by at most one in the end.
+    """[W, W] number of rows that rank i gives to rank j; after it counts differ by at most one.
 
-    The fewest rows that can: a rank that has many keeps one more than the mean where it may.
+    It moves as few rows as possible: the remainder stays on the ranks that have most.
     """
     world_size, (share, left) = len(counts), divmod(sum(counts), len(counts))
     largest = sorted(range(world_size), key=lambda rank: -counts[rank])[:left]
@@ -161,7 +161,7 @@ def even_moves(counts: Sequence[int]) -> list[list[int]]:
 
 
 def _tokens_by_rank(rows: Sequence[TokenRow], counts: list[int]) -> list[int]:
-    """Response tokens of so many rows in turn, for each rank."""
+    """Response tokens of the next `counts[r]` rows, for each rank r."""
     left = iter(rows)
     return [sum(_num_states(next(left)) for _ in range(count)) for count in counts]
 
@@ -182,23 +182,23 @@ def exchange_pays(
     parameter_bytes: int,
     rates: Rates,
 ) -> bool:
-    """True where the reference's pass gets shorter by more than the exchange takes.
+    """True if the exchange saves more time of the reference than it takes.
 
         saved = (rows_before - rows_after) * 2 P tokens_per_row / flops_per_s
               + (passes_before - passes_after) * P parameter_bytes / link_bytes_per_s
         cost  = moved_bytes / link_bytes_per_s
 
-    The ranks wait for the slowest one, whose rows are forwarded at 2 FLOPs per parameter and
-    token; each pass that is no longer made is a gather of the trunk less. The start of a collective
-    is not counted: an exchange has two of them, each pass one for every layer.
+    All ranks wait for the slowest one, whose rows cost 2 FLOPs per parameter and token. Each pass
+    saved saves one gather of the trunk. The latency of collectives is not counted: an exchange has
+    two collectives, a pass has one for every layer.
 
     Args:
         rows_before, rows_after: risky rows of the rank that has most, without and with exchange.
         passes_before, passes_after: passes that every rank makes.
         tokens_per_row: length of a risky row.
         moved_bytes: token ids there and hidden states back, of the rank that moves most.
-        trunk_parameters: P, those used by one token. Of a mixture the active ones: its gathers are
-            larger, so an exchange is told to pay too seldom, never too often.
+        trunk_parameters: P, those used by one token. Of a mixture of experts the active ones: its
+            gathers are larger, so the saving is underestimated, never overestimated.
         parameter_bytes: of one parameter of the reference, 2 in bf16.
         rates: the same on every rank, so that all decide alike.
     """
@@ -209,7 +209,7 @@ def exchange_pays(
 
 
 def slowest_rates(ranks: Ranks) -> Rates:
-    """The rates of the slowest rank, so that all decide alike. Collectives: two all-gathers."""
+    """The smallest rates over all ranks, so that all decide alike. Collectives: two all-gathers."""
     device = ranks.device
     local_ranks = ranks.gather(torch.tensor([ranks.local_rank], device=device))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -1,10 +1,10 @@
 """Stages 3 and 5: the frozen reference, run on the rows that need it, in passes that rows share.
 
-One active row (b > 0) on any rank makes all ranks gather the reference, layer by layer. So a rank's
-rows of a whole accumulation window are brought together: active rows come first (the loss is a sum
-over the window, so their order changes nothing but rounding), the reference runs on them at once,
-and its states wait for their micro-batches. What ranks must agree on is then one number, the most
-active rows of any rank: it tells how many passes there are, and which micro-batches need the head.
+One active row (b > 0) on any rank makes all ranks gather the reference, layer by layer. So each
+rank sorts the rows of a window: active rows come first (the loss is a sum over the window, so their
+order changes only rounding). The reference runs on them together, and its states are kept for their
+micro-batches. Ranks then agree on one number, the most active rows of any rank: it determines the
+number of passes, and which micro-batches need the head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,18 +26,18 @@ from safereg_dist.types import NO_HEAD, Head, MicroBatch, ReferenceStates, Row, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceSchedule:
-    """What one rank needs of the reference for a window. Places count in the order of training."""
+    """The active rows of one rank in a window, and the order of training, which places index."""
 
     order: list[int]
-    """Rows of the window in the order in which they are trained: active rows first."""
+    """Indices of the window's rows in the order of training: active rows first."""
     to_run: dict[int, Row]
-    """By place: the active rows that the trunk has to run on."""
+    """Place -> active row that the trunk has to run on."""
     stored: dict[int, Tensor]
-    """By place: states of the other active rows, mapped from the files of the store."""
+    """Place -> states of an active row that is stored, memory-mapped."""
 
     @classmethod
     def of_no_row(cls, num_rows: int) -> "ReferenceSchedule":
-        """Rows as they come, of which the reference is asked for none."""
+        """The schedule without active rows; rows keep their order."""
         return cls(order=list(range(num_rows)), to_run={}, stored={})
 
     @property
@@ -48,47 +48,47 @@ class ReferenceSchedule:
 
 @dataclass(slots=True, kw_only=True)
 class ReferencePasses:
-    """The passes over a window's active rows: those agreed on, and states that wait for their turn.
+    """The reference's passes over a window: their agreement, and states not yet used.
 
-    Places count in the order of training, as in the schedule.
+    Places index the order of training, as in the schedule.
     """
 
     schedule: ReferenceSchedule
     agreement: Agreement | None
-    """[most active rows of any rank, the most that the trunk runs on], under way until it is read;
-    None where nothing runs."""
+    """Over ranks, the largest number of active rows and of rows that the trunk runs on; it may
+    still be in flight. None where there is no reference."""
     micro_batch_size: int
     waiting: dict[int, Tensor] = field(default_factory=dict)
-    """By place: states that are run and not yet asked for."""
+    """Place -> states computed but not yet used."""
 
 
 class NoReference:
-    """Stands where the objective has no divergence: runs nothing, agrees on nothing."""
+    """The reference of an objective without divergence: runs nothing, agrees on nothing."""
 
     def schedule(
         self, rows: Sequence[Row], kl_coef: Sequence[float], *, micro_batches: int
     ) -> ReferenceSchedule:
-        """Rows as they come. Collectives: none."""
+        """The schedule without active rows. Collectives: none."""
         return ReferenceSchedule.of_no_row(len(rows))
 
     def start_agreement(self, schedule: Result[ReferenceSchedule]) -> None:
-        """Nothing to agree on; an error of this rank is raised here. Collectives: none."""
+        """Returns None; raises an error of this rank. Collectives: none."""
         assert schedule.value is not None
 
     def hidden_states(
         self, passes: ReferencePasses, index: int, batch: MicroBatch
     ) -> ReferenceStates:
-        """None. Collectives: none."""
+        """No states. Collectives: none."""
         return ReferenceStates(None, needs_head=False)
 
     @contextmanager
     def gathered_head(self, is_needed: bool) -> Iterator[Head]:
-        """A block without a head."""
+        """Yields no head."""
         yield NO_HEAD
 
 
 class Reference:
-    """Runs the frozen reference on the rows that need it; every rank the same number of times."""
+    """Runs the frozen reference on active rows, the same number of passes on every rank."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Reference:
         store: ReferenceStore | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        """`store` holds states that need not be run; `exchange` evens rows out over ranks."""
+        """`store` holds states computed before; `exchange` balances rows over ranks."""
         self.model = model
         self.ranks = ranks
         self.packing = packing
@@ -108,7 +108,7 @@ class Reference:
 
     @property
     def state_size(self) -> int:
-        """H_ref, what the head reads: of a few models less than their hidden size."""
+        """H_ref, the size of the head's input; in a few models smaller than the hidden size."""
         return self.model.head.state_size
 
     # ---- before the policy's forward
@@ -121,10 +121,10 @@ class Reference:
         return schedule_rows(rows, kl_coef, micro_batches=micro_batches, store=self.store)
 
     def start_agreement(self, schedule: Result[ReferenceSchedule]) -> Agreement:
-        """Starts the one agreement of a window: how many active rows the fullest rank has.
+        """Starts the agreement of a window on the most active rows of any rank.
 
-        An error is raised by all ranks, by the first `hidden_states`.
-        Collectives: one MAX all-reduce of 8 bytes (16 with a stored reference), under way.
+        All ranks raise an error in the first `hidden_states`.
+        Collectives: the start of one MAX all-reduce of 8 bytes (16 with a stored reference).
         """
         if self.store is None:
             return self.ranks.all_reduce_max_async(schedule.then(lambda own: [own.num_active]))
@@ -137,12 +137,12 @@ class Reference:
     def hidden_states(
         self, passes: ReferencePasses, index: int, batch: MicroBatch
     ) -> ReferenceStates:
-        """States of micro-batch `index`, which is `batch`; indices are asked for in order.
+        """The states of `batch`, micro-batch `index` of the window; call it in order of `index`.
 
         Raises:
-            The first failed rank's error of before, on all ranks.
-        Collectives: in the first micro-batch of those whose states wait together, the engine's for
-        the passes agreed on, and those of an exchange.
+            The first failed rank's error, on all ranks.
+        Collectives: in the first micro-batch of each group whose states are kept together, the
+        engine's for the passes agreed on, and those of an exchange.
         """
         assert passes.agreement is not None
         agreed = passes.agreement.result()
@@ -160,14 +160,14 @@ class Reference:
         )
 
     def _micro_batches_waiting(self, size: int) -> int:
-        """Micro-batches whose states may wait at once, were they all risky; alike on all ranks."""
+        """Micro-batches (>= 1) whose states fit `keep_bytes` at worst; the same on all ranks."""
         head = self.model.head.weight
         assert head is not None
         bytes_each = size * self.packing.max_length * self.state_size * head.itemsize
         return max(1, self.packing.keep_bytes // bytes_each)
 
     def _run(self, passes: ReferencePasses, first: int, group: int, most_to_run: int) -> int:
-        """Runs the trunk for the `group` places from `first` on; rows run here."""
+        """Runs the trunk on places `first` to `first + group - 1`; returns the rows run here."""
         most = min(max(most_to_run - first, 0), group)  # of any rank, in this group
         if most == 0:
             return 0
@@ -183,7 +183,7 @@ class Reference:
         return rows_run
 
     def _listed(self, passes: ReferencePasses, places: range, batch: MicroBatch) -> Tensor | None:
-        """[T, H_ref] states of a micro-batch, zeros (unread) on rows that are not active."""
+        """[T, H_ref] states of a micro-batch, zeros on rows that are not active."""
         found: dict[int, Tensor] = {}
         for row, place in enumerate(places):
             if place in passes.waiting:
@@ -203,10 +203,9 @@ class Reference:
     def response_states(self, rows: Sequence[TokenRow], *, passes: int) -> list[Tensor]:
         """[t, H_ref] states that predict each row's response tokens, after the final norm.
 
-        Longest rows first, so that those of a pass are of like length; each pass is trimmed to its
-        own longest row. A rank with fewer rows than passes runs one dummy token in each pass that
-        is left, so that every rank joins every collective. Collectives: the engine's, `passes`
-        times.
+        Rows are sorted by length, longest first, and each pass is padded to its longest row only. A
+        rank that runs out of rows runs one dummy token in each remaining pass, so that every rank
+        joins every collective. Collectives: the engine's, `passes` times.
         """
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
         size, found = self.packing.rows_per_pass, {}
@@ -234,12 +233,12 @@ class Reference:
         return states.index_select(0, chosen).split(counts)
 
     def prompt_states(self, input_ids: Tensor, num_layers: int) -> Tensor:
-        """[B, S, H] after `num_layers` layers, which alone run. Collectives: the engine's."""
+        """[B, S, H] after `num_layers` layers; runs no others. Collectives: the engine's."""
         return self.model.prefix_states(input_ids, num_layers)
 
     @contextmanager
     def gathered_head(self, is_needed: bool) -> Iterator[Head]:
-        """A block in which the head is whole; nothing is gathered where no rank needs it.
+        """A block in which the head is gathered; without `is_needed` it yields no head.
 
         Collectives: one all-gather per head parameter, if `is_needed`.
         """

@@ -52,7 +52,7 @@ class StoreIdentity:
     data: tuple[str, ...]
     """Content hashes of the training rows and, where there are any, the anchor rows."""
     precision: str
-    """`bf16` or `fp32`: what the reference runs in, and its states are stored in."""
+    """`bf16` or `fp32`: the precision of the reference and of the stored states."""
     format: int = _FORMAT
 
     @classmethod
@@ -64,7 +64,7 @@ class StoreIdentity:
         *,
         precision: str,
     ) -> "StoreIdentity":
-        """That of a run: its reference's fingerprint, and the content hashes of its row stores."""
+        """The identity for a run, from its reference, tokenizer, data and precision."""
         return cls(
             reference=reference,
             tokenizer=tokenizer_fingerprint(tokenizer),
@@ -74,7 +74,7 @@ class StoreIdentity:
 
 
 class ReferenceStore:
-    """Stored states of rows, looked up by `fingerprint.row_key`; nothing is read before its use."""
+    """Stored states of rows, looked up by `fingerprint.row_key` and read on demand."""
 
     def __init__(self, shards: Sequence["Shard"], hidden_size: int) -> None:
         self.hidden_size = hidden_size
@@ -101,7 +101,7 @@ class ReferenceStore:
         return cls(shards, index.hidden_size)
 
     def __len__(self) -> int:
-        """Different rows."""
+        """Number of distinct rows."""
         return len(self._keys)
 
     def holds(self, key: str) -> bool:
@@ -135,14 +135,14 @@ class ReferenceStore:
 
 
 class Table(NamedTuple):
-    """What a shard says of its n rows."""
+    """A shard's table of its n rows."""
 
     keys: np.ndarray
     """[n] names, 32 bytes each."""
     begin: np.ndarray
     """[n + 1] first token of each row, and the number of tokens."""
     crc32: np.ndarray
-    """[n] of each row's states."""
+    """[n] checksum of each row's states."""
 
     def places(self, shard: int) -> np.ndarray:
         """[n, 4] shard, first and one past the last token, crc32 of every row."""
@@ -165,12 +165,12 @@ class Shard(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What the index says of a shard."""
+    """A shard's entry in the index."""
 
     file: str
     num_bytes: int
     sha256: str
-    """Of its table."""
+    """SHA-256 (hex) of its table."""
 
 
 class _Index(NamedTuple):
@@ -209,7 +209,7 @@ def _require_same(folder: Path, found: dict[str, Any], expected: StoreIdentity) 
 
 
 def _short(identity: Any) -> str:
-    """Enough of a fingerprint, or of several, to tell it from another."""
+    """A shortened fingerprint, or several, for messages."""
     parts = identity if isinstance(identity, list) else [identity]
     return " and ".join(str(part)[:12] for part in parts)
 
@@ -232,10 +232,10 @@ def _open_shard(folder: Path, entry: _Entry, hidden_size: int) -> Shard:
 
 
 def map_shard(path: Path) -> Shard:
-    """A shard with its table read, and its states where they are.
+    """Opens a shard: reads its table and maps its states.
 
     Raises:
-        OSError, SafetensorError: it is no such file.
+        OSError, SafetensorError: the file is missing or no shard.
     """
     file = safe_open(path, framework="pt")
     keys, begin, crc32 = (file.get_tensor(name).numpy() for name in ("keys", "begin", "crc32"))

@@ -29,7 +29,7 @@ class StoreSize(NamedTuple):
     rows: int
     tokens: int
     num_bytes: int
-    """Of all files, the index too."""
+    """Size of all files, the index included."""
 
 
 class StoreWriter:
@@ -49,11 +49,11 @@ class StoreWriter:
         return len(self._known)
 
     def holds(self, key: str) -> bool:
-        """Whether a row of this key was added; it need not be again."""
+        """Whether a row with this key was already added."""
         return bytes.fromhex(key) in self._known
 
     def add(self, key: str, hidden: Tensor) -> None:
-        """Takes the [t, H] states of a row, on the host; a full shard is written.
+        """Adds the [t, H] states of a row, on the host; writes the shard once it is full.
 
         Raises:
             CheckpointError: the shard cannot be written.
@@ -68,7 +68,7 @@ class StoreWriter:
         self._held_bytes += size
 
     def flush(self) -> None:
-        """Writes what is held, if anything; call it once more after the last row.
+        """Writes the buffered rows, if any; call it after the last row.
 
         Raises:
             CheckpointError: the shard cannot be written.
@@ -94,11 +94,11 @@ class StoreWriter:
 
 
 def begin_store(out: Path) -> Path:
-    """Makes the folder beside `out` in which all ranks write; one that was left there goes.
+    """Makes the folder beside `out` in which all ranks write; replaces a leftover one.
 
     Raises:
         ConfigError: `out` exists.
-        CheckpointError: the place cannot be written.
+        CheckpointError: the folder cannot be made.
     """
     require_absent(out)
     partial = partial_folder(out)
@@ -125,12 +125,12 @@ def partial_folder(out: Path) -> Path:
 
 
 def finish_store(out: Path, identity: StoreIdentity, *, hidden_size: int, rows: int) -> StoreSize:
-    """Writes the index of what the ranks have written and gives the folder its name.
+    """Writes the index of all ranks' shards and renames the folder to `out`.
 
     Args:
-        rows: what the writers of all ranks hold together.
+        rows: number of rows that the writers of all ranks hold together.
     Raises:
-        ConfigError: shards of some rank are not to be seen here.
+        ConfigError: shards of some rank are not visible here.
         CheckpointError: the index cannot be written.
     """
     partial = partial_folder(out)

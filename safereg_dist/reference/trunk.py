@@ -22,7 +22,7 @@ class _KeepsNothing(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The states themselves."""
+        """Returns the given states; stores nothing."""
         return key_states, value_states
 
 
@@ -69,7 +69,7 @@ class ReferenceTrunk(nn.Module):
 class EngineModel:
     """`ReferenceModel` with an engine and shards of its own.
 
-    Its trunk is loaded when it is first run: never, where all states that are asked for are stored.
+    Its trunk is loaded on first use: never if all the states needed are stored.
     """
 
     def __init__(
@@ -84,20 +84,20 @@ class EngineModel:
     def of_model(
         cls, model: PreTrainedModel, *, backend: Backend, offload: str, rows: int
     ) -> "EngineModel":
-        """A reference of a model that is loaded already; `rows` are those of one forward."""
+        """A reference from a loaded model; `rows` is the number of rows in one forward."""
         engine = backend.wrap_reference(ReferenceTrunk(model), offload=offload, rows=rows)
         return cls(head_of(model), lambda: engine, backend=backend)
 
     @property
     def engine(self) -> ReferenceEngine:
-        """What runs the trunk. Collectives on first use: those of loading it."""
+        """The trunk's engine. Collectives: on first use those of loading it."""
         if self._engine is None:
             self._engine = self._load_trunk()
         return self._engine
 
     @property
     def is_loaded(self) -> bool:
-        """True once the trunk is there."""
+        """True once the trunk is loaded."""
         return self._engine is not None
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class EngineModel:
         return self.engine(input_ids)
 
     def prefix_states(self, input_ids: Tensor, num_layers: int) -> Tensor:
-        """[B, S, H] after `num_layers` layers, which alone run. Collectives: the engine's."""
+        """[B, S, H] after `num_layers` layers; runs no others. Collectives: the engine's."""
         return self.engine.prefix(input_ids, num_layers)
 
     @contextmanager
@@ -116,14 +116,14 @@ class EngineModel:
 
 
 def used_parameters(model: PreTrainedModel) -> int:
-    """Weights that a token is multiplied by: no embedding, of experts those it is sent to."""
+    """Weights that one token is multiplied by: no embeddings; of experts the routed ones."""
     config = model.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
     embedding = set(model.get_input_embeddings().parameters())
     return round(
         sum(
-            # Under ZeRO-3 a parameter knows how large it is on all ranks together.
+            # Under ZeRO-3 `ds_numel` is the size of the whole parameter.
             getattr(p, "ds_numel", p.numel()) * (share if ".experts." in name else 1.0)
             for name, p in model.base_model.named_parameters()
             if p not in embedding

@@ -1,11 +1,11 @@
-"""A watched probe on the policy: every few steps the reference is asked about the same rows.
+"""A drift monitor for a probe on the policy: every few steps it also probes the reference.
 
-While a policy trains, its states move away from those that its probe was fitted on; risk falls,
-protection goes with it, and AUROC hides it. So recall at the threshold is measured against the
-reference side, on a micro-batch of the step itself, and one of three things is done about it:
+While a policy trains, its states move away from those that its probe was fitted on. The risk falls,
+and with it the protection; AUROC does not show this. So recall at the threshold is measured against
+the probe on the reference, on a micro-batch of the step. If it is too low, one of these follows:
 
-    warn       it is said, and written to the metrics
-    fallback   from then on the reference side gives the risk
+    warn       a warning, and the recall in the metrics
+    fallback   from then on the probe reads the reference
     realign    the policy's states are mapped back onto the reference's mean and covariance
 """
 
@@ -35,11 +35,11 @@ from safereg_dist.risk.stage import ProbedStates, Risk, RiskSource
 from safereg_dist.types import Row
 
 MIN_FLAGGED = 8
-"""Rows that the reference side must have flagged before their recall is acted upon."""
+"""Rows that the probe on the reference must flag before the monitor acts on the recall."""
 
 
 class DriftSettings(Protocol):
-    """The keys of `config.RiskConfig` that are read here."""
+    """The keys of `config.RiskConfig` that the monitor reads."""
 
     @property
     def drift(self) -> str:
@@ -53,12 +53,12 @@ class DriftSettings(Protocol):
 
     @property
     def drift_recall(self) -> float:
-        """The least recall that is accepted."""
+        """Smallest recall accepted."""
         ...
 
 
 class WatchedPolicyProbe(RiskSource):
-    """`PolicyProbeRisk` with its drift monitor; `reference` is asked seldom."""
+    """`PolicyProbeRisk` with a drift monitor; `reference` gives the risks to compare with."""
 
     sum_names = ("drift_flagged", "drift_found", "drift_rows", "drift_gap")
 
@@ -87,7 +87,7 @@ class WatchedPolicyProbe(RiskSource):
         self._say_who_answers()
 
     def _say_who_answers(self) -> None:
-        """Sets `name` and `reads_policy` by which side gives the risk at present."""
+        """Sets `name` and `reads_policy` by the model that the probe reads now."""
         self.reads_policy = not self.has_fallen_back
         if self.has_fallen_back:
             self.name = self._reference.name
@@ -100,8 +100,8 @@ class WatchedPolicyProbe(RiskSource):
     ) -> Risk:
         """Risk of every row from the policy's states; from the reference's after a fall-back.
 
-        Without policy states (before training) the reference answers too.
-        Collectives: none; in the first micro-batch of a step that compares both sides, those of
+        Without policy states (before training) it is the reference's too.
+        Collectives: none; in the first micro-batch of a step that compares both models, those of
         `ReferenceProbeRisk` (whose cache `realign` cannot use: it needs states, not risks).
         """
         if probed is None or self.has_fallen_back:
@@ -125,14 +125,14 @@ class WatchedPolicyProbe(RiskSource):
         for a, b in zip(own, frozen, strict=True):
             if a is None or b is None:
                 continue
-            is_flagged = not b < self._threshold  # nan counts as flagged, on either side
+            is_flagged = not b < self._threshold  # nan counts as flagged, on either model
             self._sums["drift_flagged"] += is_flagged
             self._sums["drift_found"] += is_flagged and not a < self._threshold
             self._sums["drift_rows"] += 1
             self._sums["drift_gap"] += abs(a - b) if a == a and b == b else 1.0
 
     def begin_step(self, step: int) -> None:
-        """Decides whether this step compares both sides; the same on every rank."""
+        """Decides whether this step compares both models; the same on every rank."""
         self._is_due = not self.has_fallen_back and step % self._settings.drift_every == 0
         self._compares_next = self._is_due
 
@@ -164,7 +164,7 @@ class WatchedPolicyProbe(RiskSource):
             row["probe_recall"] = found / flagged
         if flagged >= MIN_FLAGGED:
             was_low, self._is_low = self._is_low, found / flagged < self._settings.drift_recall
-            if self._is_low and not was_low:  # said once, and again only after it had recovered
+            if self._is_low and not was_low:  # warns once, and again only after a recovery
                 self._act(found / flagged)
         return row
 
@@ -186,7 +186,7 @@ class WatchedPolicyProbe(RiskSource):
             )
 
     def save_state(self, path: Path) -> None:
-        """Writes the reference side's cache and, beside it, what the monitor knows."""
+        """Writes the cache of the reference's risks and, beside it, the monitor's state."""
         self._reference.save_state(path)
         tensors = {
             "has_fallen_back": torch.tensor([self.has_fallen_back]),

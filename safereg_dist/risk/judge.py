@@ -13,11 +13,10 @@ from safereg_dist.types import Row
 
 
 class CriticRisk(RiskSource):
-    """Asks this rank's judge about this rank's rows; no other rank takes part.
+    """Scores this rank's rows with this rank's judge; involves no other rank.
 
-    `prefetch` sends the rows of coming steps, so that the step seldom waits; a judgement that does
-    not come within the critic's deadline has failed, so a rank's wait is bounded: by
-    ceil(queued / concurrency) deadlines.
+    `prefetch` sends the rows of coming steps, so that the step seldom waits. A judgement fails at
+    the critic's deadline, so a rank waits for at most ceil(queued / concurrency) deadlines.
     """
 
     name = "critic"
@@ -25,7 +24,7 @@ class CriticRisk(RiskSource):
     sum_names = ("risk_failed",)
 
     def __init__(self, critic: Critic, *, announces: bool = True) -> None:
-        """`announces` is true on the rank that prints."""
+        """`announces` is true on the rank that prints warnings."""
         self._critic = critic
         self._announces = announces
         self._was_failing = False
@@ -46,14 +45,14 @@ class CriticRisk(RiskSource):
     def __call__(
         self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
     ) -> Risk:
-        """The judge's score of every row, as its fail mode says where it failed. Collectives: none.
+        """The judge's score of every row; a failed one follows the fail mode. Collectives: none.
 
         Raises:
             CriticUnavailable: a judgement failed and the fail mode is `stop`.
         """
         self.prefetch(rows)
         keys = [_key(row) for row in rows]
-        # A row may stand twice in a micro-batch, where one epoch meets the next.
+        # A micro-batch can hold a row twice, where one epoch ends and the next begins.
         verdicts = {key: self._verdict(key) for key in {*keys} if key is not None}
         self.notes = notes = {}
         for index, key in enumerate(keys):
@@ -73,12 +72,12 @@ class CriticRisk(RiskSource):
         return verdict
 
     def take_sums(self) -> dict[str, float]:
-        """Rows of this rank whose judgement failed, since the last call."""
+        """Number of this rank's rows whose judgement failed since the last call."""
         failed, self._failed = self._failed, 0
         return {"risk_failed": float(failed)}
 
     def end_step(self, total: Mapping[str, float]) -> dict[str, float | int]:
-        """The rows of the step whose judgement failed, over all ranks."""
+        """Number of rows whose judgement failed in the step, over all ranks."""
         failed = int(total["risk_failed"])
         if failed and not self._was_failing and self._announces:
             print(
@@ -87,12 +86,12 @@ class CriticRisk(RiskSource):
                 file=sys.stderr,
                 flush=True,
             )
-        self._was_failing = failed > 0  # said again only after a step without failures
+        self._was_failing = failed > 0  # warns again only after a step without failures
         return {"risk_failed": failed}
 
 
 def _key(row: Row) -> bytes | None:
-    """Names the conversation; None where there is nothing to judge."""
+    """SHA-256 of the conversation; None where there is none to judge."""
     if row.is_anchor or not row.messages_json:
         return None
     return hashlib.sha256(row.messages_json.encode()).digest()

@@ -28,10 +28,10 @@ from safereg_dist.storage.atomic import write_atomically
 POOLINGS = ("last_prompt_token", "mean_prompt")
 RESPONSE_POOLINGS = ("last_response_token", "mean_response")
 POOLINGS_OF = {"prompt": POOLINGS, "response": RESPONSE_POOLINGS}
-"""By position: the poolings that read it."""
+"""Position -> its poolings."""
 KINDS = ("linear", "mlp", "direction")
 _FORMAT = 2
-_READABLE = (1, 2)  # format 1 knew the prompt side and linear probes only
+_READABLE = (1, 2)  # format 1 had linear probes on prompts only
 _TENSORS = "probe.safetensors"
 _FACTS = "probe.json"
 _TENSOR_FIELDS = ("mean", "scale", "weight", "hidden_weight", "hidden_bias", "knots_x", "knots_y")
@@ -69,7 +69,7 @@ class Probe:
     knots_y: Tensor | None = None
     """[K] float32 probabilities at the knots, never falling."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """What the fit measured: model, template and data hashes, metrics, the recall's guarantee."""
+    """Facts of the fit: hashes of model, template and data, metrics, the recall's guarantee."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -113,8 +113,8 @@ class Probe:
         """Writes `probe.safetensors` and, last, `probe.json`, each aside and renamed.
 
         Raises:
-            ProbeError: the folder cannot be written; an older probe in it is not half replaced
-                unnoticed, since `probe.json` holds the hash of its tensors.
+            ProbeError: the folder cannot be written. `load` detects a partly replaced probe, since
+                `probe.json` holds the hash of the tensors.
         """
         tensors = {name: t.float().cpu().contiguous() for name, t in self.tensors.items()}
         tensors["bias"] = torch.tensor([self.bias], dtype=torch.float32)
@@ -297,7 +297,7 @@ def pool_spans(
 
 
 def rescale(risk: float, threshold: float) -> float:
-    """Risk on a scale on which every signal sets in at 0.5: piecewise linear, 0 and 1 stay.
+    """Maps a risk so that the threshold becomes 0.5: piecewise linear, 0 and 1 are fixed.
 
     0.5 r / t below the threshold t, 0.5 + 0.5 (r - t) / (1 - t) from t on.
     """
@@ -306,7 +306,7 @@ def rescale(risk: float, threshold: float) -> float:
     return 0.5 + 0.5 * (risk - threshold) / (1 - threshold) if threshold < 1 else 1.0
 
 
-_BELOW_HALF = math.nextafter(0.5, 0.0)  # rounding must not carry a row over the threshold
+_BELOW_HALF = math.nextafter(0.5, 0.0)  # rounding must not move a row across the threshold
 
 
 def load_probes(folder: Path | str) -> list[Probe]:

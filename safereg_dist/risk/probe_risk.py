@@ -22,7 +22,7 @@ from safereg_dist.types import Row, to_device
 
 
 class PolicyProbeRisk(RiskSource):
-    """A probe on the policy's hidden states of this very forward: free, but it drifts."""
+    """A probe on hidden states of the policy's training forward: free, but it drifts."""
 
     name = "probe-policy"
     reads_policy = True
@@ -34,7 +34,7 @@ class PolicyProbeRisk(RiskSource):
     def __call__(
         self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
     ) -> Risk:
-        """Largest probability over a row's assistant turns. Collectives: none; one host sync."""
+        """The largest probability over each row's turns. Collectives: none; one host sync."""
         assert probed is not None
         turns, pooled = self.read(rows, probed)
         return turn_risks(self._probe, len(rows), turns, pooled)
@@ -54,7 +54,7 @@ class ReferenceTrunkPrefix(Protocol):
 
 
 class KnownRisks(NamedTuple):
-    """Risks on disk, which outlive a run: neither text nor reference nor probe changes."""
+    """Risks cached on disk across runs: text, reference and probe are fixed."""
 
     cache: ScoreCache
     scorer: str
@@ -86,7 +86,7 @@ class ReferenceProbeRisk(RiskSource):
         known: KnownRisks | None = None,
         is_asked_seldom: bool = False,
     ) -> None:
-        """`is_asked_seldom`: rows go by without it, so any row may be new to it, in any epoch."""
+        """`is_asked_seldom`: not called on every row, so a row may be new to it in any epoch."""
         self.probe = probe
         self._reference = reference
         self._ranks = ranks
@@ -101,9 +101,9 @@ class ReferenceProbeRisk(RiskSource):
     ) -> Risk:
         """Cached risk, computed first where it is missing.
 
-        Collectives: none once every rank has seen all its rows here; before that one 8-byte MAX
-        all-reduce, and the reference's own for the layers run. A cache that cannot be read fails
-        in the all-reduce, for all ranks; one that cannot be written, after the last pass.
+        Collectives: none after the first epoch; before that one 8-byte MAX all-reduce, and the
+        reference's own for the layers run. An unreadable cache raises the error on all ranks in
+        the all-reduce; an unwritable one raises it after the last pass.
         """
         keys = self._keys(rows)
         if in_first_epoch or self._is_asked_seldom:
@@ -124,7 +124,7 @@ class ReferenceProbeRisk(RiskSource):
     def pooled(self, rows: Sequence[Row], turns: "Turns") -> Tensor:
         """[N, H] states of the turns of all rows, in order, without the cache.
 
-        Every rank runs as many passes as a micro-batch of this size takes, whatever its rows are.
+        The number of passes depends on the number of rows only, so it is the same on every rank.
         """
         pieces = []
         for begin in range(0, len(rows), self._rows_per_pass):
@@ -141,7 +141,7 @@ class ReferenceProbeRisk(RiskSource):
         ]
 
     def _missing(self, keys: list[str | None]) -> list[int]:
-        """First row of each content that is neither in memory nor on disk."""
+        """Index of the first row of each key that is cached neither in memory nor on disk."""
         found: dict[str, int] = {}
         for index, key in enumerate(keys):
             if key is not None and key not in self.cache:
@@ -162,11 +162,11 @@ class ReferenceProbeRisk(RiskSource):
     def _remember(self, new: dict[str | None, float | None]) -> None:
         self.cache.update(new)  # type: ignore[arg-type]
         good = {k: CachedScore(r, None) for k, r in new.items() if r is not None and r == r}
-        if self._known is not None and good:  # a failed risk (nan) is computed again next time
+        if self._known is not None and good:  # a failed risk (nan) is not stored on disk
             self._known.cache.put_many(self._known.scorer, good)  # type: ignore[arg-type]
 
     def _run(self, rows: Sequence[Row], group: list[int]) -> tuple["Turns", Tensor]:
-        """The turns of these rows and their [N, H] states; one pass, of a dummy for no row."""
+        """Runs one pass: the rows' turns and their [N, H] states; without rows a dummy token."""
         device = self._ranks.device
         if not group:
             dummy = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -212,7 +212,7 @@ class ReferenceProbeRisk(RiskSource):
 
 
 def probe_key(row: Row, position: str) -> str:
-    """SHA-256 (hex) of the tokens that a probe at this position reads, and of where turns lie."""
+    """SHA-256 (hex) of the tokens that a probe at this position reads, and of the turns' places."""
     if position == "prompt":
         return row.prompt_key
     return row_key(row.input_ids, row.loss_mask)
@@ -222,7 +222,7 @@ class Turns(NamedTuple):
     """What a probe reads of some rows: N spans of real tokens, one for each assistant turn."""
 
     rows: list[int]
-    """[N] place of each span's row among the rows asked for."""
+    """[N] index of each span's row in the given rows."""
     first: list[int]
     """[N] first token of the span, counted from the row's first real token."""
     last: list[int]
@@ -266,12 +266,12 @@ def pooled_turns(
 
 
 def turn_risks(probe: Probe, num_rows: int, turns: Turns, pooled: Tensor) -> Risk:
-    """The riskiest turn of each row; nan (a failed turn) wins over any number. One host sync."""
+    """The largest risk over each row's turns; nan if any turn failed. One host sync."""
     return max_per_row(num_rows, turns.rows, probe.probability(pooled).tolist())
 
 
 def max_per_row(num_rows: int, rows: Sequence[int], probability: Sequence[float]) -> Risk:
-    """[num_rows] largest of the values of each row; nan wins, None where a row has none."""
+    """[num_rows] the largest value of each row; nan if one is nan, None without values."""
     risk: Risk = [None] * num_rows
     for row, value in zip(rows, probability, strict=True):
         known = risk[row]

@@ -1,7 +1,7 @@
 """Maps states of a policy back onto those of its reference, without labels.
 
-Both sides' pooled states of the same rows have a mean and a covariance. Of all maps that carry one
-Gaussian onto the other, the one that moves states least (optimal transport) is
+Pooled states of the same rows have a mean and a covariance under each model. Of all maps from one
+Gaussian to the other, the optimal transport map, which moves states least, is
 
     x' = mu_r + A (x - mu_p),    A = S_p^{-1/2} (S_p^{1/2} S_r S_p^{1/2})^{1/2} S_p^{-1/2}
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from safereg_dist.parallel.comm import Ranks
 
 _MEMORY = 0.8
-"""What a check keeps of the checks before it: the policy moves on, so old states mislead."""
+"""Decay of the sums of earlier checks: the policy changes, so old states are outdated."""
 _KEYS = ("count", "policy_sum", "policy_outer", "reference_sum", "reference_outer")
 
 
 class Realignment(NamedTuple):
-    """The map of one moment."""
+    """The affine map from policy states to reference states after one check."""
 
     policy_mean: Tensor
     reference_mean: Tensor
@@ -34,13 +34,13 @@ class Realignment(NamedTuple):
 
 
 class Moments:
-    """Sums over both sides' states, forgetting old ones; the same on every rank once reduced."""
+    """Decayed sums over the states of both models; the same on every rank once reduced."""
 
     def __init__(self, center: Tensor) -> None:
-        """`center` [H] is near the means of both sides, on their device.
+        """`center` [H] is near the means of both models' states, on their device.
 
-        Sums are taken around it: a few features of large models have means of thousands, and the
-        square of such a mean leaves no digits of float32 for a variance.
+        Sums are taken around it: a few features of large models have means of thousands, whose
+        squares would cancel the variance in float32.
         """
         self._center = center.float()
         size, device = center.numel(), center.device
@@ -49,7 +49,7 @@ class Moments:
         self._new = [torch.zeros(shape, device=device) for shape in shapes]
 
     def add(self, policy: Tensor, reference: Tensor) -> None:
-        """Adds this rank's [N, H] states of both sides; rows that are not finite are left out."""
+        """Adds this rank's [N, H] states of both models; skips rows that are not finite."""
         policy, reference = policy.float() - self._center, reference.float() - self._center
         keep = (policy.isfinite() & reference.isfinite()).all(dim=1, keepdim=True)
         policy, reference = policy.masked_fill(~keep, 0.0), reference.masked_fill(~keep, 0.0)
@@ -59,7 +59,7 @@ class Moments:
             self._new[at + 1] += states.T @ states
 
     def realignment(self, ranks: Ranks) -> Realignment | None:
-        """Takes in the new sums of all ranks; the map, or None from fewer than two rows.
+        """Reduces the new sums over ranks; returns the map, or None from fewer than two rows.
 
         Collectives: one SUM of 2 H^2 + 2 H + 1 float32.
         """
@@ -71,7 +71,7 @@ class Moments:
         return self.map()
 
     def map(self) -> Realignment | None:
-        """The map that the sums give, or None from fewer than two rows. Collectives: none."""
+        """The map computed from the sums; None from fewer than two rows. Collectives: none."""
         count = float(self._known[0])
         if count < 2:
             return None
@@ -105,6 +105,6 @@ class Moments:
 def _power(matrix: Tensor, exponent: float) -> Tensor:
     """Power of a symmetric positive semi-definite matrix, float64."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    # Relative to the largest: what is below is rounding, and a negative power would blow it up.
+    # Smaller eigenvalues are rounding errors, which a negative power would amplify.
     values = values.clamp_min(values.max() * 1e-10)
     return (vectors * values**exponent) @ vectors.T

@@ -18,13 +18,13 @@ from safereg_dist.risk.probe import rescale
 from safereg_dist.types import Row, RowRisks, known_risk
 
 COMMON_THRESHOLD = 0.5
-"""Where every source sets in once it is rescaled."""
+"""The threshold of every source after rescaling."""
 Risk = list[float | None]
 """[B] risk in [0, 1] of each row, nan where it failed, None on anchor rows and without a source."""
 
 
 class ProbedStates(NamedTuple):
-    """Hidden states of the policy, as they are when its forward has come to the head."""
+    """Hidden states of the policy, available when its forward reaches the head."""
 
     hidden: Tensor
     """[B, S, H] output of the probed decoder layer, detached."""
@@ -33,35 +33,35 @@ class ProbedStates(NamedTuple):
 
 
 class RiskSource:
-    """The risk of a rank's rows, from the rank's own data. The base class knows no risk.
+    """The risk of a rank's rows, from the rank's own data. The base class gives no risk.
 
-    Whoever writes a source overrides `__call__`, and of the rest what it needs. Every rank calls
-    every method in the same order.
+    A subclass overrides `__call__`, and other methods as needed. Every rank calls every method in
+    the same order.
     """
 
     name = "none"
-    """Goes to the ledger."""
+    """The name of the source in the ledger."""
     reads_policy: bool = False
     """True where risk is known only after the policy's forward; the same on all ranks."""
     looks_ahead: bool = False
-    """True where `prefetch` does something."""
+    """True if the source uses `prefetch`."""
     sum_names: tuple[str, ...] = ()
     """Names of this rank's counts; they are summed over ranks with the step's metrics."""
     notes: Mapping[int, str] = {}
-    """What the ledger shall say of rows of the last call, by row; mostly nothing."""
+    """Row index of the last call -> note for the ledger; empty for most rows."""
 
     def __call__(
         self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
     ) -> Risk:
         """Risk of every row; None for each here. Collectives: none.
 
-        `probed` is there where the source reads the policy. `in_first_epoch` is the same on all
-        ranks: once it is False, every rank has been asked about all its rows before.
+        `probed` is given if `reads_policy`. `in_first_epoch` is the same on all ranks; once it is
+        False, every rank has called the source on each of its rows.
         """
         return [None] * len(rows)
 
     def prefetch(self, rows: Iterable[Row]) -> None:
-        """Takes rows of coming steps to work on in the background; never waits."""
+        """Starts background work on rows of coming steps; never waits."""
 
     def begin_step(self, step: int) -> None:
         """An optimizer step begins."""
@@ -75,7 +75,7 @@ class RiskSource:
         return {}
 
     def save_state(self, path: Path) -> None:
-        """Writes what the source has to remember, to this file and beside it."""
+        """Writes the source's state, to this file and beside it."""
 
     def load_state(self, path: Path) -> None:
         """Restores what `save_state` wrote.
@@ -98,18 +98,18 @@ class ColumnRisk(RiskSource):
 
 
 class WeightedSource(NamedTuple):
-    """A source of risk, and how it counts beside others."""
+    """A source of risk with its category, threshold and weight."""
 
     category: str
     """The category of harm it stands for; empty for the only source of a run."""
     source: RiskSource
     threshold: float
-    """Risk from which it counts, on its own scale."""
+    """The source's threshold, on its own scale."""
     weight: float = 1.0
 
 
 class RiskStage:
-    """Asks every source, combines what they say, and counts it for the metrics."""
+    """Calls every source, combines their risks, and counts them for the metrics."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class RiskStage:
 
     @property
     def name(self) -> str:
-        """What gives the risk, for people."""
+        """A readable name of the source or the combination."""
         if self.rule == "single":
             return self.sources[0].source.name
         return f"{self.rule}({', '.join(self._categories)})"
@@ -150,7 +150,7 @@ class RiskStage:
         self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
     ) -> RowRisks:
         """Risk of every row. Collectives: those of the sources, in their order."""
-        # A source that fails on one rank must not keep this rank from the next one's collectives.
+        # If a source fails here, this rank must still join the collectives of the next source.
         results = [
             capture(entry.source, rows, probed, in_first_epoch=in_first_epoch)
             for entry in self.sources
@@ -180,18 +180,18 @@ class RiskStage:
         return RowRisks(values, dict(zip(self._categories, scaled, strict=True)), leaders, {})
 
     def _combine_row(self, row: Sequence[float | None]) -> tuple[float | None, int]:
-        """The combined risk, and the place of the source that weighs most in it."""
+        """The combined risk, and the index of the source that contributes most to it."""
         known = {i: known_risk(v) for i, v in enumerate(row) if v is not None}
         if not known:
             return None, 0
         if self.rule == "max":
             leader = max(known, key=lambda i: known[i])
-            # A failed source (nan) is a full risk, and stays recognisable as failed.
+            # A failed source (nan) counts as risk 1; the result stays nan, to show the failure.
             return row[leader], leader
         weights = {i: self.sources[i].weight for i in known}
         leader = max(known, key=lambda i: weights[i] * known[i])
         if any(value is not None and math.isnan(value) for value in row):
-            return math.nan, leader  # failed: others' low risk must not outvote what is not known
+            return math.nan, leader  # failed: low risks of others must not outweigh it
         mean = math.fsum(weights[i] * known[i] for i in known) / math.fsum(weights.values())
         return mean, leader
 
@@ -205,7 +205,7 @@ class RiskStage:
             risks.sources[index] = "override"
             risks.notes[index] = decision.reason
 
-    # ---- what a step's metrics say of the risk
+    # ---- metrics of a step
 
     @property
     def sum_names(self) -> tuple[str, ...]:
@@ -265,7 +265,7 @@ class RiskStage:
     def prefetch(self, rows: Iterable[Row]) -> None:
         """Hands rows of coming steps to the sources that work in the background; never waits."""
         if not self.looks_ahead:
-            return  # nobody reads them: a whole data set may stand behind the iterator
+            return  # no source reads them: do not iterate over what may be a whole data set
         rows = list(rows)
         for entry in self.sources:
             entry.source.prefetch(rows)

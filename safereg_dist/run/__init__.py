@@ -1,1 +1,1 @@
-"""The folder of a run: what is written to it, read from it, and allowed to begin in it."""
+"""The folder of a run: its files, its checkpoints, and the checks before a run begins."""

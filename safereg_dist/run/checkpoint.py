@@ -30,23 +30,23 @@ from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
 from safereg_dist.step import SafetyRegularizer
 
-_FORMAT = 2  # 1, of safereg_dist 0.1, named the policy's weights otherwise
+_FORMAT = 2  # format 1 (safereg_dist 0.1) had other names for the policy's weights
 _RESERVE_BYTES = 64 << 20
-"""Disk left free beyond the size of a checkpoint: logs go on being written."""
+"""Free disk required beyond the size of a checkpoint, for logs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """Everything of a run besides weights, optimizer, random states and risk cache."""
+    """The state of a run besides weights, optimizer, random states and risk cache."""
 
     step: int
     """Optimizer steps done; the data position follows from it."""
     world_size: int
     config_hash: str
     order_digest: str
-    """Of what the order of rows hangs on beside the configuration; see `RowSources`."""
+    """`RowSources.order_digest`: the order of rows depends on it and the configuration."""
     non_finite_steps: int
-    """Skipped steps in all."""
+    """Total number of skipped steps."""
     non_finite_in_a_row: int
     metrics_bytes: int
     ledger_bytes: list[int]
@@ -54,12 +54,12 @@ class RunState:
     seconds: float
     """Training time so far."""
     regularizer: dict[str, float | None] = field(default_factory=dict)
-    """The small part of the regulariser's own state."""
+    """The state that `SafetyRegularizer.save_state` returned."""
     format: int = _FORMAT
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 (hex) of what determines the result: all but places, saving and time limits."""
+    """SHA-256 (hex) of all keys but paths, saving and time limits, which do not change results."""
     return hashlib.sha256(json.dumps(_determining(config), sort_keys=True).encode()).hexdigest()
 
 
@@ -129,7 +129,7 @@ def save_checkpoint(
 
 @contextmanager
 def _clear_errors(partial: Path) -> Iterator[None]:
-    """A block whose failure to write becomes one clear error, with nothing half-written left."""
+    """A block whose write errors become CheckpointError; removes partial files then."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as err:
@@ -178,7 +178,7 @@ def load_checkpoint(
     engine.load(checkpoint / "engine")
     with ranks.together():
         regularizer.load_state(checkpoint / f"risk{ranks.rank}.safetensors", state.regularizer)
-        # Last, so that nothing after it draws from a generator before training goes on.
+        # Last, so that nothing draws from a generator between this and training.
         _load_random(checkpoint / f"rank{ranks.rank}.safetensors", ranks.device)
     return state
 
@@ -222,7 +222,7 @@ def _require_same_run(
 
 
 def _checkpoint_bytes(regularizer: SafetyRegularizer, folder: Path) -> int:
-    """Bytes that a checkpoint takes: as the last one did, else 16 per parameter."""
+    """Bytes of a checkpoint: the size of the last one, else 16 per parameter."""
     written = complete_checkpoints(folder)
     if written:
         return sum(f.stat().st_size for f in written[-1].rglob("*") if f.is_file())
@@ -250,7 +250,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _save_random(path: Path, device: torch.device) -> None:
-    _, words, _ = random.getstate()  # the pending gauss() value is not kept: nobody here draws one
+    _, words, _ = random.getstate()  # drops the pending gauss() value: it is never used here
     numpy_state = np.random.get_state(legacy=False)
     tensors = {
         "torch": torch.get_rng_state(),

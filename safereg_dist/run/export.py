@@ -26,8 +26,8 @@ def export_model(
 ) -> None:
     """Writes config, tokenizer and safetensors shards so that `from_pretrained` loads them.
 
-    No rank holds more than one layer beyond its own shards, and the main rank one file's tensors
-    besides. Everything is written aside and renamed, so `folder` is whole or absent.
+    A rank holds at most one layer beyond its own shards, the main rank also the tensors of one
+    file. All files go to a temporary folder that is renamed, so `folder` is complete or absent.
 
     Raises:
         CheckpointError: the disk is too small; nothing is left behind.
@@ -104,7 +104,7 @@ def _gathered_tensors(
 
 
 def _by_module(names: list[str]) -> Iterator[list[str]]:
-    """Runs of names below the same decoder layer (or other module of the same depth)."""
+    """Groups consecutive names by decoder layer (or other module of the same depth)."""
     run: list[str] = []
     for name in names:
         if run and _layer_of(run[-1]) != _layer_of(name):

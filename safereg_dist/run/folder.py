@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether the run has ended, and what it was made of."""
+"""The folder of a run: which run it belongs to, whether that has ended, and its facts."""
 
 import json
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from safereg_dist.storage.atomic import write_atomically
 
 
 def is_complete(config: Config, ranks: Ranks) -> bool:
-    """True where `output_dir` holds this very run, ended; False where it can begin or go on.
+    """True if `output_dir` holds this run, finished; False if the run can start or resume.
 
     Writes nothing.
 
@@ -70,7 +70,7 @@ def claim_folder(folder: Path, config: Config) -> None:
 
 
 def describe_run(run: Run) -> dict[str, Any]:
-    """What a run is made of: counts of rows, fingerprints, versions, ranks."""
+    """Facts of a run: counts of rows, fingerprints, versions, ranks."""
     sources = run.sources
     stores = {"train": sources.train, "anchor": sources.anchor}
     return {

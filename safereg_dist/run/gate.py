@@ -1,7 +1,7 @@
-"""The risk of rows before any training: what would be held back, and whether that is too much.
+"""The gate before training: computes the risk of rows, and refuses if too many are held back.
 
-Where the risk is the frozen reference's, the rows screened are those that the run begins with, and
-what is found here is not computed again: the first epoch's cost is paid earlier, not twice.
+Risks from the frozen reference are computed for the rows that the run begins with, and cached: the
+cost of the first epoch is paid earlier, not twice.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.risk.stage import RiskStage
 from safereg_dist.types import Row
 
-_CONFIDENCE = 0.95  # of the bound from a sample; a whole data set needs none
+_CONFIDENCE = 0.95  # of the bound for a sample; a complete data set needs no bound
 
 
 class RowRisk(NamedTuple):
-    """What the risk stage says of one training row."""
+    """The risk of one training row, and where it came from."""
 
     id: str
     risk: float | None
@@ -42,10 +42,10 @@ def row_risks(
     filler: Row,
     ranks: Ranks,
 ) -> Iterator[RowRisk]:
-    """The risk of the first `count` training rows of this rank, one after the other.
+    """Yields the risk of each of the first `count` training rows of this rank.
 
     Collectives: those of the risk stage and one 8-byte MAX all-reduce, for each of
-    ceil(count / micro_batch_size) batches; every rank passes the same `count` and takes every item.
+    ceil(count / micro_batch_size) batches; every rank passes the same `count` and reads every item.
     """
     rows = stream.first_rows(count)
     with tqdm(total=count, desc="screen rows", unit=" rows", disable=not ranks.is_main) as bar:
@@ -71,16 +71,16 @@ def row_risks(
 
 
 def is_held_back(risk: float | None, threshold: float) -> bool:
-    """True from the threshold on, and where the risk failed."""
+    """True at or above the threshold, and where the risk failed."""
     return risk is not None and not risk < threshold
 
 
 def refuse_too_many_held_back(run: Run) -> None:
-    """Raises where more rows would be held back than the configuration allows.
+    """Raises if more rows would be held back than the configuration allows.
 
-    Counted over the rows that the run will see (all rows of a column), or over its first
-    `risk.gate_rows` where a critic judges them or a probe reads the policy. Where these are not all
-    rows of the data, too much is what the exact one-sided 95 % bound below the share exceeds.
+    Counts the rows that the run will see (all rows if risk is a column), or the first
+    `risk.gate_rows` if a judge or a probe on the policy gives the risk. If these are not all rows
+    of the data, the exact one-sided 95 % lower bound of the share is compared with the limit.
 
     Raises:
         ConfigError: too many rows at or above the threshold.
@@ -93,7 +93,7 @@ def refuse_too_many_held_back(run: Run) -> None:
     positions = sources.total_steps * sources.rows_per_step
     count = sources.stream.rows_within(positions)
     if config.risk.estimator == "column":
-        count = sources.stream.most_rows  # known without any work
+        count = sources.stream.most_rows  # costs nothing
     elif risk.looks_ahead or config.risk.source == "policy":
         count = min(count, -(-config.risk.gate_rows // ranks.world_size))
         run.regularizer.risk.prefetch(

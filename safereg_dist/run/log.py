@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics on the main rank, a ledger on every rank."""
+"""The logs of a training run: metrics on the main rank, a ledger on every rank."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -13,8 +13,8 @@ from safereg_dist.run.metrics import MetricsWriter
 class RunLog:
     """Appends to `metrics.jsonl`, TensorBoard and this rank's ledger.
 
-    A disk that is full fails on one rank, in the middle of a step. The error is kept, travels with
-    the next step's metrics, and is raised by all ranks together.
+    A full disk causes an error on one rank, in the middle of a step. The rank keeps the error, its
+    flag goes with the next step's metrics, and all ranks raise it together.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class RunLog:
         self._metrics: MetricsWriter | None = None
         with ranks.together():
             if ranks.is_main:
-                reopen_ledger(folder)  # a run killed after merging but before its summary goes on
+                reopen_ledger(folder)  # if the run was killed before its summary
         with ranks.together(), ExitStack() as stack:
             self._ledger = RankLedger(folder, ranks.rank)
             stack.callback(self._ledger.close)
@@ -37,10 +37,10 @@ class RunLog:
                     )
             except OSError as err:
                 raise self._unwritable(err) from err
-            stack.pop_all()  # both are open: they stay so
+            stack.pop_all()  # both are open: keeps them open
 
     def write(self, row: Mapping[str, float | int], ledger_rows: list[LedgerRow]) -> None:
-        """One step; keeps an error instead of raising it."""
+        """Writes one step; keeps an error instead of raising it."""
         try:
             for ledger_row in ledger_rows:
                 self._ledger.append(ledger_row)
@@ -56,7 +56,7 @@ class RunLog:
         )
 
     def positions(self) -> tuple[int, int]:
-        """Bytes of (this rank's ledger, metrics) that are with the system, for a checkpoint."""
+        """(bytes of this rank's ledger, bytes of metrics) flushed so far, for a checkpoint."""
         metrics = 0 if self._metrics is None else self._metrics.position()
         return self._ledger.flush(), metrics
 
@@ -74,11 +74,11 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError, CheckpointError):  # the error that ends the block says more
+        with suppress(OSError, CheckpointError):  # the block's own error is raised instead
             self._close()
 
     def _close(self) -> None:
-        with ExitStack() as stack:  # one that fails does not keep the others open
+        with ExitStack() as stack:  # a failure to close one must not leave the others open
             stack.callback(self._ledger.close)
             if self._metrics is not None:
                 metrics, self._metrics = self._metrics, None

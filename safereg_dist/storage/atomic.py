@@ -11,10 +11,10 @@ from safereg_dist.errors import CheckpointError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name, in place of an older one, when the block ends well.
+    """A file that is renamed to its path, replacing an older one, when the block succeeds.
 
     Raises:
-        CheckpointError: the place cannot be written (no permission, disk full).
+        CheckpointError: the file cannot be written (no permission, disk full).
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

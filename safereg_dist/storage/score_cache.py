@@ -1,11 +1,11 @@
-"""Scores that are known already: one SQLite file, shared by all ranks and processes of a node.
+"""A cache of scores: one SQLite file, shared by all ranks and processes of a node.
 
 The file is in write-ahead mode: readers never wait for the one writer, and a process that is killed
 in the middle leaves the last complete transaction behind. That mode keeps shared memory beside the
 file, so it needs a local disk: one file per node, never a network file system.
 
-A score is found by what it depends on: its scorer (a model, how it was asked, every option) and the
-SHA-256 of what was scored. The text itself is not stored, and neither is a failure.
+The key of a score is everything it depends on: its scorer (the model, its prompt, every option) and
+the SHA-256 of the scored text. Neither the text nor a failure is stored.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class ScoreCache:
         self._connection()
 
     def get_many(self, scorer: str, keys: Sequence[str]) -> dict[str, CachedScore]:
-        """What is known of these keys (SHA-256, hex); a key that is not known is left out."""
+        """The cached scores of these keys (SHA-256, hex); unknown keys are left out."""
         wanted = {_place(scorer, key): key for key in keys}
         places, found = list(wanted), {}
         with self._explained():
