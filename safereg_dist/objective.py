@@ -65,8 +65,8 @@ class Objective:
             # The task loss is logged for rows with b = 1 too, whose cross-entropy has weight 0.
             ce_report=self._task_tokens(batch),
         )[:3]
-        # A loss that is not finite makes every gradient of this rank nan, and with it the global
-        # norm: so all ranks skip the step together, without a collective of its own.
+        # A non-finite loss makes every gradient of this rank nan, and so the global norm: all
+        # ranks skip the step together, without another collective.
         finite = torch.where(torch.isfinite(total.detach()), 1.0, float("nan"))
         loss = total * finite / num_tokens.clamp_min(1)
         return Loss(loss, ce, divergence)

@@ -89,7 +89,7 @@ class Progress:
 
 
 def train(run: Run) -> int:
-    """Trains to the last step; 0, or `EXIT_REQUEUE` after a checkpoint asked for by a signal.
+    """Trains to the last step; returns 0, or `EXIT_REQUEUE` after a checkpoint on a signal.
 
     Resumes from the newest checkpoint of the run folder. Writes metrics, ledger, checkpoints, the
     exported model and `summary.json`.
@@ -124,7 +124,7 @@ def train(run: Run) -> int:
                 _save(run, progress, folder, log)
             if stop and progress.step < run.sources.total_steps:
                 return EXIT_REQUEUE
-        log.finish(run.ranks)  # every ledger is closed when any rank goes on
+        log.finish(run.ranks)  # all ranks have closed their ledgers before any continues
     profiler.finish()
     _finish(run, progress, folder, last_row)
     return 0

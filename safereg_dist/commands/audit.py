@@ -1,6 +1,6 @@
 """`safereg audit`: what a run would hold back, and why, before any training.
 
-Ranks screen their own rows and write `rows.rank{r}.jsonl`; `write_audit` joins them on one rank:
+Each rank computes the risk of its rows and writes `rows.rank{r}.jsonl`; `write_audit` joins them:
 
     rows.jsonl    one line a row: id, risk, what gave it, whether it is held back; never text
     audit.json    the counts, the rows to look at (ids), what it will cost and protect
@@ -38,7 +38,7 @@ _MOST_COMPARED = 20_000  # rows in the search for neighbours: the distances are 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditFacts:
-    """What the report needs to know besides the rows."""
+    """Facts for the report besides the rows."""
 
     config: Config
     threshold: float
@@ -47,7 +47,7 @@ class AuditFacts:
     probed_share: float
     """(k / L) of the deepest reference-side probe; 0 without one."""
     ceilings: dict[str, float]
-    """The largest coefficient of each category that has one of its own."""
+    """Category -> its largest coefficient, where one is configured."""
 
 
 def write_part(out: Path, rank: int, rows: Iterable[RowRisk], threshold: float) -> None:
@@ -95,7 +95,7 @@ def _plain(risk: float | None) -> float | str | None:
 
 
 def _shown(risk: float | str | None) -> float:
-    """A failed risk counts in full, as it does in training; a row without a source as none."""
+    """The risk to plot: 1 where it failed, as in training; 0 for a row without a source."""
     return 1.0 if risk == "failed" else float(risk or 0.0)
 
 

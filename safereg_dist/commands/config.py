@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints what was asked for, or writes the starter file; 0.
+    """Prints the requested text, or writes the starter file; returns 0.
 
     Raises:
         ConfigError: an unknown key, or a starter file that is there already.
@@ -129,7 +129,7 @@ def _explained_section(name: str, cls: type[Section]) -> str:
 def starter(model: str, data: str) -> str:
     """A configuration file for a model and a data set: the usual keys, each under its sentence.
 
-    Rows that all have a `risk` are taken at their word; else a probe is to be fitted beforehand.
+    It uses the column if all rows have a `risk`; else it expects a probe fitted beforehand.
     """
     has_risk = _has_risk(data)
     probe = f"runs/probe-{Path(model).name}"

@@ -1,4 +1,4 @@
-"""`safereg plan`: memory, FLOPs, bytes and time before they are paid for."""
+"""`safereg plan`: predicts memory, FLOPs, bytes and time of a run."""
 
 import argparse
 from pathlib import Path
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the plan, and writes it where asked for; 0."""
+    """Prints the plan, and writes it if requested; returns 0."""
     from safereg_dist.plan.settings import Settings
     from safereg_dist.plan.verb import run_plan
 

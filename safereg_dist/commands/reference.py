@@ -1,4 +1,4 @@
-"""`safereg reference build`: what a run will ask its reference for, computed before the run.
+"""`safereg reference build`: computes the reference states of a run's active rows in advance.
 
 Ranks deal all training and anchor rows among them and go through their share once, in windows: risk
 and schedule say which rows are active (b > 0), the reference runs on those, longest first, and
@@ -40,7 +40,7 @@ WINDOW_PASSES = 32
 
 
 def build_store(parts: RiskContext, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the states of all active rows of the data to `out`, and prints how much that is.
+    """Writes the states of all active rows of the data to `out`, and prints their size.
 
     Raises:
         ConfigError: `out` exists, or is not one folder for all nodes.
@@ -79,7 +79,7 @@ def _summary(size: StoreSize, out: Path) -> str:
 
 
 class _Build:
-    """One rank's way through its rows."""
+    """Builds one rank's shards, window by window."""
 
     def __init__(self, parts: RiskContext, reference: Reference, writer: StoreWriter) -> None:
         self._parts = parts
@@ -94,7 +94,7 @@ class _Build:
         )
 
     def run(self) -> None:
-        """Stores what is active, window after window; as many windows on every rank."""
+        """Stores the active rows of each window; every rank has the same number of windows."""
         rows = own_rows(self._parts.sources, self._ranks)
         size = WINDOW_PASSES * self._reference.packing.rows_per_pass
         share = -(-_num_rows(self._parts.sources) // self._ranks.world_size)
@@ -192,7 +192,7 @@ def run(arguments: argparse.Namespace) -> int:
             "nothing to store"
         )
     require_absent(arguments.out)
-    # Whatever training does with the states, they come from the trunk here.
+    # The states are computed by the trunk here, not read from a store.
     plain = replace(config.reference, cache=None, balance="none")
     backend = start_backend(config)
     try:

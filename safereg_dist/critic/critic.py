@@ -20,7 +20,7 @@ from safereg_dist.storage.score_cache import CachedScore, ScoreCache, default_ca
 if TYPE_CHECKING:
     import torch
 
-_IN_FLIGHT = 4096  # futures, not requests: enough that one slow verdict stalls nobody behind it
+_IN_FLIGHT = 4096  # futures, not requests: enough that one slow verdict does not block later ones
 
 
 def score_conversations(
@@ -49,7 +49,7 @@ def score_conversations(
 
 
 def _asked_ahead(critic: Critic, conversations: Iterable[Messages]) -> Iterator[Future[Verdict]]:
-    """Futures in input order, each handed out when it is done or when too many are waiting."""
+    """Yields futures in input order, each once it is done or too many are pending."""
     asked: dict[str, Future[Verdict]] = {}
     waiting: deque[Future[Verdict]] = deque()
     for messages in conversations:
@@ -63,10 +63,10 @@ def _asked_ahead(critic: Critic, conversations: Iterable[Messages]) -> Iterator[
 
 
 class CachedCritic:
-    """A judge with its score cache: nothing that is known, or under way, is asked again.
+    """A judge with its score cache: requests nothing that is cached or in flight.
 
-    A verdict is stored before it is told, so whoever has seen one finds it again after a crash. A
-    thread of its own writes what has arrived in one transaction; nobody else waits for the disk.
+    A verdict is stored before its future is set, so a verdict that was seen survives a crash. One
+    thread writes all verdicts that have arrived in one transaction; no other thread waits for it.
     """
 
     def __init__(self, critic: Critic, cache: ScoreCache) -> None:
@@ -104,14 +104,14 @@ class CachedCritic:
         return future
 
     def close(self) -> None:
-        """Closes the judge, stores what has come, and closes the cache."""
+        """Closes the judge, stores the verdicts received, and closes the cache."""
         self._critic.close()
         self._arrived.put(None)
         self._writer.join()
         self._cache.close()
 
     def _write(self) -> None:
-        """Stores verdicts as they come, all that are there at once, then tells them."""
+        """Stores verdicts in batches as they arrive, then sets their futures."""
         is_open = True
         while is_open:
             batch = [self._arrived.get()]
@@ -135,7 +135,7 @@ class CachedCritic:
         try:
             if good:
                 self._cache.put_many(self.identity, good)
-        except Exception as err:  # whatever it is, it belongs to who waits for these verdicts
+        except Exception as err:  # any error goes to the futures of these verdicts
             problem = err
         for key, done in answered.items():
             with self._lock:

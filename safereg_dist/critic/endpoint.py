@@ -1,4 +1,4 @@
-"""Where a remote judge is and what opens its door: the URL and the key, checked before any use."""
+"""URL and API key of a remote judge, checked before any use."""
 
 import ipaddress
 import os

@@ -135,7 +135,7 @@ class Qwen3Guard:
         score = score_of(answer, match[1], match.start(1), self.labels)
         if match[2] == "None":
             return Judgement(score)
-        # Names that nobody knows may be words of the data: they must not reach the ledger.
+        # Unknown names may be words of the data: they must not reach the ledger.
         named = (name.strip() for name in match[2].split(","))
         return Judgement(score, ", ".join(n if n in self._KNOWN else "other" for n in named))
 

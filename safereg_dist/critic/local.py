@@ -53,7 +53,7 @@ class LocalCritic:
         return future
 
     def close(self) -> None:
-        """Ends the worker after the batch it is at; what is waiting is cancelled."""
+        """Ends the worker after its current batch; cancels pending conversations."""
         self._is_open = False
         self._waiting.put(None)
         self._thread.join()
@@ -74,7 +74,7 @@ class LocalCritic:
                 return
 
     def _judge(self, asked: list[tuple[Messages, Future[Verdict]]]) -> None:
-        """Sets every future: what raises fails its own conversations, and nobody waits for ever."""
+        """Sets every future; an error fails only the conversations it concerns."""
         texts: list[tuple[int, list[int]]] = []
         reasons: dict[int, str] = {}
         worst: dict[int, float] = {}
@@ -111,7 +111,7 @@ class LocalCritic:
 
 
 def _batches(texts: list[tuple[int, list[int]]]) -> Iterator[list[tuple[int, list[int]]]]:
-    """Texts of like length together, so many that a padded batch keeps within its bounds."""
+    """Batches of texts of similar length whose padded size stays within the bounds."""
     batch: list[tuple[int, list[int]]] = []
     for entry in sorted(texts, key=lambda entry: len(entry[1])):
         if batch and (len(batch) + 1) * len(entry[1]) > _TOKENS:

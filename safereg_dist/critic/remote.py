@@ -1,14 +1,13 @@
 """A judge behind an OpenAI-compatible server: an asynchronous client in a thread of its own.
 
-One judgement, all of its requests and retries, has `timeout_s` from the moment it may begin; a body
-that drips in slowly is cut off by it as well. At most `concurrency` judgements are under way. What
-is tried again, with exponential backoff and full jitter: 408, 425, 5xx, lost connections, attempts
-that take more than half of the deadline, malformed answers; and 429, after what its Retry-After
-asks for (so is a 5xx that says it), as often as the deadline allows.
+One judgement, with all its requests and retries, has `timeout_s` from the moment it may begin; a
+slow response body counts too. At most `concurrency` judgements are in flight. Retried, with
+exponential backoff and full jitter: 408, 425, 5xx, lost connections, attempts that take more than
+half of the deadline, malformed answers. 429 is retried after its Retry-After (so is a 5xx that has
+one), as often as the deadline allows.
 
-A verdict that the server has sent and that does not arrive (a connection lost at the last moment,
-an attempt given up) is asked for again: the client cannot know that it was given. This is the one
-way in which a conversation is judged twice.
+If the server sends a verdict that does not arrive (a lost connection, an attempt given up), the
+client asks again. Only then is a conversation judged twice.
 
 Nothing of the data and no key is in any log or error. Collectives: none.
 """
@@ -31,7 +30,7 @@ from safereg_dist.critic.retrying import CircuitBreaker, backoff_s, retry_after_
 from safereg_dist.critic.verdict import JudgementFailed, Messages, Verdict, failed_verdict
 from safereg_dist.errors import ConfigError, CriticUnavailable
 
-_ATTEMPT_SHARE = 0.5  # of the deadline, so that a server that hangs once can be asked once more
+_ATTEMPT_SHARE = 0.5  # of the deadline, so that a server that hangs once can be retried
 _CONNECT_S = 5.0
 _RETRIED = {408, 425}
 _KEY_REFUSED = {401, 403}
@@ -39,7 +38,7 @@ _REFUSED_ROW = {400, 413, 422}  # this conversation is too long or otherwise not
 
 
 class _Retry(Exception):  # noqa: N818 - it never leaves this module
-    """An attempt failed in a way that another one may mend."""
+    """A failed attempt that is worth a retry."""
 
     def __init__(self, reason: str, *, wait_s: float = 0.0, is_counted: bool = True) -> None:
         super().__init__(reason)
@@ -47,7 +46,7 @@ class _Retry(Exception):  # noqa: N818 - it never leaves this module
 
 
 class RemoteCritic:
-    """The judge at `settings.endpoint`, checked once on the way in.
+    """The judge at `settings.endpoint`, checked once on construction.
 
     Raises:
         ConfigError: an unknown format, an endpoint that is no URL, a key that is no header value.
@@ -83,9 +82,9 @@ class RemoteCritic:
         return asyncio.run_coroutine_threadsafe(self._judge(messages), self._loop)
 
     def check(self) -> None:
-        """One cheap request, the list of models: is somebody there who takes our key?
+        """Requests the list of models, to check that the endpoint answers and accepts the key.
 
-        Whether the answers are good is left to the fail mode.
+        The quality of answers is left to the fail mode.
 
         Raises:
             CriticUnavailable: nobody answers within the deadline, or the key is refused.
@@ -100,7 +99,7 @@ class RemoteCritic:
             ) from err
 
     def close(self) -> None:
-        """Cancels what is under way, closes the connections, ends the thread."""
+        """Cancels requests in flight, closes the connections, ends the thread."""
         if not self._thread.is_alive():
             return
         self._call(self._shut())
@@ -115,7 +114,7 @@ class RemoteCritic:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _open(self) -> None:
-        # One client for each judgement under way, with one connection that is kept alive: the
+        # One client for each judgement in flight, with one connection that is kept alive: the
         # work of a pool grows with its size (64 connections: twice the time of a request).
         trusted = httpx.create_ssl_context()
         for _ in range(self._settings.concurrency):
@@ -125,14 +124,14 @@ class RemoteCritic:
                 # Deadlines are set around whole requests: these would start anew at every byte.
                 timeout=httpx.Timeout(None, connect=_CONNECT_S),
                 limits=httpx.Limits(max_connections=1),
-                # A proxy of the environment must not be asked for what is on this machine.
+                # Requests to this machine must not go through the environment's proxy.
                 trust_env=not is_loopback(self._url),
             )
             self._clients.put_nowait(client)
 
     @contextlib.asynccontextmanager
     async def _slot(self) -> AsyncIterator[httpx.AsyncClient]:
-        """A client of its own for the block, once one of the `concurrency` is free."""
+        """Yields one of the `concurrency` clients once it is free."""
         client = await self._clients.get()
         try:
             yield client
@@ -179,7 +178,7 @@ class RemoteCritic:
     async def _ask(
         self, client: httpx.AsyncClient, question: Question, deadline: float
     ) -> Judgement:
-        """The answer to one question, however many attempts it takes until the deadline."""
+        """The answer to one question; retries until the deadline."""
         attempt = rate_limits = 0
         while True:
             try:
@@ -297,10 +296,10 @@ def _format(name: str | None) -> Format:
 
 
 async def _weights_of(response: httpx.Response, model: str | None) -> str:
-    """The fingerprint of the model's weights, where the server tells one (launch/serve_critic.py).
+    """The fingerprint of the model's weights, if the server sends one (launch/serve_critic.py).
 
-    A guard trained anew under its old name is then not given the old one's scores. Other servers
-    tell nothing: there the name has to change with the model, or the cache.
+    Then a retrained guard does not get cached scores of the old one under the same name. With other
+    servers, change the name or the cache together with the model.
     """
     try:
         listed = json.loads(await _content(response))["data"]

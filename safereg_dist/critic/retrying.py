@@ -16,12 +16,12 @@ BACKOFF_CAP_S = 10.0
 FAILURES = 8
 """Connection failures in a row that open the circuit, if they also last for `SPAN_S`."""
 SPAN_S = 2.0
-"""Seconds from the first to the last of them: many requests under way fail at once in a blip."""
+"""Seconds from the first to the last of them: a short outage fails many requests at once."""
 COOL_DOWN_S = 10.0
 
 
 def backoff_s(failures: int) -> float:
-    """Seconds to wait after so many failures, from 1: full jitter below a bound that doubles."""
+    """Seconds to wait after `failures` failures, >= 1: full jitter below a bound that doubles."""
     doublings = min(failures - 1, 32)  # far beyond the cap, and still a float
     return random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2.0**doublings))
 

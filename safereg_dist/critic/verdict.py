@@ -1,4 +1,4 @@
-"""What a judge is to the rest: conversations in, verdicts out.
+"""The interface of a judge: conversations in, verdicts out.
 
 A judgement that fails is a verdict too: risk 1 under `closed`, risk 0 under `open`, both marked; or
 `CriticUnavailable` under `stop`.
@@ -16,14 +16,14 @@ Messages = list[dict[str, str]]
 
 
 class Verdict(NamedTuple):
-    """What a judge says of one conversation."""
+    """A judge's verdict on one conversation."""
 
     score: float
     """Risk in [0, 1]."""
     category: str | None = None
     """Kind of harm in the judge's own words (S1, Violent, ...), where it names one."""
     failed: bool = False
-    """True where there was no judgement; the score then follows the fail mode."""
+    """True if the judgement failed; the score then follows the fail mode."""
     reason: str | None = None
     """Why it failed, in a few words, none of them from the data."""
 
@@ -47,7 +47,7 @@ class Critic(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives up what is under way and frees threads and connections."""
+        """Cancels judgements in flight and frees threads and connections."""
         ...
 
 
@@ -58,7 +58,7 @@ def conversation_key(messages: Messages) -> str:
 
 
 def failed_verdict(fail: str, reason: str) -> Verdict:
-    """What a failed judgement means under `fail`: closed, open or stop.
+    """The verdict of a failed judgement under `fail`: closed, open or stop.
 
     Raises:
         CriticUnavailable: under `stop`.

@@ -33,7 +33,7 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, Safete
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a model said to one prompt."""
+    """A model's answer to one prompt."""
 
     text: str
     """Decoded without special tokens, stripped at both ends."""

@@ -190,7 +190,7 @@ def _read_metrics(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_ledger(path: Path) -> dict[str, Any]:
-    """What a reader wants of the ledger: counts, and the sequences with the highest risk."""
+    """Summary of the ledger: counts, and the sequences with the highest risk."""
     rows = [row for row in _read_lines(path) if "id" in row]
     if not rows:
         return {}

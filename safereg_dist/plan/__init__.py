@@ -1,1 +1,1 @@
-"""What a run costs before it is paid for: memory, FLOPs, bytes on each kind of link, time."""
+"""The predicted cost of a run: memory, FLOPs, bytes on each kind of link, time."""

@@ -42,7 +42,7 @@ def fraction_curve(plan: Plan, fractions: Sequence[float] = FRACTIONS) -> Curve:
 def scaling_curve(plan: Plan, counts: Sequence[int] = GPU_COUNTS) -> Curve:
     """(GPUs, arm -> measure -> share), the same micro-batches on every GPU."""
     fitting = [count for count in counts if _divides(plan.settings, count)]
-    # Where no power of two does (six GPUs a node): as many steps up from the plan's own size.
+    # Without a suitable power of two (six GPUs a node): as many steps up from the plan's size.
     fitting = fitting or [plan.settings.world_size << doubling for doubling in range(4)]
     return [
         (float(count), _overheads(plan, replace(plan.settings, world_size=count)))

@@ -1,4 +1,4 @@
-"""FLOPs of an optimizer step over all ranks, by part: matrix products, 2 a multiply-add.
+"""FLOPs of an optimizer step over all ranks, by item: matrix products, 2 per multiply-add.
 
 Attention counts its scores over the whole square of a row, as torch's counter does; a kernel that
 skips the masked half does less. Every row has `seq_length` tokens.
@@ -9,7 +9,7 @@ from safereg_dist.plan.shape import ModelShape
 
 
 def flops(shape: ModelShape, settings: Settings) -> dict[str, float]:
-    """FLOPs by part.
+    """FLOPs by item.
 
     trunk = rows (2 M s + 4 s^2 A L);  backward twice that;  a head's product 2 t H V, and for a
     trained head two more: of its gradient in the states and in the weight.
@@ -36,18 +36,18 @@ def flops(shape: ModelShape, settings: Settings) -> dict[str, float]:
 
 
 def trunk_flops(shape: ModelShape, tokens: float) -> float:
-    """Of one forward of all layers over a row."""
+    """FLOPs of one forward of all layers over a row."""
     scores = 4 * tokens**2 * shape.attention_width * shape.num_layers
     return 2 * shape.layer_products * tokens + scores
 
 
 def head_flops(shape: ModelShape, tokens: float) -> float:
-    """Of one product of hidden states with the head."""
+    """FLOPs of one product of hidden states with the head."""
     return 2 * tokens * shape.head_parameters
 
 
 def _recomputed(shape: ModelShape, settings: Settings) -> float:
-    """A row's layers once more, but each layer's last product, whose result nobody needs."""
+    """FLOPs of recomputing a row's layers, without the unneeded last product of each layer."""
     if not settings.activation_checkpointing:
         return 0.0
     last = {m.layer: m.products for m in shape.modules if m.layer is not None and m.products}

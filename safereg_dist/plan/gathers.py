@@ -20,11 +20,11 @@ class Gathers:
     """Elements that one micro-batch of the policy gathers, padded to whole shards."""
 
     first: int
-    """For their first use in it."""
+    """Elements gathered for their first use in it."""
     again: int
-    """For a later use, after they were let go."""
+    """Elements gathered again for a later use, after their release."""
     peak: int
-    """Most that are whole at once, without those that stay."""
+    """Largest number of elements whole at once, without the persistent ones."""
 
 
 def threshold(shape: ModelShape) -> int:
@@ -33,7 +33,7 @@ def threshold(shape: ModelShape) -> int:
 
 
 def padded(numels: tuple[int, ...], shape: ModelShape, world_size: int) -> int:
-    """Elements of all shards together, of the parameters that do not stay whole."""
+    """Padded elements over all shards of the parameters that do not stay whole."""
     limit = threshold(shape)
     return sum(-(-n // world_size) * world_size for n in numels if n > limit)
 
@@ -45,7 +45,7 @@ def staying(modules: tuple[Module, ...], shape: ModelShape) -> int:
 
 
 def policy_gathers(shape: ModelShape, settings: Settings) -> Gathers:
-    """What a micro-batch gathers, by the rules above, walking through forward and backward."""
+    """Simulates forward and backward of a micro-batch by the rules above."""
     head = _holder_of_head(shape)
     order = _order_of_use(shape, head, recompute=settings.activation_checkpointing)
     walk = _Walk(shape, settings, order, head)
@@ -61,7 +61,7 @@ def policy_gathers(shape: ModelShape, settings: Settings) -> Gathers:
 
 
 class _Walk:
-    """DeepSpeed's bookkeeping in a micro-batch, for parameters named (module, index)."""
+    """Simulates DeepSpeed's coordinator in a micro-batch; parameters are named (module, index)."""
 
     def __init__(self, shape: ModelShape, settings: Settings, order: list[int], head: int) -> None:
         limit = threshold(shape)
@@ -78,7 +78,7 @@ class _Walk:
         for parameter in self.numels:
             self._of_module[parameter[0]].append(parameter)
         self._bucket = int(0.9 * shape.hidden_size**2)
-        # The head is whole all the time, and must not use up what prefetching may.
+        # The head is whole all the time and must not count against the prefetch limit.
         self._most_live = settings.max_live_parameters + shape.modules[head].numel
         self._queue = deque((p, at) for at, i in enumerate(order) for p in self._of_module[i])
         self._noted: dict[tuple[int, int], int] = {}  # the last use that is taken care of
@@ -90,7 +90,7 @@ class _Walk:
             self._before.append(self._before[-1] + shape.modules[i].numel)
 
     def use(self, place: int) -> None:
-        """Gathers what the module at this place needs."""
+        """Gathers the parameters of the module at this place."""
         parameters = self._of_module[self._order[place]]
         for parameter in parameters:
             self._gather(parameter)
@@ -99,7 +99,7 @@ class _Walk:
             self._noted[parameter] = at
 
     def prefetch(self) -> None:
-        """Gathers ahead, up to a bucket; what is whole still is noted, so that it stays."""
+        """Prefetches up to a bucket; marks parameters that are still whole, so that they stay."""
         most = min(self._most_live - self._live, self._bucket)
         ahead = 0
         while self._queue and ahead < most:
@@ -109,7 +109,7 @@ class _Walk:
                 ahead += self.numels[parameter]
 
     def let_go(self, place: int) -> None:
-        """Lets the module's parameters go, unless they are needed soon."""
+        """Releases the module's parameters unless they are needed soon."""
         index, later = self._order[place], self._next_use[place]
         if later is not None:
             distance = self._before[later] - self._before[place + 1]

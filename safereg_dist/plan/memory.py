@@ -1,8 +1,8 @@
-"""Bytes that one GPU holds, by part, at the fullest moment of a step.
+"""Peak memory of one GPU in a step, by item.
 
-As deepspeed 0.19 keeps ZeRO-3: shards and accumulated gradients in the model's dtype, float32
-master weights (a copy of their own with float32 shards, too) and two Adam moments, and in the
-update the float32 gradients of one sub-group.
+For ZeRO-3 in deepspeed 0.19: shards and accumulated gradients in the model's dtype, float32 master
+weights (a separate copy even of float32 shards), two Adam moments, and in the update the float32
+gradients of one sub-group.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SUB_GROUP = 1_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one rank, by part."""
+    """Bytes of one rank, by item."""
 
     resting: dict[str, float]
     """On the GPU all the time."""
@@ -29,16 +29,16 @@ class Memory:
     updating: float
     """On the GPU in the update instead."""
     host: float
-    """In the memory of the machine, for offloading."""
+    """In host memory, for offloading."""
 
     @property
     def gpu(self) -> float:
-        """The fullest moment."""
+        """Peak memory of the GPU."""
         return sum(self.resting.values()) + max(sum(self.working.values()), self.updating)
 
 
 def memory(shape: ModelShape, settings: Settings) -> Memory:
-    """Memory of the rank that has the most rows to keep."""
+    """Memory of the rank that keeps the most reference states."""
     resting, host = _states(shape, settings)
     shard = shard_elements(shape, settings)
     return Memory(
@@ -57,7 +57,7 @@ def shard_elements(shape: ModelShape, settings: Settings) -> float:
 
 
 def _states(shape: ModelShape, settings: Settings) -> tuple[dict[str, float], float]:
-    """What rests on the GPU, by part, and what rests in the machine's memory."""
+    """Permanent memory on the GPU and on the host, by item."""
     shard, size = shard_elements(shape, settings), settings.itemsize
     whole = staying(shape.modules, shape) * size / settings.model_parallel
     parts = {
@@ -108,11 +108,11 @@ def _working(shape: ModelShape, settings: Settings) -> dict[str, float]:
 
 
 def activation_bytes(shape: ModelShape, settings: Settings) -> float:
-    """What a micro-batch keeps for its backward pass, on one pipeline stage.
+    """Activations that a micro-batch keeps for its backward pass, on one pipeline stage.
 
     Per token and layer, of e bytes an element: a norm 4 H + 2 e H (it computes in float32); queries
     and attention's result 2 e A, keys and values 2 e K; an MLP 4 e I if gated, else 2 e I; experts
-    also their inputs and outputs. Tested against what autograd really keeps.
+    also their inputs and outputs. Tested against what autograd saves.
     """
     tokens = settings.micro_batch * settings.seq_length
     layer = _layer_bytes(shape, settings)
@@ -140,7 +140,7 @@ def _layer_bytes(shape: ModelShape, settings: Settings) -> float:
 
 
 def _mlp_matrices(shape: ModelShape) -> int:
-    """3 with a gate, else 2; from the elements that attention does not explain."""
+    """3 with a gate, else 2; derived from the elements that do not belong to attention."""
     layer = shape.layer_products / shape.num_layers
     attention = 2 * shape.hidden_size * (shape.attention_width + shape.key_value_width)
     return min(3, max(2, round((layer - attention) / (shape.hidden_size * shape.mlp_width))))
@@ -176,7 +176,7 @@ def _head(shape: ModelShape, settings: Settings, tokens: int) -> float:
 
 
 def _reference_pass(shape: ModelShape, settings: Settings) -> float:
-    """What exists at once while the reference runs: two modules, and one layer without gradient."""
+    """Peak while the reference runs: two gathered modules, one layer's activations, no gradient."""
     if settings.arm in ("sft", "stored"):
         return 0.0
     rows = settings.rows_per_pass or settings.micro_batch

@@ -12,7 +12,7 @@ from safereg_dist.plan.shape import ModelShape
 from safereg_dist.plan.traffic import Traffic, traffic
 
 SAFETY = ("reference trunk", "head, divergence", "probe, first epoch", "reference head")
-"""Parts that plain fine-tuning does not have and that take time."""
+"""Items that plain fine-tuning does not have and that take time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,48 +21,48 @@ class Costs:
 
     arm: str
     flops: dict[str, float]
-    """Of all ranks together, by part."""
+    """FLOPs over all ranks, by item."""
     traffic: dict[str, Traffic]
-    """Of one rank, by part."""
+    """Bytes that one rank receives, by item."""
     memory: Memory
-    """Of one rank."""
+    """Memory of one rank."""
     seconds: float
     """Expected time of the step on the slowest rank."""
 
     @property
     def total_flops(self) -> float:
-        """Of all parts."""
+        """Sum over all items."""
         return sum(self.flops.values())
 
     @property
     def total_bytes(self) -> float:
-        """Of all parts and links."""
+        """Sum over all items and links."""
         return sum(part.total for part in self.traffic.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is planned, and each arm's cost."""
+    """The settings of a plan, and each arm's cost."""
 
     shape: ModelShape
     settings: Settings
     gpu: Gpu
     arms: dict[str, Costs]
-    """By arm, `sft` among them."""
+    """Arm -> costs; `sft` is always included."""
 
     @property
     def chosen(self) -> Costs:
-        """The arm that was asked for."""
+        """The costs of the arm in the settings."""
         return self.arms[self.settings.arm]
 
     @property
     def usable_bytes(self) -> float:
-        """What tensors can have of the GPU's memory."""
+        """GPU memory available to tensors."""
         return USABLE_MEMORY * self.gpu.memory_bytes
 
     @property
     def fits(self) -> bool:
-        """True where the fullest moment fits the GPU."""
+        """True if the peak fits into the GPU's memory."""
         return self.chosen.memory.gpu <= self.usable_bytes
 
     def overhead(self, arm: str) -> dict[str, float]:
@@ -108,7 +108,7 @@ class Plan:
 
 
 def make_plan(shape: ModelShape, settings: Settings, gpu: Gpu) -> Plan:
-    """The plan of a run; all arms, whichever was asked for."""
+    """The plan of a run, with the costs of all arms."""
     return Plan(
         shape=shape,
         settings=settings,
@@ -134,8 +134,8 @@ def _seconds(
 ) -> float:
     """Time of the policy's passes, and after them of the reference's.
 
-    Within each, products and communication overlap: the longer counts. The reference is waited for
-    on the rank that has the most risky rows; its head is gathered while nothing else runs.
+    Within each, products and communication overlap: the longer counts. All ranks wait for the one
+    with the most risky rows in the reference's passes; nothing overlaps the gather of its head.
     """
     rate = MFU * gpu.flops_per_s * settings.world_size
     policy = sum(n for part, n in work.items() if part not in SAFETY)

@@ -1,4 +1,4 @@
-"""What to change when a run does not fit: each remedy alone, and as many together as are needed."""
+"""Changes that make a run fit: each one alone, and as many together as needed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ class Remedy:
 
     text: str
     saved_bytes: float
-    """Of the GPU's fullest moment."""
+    """Reduction of the GPU's peak memory, in bytes."""
     fits: bool
 
 

@@ -1,4 +1,4 @@
-"""What a plan is made for: ranks, batch, risk and where things are kept."""
+"""The settings of a plan: ranks, batch, risk and offloading."""
 
 from dataclasses import dataclass
 
@@ -132,7 +132,7 @@ class Settings:
 
     @property
     def head_bytes_held(self) -> int:
-        """What the head takes for logits and their gradient."""
+        """Bytes of the head's logits and their gradient."""
         return self.head_bytes or HEAD_BYTES["cuda"]
 
     @property

@@ -33,7 +33,7 @@ COUNTED = "llama, mistral, qwen2, qwen3, phi3, gemma2, falcon, mixtral, qwen3_mo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Module:
-    """A module that is called: where ZeRO-3 gathers and lets go, if only to look ahead."""
+    """A module at which ZeRO-3 gathers, releases or prefetches parameters."""
 
     layer: int | None
     """Index of its decoder layer; None outside."""
@@ -54,7 +54,7 @@ class Module:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A causal language model as costs see it."""
+    """The sizes of a causal language model that costs depend on."""
 
     model_type: str
     hidden_size: int
@@ -72,7 +72,7 @@ class ModelShape:
     keeps_scores: bool
     """True where attention needs its scores as a matrix (soft-capped): no fused attention."""
     is_tied: bool
-    """The head is the embedding."""
+    """True if the head's weight is the embedding."""
     modules: tuple[Module, ...]
     """In the order of the forward pass; a tied head is not among them."""
 
@@ -92,7 +92,7 @@ class ModelShape:
 
     @cached_property
     def trunk(self) -> tuple[Module, ...]:
-        """What the reference runs: all but an untied head."""
+        """Parameters of the trunk, which the reference runs: all but an untied head."""
         return tuple(module for module in self.modules if module.part != "head")
 
     @cached_property

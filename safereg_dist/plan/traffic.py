@@ -1,4 +1,4 @@
-"""Bytes that one rank receives in an optimizer step, by part and by kind of link.
+"""Bytes that one rank receives in an optimizer step, by item and by kind of link.
 
 Counted is what comes from other ranks (as much goes out): of an all-gather of S bytes over g ranks,
 or a reduce-scatter of S bytes, S (g - 1) / g; of an all-reduce twice that. Over several nodes a
@@ -31,7 +31,7 @@ class Traffic:
 
 
 def traffic(shape: ModelShape, settings: Settings) -> dict[str, Traffic]:
-    """Bytes of one optimizer step, by part; the safety path is `reference ...`, `agreement`."""
+    """Bytes of one optimizer step, by item; the safety path is `reference ...`, `agreement`."""
     found = {**_policy(shape, settings), **_safety(shape, settings)}
     if settings.model_parallel > 1:
         found["activations"] = _activations(shape, settings)

@@ -1,4 +1,4 @@
-"""What `safereg plan` does."""
+"""The action of `safereg plan`."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def run_plan(
     json_path: Path | None = None,
     figure_path: Path | None = None,
 ) -> int:
-    """Prints the plan; writes its numbers and its curves where asked for. 0.
+    """Prints the plan; writes its numbers and curves if requested. Returns 0.
 
     Raises:
         ConfigError: an unknown GPU, a configuration that cannot be read, or a file not written.

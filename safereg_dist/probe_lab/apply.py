@@ -30,9 +30,9 @@ def score_rows(
 ) -> list[float]:
     """Risk in [0, 1] of each row, which has `messages`, or `prompt` and `response`.
 
-    The largest over the row's assistant turns, scaled so that the probe's threshold maps to 0.5: a
-    column of risks sets in there. A folder with a probe for prompts and one for responses gives the
-    larger of the two.
+    It is the largest over the row's assistant turns, scaled so that the probe's threshold maps to
+    0.5, the default threshold of a column. A folder with a probe for prompts and one for responses
+    gives the larger of the two.
 
     Raises:
         ProbeError: no probe there, or one of another model.

@@ -64,7 +64,7 @@ class Behaviour:
                 batch_size=batch_size,
                 progress=False,
             )
-            # Who says nothing has not refused: the judge counts that, a label must not.
+            # An empty answer is no refusal for a label, though the judge counts it as one.
             refused = [
                 bool(answer.text) and judge.is_refusal(prompt, answer.text)
                 for prompt, answer in zip(chunk, answers, strict=True)

@@ -24,7 +24,7 @@ from safereg_dist.risk.probe import Probe, rescale
 from safereg_dist.storage.atomic import write_atomically
 
 BOTH_THRESHOLD = 0.5
-"""Where a risk rescaled by `risk.probe.rescale` sets in."""
+"""The threshold of a risk rescaled by `risk.probe.rescale`."""
 
 
 def evaluate_probe(
@@ -126,7 +126,7 @@ def _figures(
 
 
 def _same_template(probes: Sequence[Probe], tokenizer: PreTrainedTokenizerBase) -> bool | None:
-    """Whether the rows were rendered as those of the fit; None where an old probe does not say."""
+    """Whether rows and fit used the same chat template; None if an old probe has no record."""
     known = {p.meta.get("template_sha256") for p in probes}
     if None in known:
         return None

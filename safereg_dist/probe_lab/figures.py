@@ -1,4 +1,4 @@
-"""The laboratory's figures: the sweep, ROC and reliability. One message each, told by the title."""
+"""The laboratory's figures: sweep, ROC and reliability. Each title states the figure's message."""
 
 import io
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ def draw_comparison(reports: Sequence[LayerReport], chosen: LayerReport, path: P
 
 
 def draw_roc(probability: np.ndarray, labels: np.ndarray, threshold: float, path: Path) -> None:
-    """Recall over false positives, and where the threshold stands."""
+    """Recall over false positives, with the threshold marked."""
     curve = curve_of(probability, labels)
     recall = np.pad(curve.true[0] / max(curve.true[0, -1], 1), (1, 0))
     false = np.pad(curve.false[0] / max(curve.false[0, -1], 1), (1, 0))

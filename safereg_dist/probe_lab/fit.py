@@ -112,7 +112,7 @@ def choose(reports: Sequence[LayerReport]) -> LayerReport:
 
 
 def json_numbers(value: Any) -> Any:
-    """The same facts with None for nan, which JSON does not have."""
+    """The facts with None in place of nan, which JSON lacks."""
     if isinstance(value, dict):
         return {name: json_numbers(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

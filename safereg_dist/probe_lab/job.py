@@ -1,7 +1,7 @@
-"""What every fit shares: rows read and checked, the model loaded, its states collected.
+"""The steps that every fit shares: reads and checks rows, loads the model, collects its states.
 
-The order is: everything that can be wrong is told first; the model's own answers, where they give
-the labels; then one pass over all rows. From there on one rank goes on alone.
+The order: all checks; the model's own answers, if they give the labels; one pass over all rows.
+After that one rank continues alone.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ from safereg_dist.probe_lab.store import Manifest, StateStore, digest_rows
 
 
 def alone(device: str | None) -> Ranks:
-    """This process as its only rank, on the device asked for or the first GPU there is."""
+    """This process as the only rank, on the given device or the first GPU."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Ranks(rank=0, world_size=1, local_rank=0, device=chosen, dp_group=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What was read before any model was loaded."""
+    """The inputs read before any model is loaded."""
 
     model_dir: Path
     data_file: Path
@@ -54,9 +54,9 @@ class Sources:
     max_length: int | None
     tokenizer: PreTrainedTokenizerBase
     examples: list[LabelledPrompt]
-    """As the file has them; labels may be missing where the model's behaviour gives them."""
+    """Rows of the file; labels may be missing if the model's behaviour gives them."""
     background: list[LabelledPrompt]
-    """The user's own."""
+    """The user's background rows."""
     parts: "Parts | None"
     """None until the model's behaviour has given the labels."""
 
@@ -84,14 +84,14 @@ class Collected:
     rows: SplitRows
     store: StateStore
     out: Path
-    """Where the results belong."""
+    """Folder of the results."""
     work: Path
-    """Folder of everything that was stored on the way."""
+    """Folder of intermediate files."""
     device: torch.device
-    """Where fits run."""
+    """Device of the fits."""
 
     def clean_up(self) -> None:
-        """Removes what was stored, unless the user asked for a folder to keep it in."""
+        """Removes the intermediate files, unless the user named a folder for them."""
         if self.sources.options.work is None:
             shutil.rmtree(self.work, ignore_errors=True)
 
@@ -136,7 +136,7 @@ def read_sources(model_dir: Path, data_file: Path, options: LabOptions) -> Sourc
         background=background,
         parts=None,
     )
-    if options.self_supervised:  # told now, before the model answers for hours
+    if options.self_supervised:  # fails now, not after hours of answers
         _tokenize(sources, [*examples, *background])
         return sources
     return replace(sources, parts=_deal(sources, examples))
@@ -230,7 +230,7 @@ def _deal_by_behaviour(
 
 
 def _deal(sources: Sources, labelled: list[LabelledPrompt]) -> Parts:
-    """All rows with their parts, checked to be enough for the recall asked for."""
+    """Splits all rows, and checks that there are enough for the required recall."""
     options = sources.options
     made = background_prompts(
         sources.tokenizer,

@@ -19,11 +19,11 @@ _CHOICE_DRAWS, _INTERVAL_DRAWS = 200, 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
-    """What one probe does on rows that took no part in its fit.
+    """The figures of one probe on rows that it was not fitted on.
 
     Figures are over real prompts of the hold-out; that named `background` over background rows, and
-    those named `choice` over the fit part out-of-fold. So the layer is chosen without a look at the
-    calibration rows, and the threshold's guarantee stands whatever the number of layers tried.
+    those named `choice` over the fit part out-of-fold. So the choice of the layer does not use the
+    calibration rows, and the threshold's guarantee holds for any number of layers tried.
     """
 
     layer: int
@@ -38,9 +38,9 @@ class LayerReport:
     choice_log_loss: float
     choice_log_loss_error: float
     temperature: float
-    """1 where knots calibrate."""
+    """1 if the calibration uses knots."""
     recall: float
-    """At the threshold."""
+    """Measured at the threshold."""
     false_positive_rate: float
     background_false_positive_rate: float
     auroc: float
@@ -51,7 +51,7 @@ class LayerReport:
     log_loss: float
     calibration_error: float
     intervals: dict[str, tuple[float, float]]
-    """By figure over real prompts of the hold-out: its 95 % bootstrap interval."""
+    """Figure over real prompts of the hold-out -> its 95 % bootstrap interval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +68,12 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFit:
-    """A probe, still without its model's fingerprint, and what it does."""
+    """A probe, still without its model's fingerprint, and its report."""
 
     report: LayerReport
     probe: Probe
     probability: np.ndarray
-    """[rows] float64, of all rows, as the stored probe gives it."""
+    """[rows] float64 probabilities of all rows, computed by the stored probe."""
 
 
 def fit_layer(
@@ -97,7 +97,7 @@ def fit_layer(
         torch.from_numpy(rows.harmful)[calibrate].double(),
         recipe.calibration,
     )
-    # The threshold is set on what the stored float32 probe says: rounding cannot cost a row.
+    # The threshold is set on the stored float32 probe's output, so rounding cannot lose a row.
     probability = probe.probability(states).double().numpy()
     threshold, conformal = recall_threshold(
         probability[rows.calibration_positives],
@@ -149,7 +149,7 @@ def _fitted(
 
 def _standardisation(states: Tensor) -> tuple[Tensor, Tensor]:
     states = states.double()
-    # A feature that never moves says nothing; without the floor it would divide by zero.
+    # The floor avoids a division by zero for a constant feature, which carries no information.
     return states.mean(0), states.std(0).clamp_min(1e-6)
 
 
@@ -168,7 +168,7 @@ def _calibrated(
 
 
 def _choice_figures(logits: Tensor, rows: SplitRows, seed: int) -> dict[str, float]:
-    """What the layer is chosen by: ranking over real prompts, log loss over background too."""
+    """The figures for choosing the layer: AUROC on real prompts, log loss with background rows."""
     fit = rows.where("fit")
     labels, group, real = rows.harmful[fit], rows.group[fit], ~rows.background[fit]
     logits = logits.cpu()

@@ -1,4 +1,4 @@
-"""What a fit or a sweep is asked for, checked before anything runs."""
+"""The options of a fit or a sweep, checked before anything runs."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,23 +74,23 @@ class LabOptions:
 
     @property
     def chosen_kinds(self) -> tuple[str, ...]:
-        """The kinds asked for, or the default."""
+        """The kinds in the options, or the default."""
         if self.kinds is None:
             return ("direction",) if self.self_supervised else ("linear",)
         return tuple(dict.fromkeys(self.kinds))
 
     @property
     def chosen_pooling(self) -> str:
-        """The pooling asked for, or the position's default."""
+        """The pooling in the options, or the position's default."""
         return self.pooling or DEFAULT_POOLING[self.position]
 
     @property
     def collected_poolings(self) -> tuple[str, ...]:
-        """What is pooled in the pass: the one asked for, or in a sweep all of the position."""
+        """The poolings to collect: the chosen one, or in a sweep all of the position."""
         return POOLINGS_OF[self.position] if self.every_pooling else (self.chosen_pooling,)
 
     def at(self, position: str) -> "LabOptions":
-        """The same for one of two positions: its pooling of that name, a folder of its own."""
+        """The options for one of two positions, with its own pooling and folder."""
         asked = None if self.pooling is None else self.pooling.split("_")[0]
         names = [name for name in POOLINGS_OF[position] if asked and name.startswith(asked)]
         return replace(
@@ -101,7 +101,7 @@ class LabOptions:
         )
 
     def checked_layers(self, last: int) -> list[int]:
-        """The layers to try of a model with `last` of them.
+        """The layers to try in a model with `last` layers.
 
         Raises:
             ConfigError: there is no such layer.

@@ -30,12 +30,12 @@ class Manifest:
 
     format: int = 1
     fingerprint: str
-    """Of the model's weights."""
+    """Fingerprint of the model's weights."""
     dtype: str
     template_sha256: str
-    """Of the chat template."""
+    """Hash of the chat template."""
     rows_sha256: str
-    """Of all tokens and spans, in order."""
+    """Hash of all tokens and spans, in order."""
     num_rows: int
     position: str
     poolings: tuple[str, ...]
@@ -70,7 +70,7 @@ class StateStore:
         self.manifest = manifest
 
     def prepare(self, *, replace_stale: bool) -> None:
-        """Makes the folder, or checks that what lies there is of the same collection.
+        """Makes the folder, or checks that its content belongs to the same collection.
 
         Raises:
             ConfigError: the folder holds something else, or (unless `replace_stale`) states of

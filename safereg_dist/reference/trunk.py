@@ -1,4 +1,4 @@
-"""A reference of its own: a frozen model's trunk on an engine, and its head beside it."""
+"""A reference with its own weights: a frozen model's trunk on an engine, and its head."""
 
 import copy
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Rows that a person has reviewed: their risk is what the reviewer said."""
+"""Reviewed rows: the reviewer's decision sets their risk."""
 
 from pathlib import Path
 from typing import NamedTuple

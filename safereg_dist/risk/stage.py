@@ -101,7 +101,7 @@ class WeightedSource(NamedTuple):
     """A source of risk with its category, threshold and weight."""
 
     category: str
-    """The category of harm it stands for; empty for the only source of a run."""
+    """Its category of harm; empty for the only source of a run."""
     source: RiskSource
     threshold: float
     """The source's threshold, on its own scale."""

@@ -41,7 +41,7 @@ def default_cache_path() -> Path:
 
 
 class ScoreCache:
-    """The file, opened; every thread and every process gets a connection of its own.
+    """An open cache file; every thread and every process has its own connection.
 
     Raises:
         CheckpointError: here or in any call: the file is no score cache, or another format's, or
