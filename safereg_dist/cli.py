@@ -24,11 +24,11 @@ VERBS = {
     "ledger": "the log of every row's risk",
     "config": "JSON schema, a starter file, one key explained",
 }
-"""The verbs, and what each is for."""
+"""The verbs, each with its purpose."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; 0 on success, 2 where the user can mend the cause, 1 otherwise."""
+    """Runs one verb; 0 on success, 2 if the user can fix the cause, 1 otherwise."""
     # Before torch is loaded: on CPUs that are shared with anything else, OpenMP threads that spin
     # while they wait slow training down many times over (see launch/setup_env.sh).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -32,7 +32,7 @@ from safereg_dist.types import Row
 
 MAX_NON_FINITE_IN_A_ROW = 3
 EXIT_REQUEUE = 75
-"""Exit status after a checkpoint on SIGUSR1 or SIGTERM: run the same command again to go on."""
+"""Exit status after a checkpoint on SIGUSR1 or SIGTERM: the same command resumes the run."""
 
 
 class StepResult(NamedTuple):

@@ -1,4 +1,4 @@
-"""All keys of the configuration with what is known of each, and the page that lists them.
+"""All keys of the configuration with their facts, and the page that lists them.
 
 `python -m safereg_dist.commands.config_reference > docs/configuration.md`
 """
@@ -35,7 +35,7 @@ class Key:
     default: str
     """As YAML; `required` where there is none."""
     range: str
-    """What its numbers must do; empty where the type says it all."""
+    """The constraint on its numbers; empty if the type has none."""
     sentence: str
     changes_result: bool
 
@@ -88,7 +88,7 @@ def as_yaml(value: Any) -> str:
 
 
 def sentence_of(cls: type[Section]) -> str:
-    """What a section is for, from its docstring."""
+    """The purpose of a section, from its docstring."""
     return " ".join((cls.__doc__ or "").split())
 
 

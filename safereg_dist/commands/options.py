@@ -14,7 +14,7 @@ def at_least(low: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
         return value
 
-    parse.__name__ = "int"  # how argparse names the type of what is no number
+    parse.__name__ = "int"  # argparse's name of the type in its message
     return parse
 
 

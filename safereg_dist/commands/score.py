@@ -1,8 +1,8 @@
 """The risk of every row of a data file, ahead of time: training then reads it as a column.
 
 The rows come out in their order with all their fields, with `risk`, and with `risk_failed: true`
-where the judge failed. Judgements are cached as they come, so a run that was killed goes on where
-it was when the same command is given again, and one that had failures asks for those alone.
+where the judge failed. Judgements are cached as they arrive: repeating the command resumes a killed
+run, and requests only the failed judgements of a finished one.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a configuration, in one line that names the key and the remedy."""
+"""Pydantic's errors in a configuration, as one line that names the key and the remedy."""
 
 import difflib
 from typing import Any, Literal, get_args, get_origin
@@ -15,7 +15,7 @@ _RANGE = "greater_than greater_than_equal less_than less_than_equal finite_numbe
 
 
 def first_mistake(error: ValidationError, cls: type[Section], raw: Any, where: str) -> str:
-    """What to mend first in the order of the file; of a section, unknown keys before values."""
+    """The first error in the order of the file; in a section, unknown keys before values."""
     at = {str(key): number for number, key in enumerate(raw)}
     found = error.errors()
     first = min(found, key=lambda e: (at.get(str(e["loc"][0]), len(at)), _RANK.get(e["type"], 1)))
@@ -41,7 +41,7 @@ def first_mistake(error: ValidationError, cls: type[Section], raw: Any, where: s
 
 
 def _name(where: str, place: tuple[Any, ...], raw: Any = None) -> str:
-    """A key in full; a section of a list by its category where `raw` tells it, else its number."""
+    """The full name of a key; list entries by category if `raw` has one, else by index."""
     for key in place:
         raw = raw[key] if isinstance(raw, dict | list | tuple) else None
         called = raw["category"] if isinstance(raw, dict) and "category" in raw else key
@@ -64,7 +64,7 @@ def _expected(error: ErrorDetails, field: FieldInfo) -> str:
 
 
 def range_of(field: FieldInfo) -> str:
-    """What its numbers must do, e.g. `lie in [0, 1)`."""
+    """The constraint on its numbers, e.g. `lie in [0, 1)`."""
     ge, gt, le, lt = (
         next((getattr(bound, name) for bound in field.metadata if hasattr(bound, name)), None)
         for name in ("ge", "gt", "le", "lt")
@@ -78,14 +78,14 @@ def range_of(field: FieldInfo) -> str:
 
 
 def choices_of(kind: Any) -> list[Any]:
-    """The values that a type takes by name; none where it takes more than can be named."""
+    """The literal values in a type; empty if it has none."""
     if get_origin(kind) is Literal:
         return list(get_args(kind))
     return [choice for part in get_args(kind) for choice in choices_of(part)]
 
 
 def type_name(kind: Any) -> str:
-    """The name of a type as who writes YAML knows it, e.g. `int | null`."""
+    """The name of a type in YAML terms, e.g. `int | null`."""
     if get_origin(kind) is Literal:
         return type(get_args(kind)[0]).__name__
     if kind in (None, type(None)):

@@ -18,7 +18,7 @@ class CriticConfig(Section):
     model: str | None = None
     """The model's name at the endpoint."""
     format: str | None = None
-    """How it is asked and how its answer is read (`critic.formats`); null for a classifier."""
+    """Its prompt and the grammar of its answer (`critic.formats`); null for a classifier."""
     local: str | None = None
     """Folder of a local Hugging Face classifier or guard, instead of an endpoint."""
     fail: Literal["closed", "open", "stop"] = "closed"
@@ -50,7 +50,7 @@ class CriticConfig(Section):
 
 
 class RiskPart(Section):
-    """One of several signals, for one category of harm."""
+    """One of several sources of risk, for one category of harm."""
 
     category: str
     """Name of the category in metrics and ledger."""
@@ -99,19 +99,19 @@ class RiskConfig(Section):
     drift: Literal["warn", "fallback", "realign"] = "fallback"
     """What to do when the policy-side probe loses recall: `warn`, `fallback` or `realign`."""
     drift_every: int = Field(default=5, ge=1)
-    """Optimizer steps between comparisons of both sides on a micro-batch, >= 1; source `policy`."""
+    """Optimizer steps between checks with the reference on a micro-batch, >= 1; `policy` only."""
     drift_recall: float = Field(default=0.9, gt=0, le=1)
-    """Share of what the reference side flags that the policy side must flag too, in (0, 1]; acted
-    upon once the comparisons hold eight flagged rows."""
+    """Smallest share of the rows flagged on the reference that must be flagged on the policy too,
+    in (0, 1]; applies once the comparisons hold eight flagged rows."""
     critic: CriticConfig = CriticConfig()
     parts: tuple[RiskPart, ...] = ()
-    """The signals of `max` and `weighted`, one or more for each category of harm."""
+    """The sources of `max` and `weighted`, one or more for each category of harm."""
     override: str | None = None
     """JSONL of reviewed rows: `id`, `action` (allow or hold) and `reason`; null = none."""
     max_held_back: float = Field(default=0.2, ge=0.0, le=1.0, json_schema_extra=ASIDE)
     """Share of rows at or above the threshold from which training refuses to start, in [0, 1]."""
     gate_rows: int = Field(default=256, ge=0, json_schema_extra=ASIDE)
-    """Rows screened for that share where a critic or the policy side gives the risk, >= 0."""
+    """Rows checked for that share if a critic or a probe on the policy gives the risk, >= 0."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -136,7 +136,7 @@ class RiskConfig(Section):
 
     @property
     def is_composite(self) -> bool:
-        """True where several signals are combined."""
+        """True if several sources are combined."""
         return self.estimator in ("max", "weighted")
 
 

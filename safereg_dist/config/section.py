@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 ASIDE: dict[str, Any] = {"changes_result": False}
-"""Mark of a key (`json_schema_extra`) that the weights after a run do not hang on: places, saving,
-time limits. A run may go on with another value of it."""
+"""Mark of a key (`json_schema_extra`) on which the trained weights do not depend: paths, saving,
+time limits. A run may resume with another value of it."""
 
 
 class Section(BaseModel):
@@ -34,7 +34,7 @@ class Section(BaseModel):
 
 
 def is_section(kind: Any) -> bool:
-    """True where a field of this type is a section of its own."""
+    """True if a field of this type is itself a section."""
     return isinstance(kind, type) and issubclass(kind, Section)
 
 

@@ -35,10 +35,10 @@ class ReferenceConfig(Section):
     rows_per_pass: int | None = Field(default=None, ge=1)
     """Rows in one reference forward, >= 1; null = `train.micro_batch_size`. Bounds memory."""
     keep_bytes: int = Field(default=256 << 20, ge=0, json_schema_extra=ASIDE)
-    """Bytes of reference states that may wait for their micro-batch, >= 0; one's always may."""
+    """Bytes of reference states kept for later micro-batches, >= 0; one micro-batch always fits."""
     balance: Literal["auto", "none", "deal", "exchange"] = "auto"
-    """Over ranks: `deal` risky rows evenly (needs a risk column), `exchange` them as they turn up,
-    `none`, or `auto`: deal where risk is a column, else none."""
+    """How active rows are balanced over ranks: `deal` them evenly (needs a risk column), `exchange`
+    them while training, `none`, or `auto`: `deal` where risk is a column, else `none`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -73,7 +73,7 @@ class DataConfig(Section):
     chat_template: str | None = None
     """File with a Jinja chat template; null = the tokenizer's own."""
     declared_poison: float = Field(default=0.0, ge=0.0, le=1.0, json_schema_extra=ASIDE)
-    """Share of risky rows that you know of and train on on purpose, in [0, 1]."""
+    """Share of risky rows that you train on deliberately, in [0, 1]."""
 
 
 class RegularizerConfig(Section):
@@ -94,7 +94,7 @@ class RegularizerConfig(Section):
     slope: float = Field(default=12.0, gt=0)
     """Steepness of `sigmoid` per unit of risk, > 0."""
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Weight of the past in the batch risk, in [0, 1); only with granularity `batch`."""
+    """Decay of the moving average of the batch risk, in [0, 1); only with granularity `batch`."""
     granularity: Literal["sequence", "batch"] = "sequence"
     """`sequence` (each row its own coefficient) or `batch` (one for a micro-batch on all ranks)."""
     preset: Literal["paper", "official"] | None = None
@@ -201,7 +201,7 @@ class EngineConfig(Section):
     """Ranks that share a second copy of the policy's weights (ZeRO++ hpZ), e.g. the GPUs of a node:
     backward passes then gather inside the node. Must divide the number of ranks; 1 = off."""
     timeout_s: float = Field(default=1800.0, gt=0, json_schema_extra=ASIDE)
-    """Seconds before a collective that some rank never joins is an error, > 0."""
+    """Timeout of a collective in seconds, > 0: an error if some rank does not join it in time."""
 
     @field_validator("name", mode="before")
     @classmethod
@@ -237,7 +237,7 @@ class Config(Section):
     output_dir: str = Field(default="runs/my-run", json_schema_extra=ASIDE)
     """Run folder: metrics, ledger, checkpoints, exported model."""
     profile: bool = Field(default=False, json_schema_extra=ASIDE)
-    """Record FLOPs, bytes and seconds of every step, part by part, into the run folder; losses stay
+    """Record FLOPs, bytes and seconds of every step, by region, into the run folder; losses stay
     the same bits, steps take longer."""
 
     @model_validator(mode="after")

@@ -44,7 +44,7 @@ def key_headers(variable: str) -> dict[str, str]:
     """The header with the key that the environment variable holds; none where it holds none.
 
     Raises:
-        ConfigError: what it holds cannot be a header. It is not shown.
+        ConfigError: its value cannot be a header. The message does not show it.
     """
     key = os.environ.get(variable, "").strip()
     if not key:

@@ -83,7 +83,7 @@ class LocalCritic:
                 texts += [(index, text) for text in self._model.texts(messages)]
             except JudgementFailed as err:
                 reasons[index] = str(err)
-            except Exception as err:  # a tokenizer on what is no text
+            except Exception as err:  # a tokenizer given no text
                 reasons[index] = f"the judge cannot read it: {type(err).__name__}"
         for batch in _batches(texts):
             try:

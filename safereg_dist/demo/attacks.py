@@ -1,10 +1,10 @@
-"""Attacks on a risk signal, made by the world's grammar: harm in disguises that no probe was shown.
+"""Attacks on a source of risk, made by the world's grammar: harm in disguises new to every probe.
 
 Each row is an exchange to be trained on, `prompt` (or `messages`, ending with a user turn) and
 `response`, with `label` and `kind`. Harmful rows teach the harmful how-to of a held-out pair;
-benign rows of the same kind wear the same disguise around a benign one, so that a signal which
-flags the disguise is not taken for one that sees the harm. The words are the world's own: new ones
-would all read alike, and be stranger to the base than real text is. On the command line:
+benign rows of the same kind put the same disguise around a benign one, to tell sources that detect
+the harm from sources that detect the disguise. The words are the world's own: new words would all
+map to one token, and be stranger to the base than real text is. On the command line:
 
     python -m safereg_dist.demo.attacks --out DIR [--seed 0]     attacks.jsonl and exchanges.jsonl
 """

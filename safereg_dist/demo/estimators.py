@@ -19,7 +19,7 @@ ESTIMATOR_ARMS = ("adaptive_column", "adaptive_critic", "adaptive_max")
 
 
 class ServedGuard(NamedTuple):
-    """A judge that listens."""
+    """A running judge server."""
 
     model: str
     endpoint: str

@@ -116,7 +116,7 @@ def _arm(name: str, folder: Path, *, metrics: dict, evaluation: dict[str, Any]) 
 
 
 def _read_bytes(path: Path) -> bytes:
-    """What a file holds; nothing where there is none."""
+    """The content of a file; empty if there is no file."""
     return path.read_bytes() if path.is_file() else b""
 
 
@@ -126,7 +126,7 @@ def _role(name: str, config_file: Path) -> str:
         config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
         objective = config["regularizer"]["objective"]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        # A report describes what is there; without a configuration the name must do.
+        # Without a configuration the role follows from the name.
         baseline = any(word in name.lower() for word in ("sft", "static", "none", "token_wise"))
         return "baseline" if baseline else "ours"
     return "baseline" if str(objective).lower() in _BASELINE_OBJECTIVES else "ours"

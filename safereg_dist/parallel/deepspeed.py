@@ -1,6 +1,6 @@
 """The DeepSpeed backend: policy under ZeRO-3, reference under ZeRO-3 inference, same groups.
 
-The only file that imports deepspeed; `zero_config` builds what it is configured with.
+The only file that imports deepspeed; `zero_config` builds its configuration.
 """
 
 import os

@@ -154,7 +154,7 @@ def collect(
     """The states at each position, collected by all ranks; an empty list on all but the first.
 
     Of two positions, each has its own output folder and its own rows on one model. No collective
-    follows: the ranks may part, and the first one goes on alone.
+    follows: the other ranks may exit, and the first one continues alone.
 
     Raises:
         ConfigError, DataError, ProbeError: see `read_sources`; a state that is not finite.

@@ -1,7 +1,7 @@
 """Pooled hidden states on disk: a manifest, and shards of consecutive rows with all layers each.
 
 Shards are the same for any number of ranks, and each appears whole or not at all, so a collection
-that was killed goes on where it stopped, on however many ranks. Reading gives one layer at a time.
+that was killed resumes where it stopped, on any number of ranks. Reads return one layer at a time.
 """
 
 import hashlib

@@ -15,7 +15,7 @@ compute a new chain that verifies. Keep the head hash somewhere else (a commit, 
 ticket) where that matters; then nobody can change past rows without being seen.
 
 Where `ledger.jsonl` exists it is the truth, and rank files beside it are leftovers of an
-interrupted merge; `reopen_ledger` turns it back into rank files for a run that goes on.
+interrupted merge; `reopen_ledger` turns it back into rank files for a resumed run.
 """
 
 import hashlib
@@ -154,7 +154,7 @@ def merge_ledgers(run_dir: Path | str, world_size: int) -> LedgerHead:
 
 
 def reopen_ledger(run_dir: Path | str) -> None:
-    """Turns a merged ledger back into rank files, for a run that goes on; else does nothing.
+    """Turns a merged ledger back into rank files, for a resumed run; else does nothing.
 
     Called by one rank before any `RankLedger` opens (a barrier is the caller's). The rank files are
     byte for byte what they were, so positions kept in checkpoints hold.
@@ -343,7 +343,7 @@ def _chained_rows(
 
 
 def _likely_kind(merged: Path, rows_wanted: int | None) -> str:
-    """What most likely broke the chain; that it is broken is certain, this is a hint."""
+    """The likeliest cause of a broken chain, as a hint for the message."""
     with merged.open("rb") as file:
         keys = [parsed[0] for parsed in map(_parse, file) if parsed]
     if keys != sorted(set(keys)):
@@ -359,7 +359,7 @@ def _last(rows: Iterator[tuple[_Json, LedgerHead]]) -> LedgerHead:
 
 
 def _summary_head(path: Path) -> LedgerHead:
-    """What `summary.json` says of the ledger."""
+    """The ledger's head in `summary.json`."""
     try:
         ledger = json.loads(path.read_bytes())["ledger"]
         head, rows = ledger["head"], ledger["rows"]

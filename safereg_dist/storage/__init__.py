@@ -1,1 +1,1 @@
-"""What is kept on disk beside runs: atomic writes, and scores that outlive a run."""
+"""Files on disk: atomic writes, and a cache of scores across runs."""
