@@ -94,11 +94,16 @@ def stale_reason(bug: Bug, root: Path) -> str | None:
     return None if count == 1 else f"its text occurs {count} times in {bug.file}"
 
 
+def test_files(root: Path) -> list[Path]:
+    """Every file of tests of a repository."""
+    return [file for folder in TESTS for file in (root / folder).rglob("test_*.py")]
+
+
 def located(test: str, root: Path) -> str:
     """A node id whose file may have moved: names of test files are unique, folders may change."""
     path, colons, name = test.partition("::")
     if not (root / path).is_file():
-        found = [file for folder in TESTS for file in (root / folder).rglob(Path(path).name)]
+        found = [file for file in test_files(root) if file.name == Path(path).name]
         if len(found) == 1:  # else pytest says what is missing
             path = found[0].relative_to(root).as_posix()
     return f"{path}{colons}{name}"
@@ -178,6 +183,8 @@ def _become(bug: Bug, clean: Path, folder: Path) -> NoReturn:
         planted.write_text(text, encoding="utf-8")
     ahead = [str(copy / parent) for parent in PACKAGES.values()]
     sys.path[:0] = ahead
+    # Some tests import what another file has, whose folder only a run of all of them would add.
+    sys.path += sorted({str(path.parent) for path in test_files(copy)})
     os.environ["PYTHONPATH"] = os.pathsep.join(ahead)
     (folder / "t").mkdir()  # short: sockets are made in it
     os.environ["TMPDIR"], tempfile.tempdir = str(folder / "t"), None
@@ -195,14 +202,19 @@ def _become(bug: Bug, clean: Path, folder: Path) -> NoReturn:
 
 def _kill_with_children(pid: int) -> None:
     """SIGKILL to a child and to whatever its tests have started, in sessions of their own too."""
-    from support.launching import descendants
-
-    for process in [*descendants(pid), pid]:
+    for process in [*_descendants(pid), pid]:
         try:
             os.kill(process, signal.SIGKILL)
         except ProcessLookupError:
             pass
     os.waitpid(pid, 0)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes below one, those whose parents have ended left out."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    children = [int(child) for child in listed.read_text().split()] if listed.exists() else []
+    return [*(below for child in children for below in _descendants(child)), *children]
 
 
 def report(outcomes: list[Outcome], stale: list[str]) -> int:
@@ -273,7 +285,7 @@ def _preload() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     sys.path.pop(0)
-    for name in ("conftest", "launching"):
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("conftest", "support")]:
         del sys.modules[name]  # a copy has its own
     assert not set(PACKAGES) & set(sys.modules)
     gc.freeze()  # or each fork would copy what it collects
