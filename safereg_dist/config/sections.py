@@ -12,6 +12,9 @@ from safereg_dist.errors import ConfigError
 
 Offload = Literal["none", "cpu"]
 
+KEEP_BYTES = 256 << 20
+"""Default of `reference.keep_bytes`."""
+
 _SOFT = dict(
     objective="convex", divergence="kl_forward", floor=0.1, ceiling=0.9, granularity="batch"
 )
@@ -34,7 +37,7 @@ class ReferenceConfig(Section):
     """Folder written by `safereg reference build`: no trunk runs on rows it holds; null = none."""
     rows_per_pass: int | None = Field(default=None, ge=1)
     """Rows in one reference forward, >= 1; null = `train.micro_batch_size`. Bounds memory."""
-    keep_bytes: int = Field(default=256 << 20, ge=0, json_schema_extra=ASIDE)
+    keep_bytes: int = Field(default=KEEP_BYTES, ge=0, json_schema_extra=ASIDE)
     """Bytes of reference states kept for later micro-batches, >= 0; one micro-batch always fits."""
     balance: Literal["auto", "none", "deal", "exchange"] = "auto"
     """How active rows are balanced over ranks: `deal` them evenly (needs a risk column), `exchange`

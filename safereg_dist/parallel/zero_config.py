@@ -14,6 +14,18 @@ from safereg_dist.types import head_of
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default limit on gathered parameters; beyond it nothing is prefetched."""
+MAX_REUSE_DISTANCE = 1_000_000_000
+"""DeepSpeed's own: parameters between two uses of one up to which it stays whole in between."""
+
+
+def persistence_threshold(hidden_size: int) -> int:
+    """Elements up to which a parameter is never let go."""
+    return 10 * hidden_size
+
+
+def prefetched_elements(hidden_size: int) -> int:
+    """Elements that are gathered ahead of their use."""
+    return int(0.9 * hidden_size * hidden_size)
 
 
 def zero_config(
@@ -33,8 +45,8 @@ def zero_config(
     if offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if hidden_size is not None:
-        zero["stage3_param_persistence_threshold"] = 10 * hidden_size
-        zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
+        zero["stage3_param_persistence_threshold"] = persistence_threshold(hidden_size)
+        zero["stage3_prefetch_bucket_size"] = prefetched_elements(hidden_size)
     return {
         "train_micro_batch_size_per_gpu": rows,
         "zero_optimization": zero,

@@ -11,6 +11,7 @@ third use, which may find large layers gone. Parameters up to the persistence th
 from collections import deque
 from dataclasses import dataclass
 
+from safereg_dist.parallel.zero_config import persistence_threshold, prefetched_elements
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape, Module
 
@@ -29,7 +30,7 @@ class Gathers:
 
 def threshold(shape: ModelShape) -> int:
     """Elements up to which a parameter stays whole; as `parallel.deepspeed` sets it."""
-    return 10 * shape.hidden_size
+    return persistence_threshold(shape.hidden_size)
 
 
 def padded(numels: tuple[int, ...], shape: ModelShape, world_size: int) -> int:
@@ -77,7 +78,7 @@ class _Walk:
         self._of_module: dict[int, list[tuple[int, int]]] = {i: [] for i in order}
         for parameter in self.numels:
             self._of_module[parameter[0]].append(parameter)
-        self._bucket = int(0.9 * shape.hidden_size**2)
+        self._bucket = prefetched_elements(shape.hidden_size)
         # The head is whole all the time and must not count against the prefetch limit.
         self._most_live = settings.max_live_parameters + shape.modules[head].numel
         self._queue = deque((p, at) for at, i in enumerate(order) for p in self._of_module[i])

@@ -7,6 +7,7 @@ gradients of one sub-group.
 
 from dataclasses import dataclass
 
+from safereg_dist.parallel.zero_config import prefetched_elements
 from safereg_dist.plan.gathers import padded, policy_gathers, staying
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import Settings
@@ -95,7 +96,7 @@ def _working(shape: ModelShape, settings: Settings) -> dict[str, float]:
     size, parallel = settings.itemsize, settings.model_parallel
     tokens = settings.micro_batch * settings.seq_length
     largest = max(sum(module.numels) for module in shape.modules)
-    prefetched = 0.9 * shape.hidden_size**2
+    prefetched = prefetched_elements(shape.hidden_size)
     whole = policy_gathers(shape, settings).peak + prefetched
     return {
         "gathered parameters": whole * size / parallel,

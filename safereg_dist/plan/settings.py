@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from safereg_dist.config.checks import one_of, within
+from safereg_dist.config.sections import KEEP_BYTES
 from safereg_dist.errors import ConfigError
+from safereg_dist.parallel.zero_config import MAX_LIVE_PARAMETERS, MAX_REUSE_DISTANCE
 from safereg_kernels.budget import HEAD_BYTES
 
 ARMS = ("sft", "routed", "stored", "always_on")
@@ -55,11 +57,11 @@ class Settings:
     """`train.chunk_tokens`."""
     rows_per_pass: int | None = None
     """`reference.rows_per_pass`; None = `micro_batch`."""
-    keep_bytes: int = 256 << 20
+    keep_bytes: int = KEEP_BYTES
     """`reference.keep_bytes`."""
-    reuse_distance: int = 1_000_000_000
+    reuse_distance: int = MAX_REUSE_DISTANCE
     """DeepSpeed's `stage3_max_reuse_distance`, in parameters, >= 1; this is its default."""
-    max_live_parameters: int = 1_000_000_000
+    max_live_parameters: int = MAX_LIVE_PARAMETERS
     """Parameters beside the head's beyond which nothing is prefetched (see `zero_config`)."""
 
     def __post_init__(self) -> None:

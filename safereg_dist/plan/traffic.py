@@ -11,6 +11,7 @@ from safereg_dist.plan.gathers import padded, policy_gathers, staying
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape
+from safereg_dist.reference.reference import micro_batches_at_once
 
 AGREEMENT_BYTES = {"sft": 0, "routed": 8, "stored": 16, "always_on": 0}
 
@@ -39,9 +40,9 @@ def traffic(shape: ModelShape, settings: Settings) -> dict[str, Traffic]:
 
 
 def group_batches(shape: ModelShape, settings: Settings) -> int:
-    """Micro-batches whose reference states are kept together; as `reference.window` counts."""
+    """Micro-batches whose reference states are kept together; as `reference` counts."""
     row = settings.seq_length * shape.hidden_size * settings.itemsize
-    return max(1, settings.keep_bytes // (settings.micro_batch * row))
+    return micro_batches_at_once(settings.keep_bytes, settings.micro_batch * row)
 
 
 def _policy(shape: ModelShape, settings: Settings) -> dict[str, Traffic]:

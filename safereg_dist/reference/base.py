@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from safereg_dist.config.sections import KEEP_BYTES
 from safereg_dist.types import Head
 
 
@@ -39,7 +40,7 @@ class Packing:
 
     rows_per_pass: int
     """Rows of one forward."""
-    keep_bytes: int = 256 << 20
+    keep_bytes: int = KEEP_BYTES
     """Bytes of hidden states kept for later micro-batches; those of one are always kept."""
     max_length: int = 1024
     """Longest row, in tokens."""

@@ -164,7 +164,7 @@ class Reference:
         head = self.model.head.weight
         assert head is not None
         bytes_each = size * self.packing.max_length * self.state_size * head.itemsize
-        return max(1, self.packing.keep_bytes // bytes_each)
+        return micro_batches_at_once(self.packing.keep_bytes, bytes_each)
 
     def _run(self, passes: ReferencePasses, first: int, group: int, most_to_run: int) -> int:
         """Runs the trunk on places `first` to `first + group - 1`; returns the rows run here."""
@@ -274,6 +274,11 @@ def schedule_rows(
         to_run={place_of[row]: rows[row] for row in active if row not in stored},
         stored={place_of[row]: states for row, states in stored.items()},
     )
+
+
+def micro_batches_at_once(keep_bytes: int, bytes_each: int) -> int:
+    """Micro-batches (>= 1) whose states may wait together, of so many bytes each at worst."""
+    return max(1, keep_bytes // bytes_each)
 
 
 def active_rows(kl_coef: Sequence[float], rows: Sequence[Row]) -> list[int]:
