@@ -41,7 +41,7 @@ FORWARDS: Counter[str] = Counter()
 
 def count_forwards(module, arguments) -> None:
     """Notes each forward of a trunk, the policy's and the reference's alike."""
-    if isinstance(module, PreTrainedModel):
+    if isinstance(module, PreTrainedModel) and module.base_model is module:
         FORWARDS[type(module).__name__] += 1
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_ranks import ALONE, on_ranks
+from support.ranks import ALONE, on_ranks
 
 from safereg_dist.data import collate, filler
 from safereg_dist.metrics import StepMetrics

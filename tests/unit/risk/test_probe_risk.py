@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from support.ranks import ALONE
 from test_probe import H, ask, make_probe
-from test_ranks import ALONE
 
 from safereg_dist.data import collate
 from safereg_dist.risk.probe_risk import (

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_ranks import ALONE
+from support.ranks import ALONE
 
 from safereg_dist.coefficient import Coefficient
 from safereg_dist.config import RegularizerConfig, load_config
