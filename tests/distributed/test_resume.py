@@ -105,7 +105,7 @@ def test_killed_and_resumed_runs_give_the_same_bits(config, launch):
     assert whole.status == 0, whole.output[-4000:]
     expected = result(folder / "whole")
 
-    one, full = folder / "one", folder / "all"
+    one = folder / "one"
     process, log = launch.start(
         FINETUNE, config, f"output_dir={one}", ranks=2, launcher="deepspeed"
     )
@@ -118,11 +118,7 @@ def test_killed_and_resumed_runs_give_the_same_bits(config, launch):
     assert "resuming from" in again.output
     assert result(one) == expected
 
-    process, log = launch.start(FINETUNE, config, f"output_dir={full}", ranks=2)
-    writing = full / "checkpoint" / ".step-00000006.partial"
-    wait_for(writing.exists, process, log)
-    kill_session(process)
-    assert not (full / "checkpoint" / "step-00000006").exists()
+    full = killed_while_it_saves(config, launch, folder)
     again = launch(FINETUNE, config, f"output_dir={full}", ranks=2)
     assert again.status == 0, again.output[-4000:]
     assert "resuming from" in again.output
@@ -132,6 +128,18 @@ def test_killed_and_resumed_runs_give_the_same_bits(config, launch):
 
     check_signal_saves(config, launch, folder / "signal", expected)
     check_refusals(config, launch, folder)
+
+
+def killed_while_it_saves(config, launch, folder):
+    """The folder of a run whose checkpoint of step 6 was cut off; a busy machine may miss it."""
+    for attempt in range(5):
+        out = folder / f"cut-{attempt}"
+        process, log = launch.start(FINETUNE, config, f"output_dir={out}", ranks=2)
+        wait_for((out / "checkpoint" / ".step-00000006.partial").exists, process, log)
+        kill_session(process)
+        if not (out / "checkpoint" / "step-00000006").exists():
+            return out
+    raise AssertionError("every kill came after the checkpoint was whole")
 
 
 def check_signal_saves(config, launch, out, expected):
