@@ -1,7 +1,7 @@
 """The inputs that a run reads before weights: model folder, rows, sources of risk."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +21,15 @@ from safereg_dist.data import (
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.risk import (
     SourceSpec,
-    check_overrides,
     check_templates,
+    configured_overrides,
     read_sources,
     reads_column,
     require_risk_column,
+    warn_of_unknown_rows,
 )
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.risk.override import read_overrides
+from safereg_dist.risk.override import Override
 from safereg_dist.types import Row
 
 DEFAULT_STEPS = 200
@@ -50,6 +51,8 @@ class RowSources:
     """Digest (hex) of the rows dealt as active; empty if active rows are not dealt evenly."""
     filler: Row
     """Replaces missing rows where a rank has none left."""
+    overrides: dict[str, Override]
+    """Reviewers' decisions by row id."""
 
     def rows_of_step(self, step: int) -> list[Row]:
         """[rows_per_step] this rank's rows in an optimizer step."""
@@ -107,10 +110,10 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
     with ranks.together():
         if config.needs_risk and reads_column(config.risk):
             require_risk_column(train_rows, data.train)
-        if config.needs_risk and config.risk.override is not None:
-            check_overrides(config.risk.override, train_rows, data.train, is_main=ranks.is_main)
-
-        active = _known_active_rows(config, train_rows)
+        overrides = configured_overrides(config)
+        if ranks.is_main:
+            warn_of_unknown_rows(overrides, config, train_rows)
+        active = _known_active_rows(config, train_rows, overrides)
 
     rows_per_step = train.micro_batch_size * train.grad_accum_steps
 
@@ -146,6 +149,7 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
             rows_per_step=rows_per_step,
             order_digest="" if active is None else hashlib.sha256(active.tobytes()).hexdigest(),
             filler=filler(pad_id_of(tokenizer)),
+            overrides=overrides,
         )
 
 
@@ -171,7 +175,9 @@ def _total_steps(
     )
 
 
-def _known_active_rows(config: Config, rows: TokenizedDataset) -> np.ndarray | None:
+def _known_active_rows(
+    config: Config, rows: TokenizedDataset, overrides: Mapping[str, Override]
+) -> np.ndarray | None:
     """bool [rows], True where b > 0; None if not known yet or if rows are not dealt evenly."""
     is_column = config.needs_risk and config.risk.estimator == "column"
     if not is_column or config.reference.balance not in ("auto", "deal"):
@@ -179,11 +185,9 @@ def _known_active_rows(config: Config, rows: TokenizedDataset) -> np.ndarray | N
     if config.regularizer.granularity == "batch":
         return None  # a row's coefficient depends on its micro-batch
     risk = np.asarray(rows.table.data.column("risk")).copy()
-    if config.risk.override is not None:
-        decisions = read_overrides(config.risk.override)
-        for index, name in enumerate(rows.table["id"]):
-            if name in decisions:
-                risk[index] = decisions[name].risk
+    for index, name in enumerate(rows.table["id"] if overrides else ()):
+        if name in overrides:
+            risk[index] = overrides[name].risk
     threshold = resolved_threshold(config.regularizer)
     values, places = np.unique(risk, return_inverse=True)
     active = [scheduled(value, config.regularizer, threshold) > 0 for value in values.tolist()]

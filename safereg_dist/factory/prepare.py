@@ -7,14 +7,22 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from safereg_dist.coefficient import Coefficient
+from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient
 from safereg_dist.config import Config, config_from_dict
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.references import BuiltReference, WeightsFacts, packing_of
-from safereg_dist.factory.risk import build_risk, category_ceilings, policy_layer, read_sources
+from safereg_dist.factory.risk import (
+    SourceSpec,
+    build_risk,
+    category_ceilings,
+    configured_overrides,
+    policy_layer,
+    read_sources,
+)
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.objective import Objective
+from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.parallel.engine import Backend
 from safereg_dist.parallel.single import SingleBackend
@@ -83,24 +91,47 @@ def prepare(
     specs = [] if risk is not None else read_sources(config, ranks)
     with ranks.together():
         facts = WeightsFacts(_fingerprint(model, specs), model.config.get_text_config())
-        stage = _stage(risk) if risk else build_risk(config, specs, backend, built, policy=facts)
-        return SafetyRegularizer(
-            Policy(model, probed_layer=policy_layer(config, specs) if specs else None),
-            risk=stage,
-            coefficient=Coefficient(
-                config.regularizer,
-                threshold=stage.threshold,
-                ranks=ranks,
-                ceilings=category_ceilings(specs),
-            ),
-            reference=built.reference,
-            objective=Objective(
-                config.regularizer,
-                chunk_tokens=config.train.chunk_tokens,
-                head_bytes=config.train.head_bytes,
-            ),
-            ranks=ranks,
+        if risk is not None:
+            stage = RiskStage([WeightedSource("", risk, DEFAULT_THRESHOLD)])
+        else:
+            overrides = configured_overrides(config)
+            stage = build_risk(config, specs, backend, built, overrides=overrides, policy=facts)
+        return assemble(
+            config, model, specs=specs, risk=stage, reference=built.reference, ranks=ranks
         )
+
+
+def assemble(
+    config: Config,
+    model: PreTrainedModel,
+    *,
+    specs: list[SourceSpec],
+    risk: RiskStage,
+    reference: Reference | NoReference,
+    ranks: Ranks,
+) -> SafetyRegularizer:
+    """The stages around `model`, put together. Collectives: none.
+
+    Raises:
+        ConfigError: as `Policy`.
+    """
+    return SafetyRegularizer(
+        Policy(model, probed_layer=policy_layer(config, specs) if specs else None),
+        risk=risk,
+        coefficient=Coefficient(
+            config.regularizer,
+            threshold=risk.threshold,
+            ranks=ranks,
+            ceilings=category_ceilings(specs),
+        ),
+        reference=reference,
+        objective=Objective(
+            config.regularizer,
+            chunk_tokens=config.train.chunk_tokens,
+            head_bytes=config.train.head_bytes,
+        ),
+        ranks=ranks,
+    )
 
 
 def _config_of(model: PreTrainedModel, settings: Path | str | Mapping[str, Any]) -> Config:
@@ -147,10 +178,6 @@ def _reference(
     return BuiltReference(Reference(given, ranks=backend.ranks, packing=packing_of(config)), facts)
 
 
-def _fingerprint(model: PreTrainedModel, specs: list[Any]) -> str:
+def _fingerprint(model: PreTrainedModel, specs: list[SourceSpec]) -> str:
     """The fingerprint of the policy's weights, if a probe must be checked against it."""
     return model_fingerprint(model) if any(spec.probe is not None for spec in specs) else ""
-
-
-def _stage(source: RiskSource) -> RiskStage:
-    return RiskStage([WeightedSource("", source, 0.5)])

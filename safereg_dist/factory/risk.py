@@ -3,6 +3,7 @@
 import hashlib
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from safereg_dist.parallel.engine import Backend
 from safereg_dist.reference import Reference
 from safereg_dist.risk.drift import WatchedPolicyProbe
 from safereg_dist.risk.judge import CriticRisk
-from safereg_dist.risk.override import read_overrides
+from safereg_dist.risk.override import Override, read_overrides
 from safereg_dist.risk.probe import Probe, check_model, load_probes
 from safereg_dist.risk.probe_risk import KnownRisks, ReferenceProbeRisk, scorer_name
 from safereg_dist.risk.stage import ColumnRisk, RiskSource, RiskStage, WeightedSource
@@ -156,6 +157,7 @@ def build_risk(
     backend: Backend,
     reference: BuiltReference,
     *,
+    overrides: Mapping[str, Override],
     policy: WeightsFacts | None = None,
 ) -> RiskStage:
     """The risk stage of a run; `policy` may be None where nothing trains (audit).
@@ -163,7 +165,7 @@ def build_risk(
     Raises:
         ProbeError: a probe belongs to another model.
         CriticUnavailable: an endpoint does not answer.
-        ConfigError, DataError: a judge or an override file that cannot be used.
+        ConfigError: a judge that cannot be used.
     Collectives: none.
     """
     if not config.needs_risk:
@@ -173,7 +175,6 @@ def build_risk(
     rule = "max" if len(sources) > 1 else "single"  # one folder: prompts and responses
     if config.risk.is_composite:
         rule = config.risk.estimator
-    overrides = read_overrides(config.risk.override) if config.risk.override else {}
     return RiskStage(sources, rule=rule, overrides=overrides)
 
 
@@ -259,17 +260,27 @@ def reads_column(risk: RiskConfig) -> bool:
     return "column" in (risk.estimator, *(part.estimator for part in risk.parts))
 
 
-def check_overrides(override: str, rows: TokenizedDataset, path: str, *, is_main: bool) -> None:
-    """Reads the reviewers' decisions before any model is loaded; warns of ids without a row.
+def configured_overrides(config: Config) -> dict[str, Override]:
+    """The reviewers' decisions by row id; none where risk is not needed.
 
     Raises:
         DataError: as `read_overrides`.
     """
-    unknown = read_overrides(override).keys() - set(rows.table["id"])
-    if unknown and is_main:
+    if not config.needs_risk or config.risk.override is None:
+        return {}
+    return read_overrides(config.risk.override)
+
+
+def warn_of_unknown_rows(
+    overrides: Mapping[str, Override], config: Config, rows: TokenizedDataset
+) -> None:
+    """Prints how many decisions name no training row, if any does."""
+    unknown = overrides.keys() - set(rows.table["id"]) if overrides else set()
+    if unknown:
         print(
-            f"safereg: {len(unknown)} ids in risk.override={override} name no row that {path} "
-            f"leaves to train on, the first is {min(unknown)!r}: those decisions have no effect; "
+            f"safereg: {len(unknown)} ids in risk.override={config.risk.override} name no row that "
+            f"{config.data.train} leaves to train on, the first is {min(unknown)!r}: those "
+            "decisions have no effect; "
             "correct them (a row without `id` is named after its file)",
             file=sys.stderr,
             flush=True,

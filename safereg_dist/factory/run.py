@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safereg_dist.coefficient import Coefficient, resolved_threshold
+from safereg_dist.coefficient import resolved_threshold
 from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.inputs import RowSources, pad_id_of, read_inputs
+from safereg_dist.factory.prepare import assemble
 from safereg_dist.factory.references import (
     BuiltReference,
     LoadedPolicy,
@@ -16,12 +17,10 @@ from safereg_dist.factory.references import (
     build_reference,
     require_finite,
 )
-from safereg_dist.factory.risk import build_risk, category_ceilings, policy_layer
+from safereg_dist.factory.risk import build_risk, category_ceilings
 from safereg_dist.models.architecture import enable_activation_checkpointing
-from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, PolicyEngine
-from safereg_dist.policy import Policy
 from safereg_dist.reference import NoReference, Reference
 from safereg_dist.risk.stage import RiskStage
 from safereg_dist.step import SafetyRegularizer
@@ -90,23 +89,11 @@ def build_run(config: Config, backend: Backend) -> Run:
 
     with ranks.together():
         facts = WeightsFacts(policy.fingerprint, model.config.get_text_config())
-        risk = build_risk(config, specs, backend, reference, policy=facts)
-        regularizer = SafetyRegularizer(
-            Policy(model, probed_layer=policy_layer(config, specs)),
-            risk=risk,
-            coefficient=Coefficient(
-                config.regularizer,
-                threshold=risk.threshold,
-                ranks=ranks,
-                ceilings=category_ceilings(specs),
-            ),
-            reference=reference.reference,
-            objective=Objective(
-                config.regularizer,
-                chunk_tokens=config.train.chunk_tokens,
-                head_bytes=config.train.head_bytes,
-            ),
-            ranks=ranks,
+        risk = build_risk(
+            config, specs, backend, reference, overrides=sources.overrides, policy=facts
+        )
+        regularizer = assemble(
+            config, model, specs=specs, risk=risk, reference=reference.reference, ranks=ranks
         )
     model.train()
     engine = backend.wrap_policy(model, config=config)
@@ -171,7 +158,7 @@ def build_risk_context(
         )
     num_layers = 1 if reference.facts is None else reference.facts.config.num_hidden_layers
     with ranks.together():
-        risk = build_risk(config, specs, backend, reference)
+        risk = build_risk(config, specs, backend, reference, overrides=sources.overrides)
     return RiskContext(
         config=config,
         ranks=ranks,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from step_worker import left_gathered
+from support.engines import PassThrough
 
 from safereg_dist.config import load_config
 from safereg_dist.factory import build_run, start_backend
@@ -38,23 +39,16 @@ def probed_training(folder, backend, source: str, steps: int) -> dict:
     return found
 
 
-class Spoiling:
-    """Stands before the policy's engine, and multiplies every loss."""
+class Spoiling(PassThrough):
+    """Multiplies every loss."""
 
     def __init__(self, engine, factor: float) -> None:
-        self._engine, self._factor = engine, factor
-
-    def __call__(self, input_ids):
-        """The engine's."""
-        return self._engine(input_ids)
+        super().__init__(engine)
+        self._factor = factor
 
     def backward(self, loss, *, is_last) -> None:
         """The engine's, of another loss."""
-        self._engine.backward(loss * self._factor, is_last=is_last)
-
-    def update(self, lr):
-        """The engine's."""
-        return self._engine.update(lr)
+        super().backward(loss * self._factor, is_last=is_last)
 
 
 def one_rank_not_finite(folder, backend) -> dict:

@@ -46,10 +46,12 @@ def record_collectives() -> None:
 
 
 record_collectives()
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
 
 import numpy as np  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from step_cases import SCHEDULE_LINEAR, cases_on, micro_batch_rows  # noqa: E402
+from support.engines import PassThrough  # noqa: E402
 
 from safereg_dist.config import load_config  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
@@ -86,20 +88,13 @@ def run_case(folder, case, backend) -> None:
     run.engine.engine.destroy()
 
 
-class NoUpdate:
-    """Stands before the policy's engine: keeps the gradients of a step, and leaves the weights."""
+class NoUpdate(PassThrough):
+    """Keeps the gradients of a step, and leaves the weights."""
 
     def __init__(self, run) -> None:
-        self._engine, self._model = run.engine, run.model
+        super().__init__(run.engine)
+        self._model = run.model
         self.grads: dict[str, np.ndarray] = {}
-
-    def __call__(self, input_ids):
-        """The engine's."""
-        return self._engine(input_ids)
-
-    def backward(self, loss, *, is_last) -> None:
-        """The engine's."""
-        self._engine.backward(loss, is_last=is_last)
 
     def update(self, lr) -> Update:
         """None."""
@@ -108,25 +103,15 @@ class NoUpdate:
         return Update(applied=True, grad_norm=0.0)
 
 
-class Watched:
-    """Stands before the policy's engine: notes how many collectives came before the backward."""
+class Watched(PassThrough):
+    """Notes how many collectives came before the backward."""
 
-    def __init__(self, engine) -> None:
-        self._engine = engine
-        self.backward_began = 0
-
-    def __call__(self, input_ids):
-        """The engine's."""
-        return self._engine(input_ids)
+    backward_began = 0
 
     def backward(self, loss, *, is_last) -> None:
         """The engine's."""
         self.backward_began = len(COLLECTIVES)
-        self._engine.backward(loss, is_last=is_last)
-
-    def update(self, lr) -> Update:
-        """The engine's."""
-        return self._engine.update(lr)
+        super().backward(loss, is_last=is_last)
 
 
 def left_gathered(run) -> list[str]:
