@@ -71,28 +71,28 @@ class Coefficient:
 
     @region(COEFFICIENT)
     def __call__(
-        self, rows: Sequence[Row], risk: Result[RowRisks], *, micro_batches: int = 1
+        self, rows: Sequence[Row], risk: Result[RowRisks], *, sizes: Sequence[int] | None = None
     ) -> list[float]:
         """[B] coefficient b of every row: 1 on anchor rows, 0 on rows without response tokens.
 
-        With granularity `batch` the rows are those of consecutive micro-batches. Where categories
-        have ceilings of their own, b = max_c schedule_c(r_c). A row whose risk
-        could not be computed (nan) counts as risky: r = 1. An error in place of risk is raised;
-        with granularity `batch` on all ranks together.
+        With granularity `batch` the rows are those of consecutive micro-batches of `sizes` rows
+        (None: of one). Where categories have ceilings of their own, b = max_c schedule_c(r_c). A
+        row whose risk could not be computed (nan) counts as risky: r = 1. An error in place of
+        risk is raised; with granularity `batch` on all ranks together.
         Collectives: none; with granularity `batch` one SUM all-reduce of 16 bytes each.
         """
         if risk.error is not None and self._config.granularity == "batch":
             self._sum_over_ranks(float("nan"), 1)
             self._ranks.raise_together(risk.error)
-        known, size, found = risk.value, len(rows) // micro_batches, []
+        known, found = risk.value, []
         if len(known.values) != len(rows):
             raise ValueError(
                 f"expected a risk for each of {len(rows)} rows, got {len(known.values)}: a source "
                 "of risk gives one value a row, None where there is none"
             )
-        for begin in range(0, len(rows), size):
-            places = list(range(begin, begin + size))
-            found += self._of_micro_batch(rows[begin : begin + size], known.of_rows(places))
+        for size in sizes or [len(rows)]:
+            places = list(range(len(found), len(found) + size))
+            found += self._of_micro_batch([rows[i] for i in places], known.of_rows(places))
         return found
 
     def _of_micro_batch(self, rows: Sequence[Row], risk: RowRisks) -> list[float]:

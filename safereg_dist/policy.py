@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,10 +38,9 @@ class Policy:
         self._loss: LossOfStates | None = None
         self._probes_last = False
         self._probed: Tensor | None = None
-        head = model.get_output_embeddings()
-        assert isinstance(head, nn.Module)
-        # On the instance: the engine's hooks stand around `forward`, the class stays as it is.
-        head.forward = partial(self._head_forward, head.forward)
+        for head in head_layers(model):
+            # On the instance: the engine's hooks stand around `forward`, the class stays as it is.
+            head.forward = partial(self._head_forward, head.forward)
         if probed_layer is not None:
             self._watch_layer(probed_layer)
 
@@ -72,6 +72,7 @@ class Policy:
         """The language-model head; its weights are gathered only inside its own call."""
         return head_of(self.model)
 
+    @torch.compiler.disable  # each step brings another loss, and would be compiled again
     def _head_forward(self, plain: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         if self._loss is None:
             return plain(hidden)
@@ -91,8 +92,19 @@ def check_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__} changes its logits (logits_soft_cap={cap}) in a way that the "
             "fused head does not know"
         )
+    for head in head_layers(model):
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(
+                f"{type(model).__name__} has a head of type {type(head).__name__}, expected "
+                "nn.Linear: take the head out of LoRA's target_modules (modules_to_save trains it "
+                "whole)"
+            )
+
+
+def head_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The head; of a head in `modules_to_save` (PEFT) the original and every trained copy."""
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ConfigError(
-            f"{type(model).__name__} has a head of type {type(head).__name__}, expected nn.Linear"
-        )
+    assert isinstance(head, nn.Module)
+    if not hasattr(head, "original_module"):
+        return [head]
+    return [head.original_module, *head.modules_to_save.values()]  # type: ignore[operator, union-attr]

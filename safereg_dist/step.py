@@ -13,11 +13,12 @@ inside `loss_of`, for each micro-batch; 7 is `close`. `trainer.optimizer_step` p
 and any other loop can. A risk that is read from the policy's own states moves 1 to 3 behind 4.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from safereg_dist.coefficient import Coefficient
 from safereg_dist.metrics import StepMetrics, StepTotals
 from safereg_dist.objective import Objective
-from safereg_dist.parallel.comm import Ranks, capture
+from safereg_dist.parallel.comm import Ranks, Result, capture
 from safereg_dist.policy import Policy
 from safereg_dist.reference import NoReference, Reference, ReferencePasses, ReferenceSchedule
 from safereg_dist.risk.stage import ProbedStates, RiskStage
@@ -73,6 +74,8 @@ class StepPlan:
     num_tokens: Tensor
     """N: response tokens of all ranks and micro-batches, a float32 scalar on the device."""
     in_first_epoch: bool
+    may_sort: bool
+    """False if a stack has formed the micro-batches: rows stay where they are."""
     metrics: StepMetrics
     """Collects the result of each micro-batch as it runs."""
 
@@ -97,6 +100,13 @@ class SafetyRegularizer:
         self.objective = objective
         self.ranks = ranks
 
+    def bind(self, engine: Callable[..., Any]) -> None:
+        """Tells the regulariser which engine runs the policy, once it wraps the model.
+
+        Needed where the policy is its own reference (adapters off); else it does nothing.
+        """
+        self.reference.bind(engine)
+
     # ---- before the policy's forward
 
     def plan(
@@ -115,25 +125,54 @@ class SafetyRegularizer:
         Collectives: one SUM of 8 bytes; the start of one MAX all-reduce of 8 bytes, and before it
         those of the sources of risk (while a cache is cold) and of granularity `batch`.
         """
+        sizes = [len(rows) // micro_batches] * micro_batches
+        return self._plan(rows, sizes, step, in_first_epoch, may_sort=True)
+
+    def open(
+        self, batches: Sequence[MicroBatch], *, step: int, in_first_epoch: bool = True
+    ) -> StepPlan:
+        """The plan of one optimizer step over micro-batches that a stack has formed.
+
+        As `plan`, but rows stay where they are, and their number may differ between ranks; the
+        number of micro-batches may not.
+        Collectives: as `plan`; the MAX all-reduce has 8 bytes more than 16 for each micro-batch.
+        """
+        rows = [row for batch in batches for row in batch.rows]
+        sizes = [len(batch.rows) for batch in batches]
+        error = next((batch.error for batch in batches if batch.error is not None), None)
+        return self._plan(rows, sizes, step, in_first_epoch, may_sort=False, error=error)
+
+    def _plan(
+        self,
+        rows: Sequence[Row],
+        sizes: list[int],
+        step: int,
+        in_first_epoch: bool,
+        *,
+        may_sort: bool,
+        error: Exception | None = None,
+    ) -> StepPlan:
         self.risk.begin_step(step)
         num_tokens = self.ranks.total(sum(row.num_response_tokens for row in rows))
         plan = None
         if not self.risk.reads_policy:
-            plan = self._decide(rows, None, micro_batches, in_first_epoch)
-        size, ordered = len(rows) // micro_batches, rows if plan is None else plan.rows
+            plan = self._decide(rows, None, sizes, in_first_epoch, may_sort=may_sort, error=error)
+        ordered = rows if plan is None else plan.rows
+        ends = list(accumulate(sizes))
         return StepPlan(
             step=step,
             micro_batches=[
                 PlannedMicroBatch(
                     index=index,
-                    rows=list(ordered[index * size : (index + 1) * size]),
-                    plan=plan and plan.of_places(index * size, (index + 1) * size),
-                    is_last=index == micro_batches - 1,
+                    rows=list(ordered[end - size : end]),
+                    plan=plan and plan.of_places(end - size, end),
+                    is_last=index == len(sizes) - 1,
                 )
-                for index in range(micro_batches)
+                for index, (size, end) in enumerate(zip(sizes, ends, strict=True))
             ],
             num_tokens=num_tokens,
             in_first_epoch=in_first_epoch,
+            may_sort=may_sort,
             metrics=StepMetrics(),
         )
 
@@ -141,29 +180,36 @@ class SafetyRegularizer:
         self,
         rows: Sequence[Row],
         probed: ProbedStates | None,
-        micro_batches: int,
+        sizes: list[int],
         in_first_epoch: bool,
+        *,
+        may_sort: bool,
+        error: Exception | None = None,
     ) -> RowPlan:
         """Computes risk, coefficient and schedule of the rows, and starts the agreement.
 
-        If this rank fails, its plan is inert (no risk, b = 0); reading the agreement raises the
-        error on all ranks before the plan is used.
+        If this rank fails, or has failed with `error`, its plan is inert (no risk, b = 0); reading
+        the agreement raises the error on all ranks before the plan is used.
         """
         count = len(rows)
         risk = capture(self.risk, rows, probed, in_first_epoch=in_first_epoch)
-        kl_coef = capture(self.coefficient, rows, risk, micro_batches=micro_batches)
-        schedule = kl_coef.then(partial(self.reference.schedule, rows, micro_batches=micro_batches))
-        agreement = self.reference.start_agreement(schedule)
+        if error is not None:
+            risk = Result(error=error)  # after the sources, whose collectives all ranks join
+        kl_coef = capture(self.coefficient, rows, risk, sizes=sizes)
+        schedule = kl_coef.then(
+            lambda coef: self.reference.schedule(rows, coef, sizes=sizes, may_sort=may_sort)
+        )
+        agreement = self.reference.start_agreement(
+            schedule, micro_batches=len(sizes), is_sorted=may_sort
+        )
 
-        known = schedule.or_else(ReferenceSchedule.of_no_row(count))
+        known = schedule.or_else(ReferenceSchedule.of_no_row(sizes, is_sorted=may_sort))
         coef = kl_coef.or_else([0.0] * count)
         return RowPlan(
             rows=[rows[place] for place in known.order],
             risk=risk.or_else(RowRisks.none(count)).of_rows(known.order),
             kl_coef=[coef[place] for place in known.order],
-            passes=ReferencePasses(
-                schedule=known, agreement=agreement, micro_batch_size=count // micro_batches
-            ),
+            passes=ReferencePasses(schedule=known, agreement=agreement),
         )
 
     # ---- the policy's forward, and the rest of the step in its head
@@ -177,8 +223,9 @@ class SafetyRegularizer:
         The loss, float32 and scalar, is this rank's share of L: a sum over tokens divided by the
         global N. Call backward on it unscaled; gradients are summed, not averaged, over ranks.
         Raises, in the forward: the first failed rank's error of `plan`, on all ranks.
-        Collectives, in the forward: the reference's own if any rank needs it; those of `plan` too
-        where the risk is read from the policy's states.
+        Collectives, in the forward (before it, if the reference runs the policy's own engine): the
+        reference's own if any rank needs it; those of `plan` too where the risk is read from the
+        policy's states.
         """
         results: list[MicroBatchResult] = []
 
@@ -186,9 +233,17 @@ class SafetyRegularizer:
             plan, index = planned.plan, planned.index
             if plan is None:
                 assert probed is not None
-                own = ProbedStates(probed, batch.attention_mask)
-                plan, index = self._decide(planned.rows, own, 1, step.in_first_epoch), 0
-            states = self.reference.hidden_states(plan.passes, index, batch)
+                own, sizes = ProbedStates(probed, batch.row_begins), [len(planned.rows)]
+                plan = self._decide(
+                    planned.rows,
+                    own,
+                    sizes,
+                    step.in_first_epoch,
+                    may_sort=step.may_sort,
+                    error=batch.error,
+                )
+                index = 0
+            states = early or self.reference.hidden_states(plan.passes, index, batch)
             with self.reference.gathered_head(states.needs_head) as reference_head:
                 terms = self.objective(
                     _response_states(hidden, batch),
@@ -204,6 +259,10 @@ class SafetyRegularizer:
             )
             return terms.loss
 
+        early = None
+        if self.reference.runs_policy:
+            assert planned.plan is not None
+            early = self.reference.hidden_states(planned.plan.passes, planned.index, batch)
         with self.policy.ending_in(loss):
             yield
         step.metrics.add(batch, *results)

@@ -38,15 +38,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Rows of one rank and one forward, right-padded, with the response tokens listed flat.
+    """Rows of one rank and one forward, with the response tokens listed flat.
 
-    B rows of S tokens, T response tokens.
+    R rows in B lines of S tokens, T response tokens. Padded, a line is one row (R = B); packed, it
+    holds several, one after the other, and position ids start again at each.
     """
 
     input_ids: Tensor
     """[B, S] int64."""
-    attention_mask: Tensor
-    """[B, S] int64, 1 on real tokens."""
     response_index: Tensor
     """[T] int64, flat index into [B * S] of the position that predicts each response token."""
     labels: Tensor
@@ -54,9 +53,30 @@ class MicroBatch:
     row_of_token: Tensor
     """[T] int64, row of each response token, ascending."""
     tokens_of_row: tuple[int, ...]
-    """[B] number of response tokens of each row, on the host."""
+    """[R] number of response tokens of each row, on the host."""
+    row_begins: tuple[int, ...]
+    """[R] flat index into [B * S] of each row's first token, on the host."""
     rows: tuple[Row, ...]
-    """[B] the rows themselves, on the host; row lengths and ids come from here."""
+    """[R] the rows themselves, on the host; row lengths and ids come from here."""
+    position_ids: Tensor | None = None
+    """[B, S] int64 where rows are packed, else None."""
+    error: Exception | None = None
+    """Why its rows could not be read: all ranks raise it in the step."""
+
+    @classmethod
+    def failed(cls, error: Exception) -> "MicroBatch":
+        """A micro-batch without rows, whose error all ranks raise in the step."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(
+            input_ids=none.reshape(0, 0),
+            response_index=none,
+            labels=none,
+            row_of_token=none,
+            tokens_of_row=(),
+            row_begins=(),
+            rows=(),
+            error=error,
+        )
 
     @property
     def num_response_tokens(self) -> int:
@@ -69,11 +89,12 @@ class MicroBatch:
             name: to_device(getattr(self, name), device)
             for name in (
                 "input_ids",
-                "attention_mask",
+                "position_ids",
                 "response_index",
                 "labels",
                 "row_of_token",
             )
+            if getattr(self, name) is not None
         }
         return replace(self, **moved)
 

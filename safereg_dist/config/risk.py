@@ -54,10 +54,10 @@ class RiskPart(Section):
 
     category: str
     """Name of the category in metrics and ledger."""
-    estimator: Literal["probe", "critic", "column"] = "probe"
-    """`probe` (on the reference), `critic` or `column`."""
+    estimator: Literal["probe", "critic", "column", "lookup"] = "probe"
+    """`probe` (on the reference), `critic`, `column` or `lookup`."""
     path: str | None = None
-    """Folder written by `safereg probe fit`; required by `probe`."""
+    """Folder written by `safereg probe fit`, or the scored rows of `lookup`; required by both."""
     position: Position | None = None
     """`prompt`, `response` or `both`; null = what the probe's folder holds."""
     force: bool = False
@@ -84,10 +84,11 @@ class RiskPart(Section):
 class RiskConfig(Section):
     """Where each row's risk in [0, 1] comes from."""
 
-    estimator: Literal["probe", "critic", "column", "none", "max", "weighted"] = "probe"
-    """`probe`, `critic` (judge model), `column` (field `risk`), `none`, or `max`, `weighted`."""
+    estimator: Literal["probe", "critic", "column", "lookup", "none", "max", "weighted"] = "probe"
+    """`probe`, `critic` (judge model), `column` (field `risk`), `lookup` (by text, in a file that
+    `safereg score` wrote), `none`, or `max`, `weighted`."""
     path: str | None = None
-    """Folder written by `safereg probe fit`; required by `probe`."""
+    """Folder written by `safereg probe fit`, or the scored rows of `lookup`; required by both."""
     source: Literal["reference", "policy"] = "reference"
     """`reference` (never drifts; cached) or `policy` (free, but drifts) hidden states."""
     position: Position | None = None
@@ -141,7 +142,12 @@ class RiskConfig(Section):
 
 
 def check_signal(signal: "RiskConfig | RiskPart", where: str) -> None:
-    """Raises ConfigError where a probe has no folder or a critic no judge."""
+    """Raises ConfigError where a probe has no folder, a lookup no file or a critic no judge."""
+    if signal.estimator == "lookup" and signal.path is None:
+        raise ConfigError(
+            f"{where}.estimator=lookup needs {where}.path, a file of rows that `safereg score` "
+            "wrote: set it"
+        )
     if signal.estimator == "probe" and signal.path is None:
         raise ConfigError(
             f"{where}.estimator=probe needs {where}.path, a folder written by `safereg probe fit`: "

@@ -10,6 +10,10 @@ ASIDE: dict[str, Any] = {"changes_result": False}
 """Mark of a key (`json_schema_extra`) on which the trained weights do not depend: paths, saving,
 time limits. A run may resume with another value of it."""
 
+LATER: dict[str, Any] = {"is_later": True}
+"""Mark of a key that came after version 0.1: runs of before go on, since at its default it does not
+count where configurations are compared."""
+
 
 class Section(BaseModel):
     """A section of the configuration; the text under a field is its description."""
@@ -42,3 +46,10 @@ def changes_result(field: FieldInfo) -> bool:
     """False where a field bears the mark `ASIDE`."""
     extra = field.json_schema_extra
     return not isinstance(extra, dict) or bool(extra.get("changes_result", True))
+
+
+def counts(field: FieldInfo, value: Any) -> bool:
+    """True if two runs with different values of the field are different runs."""
+    extra = field.json_schema_extra
+    is_later = isinstance(extra, dict) and bool(extra.get("is_later"))
+    return changes_result(field) and not (is_later and value == field.default)

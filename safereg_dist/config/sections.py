@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from safereg_dist.config.checks import within
 from safereg_dist.config.risk import RiskConfig, check_signal
-from safereg_dist.config.section import ASIDE, Section
+from safereg_dist.config.section import ASIDE, LATER, Section
 from safereg_dist.errors import ConfigError
 
 Offload = Literal["none", "cpu"]
@@ -31,6 +31,14 @@ class ReferenceConfig(Section):
 
     model: str | None = None
     """Path or hub id; null = the weights of `model` before training."""
+    engine: Literal["auto", "adapters_off", "zero3", "fsdp2", "whole"] = Field(
+        default="auto", json_schema_extra=ASIDE
+    )
+    """What runs it: the policy with its `adapters_off`, ZeRO-3 inference (`zero3`), `fsdp2`, or a
+    `whole` copy on each rank; `auto`: adapters off if there are any and `model` is null, else as
+    the policy is sharded, else `fsdp2` on several ranks."""
+    adapter: str | None = Field(default=None, json_schema_extra=LATER)
+    """Name of a trained adapter that stays on in the reference (`adapters_off`); null = none."""
     offload: Offload = "none"
     """`none` or `cpu`: where the reference's shards rest between uses."""
     cache: str | None = Field(default=None, json_schema_extra=ASIDE)

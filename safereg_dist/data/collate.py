@@ -26,12 +26,12 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> MicroBatch:
     row_of_token, position = response.nonzero(as_tuple=True)
     return MicroBatch(
         input_ids=input_ids,
-        attention_mask=padded([[1] * len(row.input_ids) for row in rows], width=width),
         # The hidden state at t - 1 predicts token t.
         response_index=row_of_token * width + position - 1,
         labels=input_ids[row_of_token, position],
         row_of_token=row_of_token,
         tokens_of_row=tuple(response.sum(dim=1).tolist()),
+        row_begins=tuple(range(0, len(rows) * width, width)),
         rows=tuple(rows),
     )
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient
 from safereg_dist.config import Config, config_from_dict
+from safereg_dist.data import load_tokenizer
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.references import BuiltReference, WeightsFacts, packing_of
@@ -20,19 +21,21 @@ from safereg_dist.factory.risk import (
     policy_layer,
     read_sources,
 )
-from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.parallel.engine import Backend
+from safereg_dist.parallel.shards import read_architecture
 from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.policy import Policy
 from safereg_dist.reference import EngineModel, NoReference, Reference, ReferenceModel
+from safereg_dist.reference.adapters_off import AdaptersOff
 from safereg_dist.risk.stage import RiskSource, RiskStage, WeightedSource
 from safereg_dist.step import SafetyRegularizer
 
-SECTIONS = ("reference", "risk", "regularizer", "train")
-"""The sections that `prepare` reads; of `train` only precision, rows and the head's keys."""
+SECTIONS = ("reference", "data", "risk", "regularizer", "train")
+"""The sections that `prepare` reads; of `data` only the anchors' keys and `max_length`, of `train`
+precision, rows and the head's keys."""
 
 
 def prepare(
@@ -42,6 +45,7 @@ def prepare(
     reference: PreTrainedModel | ReferenceModel | None = None,
     risk: RiskSource | None = None,
     backend: Backend | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> SafetyRegularizer:
     """Makes the regulariser of `model`; call it before an engine wraps the model.
 
@@ -77,46 +81,75 @@ def prepare(
         reference: a frozen model in place of the one that `reference.model` names; else that is
             loaded here, by default from the folder that `model` came from.
         risk: a source of risk in place of the one that `risk` names.
-        backend: what runs a reference that is loaded or given as a model; whole on every rank's
-            device where this is None.
+        backend: what runs a reference that is loaded or given as a model; by default as
+            `reference.engine` says.
+        tokenizer: the stack's own; risk that is found by text (`risk.estimator=lookup`, a critic)
+            needs it, and the reference's is compared with it.
     Raises:
         ConfigError, ProbeError, CriticUnavailable: what the settings name is missing or wrong.
     Collectives: those of the backend; gathers of texts.
     """
-    config = _config_of(model, settings)
-    if backend is None:
-        backend = SingleBackend(current_ranks())
-    ranks = backend.ranks
-    built = _reference(config, backend, reference)
+    ranks = current_ranks() if backend is None else backend.ranks
+    base: Any = unwrapped(model)
+    with ranks.together():
+        config = _config_of(base, settings)
+        engine = _reference_engine(config, model, reference, ranks)
     specs = [] if risk is not None else read_sources(config, ranks)
     with ranks.together():
-        facts = WeightsFacts(_fingerprint(model, specs), model.config.get_text_config())
+        policy = policy_of(config, base, specs)
+    if backend is None:
+        backend = reference_backend(engine, ranks)
+    if engine == "adapters_off":
+        with ranks.together():
+            _check_adapters_off(config, risk)
+            reference = AdaptersOff(
+                model, policy, adapter=config.reference.adapter, gathered=backend.gathered
+            )
+    facts = WeightsFacts(_fingerprint(base, specs, ranks), base.config.get_text_config())
+    built = _reference(config, backend, reference, base, tokenizer)
+    if engine == "adapters_off":
+        built = built._replace(facts=facts)
+    with ranks.together():
         if risk is not None:
             stage = RiskStage([WeightedSource("", risk, DEFAULT_THRESHOLD)])
         else:
             overrides = configured_overrides(config)
-            stage = build_risk(config, specs, backend, built, overrides=overrides, policy=facts)
+            stage = build_risk(
+                config,
+                specs,
+                backend,
+                built,
+                overrides=overrides,
+                policy=facts,
+                tokenizer=tokenizer,
+            )
         return assemble(
-            config, model, specs=specs, risk=stage, reference=built.reference, ranks=ranks
+            config, policy, specs=specs, risk=stage, reference=built.reference, ranks=ranks
         )
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The Hugging Face model inside a PEFT model; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def policy_of(config: Config, model: PreTrainedModel, specs: list[SourceSpec]) -> Policy:
+    """The policy around `model`. Raises ConfigError as `Policy` does."""
+    return Policy(model, probed_layer=policy_layer(config, specs) if specs else None)
 
 
 def assemble(
     config: Config,
-    model: PreTrainedModel,
+    policy: Policy,
     *,
     specs: list[SourceSpec],
     risk: RiskStage,
     reference: Reference | NoReference,
     ranks: Ranks,
 ) -> SafetyRegularizer:
-    """The stages around `model`, put together. Collectives: none.
-
-    Raises:
-        ConfigError: as `Policy`.
-    """
+    """The stages around the policy, put together. Collectives: none."""
     return SafetyRegularizer(
-        Policy(model, probed_layer=policy_layer(config, specs) if specs else None),
+        policy,
         risk=risk,
         coefficient=Coefficient(
             config.regularizer,
@@ -147,7 +180,8 @@ def _config_of(model: PreTrainedModel, settings: Path | str | Mapping[str, Any])
             f"settings hold {', '.join(sorted(map(str, unknown)))}: only {', '.join(SECTIONS)} say "
             "how to regularise; data, engine and optimizer are the loop's own"
         )
-    config = config_from_dict({**given, "model": model.name_or_path or "-", "data": {"train": "-"}})
+    data = {"train": "-", **(given.get("data") or {})}
+    config = config_from_dict({**given, "model": model.name_or_path or "-", "data": data})
     if config.reference.cache is not None or config.reference.balance not in ("auto", "none"):
         raise ConfigError(
             "reference.cache and reference.balance=deal or exchange need the data of a whole run: "
@@ -156,14 +190,83 @@ def _config_of(model: PreTrainedModel, settings: Path | str | Mapping[str, Any])
     return config
 
 
+def _reference_engine(
+    config: Config, model: Any, given: PreTrainedModel | ReferenceModel | None, ranks: Ranks
+) -> str:
+    """What runs the reference: `reference.engine`, with `auto` resolved."""
+    settings = config.reference
+    if settings.engine != "auto":
+        return settings.engine
+    if given is None and settings.model is None and hasattr(model, "peft_config"):
+        return "adapters_off"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "zero3"
+    return "fsdp2" if ranks.world_size > 1 and given is None else "whole"
+
+
+def reference_backend(engine: str, ranks: Ranks) -> Backend:
+    """The backend that loads and runs a reference by `reference.engine`."""
+    if engine == "fsdp2":
+        from safereg_dist.parallel.fsdp2 import Fsdp2Backend
+
+        return Fsdp2Backend(ranks)
+    if engine == "zero3":
+        from safereg_dist.parallel.deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend(ranks)
+    return SingleBackend(ranks)
+
+
+def _check_adapters_off(config: Config, risk: RiskSource | None) -> None:
+    reads = config.needs_risk and config.risk.source == "policy"
+    if (reads if risk is None else risk.reads_policy) and config.needs_reference:
+        raise ConfigError(
+            "risk.source=policy gives the risk inside the policy's forward, where a reference that "
+            "is the policy with its adapters off cannot run: set risk.source=reference"
+        )
+
+
+def _check_same_tokens(
+    reference: PreTrainedModel | None,
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: Config,
+) -> None:
+    """Raises ConfigError where policy and reference give tokens different numbers."""
+    own = model.config.get_text_config().vocab_size
+    architecture = read_architecture(folder) if reference is None else reference.config
+    other = architecture.get_text_config().vocab_size
+    if own != other:
+        raise ConfigError(
+            f"the reference has vocabulary {other}, the policy {own}: the divergence compares them "
+            "token by token, choose a reference with the same (padded) vocabulary"
+        )
+    if reference is None and tokenizer is not None and str(folder) != model.name_or_path:
+        if load_tokenizer(str(folder), config.data).get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(
+                f"the tokenizers of the reference {folder} and of the policy give tokens different "
+                "numbers: choose a reference with the same tokenizer"
+            )
+
+
 def _reference(
-    config: Config, backend: Backend, given: PreTrainedModel | ReferenceModel | None
+    config: Config,
+    backend: Backend,
+    given: PreTrainedModel | ReferenceModel | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> BuiltReference:
     if not config.needs_reference:
         return BuiltReference(NoReference(), None)
     facts = None
+    folder = Path(config.model)
     if given is None:
         folder = resolve_model(config.reference.model or config.model, backend.ranks)
+    if given is None or isinstance(given, PreTrainedModel):
+        with backend.ranks.together():
+            _check_same_tokens(given, folder, model, tokenizer, config)
+    if given is None:
         given = backend.load_model(
             folder, precision=config.train.precision, offload=config.reference.offload
         )
@@ -178,6 +281,9 @@ def _reference(
     return BuiltReference(Reference(given, ranks=backend.ranks, packing=packing_of(config)), facts)
 
 
-def _fingerprint(model: PreTrainedModel, specs: list[SourceSpec]) -> str:
+def _fingerprint(model: PreTrainedModel, specs: list[SourceSpec], ranks: Ranks) -> str:
     """The fingerprint of the policy's weights, if a probe must be checked against it."""
-    return model_fingerprint(model) if any(spec.probe is not None for spec in specs) else ""
+    if all(spec.probe is None for spec in specs):
+        return ""
+    is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return reference_backend("zero3" if is_sharded else "whole", ranks).fingerprint(model)

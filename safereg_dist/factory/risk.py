@@ -23,6 +23,7 @@ from safereg_dist.parallel.engine import Backend
 from safereg_dist.reference import Reference
 from safereg_dist.risk.drift import WatchedPolicyProbe
 from safereg_dist.risk.judge import CriticRisk
+from safereg_dist.risk.lookup import LookupRisk, read_scored
 from safereg_dist.risk.override import Override, read_overrides
 from safereg_dist.risk.probe import Probe, check_model, load_probes
 from safereg_dist.risk.probe_risk import KnownRisks, ReferenceProbeRisk, scorer_name
@@ -38,6 +39,8 @@ class SourceSpec:
 
     category: str
     estimator: str
+    path: str
+    """The probe's folder or the file of scored rows; empty without one."""
     probe: Probe | None
     critic: CriticConfig
     force: bool
@@ -105,6 +108,7 @@ def _specs_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[
         return SourceSpec(
             category=category,
             estimator=part.estimator,
+            path=part.path or "",
             probe=probe,
             critic=part.critic,
             force=part.force,
@@ -159,8 +163,11 @@ def build_risk(
     *,
     overrides: Mapping[str, Override],
     policy: WeightsFacts | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RiskStage:
     """The risk stage of a run; `policy` may be None where nothing trains (audit).
+
+    `tokenizer` is given where rows come as tokens only; a source that reads text needs it.
 
     Raises:
         ProbeError: a probe belongs to another model.
@@ -170,7 +177,7 @@ def build_risk(
     """
     if not config.needs_risk:
         return RiskStage([WeightedSource("", RiskSource(), DEFAULT_THRESHOLD)])
-    build = _Builder(config, backend, reference, policy)
+    build = _Builder(config, backend, reference, policy, tokenizer)
     sources = [WeightedSource(s.category, build(s), s.threshold, s.weight) for s in specs]
     rule = "max" if len(sources) > 1 else "single"  # one folder: prompts and responses
     if config.risk.is_composite:
@@ -187,7 +194,9 @@ class _Builder:
         backend: Backend,
         reference: BuiltReference,
         policy: WeightsFacts | None,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
+        self._tokenizer = tokenizer
         self._config = config
         self._backend = backend
         self._reference = reference
@@ -203,6 +212,14 @@ class _Builder:
             case "critic":
                 return CriticRisk(
                     build_critic(spec.critic, device=self._backend.ranks.device),
+                    announces=self._backend.ranks.is_main,
+                    tokenizer=self._tokenizer,
+                )
+            case "lookup":
+                return LookupRisk(
+                    read_scored(spec.path),
+                    self._tokenizer,
+                    path=spec.path,
                     announces=self._backend.ranks.is_main,
                 )
         return self._probe_risk(spec)

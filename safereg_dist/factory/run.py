@@ -9,7 +9,7 @@ from safereg_dist.coefficient import resolved_threshold
 from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.inputs import RowSources, pad_id_of, read_inputs
-from safereg_dist.factory.prepare import assemble
+from safereg_dist.factory.prepare import assemble, policy_of
 from safereg_dist.factory.references import (
     BuiltReference,
     LoadedPolicy,
@@ -93,7 +93,12 @@ def build_run(config: Config, backend: Backend) -> Run:
             config, specs, backend, reference, overrides=sources.overrides, policy=facts
         )
         regularizer = assemble(
-            config, model, specs=specs, risk=risk, reference=reference.reference, ranks=ranks
+            config,
+            policy_of(config, model, specs),
+            specs=specs,
+            risk=risk,
+            reference=reference.reference,
+            ranks=ranks,
         )
     model.train()
     engine = backend.wrap_policy(model, config=config)

@@ -13,7 +13,7 @@ swapped or altered weights; it is no defence against someone who forges weights 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -47,8 +47,16 @@ def model_fingerprint(model: nn.Module) -> str:
     """Fingerprint of a model that this process holds whole; hex text. Collectives: none."""
     return digest(
         (name, tuple(p.shape), checksum(p.detach().reshape(-1)).cpu())
-        for name, p in model.named_parameters()
+        for name, p in base_parameters(model)
     )
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of a model; of one with adapters (PEFT) those that it had before."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name:
+            continue
+        yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 
 def prompt_key(input_ids: list[int], prompt_ends: list[int]) -> str:

@@ -28,7 +28,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from safereg_dist.config import Config, EngineConfig
 from safereg_dist.errors import CheckpointError, GroupError, reason_of
-from safereg_dist.models.fingerprint import checksum, digest
+from safereg_dist.models.fingerprint import base_parameters, checksum, digest
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.optimizer import parameter_groups
@@ -218,7 +218,7 @@ class DeepSpeedBackend:
 
     def fingerprint(self, model: nn.Module) -> str:
         """Fingerprint from every rank's shard. Collectives: one SUM of 16 bytes a parameter."""
-        entries = [(name, p) for name, p in model.named_parameters()]
+        entries = list(base_parameters(model))
         sums = torch.zeros(len(entries), 2, dtype=torch.int64, device=self.ranks.device)
         for index, (_, parameter) in enumerate(entries):
             first, last = _shard_range(parameter, self.ranks.rank)
@@ -303,8 +303,7 @@ class DeepSpeedReference:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.module: nn.Module = engine.module
-        self._full = engine.optimizer.param_coordinator
-        self._prefix: dict[int, PartitionedParameterCoordinator] = {}
+        self._prefix: dict[int, SeparateTrace] = {}
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -314,25 +313,36 @@ class DeepSpeedReference:
     @torch.no_grad()
     def prefix(self, input_ids: Tensor, num_layers: int) -> Tensor:
         """[B, S, H] after `num_layers` layers. Collectives: one all-gather per layer run."""
-        offload = self.engine.optimizer
         if num_layers not in self._prefix:
-            self._prefix[num_layers] = _new_coordinator(offload)
-        offload.param_coordinator = self._prefix[num_layers]
-        try:
+            self._prefix[num_layers] = SeparateTrace(self.engine.optimizer)
+        with self._prefix[num_layers]():
             return self.engine(input_ids, num_layers=num_layers)
+
+
+class SeparateTrace:
+    """A coordinator of ZeRO-3's own kind for passes that run modules in another order."""
+
+    def __init__(self, offload: Any) -> None:
+        """`offload` is the engine's DeepSpeedZeRoOffload."""
+        self._offload = offload
+        self._coordinator = PartitionedParameterCoordinator(
+            prefetch_bucket_sz=offload._prefetch_bucket_sz,
+            max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+            max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+            allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
+            inflight_param_registry=InflightParamRegistry(),
+            timers=offload.timers,
+        )
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """A block in which the engine records and prefetches along this trace."""
+        before = self._offload.param_coordinator
+        self._offload.param_coordinator = self._coordinator
+        try:
+            yield
         finally:
-            offload.param_coordinator = self._full
-
-
-def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
-    return PartitionedParameterCoordinator(
-        prefetch_bucket_sz=offload._prefetch_bucket_sz,
-        max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
-        max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
-        allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
-        inflight_param_registry=InflightParamRegistry(),
-        timers=offload.timers,
-    )
+            self._offload.param_coordinator = before
 
 
 def _build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -1,15 +1,17 @@
 """Stages 3 and 5: the frozen reference, run on the rows that need it, in passes that rows share.
 
-One active row (b > 0) on any rank makes all ranks gather the reference, layer by layer. So each
-rank sorts the rows of a window: active rows come first (the loss is a sum over the window, so their
-order changes only rounding). The reference runs on them together, and its states are kept for their
-micro-batches. Ranks then agree on one number, the most active rows of any rank: it determines the
-number of passes, and which micro-batches need the head.
+One active row (b > 0) on any rank makes all ranks gather the reference, layer by layer. So the
+reference runs on the active rows of a whole window together, and its states are kept for their
+micro-batches. Where we form the micro-batches, active rows come first (the loss is a sum over the
+window, so their order changes only rounding), and ranks agree on one number, the most active rows
+of any rank: it determines the number of passes, and which micro-batches need the head. Where a
+stack has formed them, rows stay, and ranks agree on that number and on one for each micro-batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,21 +31,41 @@ class ReferenceSchedule:
     """The active rows of one rank in a window, and the order of training, which places index."""
 
     order: list[int]
-    """Indices of the window's rows in the order of training: active rows first."""
+    """Indices of the window's rows in the order of training."""
+    sizes: list[int]
+    """Rows of each micro-batch."""
+    is_sorted: bool
+    """True if active rows come first and all micro-batches of all ranks have as many rows."""
     to_run: dict[int, Row]
     """Place -> active row that the trunk has to run on."""
     stored: dict[int, Tensor]
     """Place -> states of an active row that is stored, memory-mapped."""
 
     @classmethod
-    def of_no_row(cls, num_rows: int) -> "ReferenceSchedule":
+    def of_no_row(cls, sizes: Sequence[int], *, is_sorted: bool = True) -> "ReferenceSchedule":
         """The schedule without active rows; rows keep their order."""
-        return cls(order=list(range(num_rows)), to_run={}, stored={})
+        order = list(range(sum(sizes)))
+        return cls(order=order, sizes=list(sizes), is_sorted=is_sorted, to_run={}, stored={})
 
-    @property
-    def num_active(self) -> int:
-        """Active rows of this rank."""
-        return len(self.to_run) + len(self.stored)
+    def places(self, index: int, count: int = 1) -> range:
+        """The places of the rows of `count` micro-batches from `index` on."""
+        first = sum(self.sizes[:index])
+        return range(first, first + sum(self.sizes[index : index + count]))
+
+    def counts(self) -> list[int]:
+        """What ranks agree on: active rows and rows to run; sorted in all, else by micro-batch.
+
+        Not sorted, the sum of the rows to run is the last number.
+        """
+        active, to_run = {*self.to_run, *self.stored}, self.to_run.keys()
+        if self.is_sorted:
+            return [len(active), len(to_run)]
+        by_batch = [set(self.places(index)) for index in range(len(self.sizes))]
+        return [
+            *(len(active & batch) for batch in by_batch),
+            *(len(to_run & batch) for batch in by_batch),
+            len(to_run),
+        ]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,9 +77,7 @@ class ReferencePasses:
 
     schedule: ReferenceSchedule
     agreement: Agreement | None
-    """Over ranks, the largest number of active rows and of rows that the trunk runs on; it may
-    still be in flight. None where there is no reference."""
-    micro_batch_size: int
+    """The largest of the ranks' `counts`; it may still be in flight. None without a reference."""
     waiting: dict[int, Tensor] = field(default_factory=dict)
     """Place -> states computed but not yet used."""
 
@@ -65,13 +85,25 @@ class ReferencePasses:
 class NoReference:
     """The reference of an objective without divergence: runs nothing, agrees on nothing."""
 
+    runs_policy = False
+
+    def bind(self, engine: Callable[..., Any]) -> None:
+        """Nothing to run."""
+
     def schedule(
-        self, rows: Sequence[Row], kl_coef: Sequence[float], *, micro_batches: int
+        self,
+        rows: Sequence[Row],
+        kl_coef: Sequence[float],
+        *,
+        sizes: Sequence[int],
+        may_sort: bool = True,
     ) -> ReferenceSchedule:
         """The schedule without active rows. Collectives: none."""
-        return ReferenceSchedule.of_no_row(len(rows))
+        return ReferenceSchedule.of_no_row(sizes)
 
-    def start_agreement(self, schedule: Result[ReferenceSchedule]) -> None:
+    def start_agreement(
+        self, schedule: Result[ReferenceSchedule], *, micro_batches: int, is_sorted: bool
+    ) -> None:
         """Returns None; raises an error of this rank. Collectives: none."""
         assert schedule.value is not None
 
@@ -107,6 +139,16 @@ class Reference:
         self.exchange = exchange
 
     @property
+    def runs_policy(self) -> bool:
+        """True if it runs the policy's own engine: then not while the policy runs."""
+        return getattr(self.model, "runs_policy", False)
+
+    def bind(self, engine: Callable[..., Any]) -> None:
+        """Tells a reference that runs the policy's own engine which one that is."""
+        if self.runs_policy:
+            self.model.bind(engine)  # type: ignore[attr-defined]
+
+    @property
     def state_size(self) -> int:
         """H_ref, the size of the head's input; in a few models smaller than the hidden size."""
         return self.model.head.state_size
@@ -115,21 +157,34 @@ class Reference:
 
     @region(REFERENCE_TRUNK)
     def schedule(
-        self, rows: Sequence[Row], kl_coef: Sequence[float], *, micro_batches: int
+        self,
+        rows: Sequence[Row],
+        kl_coef: Sequence[float],
+        *,
+        sizes: Sequence[int],
+        may_sort: bool = True,
     ) -> ReferenceSchedule:
-        """Which rows the trunk runs on, and the order of training. Collectives: none."""
-        return schedule_rows(rows, kl_coef, micro_batches=micro_batches, store=self.store)
+        """Which rows the trunk runs on, and the order of training. Collectives: none.
 
-    def start_agreement(self, schedule: Result[ReferenceSchedule]) -> Agreement:
+        `sizes` are the rows of each micro-batch; `may_sort` is False if they have been formed.
+        """
+        return schedule_rows(rows, kl_coef, sizes=sizes, may_sort=may_sort, store=self.store)
+
+    def start_agreement(
+        self, schedule: Result[ReferenceSchedule], *, micro_batches: int, is_sorted: bool
+    ) -> Agreement:
         """Starts the agreement of a window on the most active rows of any rank.
 
         All ranks raise an error in the first `hidden_states`.
-        Collectives: the start of one MAX all-reduce of 8 bytes (16 with a stored reference).
+        Collectives: the start of one MAX all-reduce of 8 bytes (16 with a stored reference); not
+        sorted, of 8 bytes more than 16 for each micro-batch.
         """
-        if self.store is None:
-            return self.ranks.all_reduce_max_async(schedule.then(lambda own: [own.num_active]))
-        both = schedule.then(lambda own: [own.num_active, len(own.to_run)])
-        return self.ranks.all_reduce_max_async(both, count=2)
+        if not is_sorted:
+            count = 2 * micro_batches + 1
+        else:
+            count = 1 if self.store is None else 2
+        own = schedule.then(lambda known: known.counts()[:count])
+        return self.ranks.all_reduce_max_async(own, count=count)
 
     # ---- after it
 
@@ -145,33 +200,53 @@ class Reference:
         engine's for the passes agreed on, and those of an exchange.
         """
         assert passes.agreement is not None
-        agreed = passes.agreement.result()
-        most_active, most_to_run = agreed[0], agreed[-1]
-        size = passes.micro_batch_size
-        first, group = index * size, size * self._micro_batches_waiting(size)
-        rows_run = self._run(passes, first, group, most_to_run) if first % group == 0 else 0
-        places = range(first, first + size)
-        is_missing = [self.store is not None and p in passes.schedule.to_run for p in places]
+        agreed, schedule = passes.agreement.result(), passes.schedule
+        places = schedule.places(index)
+        if schedule.is_sorted:
+            needs_head = places.start < agreed[0]  # active rows come first, on every rank
+            group, most = self._sorted_group(schedule, index, agreed[-1])
+        else:
+            needs_head = agreed[index] > 0
+            group, most = self._formed_group(schedule, index, agreed)
+        rows_run = self._run(passes, group, most) if most and group.start == places.start else 0
+        is_missing = [self.store is not None and p in schedule.to_run for p in places]
         return ReferenceStates(
             self._listed(passes, places, batch),
-            needs_head=first < most_active,  # active rows come first, on every rank
+            needs_head=needs_head,
             rows_run=rows_run,
             misses=sum(is_missing),
         )
 
-    def _micro_batches_waiting(self, size: int) -> int:
-        """Micro-batches (>= 1) whose states fit `keep_bytes` at worst; the same on all ranks."""
+    def _sorted_group(
+        self, schedule: ReferenceSchedule, index: int, most_to_run: int
+    ) -> tuple[range, int]:
+        """The places whose states are kept together with those of `index`, a whole number of
+        micro-batches; and the most rows that any rank runs there."""
+        size = schedule.sizes[index]
+        count = micro_batches_at_once(self.packing.keep_bytes, size * self._bytes_of_row)
+        first = index // count * count * size
+        most = min(max(most_to_run - first, 0), count * size)
+        return range(first, first + count * size), most
+
+    def _formed_group(
+        self, schedule: ReferenceSchedule, index: int, agreed: list[int]
+    ) -> tuple[range, int]:
+        """As `_sorted_group`: the whole window if the states fit, else one micro-batch."""
+        count = len(schedule.sizes)
+        if agreed[-1] * self._bytes_of_row <= self.packing.keep_bytes:
+            return schedule.places(0, count), agreed[-1]
+        return schedule.places(index), agreed[count + index]
+
+    @property
+    def _bytes_of_row(self) -> int:
+        """Bytes of a row's states at worst; the same on all ranks."""
         head = self.model.head.weight
         assert head is not None
-        bytes_each = size * self.packing.max_length * self.state_size * head.itemsize
-        return micro_batches_at_once(self.packing.keep_bytes, bytes_each)
+        return self.packing.max_length * self.state_size * head.itemsize
 
-    def _run(self, passes: ReferencePasses, first: int, group: int, most_to_run: int) -> int:
-        """Runs the trunk on places `first` to `first + group - 1`; returns the rows run here."""
-        most = min(max(most_to_run - first, 0), group)  # of any rank, in this group
-        if most == 0:
-            return 0
-        rows = {p: row for p, row in passes.schedule.to_run.items() if first <= p < first + group}
+    def _run(self, passes: ReferencePasses, group: range, most: int) -> int:
+        """Runs the trunk on the places of `group`, `most` rows on any rank; returns those here."""
+        rows = {place: row for place, row in passes.schedule.to_run.items() if place in group}
         places = sorted(rows)
         ordered = [rows[place] for place in places]
         if self.exchange is not None and self.ranks.world_size > 1:
@@ -253,10 +328,13 @@ def schedule_rows(
     rows: Sequence[Row],
     kl_coef: Sequence[float],
     *,
-    micro_batches: int,
+    sizes: Sequence[int],
+    may_sort: bool = True,
     store: ReferenceStore | None = None,
 ) -> ReferenceSchedule:
     """The schedule of a window; rows of a single micro-batch keep their order. Collectives: none.
+
+    `sizes` are equal on all ranks if `may_sort`.
 
     Raises:
         CheckpointError: the store holds a row and cannot give it.
@@ -264,13 +342,15 @@ def schedule_rows(
     active = active_rows(kl_coef, rows)
     stored = {} if store is None else _stored_states(store, rows, active)
     order = list(range(len(rows)))
-    if micro_batches > 1:
+    if may_sort and len(sizes) > 1:
         first = [*(i for i in active if i not in stored), *stored]
         chosen = set(first)
         order = [*first, *(i for i in order if i not in chosen)]
     place_of = {row: place for place, row in enumerate(order)}
     return ReferenceSchedule(
         order=order,
+        sizes=list(sizes),
+        is_sorted=may_sort,
         to_run={place_of[row]: rows[row] for row in active if row not in stored},
         stored={place_of[row]: states for row, states in stored.items()},
     )

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
+from transformers import PreTrainedTokenizerBase
+
 from safereg_dist.critic.verdict import Critic, Verdict
+from safereg_dist.models.fingerprint import row_key
 from safereg_dist.regions import CRITIC, region
 from safereg_dist.risk.stage import ProbedStates, Risk, RiskSource
 from safereg_dist.types import Row
@@ -23,9 +26,17 @@ class CriticRisk(RiskSource):
     looks_ahead = True
     sum_names = ("risk_failed",)
 
-    def __init__(self, critic: Critic, *, announces: bool = True) -> None:
-        """`announces` is true on the rank that prints warnings."""
+    def __init__(
+        self,
+        critic: Critic,
+        *,
+        announces: bool = True,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """`announces` is true on the rank that prints warnings; `tokenizer` decodes rows that come
+        as tokens only."""
         self._critic = critic
+        self._tokenizer = tokenizer
         self._announces = announces
         self._was_failing = False
         self._asked: dict[bytes, Future[Verdict]] = {}
@@ -37,9 +48,25 @@ class CriticRisk(RiskSource):
     def prefetch(self, rows: Iterable[Row]) -> None:
         """Sends rows that are not judged yet; returns at once."""
         for row in rows:
-            key = _key(row)
+            key = self._key(row)
             if key is not None and key not in self._judged and key not in self._asked:
-                self._asked[key] = self._critic.submit(json.loads(row.messages_json))
+                self._asked[key] = self._critic.submit(self._messages(row))
+
+    def _key(self, row: Row) -> bytes | None:
+        """SHA-256 of the conversation; None where there is none to judge."""
+        if row.is_anchor or not row.id:
+            return None
+        if row.messages_json:
+            return hashlib.sha256(row.messages_json.encode()).digest()
+        if self._tokenizer is None or not row.prompt_ends:
+            return None
+        return bytes.fromhex(row_key(row.input_ids, row.loss_mask))
+
+    def _messages(self, row: Row) -> list[dict[str, str]]:
+        if row.messages_json:
+            return json.loads(row.messages_json)
+        assert self._tokenizer is not None
+        return decoded_turns(row, self._tokenizer)
 
     @region(CRITIC)
     def __call__(
@@ -51,7 +78,7 @@ class CriticRisk(RiskSource):
             CriticUnavailable: a judgement failed and the fail mode is `stop`.
         """
         self.prefetch(rows)
-        keys = [_key(row) for row in rows]
+        keys = [self._key(row) for row in rows]
         # A micro-batch can hold a row twice, where one epoch ends and the next begins.
         verdicts = {key: self._verdict(key) for key in {*keys} if key is not None}
         self.notes = notes = {}
@@ -90,8 +117,21 @@ class CriticRisk(RiskSource):
         return {"risk_failed": failed}
 
 
-def _key(row: Row) -> bytes | None:
-    """SHA-256 of the conversation; None where there is none to judge."""
-    if row.is_anchor or not row.messages_json:
-        return None
-    return hashlib.sha256(row.messages_json.encode()).digest()
+def decoded_turns(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """The turns of a row of tokens: what is trained is the assistant's, the rest the user's.
+
+    The text of a turn of the user has what its template writes around it, special tokens apart.
+    """
+    turns, begin = [], 0
+    for end in row.prompt_ends:
+        answered = end
+        while answered < len(row.loss_mask) and row.loss_mask[answered]:
+            answered += 1
+        for role, ids in (
+            ("user", row.input_ids[begin:end]),
+            ("assistant", row.input_ids[end:answered]),
+        ):
+            text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            turns.append({"role": role, "content": text})
+        begin = answered
+    return turns

@@ -42,7 +42,7 @@ class PolicyProbeRisk(RiskSource):
     def read(self, rows: Sequence[Row], probed: ProbedStates) -> tuple["Turns", Tensor]:
         """The turns that the probe reads, and their [N, H] states."""
         turns = probed_turns(self._probe, rows)
-        return turns, pooled_turns(self._probe, probed.hidden, probed.attention_mask, turns)
+        return turns, pooled_turns(self._probe, probed.hidden, probed.row_begins, turns)
 
 
 class ReferenceTrunkPrefix(Protocol):
@@ -176,7 +176,8 @@ class ReferenceProbeRisk(RiskSource):
         turns = probed_turns(self.probe, chosen)
         ids = padded([row.input_ids for row in chosen], width=max(turns.last) + 1)
         states = self._reference.prompt_states(to_device(ids, device), self.probe.layer)
-        return turns, pooled_turns(self.probe, states, None, turns)
+        begins = range(0, ids.numel(), ids.shape[1])
+        return turns, pooled_turns(self.probe, states, begins, turns)
 
     def save_state(self, path: Path) -> None:
         """Writes the cache as safetensors: keys uint8 [n, 32] and risk float64 [n]."""
@@ -251,17 +252,17 @@ def _turn_end(row: Row, begin: int) -> int:
     return end
 
 
-def pooled_turns(
-    probe: Probe, states: Tensor, attention_mask: Tensor | None, turns: Turns
-) -> Tensor:
-    """[N, H] pooled states of the turns; without a mask rows are padded on the right."""
-    device = states.device
-    rows, first, last = (
-        to_device(torch.tensor(values, dtype=torch.int64), device) for values in turns
+def pooled_turns(probe: Probe, states: Tensor, row_begins: Sequence[int], turns: Turns) -> Tensor:
+    """[N, H] pooled states of the turns of rows that begin at these flat positions."""
+    width, begins = states.shape[1], [row_begins[row] for row in turns.rows]
+    spans = (
+        [begin // width for begin in begins],
+        [begin % width + first for begin, first in zip(begins, turns.first, strict=True)],
+        [begin % width + last for begin, last in zip(begins, turns.last, strict=True)],
     )
-    if attention_mask is not None:
-        begin = attention_mask.to(torch.int32).argmax(dim=1).index_select(0, rows)
-        first, last = begin + first, begin + last
+    rows, first, last = (
+        to_device(torch.tensor(values, dtype=torch.int64), states.device) for values in spans
+    )
     return pool_spans(states, rows=rows, first=first, last=last, pooling=probe.pooling)
 
 

@@ -28,8 +28,8 @@ class ProbedStates(NamedTuple):
 
     hidden: Tensor
     """[B, S, H] output of the probed decoder layer, detached."""
-    attention_mask: Tensor
-    """[B, S] 1 on real tokens; rows may be padded on either side."""
+    row_begins: Sequence[int]
+    """Flat index into [B * S] of each row's first token."""
 
 
 class RiskSource:

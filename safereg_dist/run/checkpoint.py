@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from safereg_dist.config import Config
-from safereg_dist.config.section import Section, changes_result
+from safereg_dist.config.section import Section, counts
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
@@ -87,8 +87,9 @@ def _determining(value: Any) -> Any:
         return [_determining(each) for each in value]
     if not isinstance(value, Section):
         return value
-    keys = type(value).model_fields.items()
-    return {key: _determining(getattr(value, key)) for key, field in keys if changes_result(field)}
+    fields = type(value).model_fields.items()
+    given = {key: getattr(value, key) for key, field in fields}
+    return {key: _determining(given[key]) for key, field in fields if counts(field, given[key])}
 
 
 def save_checkpoint(

@@ -18,8 +18,16 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, ranks: Ranks, *, metrics_bytes: int, ledger_bytes: int, first_step: int
+        self,
+        folder: Path,
+        ranks: Ranks,
+        *,
+        metrics_bytes: int,
+        ledger_bytes: int,
+        first_step: int = 0,
+        has_board: bool = True,
     ) -> None:
+        """`has_board` is False where another stack writes to TensorBoard."""
         self.error: CheckpointError | None = None
         self._folder = folder
         self._metrics: MetricsWriter | None = None
@@ -33,7 +41,10 @@ class RunLog:
                 self._ledger.truncate(ledger_bytes)
                 if ranks.is_main:
                     self._metrics = MetricsWriter(
-                        folder, position=metrics_bytes, first_step=first_step
+                        folder,
+                        position=metrics_bytes,
+                        first_step=first_step,
+                        has_board=has_board,
                     )
             except OSError as err:
                 raise self._unwritable(err) from err

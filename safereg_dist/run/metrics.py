@@ -9,13 +9,17 @@ from pathlib import Path
 class MetricsWriter:
     """Appends rows to `metrics.jsonl` and TensorBoard events; on the main rank only."""
 
-    def __init__(self, folder: Path, *, position: int, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self, folder: Path, *, position: int, first_step: int, has_board: bool = True
+    ) -> None:
         self._file = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
         self._file.truncate(position)
         self._file.seek(0, 2)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._board = None
+        if has_board:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, row: Mapping[str, float | int]) -> None:
         """One line of JSON (values that are not finite become null), flushed at once."""
@@ -23,7 +27,7 @@ class MetricsWriter:
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         for name, value in row.items():
-            if name != "step":
+            if self._board is not None and name != "step":
                 self._board.add_scalar(name, value, int(row["step"]))
 
     def position(self) -> int:
@@ -35,4 +39,5 @@ class MetricsWriter:
         try:
             self._file.close()
         finally:
-            self._board.close()
+            if self._board is not None:
+                self._board.close()

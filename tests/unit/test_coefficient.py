@@ -120,7 +120,7 @@ def test_each_micro_batch_has_its_own_mean():
     options = {"schedule": "linear", "granularity": "batch", "ema": 0.5}
     together, apart = coefficient(**options), coefficient(**options)
     values, rows = [0.2, 0.6, 1.0, None, math.nan, 0.5], tuple(row() for _ in range(6))
-    found = together(rows, risks(values), micro_batches=3)
+    found = together(rows, risks(values), sizes=[len(rows) // 3] * 3)
     assert found == [b for i in (0, 2, 4) for b in apart(rows[i : i + 2], risks(values[i : i + 2]))]
     assert found == pytest.approx([0.4, 0.4, 0.45, 0.45, 0.6, 0.6])
     assert together.state_dict() == apart.state_dict()

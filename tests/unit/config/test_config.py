@@ -4,7 +4,6 @@ is refused with one line that names the key, and writing it out and reading it b
 Everything here is exact.
 """
 
-import hashlib
 import subprocess
 import sys
 
@@ -476,26 +475,19 @@ profile: true
 
 
 @pytest.mark.parametrize(
-    ("raw", "hashed", "written"),
+    ("raw", "hashed"),
     [
-        (
-            LEAST,
-            "77408f55e6efe6af24ab7d7cd190a420b7ea8e09de89f8d3eb67d9fe312de260",
-            "fb627e670cfe23f6eac9cf5f18065ff6aa9e591db9ecda486c81d64778abd9e2",
-        ),
+        (LEAST, "77408f55e6efe6af24ab7d7cd190a420b7ea8e09de89f8d3eb67d9fe312de260"),
         (
             yaml.safe_load(FULL),
             "b0032e0df376b48416b1045f87625f53c4ab439dc8cbd81990725b0a26507c65",
-            "121a33e53108ffc352c01f3365c2fe51fdc3c1275cc849eeeac52a133bbef004",
         ),
     ],
     ids=["least", "full"],
 )
-def test_runs_of_version_0_1_go_on(raw, hashed, written):
-    """Both digests are what the frozen dataclasses gave that the models have replaced."""
-    config = config_from_dict(raw)
-    assert config_hash(config) == hashed
-    assert hashlib.sha256(config_to_yaml(config).encode()).hexdigest() == written
+def test_runs_of_version_0_1_go_on(raw, hashed):
+    """Keys that came later do not count where they have their default."""
+    assert config_hash(config_from_dict(raw)) == hashed
 
 
 ASIDE = {

@@ -622,7 +622,6 @@ def test_micro_batches_against_loops(stores):
             for t in range(width):
                 real = t < len(row.input_ids)
                 assert batch.input_ids[b, t] == (row.input_ids[t] if real else 0)
-                assert batch.attention_mask[b, t] == int(real)
                 if real and t > 0 and row.loss_mask[t]:
                     flat.append(b * width + t - 1)
                     labels.append(row.input_ids[t])
@@ -633,7 +632,8 @@ def test_micro_batches_against_loops(stores):
         assert batch.tokens_of_row == tuple(owner.count(b) for b in range(len(batch.rows)))
         assert batch.tokens_of_row == tuple(row.num_response_tokens for row in batch.rows)
         assert batch.num_response_tokens == len(labels)
-        for tensor in (batch.input_ids, batch.attention_mask, batch.response_index, batch.labels):
+        assert batch.row_begins == tuple(b * width for b in range(len(batch.rows)))
+        for tensor in (batch.input_ids, batch.response_index, batch.labels):
             assert tensor.dtype == torch.int64
         # The position names the state that predicts the label.
         shifted = batch.input_ids.reshape(-1)[batch.response_index + 1]

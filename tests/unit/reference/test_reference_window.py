@@ -70,22 +70,23 @@ def reference(*, store=None, **packing):
     return Reference(own, ranks=backend.ranks, packing=chosen, store=store)
 
 
-def opened(made, own, kl_coef, *, micro_batches=1):
+def opened(made, own, kl_coef, *, micro_batches=1, sizes=None):
     """The passes over a window's rows, agreed on, as a step's plan has them."""
-    coef = kl_coef if isinstance(kl_coef, Result) else Result(kl_coef)
-    schedule = coef.then(lambda known: made.schedule(own, known, micro_batches=micro_batches))
+    coef, is_sorted = kl_coef if isinstance(kl_coef, Result) else Result(kl_coef), sizes is None
+    sizes = sizes or [len(own) // micro_batches] * micro_batches
+    schedule = coef.then(lambda b: made.schedule(own, b, sizes=sizes, may_sort=is_sorted))
     return ReferencePasses(
-        schedule=schedule.or_else(ReferenceSchedule.of_no_row(len(own))),
-        agreement=made.start_agreement(schedule),
-        micro_batch_size=len(own) // micro_batches,
+        schedule=schedule.or_else(ReferenceSchedule.of_no_row(sizes, is_sorted=is_sorted)),
+        agreement=made.start_agreement(schedule, micro_batches=len(sizes), is_sorted=is_sorted),
     )
 
 
 def read(made, passes, all_rows):
     """ReferenceStates of each micro-batch, after checking each row's states."""
-    found, size = [], passes.micro_batch_size
-    for index in range(len(all_rows) // size):
-        places = passes.schedule.order[index * size : (index + 1) * size]
+    found = []
+    for index in range(len(passes.schedule.sizes)):
+        chosen = passes.schedule.places(index)
+        places = passes.schedule.order[chosen.start : chosen.stop]
         batch = collate([all_rows[place] for place in places], pad_id=0)
         states = made.hidden_states(passes, index, batch)
         found.append(states)
@@ -99,6 +100,22 @@ def read(made, passes, all_rows):
 
 
 @pytest.mark.parametrize("is_kept_together", [True, False])
+def test_rows_of_formed_micro_batches_stay_and_share_passes(is_kept_together):
+    bytes_of_row = 8 * MODEL.config.hidden_size * 4
+    made = reference(keep_bytes=(3 if is_kept_together else 2) * bytes_of_row)
+    forwards = []
+    trunk = made.model.engine.module
+    trunk.register_forward_pre_hook(lambda _, given: forwards.append(given[0].shape[0]))
+    passes = opened(made, rows(), KL_COEF, sizes=[1, 3, 2])
+    assert passes.schedule.order == [0, 1, 2, 3, 4, 5]
+    assert passes.agreement.result() == [0, 2, 1, 0, 2, 1, 3]
+    found = read(made, passes, rows())
+    assert [states.needs_head for states in found] == [False, True, True]
+    assert forwards == [2, 1]
+    assert [states.rows_run for states in found] == ([3, 0, 0] if is_kept_together else [0, 2, 1])
+
+
+@pytest.mark.parametrize("is_kept_together", [True, False])
 def test_active_rows_come_first_and_share_passes(is_kept_together):
     size = 2
     bytes_of_one = size * 8 * MODEL.config.hidden_size * 4
@@ -108,7 +125,7 @@ def test_active_rows_come_first_and_share_passes(is_kept_together):
     trunk.register_forward_pre_hook(lambda _, given: forwards.append(given[0].shape))
     passes = opened(made, rows(), KL_COEF, micro_batches=3)
     assert passes.schedule.order == [1, 3, 5, 0, 2, 4]
-    assert passes.schedule.num_active == 3
+    assert passes.schedule.counts() == [3, 3]
     found = read(made, passes, rows())
     assert [states.needs_head for states in found] == [True, True, False]
     assert [states.rows_run for states in found] == ([3, 0, 0] if is_kept_together else [2, 1, 0])
@@ -148,7 +165,7 @@ def test_without_a_reference_rows_come_as_they_are():
     """Nothing is agreed on, so an error is this rank's own and is raised at once."""
     made = NoReference()
     passes = opened(made, rows(), KL_COEF, micro_batches=3)
-    assert passes.schedule == ReferenceSchedule.of_no_row(6)
+    assert passes.schedule == ReferenceSchedule.of_no_row([2, 2, 2])
     assert passes.agreement is None
     assert made.hidden_states(passes, 0, collate(rows()[:2], pad_id=0)) == (None, False, 0, 0)
     with made.gathered_head(False) as head:

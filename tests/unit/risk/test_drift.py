@@ -85,7 +85,7 @@ def risks_of(batch, states):
 
 def ask(monitor, batch, states):
     """The risk of a batch's rows in a forward with these states; every row was planned before."""
-    probed = ProbedStates(states, batch.attention_mask)
+    probed = ProbedStates(states, batch.row_begins)
     return monitor(batch.rows, probed, in_first_epoch=False)
 
 

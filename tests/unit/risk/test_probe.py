@@ -247,12 +247,12 @@ def probed_in_a_forward(policy, batch):
         output = policy.model(input_ids=batch.input_ids, use_cache=False)
     ((hidden, probed),) = kept
     assert torch.equal(output.logits, hidden.float().sum())
-    return hidden, ProbedStates(probed, batch.attention_mask)
+    return hidden, ProbedStates(probed, batch.row_begins)
 
 
 def ask(source, batch, states=None, *, in_first_epoch=True):
     """The source's risk of a batch's rows, with the policy's states where they are given."""
-    probed = None if states is None else ProbedStates(states, batch.attention_mask)
+    probed = None if states is None else ProbedStates(states, batch.row_begins)
     return source(batch.rows, probed, in_first_epoch=in_first_epoch)
 
 
@@ -295,11 +295,12 @@ def test_states_of_a_prefix_are_hidden_states(loaded, layer):
     model = backend.load_model(folder, precision="fp32", offload="none")
     reference = reference_of(model, backend, 2)
     batch = batch_of(ROWS)
+    lengths = torch.tensor([len(row.input_ids) for row in batch.rows])
+    real = torch.arange(batch.input_ids.shape[1]) < lengths[:, None]
     with torch.no_grad():
         expected = plain(
-            batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+            batch.input_ids, attention_mask=real.long(), output_hidden_states=True
         ).hidden_states
-    real = batch.attention_mask.bool()
     for k in (layer, 1, layer):  # an earlier stop changes nothing of a later one
         states = reference.prompt_states(batch.input_ids, k)
         torch.testing.assert_close(states[real], expected[k][real], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,52 @@
+"""A stack's collator, and beside its tensors the rows that are in them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from safereg_dist.data.stacked import RowColumns, batch_of
+from safereg_dist.errors import DataError
+from safereg_dist.parallel.comm import capture
+from safereg_dist.types import MicroBatch
+
+KEY = "safereg"
+"""The key of a batch under which its `MicroBatch` travels; it moves to the device with the rest."""
+COLUMNS = ("risk", "id", "is_anchor")
+"""Columns of a data set that the step reads and no model or collator is shown."""
+
+
+class RowCollator:
+    """Calls the stack's own collator without our columns, then finds the rows in its batch.
+
+    It runs where batches are collated, on the host and maybe in a worker process, so that the
+    training loop waits for nothing. Rows that cannot be read become an error that the step raises
+    on all ranks together.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Any], *, needs_positions: bool) -> None:
+        """`needs_positions`: rows come packed, so a batch without position ids is refused."""
+        self.collator = collator
+        self._needs_positions = needs_positions
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        """The collator's batch with one key more, `KEY`."""
+        own = [{name: feature.get(name) for name in COLUMNS} for feature in features]
+        rest = [{k: v for k, v in feature.items() if k not in COLUMNS} for feature in features]
+        inputs = self.collator(rest)
+        found = capture(self._read, inputs, own)
+        inputs[KEY] = MicroBatch.failed(found.error) if found.error is not None else found.value
+        return inputs
+
+    def _read(self, inputs: Any, own: list[dict[str, Any]]) -> MicroBatch:
+        if self._needs_positions and inputs.get("position_ids") is None:
+            raise DataError(
+                "rows are packed and the batch has no position_ids: a row would attend to the rows "
+                "before it, and could not be told from them; use a padding-free collator "
+                "(trl: packing_strategy=bfd), or do not pack"
+            )
+        risk, ids, anchors = (_column(own, name) for name in COLUMNS)
+        return batch_of(inputs, RowColumns(risk=risk, ids=ids, is_anchor=anchors))
+
+
+def _column(own: list[dict[str, Any]], name: str) -> list[Any] | None:
+    values = [row[name] for row in own]
+    return None if all(value is None for value in values) else values

@@ -1,0 +1,191 @@
+"""Ledger, metrics and the regulariser's state of a run that another stack drives."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from safereg_dist.errors import CheckpointError, ConfigError
+from safereg_dist.run.ledger import merge_ledgers
+from safereg_dist.run.log import RunLog
+from safereg_dist.step import SafetyRegularizer, StepPlan
+from safereg_dist.storage.atomic import write_atomically
+
+_MEANS = ("task_loss", "divergence", "kl_coef_mean", "risk_mean")
+_LARGEST = ("kl_coef_max", "risk_max")
+_COUNTS = ("rows", "active_rows", "reference_rows", "response_tokens", "active_tokens")
+
+
+def settings_of(given: str | Path | Mapping[str, Any], args: Any) -> dict[str, Any]:
+    """The settings as a mapping; what a Trainer's arguments already say is filled in from them.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    if isinstance(given, str | Path):
+        try:
+            given = yaml.safe_load(Path(given).read_text("utf-8")) or {}
+        except (OSError, yaml.YAMLError) as err:
+            raise ConfigError(f"safereg={given} cannot be read: {err}") from err
+    rows = {"micro_batch_size": args.per_device_train_batch_size}
+    precision = {"precision": "bf16" if args.bf16 else "fp32"}
+    return {**given, "train": {**rows, **precision, **(given.get("train") or {})}}
+
+
+class Recorder:
+    """Writes `metrics.jsonl` and the ledger into a folder, and averages metrics between logs."""
+
+    def __init__(
+        self, regularizer: SafetyRegularizer, folder: Path, settings: Mapping[str, Any]
+    ) -> None:
+        self._regularizer = regularizer
+        self._ranks = regularizer.ranks
+        self._folder = folder
+        self._settings = settings
+        self._log: RunLog | None = None
+        self._since: dict[str, list[float]] = defaultdict(list)
+        self._last = time.perf_counter()
+        self._steps = 0
+
+    def start(self, state: Path | None) -> None:
+        """Opens the logs; from a checkpoint's `state` it goes on where that was written.
+
+        Raises:
+            CheckpointError: the state is missing or belongs to other settings, on all ranks.
+        Collectives: gathers of texts.
+        """
+        position, ranks = (
+            {"metrics_bytes": 0, "ledger_bytes": [0] * self._ranks.world_size},
+            self._ranks,
+        )
+        with ranks.together():
+            if state is not None:
+                position = self._load(state)
+            if ranks.is_main:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if self._settings:
+                    text = yaml.safe_dump(json.loads(json.dumps(self._settings, default=str)))
+                    write_atomically(self._folder / "config.yaml", text)
+        ledgers = position["ledger_bytes"]
+        own = ledgers[ranks.rank] if ranks.rank < len(ledgers) else 0
+        self._log = RunLog(
+            self._folder,
+            ranks,
+            metrics_bytes=position["metrics_bytes"],
+            ledger_bytes=own,
+            has_board=False,
+        )
+        self._last = time.perf_counter()
+
+    def _load(self, state: Path) -> dict[str, Any]:
+        try:
+            known = json.loads((state / "state.json").read_text("utf-8"))
+        except (OSError, ValueError) as err:
+            raise CheckpointError(
+                f"expected the regulariser's state in {state}, got: {err}: resume from a checkpoint "
+                "that this Trainer has written"
+            ) from err
+        self._regularizer.load_state(
+            state / f"risk{self._ranks.rank}.safetensors", known["regularizer"]
+        )
+        return known
+
+    def close(self, plan: StepPlan, *, lr: float, grad_norm: Any) -> None:
+        """Closes the step, and writes its row of metrics and its rows of the ledger.
+
+        Collectives: those of `SafetyRegularizer.close`.
+        """
+        log = self._log
+        has_failed = log is not None and log.error is not None
+        totals = self._regularizer.close(plan, flags={"log_failed": has_failed})
+        if totals.flags["log_failed"]:
+            assert log is not None
+            self._ranks.raise_together(log.error)
+        now = time.perf_counter()
+        row = totals.metrics_row(
+            step=plan.step, lr=lr, grad_norm=float(grad_norm), step_time_s=now - self._last
+        )
+        self._last = now
+        self._steps += 1
+        for name, value in row.items():
+            self._since[name].append(value)
+        if log is not None:
+            log.write(row, totals.ledger_rows)
+
+    def since_last_log(self) -> dict[str, float]:
+        """Means, maxima and counts of the steps since the last call, under `safereg/`."""
+        found: dict[str, float] = {}
+        for name, values in self._since.items():
+            if name in _COUNTS:
+                found[name] = sum(values)
+            elif name in _LARGEST:
+                found[name] = max(values)
+            elif name in _MEANS or name not in _OF_THE_LOOP:
+                found[name] = sum(values) / len(values)
+        self._since.clear()
+        return {f"safereg/{name}": float(value) for name, value in found.items()}
+
+    def save(self, folder: Path) -> None:
+        """Writes the regulariser's state and the logs' ends. Collectives: a gather, and of texts.
+
+        Raises:
+            CheckpointError: it cannot be written, on all ranks.
+        """
+        ranks = self._ranks
+        with ranks.together():
+            assert self._log is not None
+            own = torch.tensor(self._log.positions(), dtype=torch.int64, device=ranks.device)
+        positions = ranks.gather(own).tolist()
+        with ranks.together():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                small = self._regularizer.save_state(folder / f"risk{ranks.rank}.safetensors")
+                if ranks.is_main:
+                    state = {
+                        "regularizer": small,
+                        "metrics_bytes": positions[0][1],
+                        "ledger_bytes": [position[0] for position in positions],
+                    }
+                    write_atomically(folder / "state.json", json.dumps(state) + "\n")
+            except OSError as err:
+                raise CheckpointError(
+                    f"expected to write the regulariser's state to {folder}, got: {err}: free disk "
+                    "space"
+                ) from err
+
+    def finish(self) -> None:
+        """Ends the logs: the ledgers of all ranks become one, whose last hash the summary keeps.
+
+        Collectives: gathers of texts.
+        """
+        assert self._log is not None
+        self._log.finish(self._ranks)
+        self._log = None
+        with self._ranks.together():
+            if self._ranks.is_main:
+                head = merge_ledgers(self._folder, self._ranks.world_size)
+                summary = {
+                    "status": "complete",
+                    "steps": self._steps,
+                    "world_size": self._ranks.world_size,
+                    "threshold": self._regularizer.coefficient.threshold,
+                    "ledger": {"head": head.head, "rows": head.rows},
+                    "versions": {
+                        name: version(name) for name in ("safereg_dist", "torch", "transformers")
+                    },
+                }
+                write_atomically(
+                    self._folder / "summary.json", json.dumps(summary, indent=2) + "\n"
+                )
+
+
+_OF_THE_LOOP = frozenset(
+    ("step", "loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "peak_memory_bytes")
+)
+"""Metrics of `metrics.jsonl` that a stack reports itself."""

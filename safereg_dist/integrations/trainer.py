@@ -1,0 +1,203 @@
+"""transformers.Trainer with the step inside: `SafeRegTrainer`, and a mixin for any subclass.
+
+    trainer = SafeRegTrainer(model=model, args=args, train_dataset=data, safereg="safety.yaml")
+
+The Trainer keeps its loop, engines, data, evaluation, checkpoints and trackers. It opens a window
+of micro-batches where it fetches them (`get_batch_samples`), each loss is computed in the head's
+own call (`compute_loss`), and a callback closes the step.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from safereg_dist.factory.prepare import prepare
+from safereg_dist.integrations.anchors import with_anchors
+from safereg_dist.integrations.checks import check_trainer
+from safereg_dist.integrations.collator import COLUMNS, KEY, RowCollator
+from safereg_dist.integrations.recorder import Recorder, settings_of
+from safereg_dist.parallel.distributed import current_ranks
+from safereg_dist.step import SafetyRegularizer, StepPlan
+
+Settings = str | Path | Mapping[str, Any]
+STATE = "safereg"
+"""The folder of a Trainer's checkpoint that holds the regulariser's state and the logs' ends."""
+
+
+class SafeRegMixin:
+    """Goes before a Trainer class: `class Mine(SafeRegMixin, Trainer)`.
+
+    Collectives of a step beside the Trainer's own: those of `SafetyRegularizer.open`, `loss_of` and
+    `close`. The Trainer's own count of tokens is not made: `open` makes it.
+    """
+
+    loss_is_scaled_for_ga = True
+    """The loss is divided by the tokens of the whole window, not by the number of batches."""
+    safereg: SafetyRegularizer
+    _recorder: Recorder
+    _plan: StepPlan | None = None
+    _next = 0
+    _grad_norm = float("nan")
+
+    def __init__(self, *args: Any, safereg: Settings | SafetyRegularizer, **kwargs: Any) -> None:
+        """As the Trainer's; `safereg` are the settings (see `prepare`), or a regulariser.
+
+        Raises:
+            ConfigError: settings, or a Trainer with which the step cannot work.
+        """
+        super().__init__(*args, **kwargs)
+        ranks = current_ranks()
+        with ranks.together():
+            check_trainer(self)
+        self.model_accepts_loss_kwargs = True  # else older Trainers divide by the batches again
+        settings: Mapping[str, Any] = {}
+        if not isinstance(safereg, SafetyRegularizer):
+            with ranks.together():
+                settings = settings_of(safereg, self.args)
+            tokenizer = getattr(self, "processing_class", None)
+            model = self.model
+            safereg = prepare(model, settings, tokenizer=tokenizer)
+            self._mix_anchors(settings, tokenizer)
+        self.safereg = safereg
+        self._recorder = Recorder(safereg, Path(self.args.output_dir), settings)
+        self.data_collator = RowCollator(
+            self.data_collator, needs_positions=bool(getattr(self.args, "packing", False))
+        )
+        if isinstance(self.train_dataset, IterableDataset):
+            # Rows travel as objects: each rank reads its own, none are sent from the first rank.
+            self.accelerator.dataloader_config.dispatch_batches = False
+        self.add_callback(_StepEnd(self))
+
+    def _mix_anchors(self, settings: Mapping[str, Any], tokenizer: Any) -> None:
+        data = settings.get("data") or {}
+        if data.get("anchor") is not None and self.train_dataset is not None:
+            with current_ranks().main_first():
+                self.train_dataset = with_anchors(
+                    self.train_dataset, data, tokenizer, seed=self.args.seed
+                )
+
+    # ---- one step
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The micro-batches of a step, planned together, and the tokens N of all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        if not batches:
+            return batches, None
+        self._plan = self.safereg.open(
+            [batch[KEY] for batch in batches], step=self.state.global_step
+        )
+        self._next = 0
+        return batches, self._plan.num_tokens
+
+    def _get_num_items_in_batch(self, *_: Any) -> None:
+        """Nothing: the plan has counted the tokens."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This rank's share of L, times the ranks over which its engine averages gradients."""
+        batch = inputs.pop(KEY, None)
+        if not model.training or batch is None:
+            return super().compute_loss(  # type: ignore[misc]
+                model,
+                inputs,
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
+            )
+        assert self._plan is not None
+        planned = self._plan.micro_batches[self._next]
+        self._next += 1
+        given = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
+        with self.safereg.loss_of(planned, batch, self._plan):
+            outputs = model(**given, use_cache=False)
+        # Taken from the outputs: an engine may have put a tensor of its own there.
+        loss = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        loss = loss * self.safereg.ranks.world_size
+        loss = loss + self._router_loss(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _router_loss(self, outputs: Any) -> Tensor | float:
+        """The routers' own loss of a mixture of experts, a mean over the step's micro-batches."""
+        router = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+        if router is None:
+            return 0.0
+        assert self._plan is not None
+        config = self.safereg.policy.model.config.get_text_config()
+        return config.router_aux_loss_coef * router / len(self._plan.micro_batches)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, on its own columns."""
+        inputs = {key: value for key, value in inputs.items() if key != KEY}
+        return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        found = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        self._grad_norm = found
+        return found
+
+    # ---- data, logs and checkpoints
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        self._signature_columns += [c for c in COLUMNS if c not in self._signature_columns]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's logs, with the safety metrics since the last ones under `safereg/`."""
+        if "loss" in logs:
+            logs.update(self._recorder.since_last_log())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; resumes our state and logs with its own."""
+        found = resume_from_checkpoint
+        if found is True:
+            found = get_last_checkpoint(self.args.output_dir)
+        self._recorder.start(Path(found, STATE) if isinstance(found, str | Path) else None)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        self._recorder.finish()
+        return output
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        # Before the Trainer's own files: a checkpoint that it counts as complete has ours.
+        name = f"checkpoint-{self.state.global_step}"
+        self._recorder.save(Path(self.args.output_dir, name, STATE))
+        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+
+
+class _StepEnd(TrainerCallback):
+    """Closes each step where the Trainer has made its update."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self._trainer
+        trainer.safereg.bind(trainer.model_wrapped)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self._trainer
+        if trainer._plan is None:
+            return
+        trainer._recorder.close(
+            trainer._plan,
+            lr=float(trainer._get_learning_rate()),
+            grad_norm=trainer._grad_norm,
+        )
+        trainer._plan = None
+
+
+class SafeRegTrainer(SafeRegMixin, Trainer):
+    """`transformers.Trainer` whose risky rows are pulled toward a frozen reference.
+
+    It takes the Trainer's arguments, and `safereg`: a YAML file or a mapping with the sections
+    `reference`, `risk`, `regularizer` and of `data` the anchors', or a `SafetyRegularizer`.
+    """

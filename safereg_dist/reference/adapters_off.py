@@ -1,0 +1,143 @@
+"""The policy itself as its reference, with its adapters off: no second copy of the weights.
+
+The pass runs the policy's own engine, so it comes before the policy's forward and never inside it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safereg_dist.errors import ConfigError
+from safereg_dist.models.architecture import decoder_layers
+from safereg_dist.policy import Policy
+from safereg_dist.types import Head, head_of
+
+
+class AdaptersOff:
+    """`reference.base.ReferenceModel` over a PEFT model; its head is the policy's own."""
+
+    runs_policy = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        *,
+        adapter: str | None = None,
+        gathered: Callable[..., AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
+        """`adapter` names a trained adapter that stays on in the reference; None = all are off.
+
+        `gathered(parameters)` is a block in which they are whole: `Backend.gathered`.
+
+        Raises:
+            ConfigError: the model has no adapters, or none of that name.
+        """
+        known = list(getattr(model, "peft_config", {}))
+        if not known:
+            raise ConfigError(
+                "reference.engine=adapters_off takes the model without its adapters as the "
+                "reference, but the model has none: wrap it with peft.get_peft_model first, or "
+                "choose another reference.engine"
+            )
+        if adapter is not None and adapter not in known:
+            raise ConfigError(
+                f"reference.adapter={adapter!r}: the model has the adapters {', '.join(known)}"
+            )
+        self._model: Any = model
+        self._policy = policy
+        self._adapter = adapter
+        self._gathered = gathered
+        self._forward: Callable[..., Any] = model
+        self._own_trace: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def bind(self, engine: Callable[..., Any]) -> None:
+        """Runs the pass through the engine that wraps the model, along a trace of its own."""
+        self._forward = engine
+        if hasattr(getattr(engine, "optimizer", None), "parameter_offload"):  # ZeRO-3
+            from safereg_dist.parallel.deepspeed import SeparateTrace
+
+            self._own_trace = SeparateTrace(engine.optimizer.parameter_offload)  # type: ignore[attr-defined]
+
+    @property
+    def head(self) -> Head:
+        """The head before training: that of the policy, or its original if it is trained whole."""
+        own: Any = self._policy.model.get_output_embeddings()
+        if hasattr(own, "original_module"):  # trained whole: PEFT keeps a copy for each adapter
+            copies = own.modules_to_save
+            own = copies[self._adapter] if self._adapter in copies else own.original_module
+        return head_of(self._policy.model)._replace(weight=own.weight, bias=own.bias)
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """[B, S, H] last hidden states. Collectives: the engine's."""
+        with self._frozen(), self._policy.ending_in(lambda hidden, _: hidden):
+            output = self._forward(input_ids=input_ids, use_cache=False)
+        return output["logits"] if isinstance(output, dict) else output[0]
+
+    def prefix_states(self, input_ids: Tensor, num_layers: int) -> Tensor:
+        """[B, S, H] after `num_layers` layers; all layers run. Collectives: the engine's."""
+        _, layers = decoder_layers(self._policy.model)
+        if not 1 <= num_layers <= len(layers):
+            raise ConfigError(
+                f"the probe reads layer {num_layers}, the reference has layers 1 to {len(layers)}: "
+                "fit a probe for this model"
+            )
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: object, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = layers[num_layers - 1].register_forward_hook(keep)
+        try:
+            last = self.hidden_states(input_ids)
+        finally:
+            handle.remove()
+        return last if num_layers == len(layers) else found[0]
+
+    @contextmanager
+    def gathered_head(self) -> Iterator[Head]:
+        """A block in which the head is whole; it opens inside the policy's head, where it is.
+
+        Collectives: none; of a head that is trained whole, one all-gather for each parameter of
+        its original.
+        """
+        head = self.head
+        is_own = head.weight is self._policy.head.weight
+        with nullcontext() if is_own else self._gathered(head.parameters):
+            yield head
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """The model in eval mode, with the reference's adapters only, along a trace of its own."""
+        trained = [module for module in self._model.modules() if module.training]
+        for module in trained:
+            module.training = False
+        with ExitStack() as stack:
+            stack.enter_context(self._own_trace())
+            stack.enter_context(self._chosen_adapter())
+            try:
+                yield
+            finally:
+                for module in trained:
+                    module.training = True
+
+    @contextmanager
+    def _chosen_adapter(self) -> Iterator[None]:
+        if self._adapter is None:
+            with self._model.disable_adapter():
+                yield
+            return
+        before = self._model.active_adapters
+        flags = [(p, p.requires_grad) for p in self._model.parameters()]
+        tuner = self._model.base_model
+        tuner.set_adapter(self._adapter)
+        try:
+            yield
+        finally:
+            tuner.set_adapter(before)
+            for parameter, flag in flags:  # `set_adapter` trains what it switches on
+                parameter.requires_grad_(flag)

@@ -1,0 +1,185 @@
+"""Stage 1, by text: the risk of a row from a file of scored rows, for stacks that drop columns.
+
+A stack renders conversations with a template of its own, adds special tokens, cuts long rows, and
+keeps nothing but tokens. So a row is found by the texts of its messages: each occurs in the row's
+decoded text, in order, whatever stands between them. White space is left out on both sides.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from safereg_dist.data.files import answered_conversation, read_rows
+from safereg_dist.errors import DataError
+from safereg_dist.models.fingerprint import row_key
+from safereg_dist.risk.stage import ProbedStates, Risk, RiskSource
+from safereg_dist.types import Row
+
+_KEY = 24
+"""Characters by which a scored row is found before its texts are compared whole."""
+_TRIES = 64
+"""Rows of which one at least must be found, else the file is another data set's."""
+
+
+class ScoredRow(NamedTuple):
+    """The texts of a row's messages, without white space, and its risk."""
+
+    texts: list[str]
+    risk: float
+
+
+class LookupRisk(RiskSource):
+    """The risk of the scored row whose messages a row holds; of several, the longest match.
+
+    A row that is not in the file counts as risky (nan): `risk_unknown` counts them.
+    """
+
+    name = "lookup"
+    sum_names = ("risk_unknown",)
+
+    def __init__(
+        self,
+        scored: Sequence[ScoredRow],
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        path: str,
+        announces: bool = True,
+    ) -> None:
+        """`tokenizer` decodes rows that come as tokens only; `announces` on the main rank."""
+        self._scored = scored
+        self._tokenizer = tokenizer
+        self._path = path
+        self._announces = announces
+        self._by_key: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for index, row in enumerate(scored):
+            key = max(row.texts, key=len)[:_KEY]
+            self._by_key[len(key)][key].append(index)
+        self._known: dict[str, float] = {}
+        self._unknown = self._asked = self._found = 0
+
+    def __call__(
+        self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
+    ) -> Risk:
+        """The risk of every row; nan where it is not in the file. Collectives: none.
+
+        Raises:
+            DataError: none of the first rows is in the file.
+        """
+        risk = [None if row.is_anchor or not row.id else self._risk(row) for row in rows]
+        found = [value for value in risk if value is not None]
+        missing = sum(value != value for value in found)
+        self._unknown += missing
+        self._asked += len(found)
+        self._found += len(found) - missing
+        if not self._found and self._asked >= _TRIES:
+            raise DataError(
+                f"none of the first {self._asked} rows is in risk.path={self._path}: score the "
+                "data set that is trained on (`safereg score`), with the same texts"
+            )
+        return risk
+
+    def _risk(self, row: Row) -> float:
+        key = row_key(row.input_ids, row.loss_mask)
+        if key not in self._known:
+            self._known[key] = self._look_up(self._text(row))
+        return self._known[key]
+
+    def _text(self, row: Row) -> str:
+        if row.messages_json:
+            return "".join(_squeezed(m["content"]) for m in json.loads(row.messages_json))
+        if self._tokenizer is None:
+            raise DataError(
+                "risk.estimator=lookup reads rows as text and has no tokenizer: give `tokenizer` "
+                "to prepare (a Trainer: `processing_class`)"
+            )
+        return _squeezed(self._tokenizer.decode(row.input_ids, skip_special_tokens=True))
+
+    def _look_up(self, text: str) -> float:
+        best = (0, float("nan"))
+        for index in self._candidates(text):
+            row = self._scored[index]
+            matched = _matched(row.texts, text)
+            if matched > best[0] or (matched == best[0] and row.risk > best[1]):
+                best = (matched, row.risk)
+        return best[1]
+
+    def _candidates(self, text: str) -> set[int]:
+        found: set[int] = set()
+        for length, by_key in self._by_key.items():
+            for begin in range(len(text) - length + 1):
+                hits = by_key.get(text[begin : begin + length])
+                if hits:
+                    found.update(hits)
+        return found
+
+    def take_sums(self) -> dict[str, float]:
+        """Number of this rank's rows that were not found since the last call."""
+        unknown, self._unknown = self._unknown, 0
+        return {"risk_unknown": float(unknown)}
+
+    def end_step(self, total: Mapping[str, float]) -> dict[str, float | int]:
+        """Number of rows that were not found in the step, over all ranks."""
+        unknown = int(total["risk_unknown"])
+        if unknown and self._announces:
+            self._announces = False  # once: the metrics say the rest
+            print(
+                f"safereg: {unknown} rows of this step are not in risk.path={self._path} and count "
+                "as risky (risk_unknown in the metrics)",
+                file=sys.stderr,
+                flush=True,
+            )
+        return {"risk_unknown": unknown}
+
+
+def read_scored(path: str) -> list[ScoredRow]:
+    """The rows of a file that `safereg score` wrote: conversations with `risk`.
+
+    Raises:
+        DataError: no such file, or a row without messages or risk.
+    """
+    if not Path(path).is_file():
+        raise DataError(
+            f"expected a file of scored rows at risk.path={path}, found none: write it with "
+            "`safereg score`"
+        )
+    rows = [_scored(place, row) for place, row in read_rows(path)]
+    if not rows:
+        raise DataError(f"{path} holds no row: write it with `safereg score`")
+    return rows
+
+
+def _scored(place: str, row: Mapping[str, Any]) -> ScoredRow:
+    risk = row.get("risk")
+    if not isinstance(risk, int | float) or not 0 <= risk <= 1:
+        raise DataError(f"{place}: expected `risk` in [0, 1], got {risk!r}: run `safereg score`")
+    texts = [_squeezed(text) for text in _texts(place, row)]
+    if not any(texts):
+        raise DataError(f"{place}: a row without text cannot be found again: remove it")
+    return ScoredRow([text for text in texts if text], float(risk))
+
+
+def _texts(place: str, row: Mapping[str, Any]) -> Iterable[str]:
+    return (message["content"] or "" for message in answered_conversation(row, place))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _matched(texts: Sequence[str], text: str) -> int:
+    """Characters of `texts` found in `text` in order, 0 if one is missing; the last may be cut."""
+    begin = total = 0
+    for index, wanted in enumerate(texts):
+        at = text.find(wanted, begin)
+        if at >= 0:
+            begin, total = at + len(wanted), total + len(wanted)
+            continue
+        at = text.find(wanted[:_KEY], begin)
+        is_cut = index == len(texts) - 1 and at >= 0 and wanted.startswith(text[at:])
+        return total + len(text) - at if is_cut else 0
+    return total
