@@ -83,8 +83,11 @@ class MicroBatch:
         """T, without a device synchronisation."""
         return self.labels.shape[0]
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same batch with its tensors on `device`; the copy is asynchronous."""
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> "MicroBatch":
+        """The same batch with its tensors on `device`; the copy is asynchronous, as asked or not.
+
+        `non_blocking` is what stacks pass to all that they move.
+        """
         moved = {
             name: to_device(getattr(self, name), device)
             for name in (

@@ -48,7 +48,7 @@ def _feature(row: Row) -> dict[str, Any]:
 
 
 class _Mapped(Dataset):
-    """A data set with a length; anchors stand at its end, where any shuffling spreads them."""
+    """A data set with a length, the anchors spread evenly over it."""
 
     def __init__(self, dataset: Any, anchors: list, fraction: float, seed: int) -> None:
         self._dataset, self._anchors = dataset, anchors
@@ -60,9 +60,10 @@ class _Mapped(Dataset):
         return len(self._dataset) + len(self._drawn)
 
     def __getitem__(self, index: int) -> Any:
-        if index < len(self._dataset):
-            return self._dataset[index]
-        return dict(self._anchors[self._drawn[index - len(self._dataset)]])
+        before, after = (len(self._drawn) * i // len(self) for i in (index, index + 1))
+        if before == after:
+            return self._dataset[index - before]
+        return dict(self._anchors[self._drawn[before]])
 
 
 class _Iterable(IterableDataset):

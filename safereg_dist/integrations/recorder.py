@@ -88,8 +88,8 @@ class Recorder:
             known = json.loads((state / "state.json").read_text("utf-8"))
         except (OSError, ValueError) as err:
             raise CheckpointError(
-                f"expected the regulariser's state in {state}, got: {err}: resume from a checkpoint "
-                "that this Trainer has written"
+                f"expected the regulariser's state in {state}, got: {err}: resume from a "
+                "checkpoint that this Trainer has written"
             ) from err
         self._regularizer.load_state(
             state / f"risk{self._ranks.rank}.safetensors", known["regularizer"]
