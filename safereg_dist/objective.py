@@ -25,6 +25,8 @@ class Objective:
     def __init__(
         self, config: RegularizerConfig, *, chunk_tokens: int | None, head_bytes: int | None
     ) -> None:
+        self.reports_tokens = False
+        """True: the loss comes with the policy's entropy and accuracy at each token."""
         self._additive = config.objective == "additive"
         self._direction = _DIRECTIONS[config.divergence]
         self._chunk_tokens = chunk_tokens
@@ -45,7 +47,7 @@ class Objective:
         """Loss of one micro-batch; `num_tokens` is N, a scalar on the device. Collectives: none."""
         assert head.weight is not None
         ce_weights, kl_weights = self.token_weights(batch, kl_coef)
-        total, ce, divergence = linear_ce_kl(
+        total, ce, divergence, *found = linear_ce_kl(
             hidden,
             head.weight,
             batch.labels,
@@ -64,12 +66,15 @@ class Objective:
             reference_logit_scale=reference_head.scale,
             # The task loss is logged for rows with b = 1 too, whose cross-entropy has weight 0.
             ce_report=self._task_tokens(batch),
-        )[:3]
+            return_entropy=self.reports_tokens,
+            return_accuracy=self.reports_tokens,
+        )
         # A non-finite loss makes every gradient of this rank nan, and so the global norm: all
         # ranks skip the step together, without another collective.
         finite = torch.where(torch.isfinite(total.detach()), 1.0, float("nan"))
         loss = total * finite / num_tokens.clamp_min(1)
-        return Loss(loss, ce, divergence)
+        entropy, accuracy = (found[0].entropy, found[0].accuracy) if found else (None, None)
+        return Loss(loss, ce, divergence, entropy, accuracy)
 
     @staticmethod
     def _task_tokens(batch: MicroBatch) -> Tensor:

@@ -208,6 +208,10 @@ class Loss(NamedTuple):
     """[T] float32 cross-entropy of every response token (0 on anchor tokens), detached."""
     divergence: Tensor
     """[T] float32 divergence of active tokens, else 0, detached."""
+    entropy: Tensor | None = None
+    """[T] float32 entropy of the policy at every response token, detached; where asked for."""
+    accuracy: Tensor | None = None
+    """[T] float32, 1 where no token is likelier than the response's; where asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,152 @@
+"""One training run for every stack: its models, its rows, and what it must give, in float64."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from support.builders import VOCAB, tiny_model, word_tokenizer
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+STEPS = 20
+ROWS_PER_STEP = 24
+LR = 1e-3
+THRESHOLD = 0.5
+LORA = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj", "up_proj"],
+    "init_lora_weights": False,
+    "task_type": "CAUSAL_LM",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as a stack's data set has it; -100 marks the prompt."""
+
+    input_ids: list[int]
+    labels: list[int]
+    risk: float
+
+    def feature(self, index: int) -> dict:
+        """The row of a data set."""
+        return {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "attention_mask": [1] * len(self.input_ids),
+            "risk": self.risk,
+            "id": f"row-{index}",
+        }
+
+
+@cache
+def examples() -> list[Example]:
+    """The rows of all steps, in order; half of them are risky."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    found = []
+    for _ in range(STEPS * ROWS_PER_STEP):
+        length, prompt = draw(8, 20), draw(2, 6)
+        ids = [draw(6, VOCAB) for _ in range(length)]
+        risk = draw(0, 1001) / 1000
+        found.append(Example(ids, [-100] * prompt + ids[prompt:], risk))
+    return found
+
+
+def write_models(folder: Path, family: str = "llama") -> None:
+    """`policy` and `reference`, two Hugging Face folders with one tokenizer."""
+    for name, seed in (("policy", 0), ("reference", 5)):
+        tiny_model(family, seed=seed).save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+
+
+def with_adapters(model: PreTrainedModel):
+    """The model with LoRA adapters that are not zero, the same wherever it is called."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    adapted = get_peft_model(model, LoraConfig(**LORA))
+    values = adapter_values(model)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and parameter.numel():
+            parameter.data.copy_(values(name, parameter.shape))
+    return adapted
+
+
+def adapter_values(model: PreTrainedModel):
+    """Values of an adapter's weight by its name: independent of the order of creation."""
+
+    def of(name: str, shape: torch.Size) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(sum(map(ord, name.split("layers.")[-1])))
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    return of
+
+
+def expected(folder: Path, *, lora: bool = False, steps: int = STEPS) -> dict:
+    """Losses of all steps and the gradients of the first, from whole logits in float64."""
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)
+    if lora:
+        policy = with_adapters(policy).double()
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder / ("policy" if lora else "reference"), dtype=torch.float64
+    )
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+    losses, gradients = [], {}
+    for step in range(steps):
+        rows = examples()[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]
+        count = sum(label != -100 for row in rows for label in row.labels[1:])
+        loss = sum(_row_loss(policy, reference, row) for row in rows) / count
+        loss.backward()
+        losses.append(float(loss))
+        if step == 0:
+            gradients = {
+                plain_name(n): p.grad.clone()
+                for n, p in policy.named_parameters()
+                if p.requires_grad
+            }
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": losses, "gradients": gradients}
+
+
+def _row_loss(policy, reference, row: Example) -> torch.Tensor:
+    """sum_t (1 - b) CE_t + b KL(reference || policy)_t over the response, b = [risk >= 1/2]."""
+    ids = torch.tensor([row.input_ids])
+    is_risky = row.risk >= THRESHOLD
+    own = policy(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    labels = torch.tensor(row.labels[1:])
+    is_response = labels != -100
+    if not is_risky:
+        return functional.nll_loss(own[is_response], labels[is_response], reduction="sum")
+    with torch.no_grad():
+        frozen = reference(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return (frozen.exp() * (frozen - own)).sum(-1)[is_response].sum()
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what engines and PEFT put around it."""
+    for prefix in ("module.", "_orig_mod.", "base_model.model."):
+        while name.startswith(prefix):
+            name = name.removeprefix(prefix)
+    return name.replace("._orig_mod", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def write_expected(folder: Path, found: dict, name: str) -> None:
+    """Keeps what `expected` gave beside the models."""
+    losses = torch.tensor(found["losses"], dtype=torch.float64)
+    save_file({"losses": losses, **found["gradients"]}, folder / f"{name}.safetensors")
+
+
+def read_result(path: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(losses, gradients of the first step)."""
+    tensors = load_file(path)
+    losses = tensors.pop("losses")
+    return losses.double(), {name: tensor.double() for name, tensor in tensors.items()}

@@ -1,0 +1,412 @@
+"""Trains the run of `stack_cases` in one stack and keeps its losses and first gradients.
+
+    stack_worker.py STACK FOLDER OUT [--accumulation A] [--precision bf16] [--steps N]
+
+Started on any number of ranks; rank 0 writes OUT.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
+
+from stack_cases import (
+    LR,
+    ROWS_PER_STEP,
+    STEPS,
+    THRESHOLD,
+    examples,
+    plain_name,
+    with_adapters,
+)
+from torch import nn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stack")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--reference", default="auto")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.world = int(os.environ.get("WORLD_SIZE", "1"))
+    args.rank = int(os.environ.get("RANK", "0"))
+    args.rows = ROWS_PER_STEP // (args.world * args.accumulation)
+    kind = args.stack.split("-")[0]
+    run = {"trainer": trainer, "sfttrainer": trainer, "lora": trainer}.get(kind, loop)
+    losses, gradients, facts = run(args)
+    if args.rank == 0:
+        from safetensors.torch import save_file
+
+        tensors = {name: value.float().contiguous() for name, value in gradients.items()}
+        save_file({"losses": torch.tensor(losses, dtype=torch.float64), **tensors}, args.out)
+        args.out.with_suffix(".json").write_text(json.dumps(facts))
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The safety settings, the same in every stack."""
+    reference = {} if "lora" in args.stack else {"model": str(args.folder / "reference")}
+    return {
+        "reference": reference | {"engine": args.reference},
+        "risk": {"estimator": "column"},
+        "regularizer": {"threshold": THRESHOLD},
+    }
+
+
+# ---- transformers.Trainer and trl.SFTTrainer
+
+
+def engine_of(stack: str) -> str:
+    """`single`, `ddp`, `zero-N` or `fsdp2`."""
+    return stack.split("-", 1)[1] if "-" in stack else "single"
+
+
+def trainer_arguments(args: argparse.Namespace) -> dict:
+    engine = engine_of(args.stack)
+    is_patched = engine.startswith(("zero", "fsdp2"))
+    if is_patched:
+        from support import accelerate_on_cpu  # noqa: F401
+    chosen = {
+        "output_dir": str(args.out.with_suffix("")),
+        "per_device_train_batch_size": args.rows,
+        "gradient_accumulation_steps": args.accumulation,
+        "max_steps": args.steps,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": not is_patched,
+        "bf16": args.precision == "bf16",
+        "train_sampling_strategy": "sequential",
+    }
+    if engine.startswith("zero"):
+        chosen["deepspeed"] = {
+            "zero_optimization": {
+                "stage": int(engine[-1]),
+                "stage3_param_persistence_threshold": 0,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": "auto"},
+        }
+    if engine == "fsdp2":
+        chosen["fsdp"] = True
+        chosen["fsdp_config"] = {
+            "version": 2,
+            "fsdp_version": 2,
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        }
+    return chosen
+
+
+def trainer(args: argparse.Namespace):
+    """(losses, first gradients, facts) of a Trainer's run."""
+    if "zero" in args.stack:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import safereg_dist.parallel.deepspeed  # noqa: F401 - turns DeepSpeed's builds off
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    rows = [e.feature(i) for i, e in enumerate(examples()[: args.steps * ROWS_PER_STEP])]
+    data = Dataset.from_list(rows)
+    chosen = trainer_arguments(args)
+    extra = {}
+    if args.stack.startswith("sfttrainer"):
+        from transformers import AutoTokenizer
+        from trl import SFTConfig
+
+        from safereg_dist.integrations.trl import SafeRegSFTTrainer as Base
+
+        packed = {"packing": True} if args.stack == "sfttrainer-packed" else {}
+        arguments = SFTConfig(**chosen, max_length=64, **packed)
+        extra["processing_class"] = AutoTokenizer.from_pretrained(args.folder / "policy")
+    else:
+        from support.builders import word_tokenizer
+        from transformers import DataCollatorForSeq2Seq
+
+        from safereg_dist.integrations.trainer import SafeRegTrainer as Base
+
+        arguments = TrainingArguments(**chosen)
+        extra["data_collator"] = DataCollatorForSeq2Seq(word_tokenizer())
+
+    losses = []
+
+    class Watched(Base):
+        def log(self, logs, *rest, **how):
+            if "loss" in logs:
+                losses.append(logs["loss"])
+            super().log(logs, *rest, **how)
+
+    dtype = torch.float32
+    model = AutoModelForCausalLM.from_pretrained(args.folder / "policy", dtype=dtype)
+    if args.stack.startswith("lora"):
+        model = with_adapters(model)
+    made = Watched(model=model, args=arguments, train_dataset=data, safereg=settings(args), **extra)
+    gradients: dict[str, torch.Tensor] = {}
+    watch_gradients(made, gradients)
+    made.train()
+    facts = {"parameter_bytes": parameter_bytes(made.model, made.safereg)}
+    return losses, gradients, facts
+
+
+def watch_gradients(made, gradients: dict[str, torch.Tensor]) -> None:
+    """Keeps the gradients of the first update, before it."""
+    from transformers import TrainerCallback
+
+    class First(TrainerCallback):
+        def on_train_begin(self, args, state, control, **how):
+            engine = made.model_wrapped
+            if not hasattr(engine, "optimizer"):
+                return
+            plain = engine.step
+
+            def step(*rest, **how):
+                if not gradients and engine.is_gradient_accumulation_boundary():
+                    gradients.update(zero_gradients(made.model))
+                return plain(*rest, **how)
+
+            engine.step = step
+
+        def on_pre_optimizer_step(self, args, state, control, **how):
+            if not gradients:
+                gradients.update(whole_gradients(made.model))
+
+    made.add_callback(First())
+
+
+def zero_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of a DeepSpeed engine's parameters, whole. Collectives: DeepSpeed's."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return {
+        plain_name(name): safe_get_full_grad(parameter).clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def whole_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of parameters that are whole or DTensors."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad
+            whole = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            found[plain_name(name)] = whole.detach().clone()
+    return found
+
+
+def parameter_bytes(model: nn.Module, regularizer) -> list[int]:
+    """Bytes of parameters of policy and reference that this rank holds, and those of both whole."""
+    own = whole = 0
+    for parameter in {id(p): p for p in all_parameters(model, regularizer)}.values():
+        own += local_bytes(parameter)
+        whole += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    return [own, whole]
+
+
+def all_parameters(model: nn.Module, regularizer):
+    yield from model.parameters()
+    engine = getattr(regularizer.reference.model, "_engine", None)
+    if engine is not None:
+        yield from engine.module.parameters()
+        yield from regularizer.reference.model.head.parameters
+
+
+def local_bytes(parameter) -> int:
+    if hasattr(parameter, "ds_tensor"):
+        gathered = parameter.numel() if parameter.ds_status.name == "AVAILABLE" else 0
+        return (parameter.ds_tensor.numel() + gathered) * parameter.element_size()
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.numel() * local.element_size()
+
+
+# ---- loops of one's own
+
+
+def loop(args: argparse.Namespace):
+    """(losses, first gradients, facts) of a loop around the regulariser's own verbs."""
+    from safereg_dist import prepare
+    from safereg_dist.integrations.collator import KEY, RowCollator
+
+    engine = ENGINES[args.stack](args)
+    model = engine.model
+    regularizer = prepare(model, settings(args) | {"train": {"precision": args.precision}})
+    engine.wrap()
+    regularizer.bind(engine.forward)
+    collate = RowCollator(padded, needs_positions=False)
+    losses, gradients = [], {}
+    for step in range(args.steps):
+        windows = [
+            collate([e.feature(i) for i, e in numbered]) for numbered in batches_of(args, step)
+        ]
+        plan = regularizer.open([inputs[KEY] for inputs in windows], step=step)
+        for planned, inputs in zip(plan.micro_batches, windows, strict=True):
+            batch = inputs.pop(KEY)
+            inputs.pop("labels")
+            with regularizer.loss_of(planned, batch, plan):
+                loss = engine.forward(**inputs, use_cache=False).logits
+            engine.backward(loss * args.world, is_last=planned.is_last)
+        if not gradients:
+            gradients = engine.gradients()
+        engine.update()
+        losses.append(regularizer.close(plan).sums["loss"])
+    return losses, gradients, {"parameter_bytes": parameter_bytes(model, regularizer)}
+
+
+def batches_of(args: argparse.Namespace, step: int):
+    """This rank's micro-batches of a step, each a list of (index, example)."""
+    first = step * ROWS_PER_STEP
+    rows = list(enumerate(examples()))[first : first + ROWS_PER_STEP]
+    own = rows[args.rank :: args.world]
+    return [own[i : i + args.rows] for i in range(0, len(own), args.rows)]
+
+
+def padded(features: list[dict]) -> dict[str, torch.Tensor]:
+    width = max(len(feature["input_ids"]) for feature in features)
+    fills = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {
+        key: torch.tensor([f[key] + [fill] * (width - len(f[key])) for f in features])
+        for key, fill in fills.items()
+    }
+
+
+class Plain:
+    """One process, plain torch."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.args = args
+        self.model = AutoModelForCausalLM.from_pretrained(
+            args.folder / "policy", dtype=torch.float32
+        ).train()
+
+    def wrap(self) -> None:
+        self.forward = self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0)
+
+    def backward(self, loss, *, is_last: bool) -> None:
+        loss.backward()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return whole_gradients(self.model)
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class DistributedDataParallel(Plain):
+    """torch's DDP over gloo."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.distributed.init_process_group("gloo")
+        super().__init__(args)
+
+    def wrap(self) -> None:
+        super().wrap()
+        self.forward = torch.nn.parallel.DistributedDataParallel(self.model)
+
+
+class FullyShard(DistributedDataParallel):
+    """torch's FSDP2."""
+
+    def wrap(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in self.model.model.layers:
+            fully_shard(layer)
+        fully_shard(self.model)
+        Plain.wrap(self)
+
+
+class Zero(Plain):
+    """deepspeed.initialize at the stage that ends the stack's name; 3 without one."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        import safereg_dist.parallel.deepspeed  # noqa: F401 - turns DeepSpeed's builds off
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        super().__init__(args)
+        self.stage = int(args.stack[-1]) if args.stack[-1].isdigit() else 3
+
+    def wrap(self) -> None:
+        import deepspeed
+
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0)
+        config = {
+            "train_micro_batch_size_per_gpu": self.args.rows,
+            "gradient_accumulation_steps": self.args.accumulation,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": self.stage,
+                "stage3_param_persistence_threshold": 0,
+            },
+        }
+        self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
+        self.forward = self.engine
+
+    def backward(self, loss, *, is_last: bool) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not is_last:
+            self.engine.step()  # counts micro-batches
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return zero_gradients(self.model)
+
+    def update(self) -> None:
+        self.engine.step()
+
+
+class Accelerate(Plain):
+    """An accelerate loop, DDP under it."""
+
+    def wrap(self) -> None:
+        super().wrap()
+        self.forward, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=True)
+        super().__init__(args)
+
+    def backward(self, loss, *, is_last: bool) -> None:
+        self.accelerator.backward(loss)
+
+
+ENGINES = {
+    "raw": Plain,
+    "raw-ddp": DistributedDataParallel,
+    "raw-fsdp2": FullyShard,
+    "raw-deepspeed": Zero,
+    "deepspeed-zero-1": Zero,
+    "deepspeed-zero-2": Zero,
+    "accelerate-loop": Accelerate,
+}
+
+
+if __name__ == "__main__":
+    main()
