@@ -147,7 +147,7 @@ class Head(NamedTuple):
 
     @property
     def state_size(self) -> int:
-        """H, the size of its input, also where the weight is sharded under ZeRO-3."""
+        """H, the size of its input, also where the weight is sharded."""
         assert self.weight is not None
         return getattr(self.weight, "ds_shape", self.weight.shape)[1]
 

@@ -1,8 +1,8 @@
-"""Weights between safetensors files and ZeRO-3 shards, without a whole model anywhere."""
+"""Weights between safetensors files and the shards of ranks, without a whole model anywhere."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -111,7 +111,7 @@ def stored_parameters(model: nn.Module, folder: Path) -> dict[str, StoredParamet
     found = {}
     for name, parameter in model.named_parameters():
         stored = StoredParameter(names[name], files[names[name]], shapes[names[name]])
-        expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        expected = whole_shape(parameter)
         if stored.shape != expected:
             raise ConfigError(
                 f"{folder}: tensor {stored.tensor!r} has shape {stored.shape}, the architecture in "
@@ -119,6 +119,64 @@ def stored_parameters(model: nn.Module, folder: Path) -> dict[str, StoredParamet
             )
         found[name] = stored
     return found
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the whole parameter, also where this rank holds a shard of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3's own shape is empty
+
+
+class Shard(NamedTuple):
+    """This rank's part of a parameter: neighbours in the flattened whole."""
+
+    first: int
+    """Flat index of its first element."""
+    values: Tensor
+    """[n] the elements, a view of the storage; n may be 0."""
+
+
+ShardOf = Callable[[nn.Parameter], Shard]
+"""How an engine finds this rank's part of a parameter."""
+
+
+@torch.no_grad()
+def fill_shards(parameters: list[tuple[nn.Parameter, StoredParameter]], shard_of: ShardOf) -> None:
+    """Reads this rank's shard of each parameter from its place on disk, and nothing else."""
+    shards = [shard_of(parameter) for parameter, _ in parameters]
+    requests = [
+        (place.tensor, place.file, shard.first, shard.first + shard.values.numel())
+        for shard, (_, place) in zip(shards, parameters, strict=True)
+    ]
+    for shard, (_, flat) in zip(shards, read_flat_slices(requests), strict=True):
+        shard.values.copy_(flat)
+
+
+def load_shards(model: nn.Module, folder: Path, shard_of: ShardOf) -> None:
+    """Reads this rank's shard of every parameter of the model from a Hugging Face folder.
+
+    Raises:
+        ConfigError: the weights do not fit the model.
+    """
+    parameters = dict(model.named_parameters())
+    places = stored_parameters(model, folder)
+    fill_shards([(parameters[name], place) for name, place in places.items()], shard_of)
+
+
+def first_not_finite(model: nn.Module, shard_of: ShardOf) -> str | None:
+    """Name of a parameter with a non-finite value in its shard, or None. No collectives."""
+    named = model.named_parameters()
+    return next((name for name, p in named if not shard_of(p).values.isfinite().all()), None)
+
+
+def fingerprint(model: nn.Module, shard_of: ShardOf, ranks: Ranks) -> str:
+    """Fingerprint from every rank's shards. Collectives: one SUM of 16 bytes a parameter."""
+    entries = list(model.named_parameters())
+    sums = torch.zeros(len(entries), 2, dtype=torch.int64, device=ranks.device)
+    for index, (_, parameter) in enumerate(entries):
+        shard = shard_of(parameter)
+        sums[index] = checksum(shard.values, shard.first).to(ranks.device)
+    sums = ranks.sum_(sums).cpu()
+    return digest((name, whole_shape(p), sums[i]) for i, (name, p) in enumerate(entries))
 
 
 class StoredHead(NamedTuple):

@@ -98,9 +98,9 @@ class SingleBackend:
         return SingleReference(trunk.to(self.ranks.device).eval())
 
     @contextmanager
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Nothing to gather."""
-        yield
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        """The parameters: nothing to gather."""
+        yield list(parameters)
 
     def first_not_finite(self, model: nn.Module) -> str | None:
         """Name of a parameter that holds a value that is not finite."""
