@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     """Policy, reference and configuration on disk."""
     base = tmp_path_factory.mktemp("step")
     save_model(base / "policy", tiny_model(seed=0))
-    save_model(base / "tied", tiny_model(seed=2, tie_word_embeddings=True))
+    save_model(base / "tied", tiny_model(seed=3, tie_word_embeddings=True))
     save_model(base / "reference", tiny_model(seed=1))
     write_jsonl(base / "train.jsonl", random_rows(12))
     (base / "base.yaml").write_text(
