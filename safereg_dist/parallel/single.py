@@ -81,7 +81,7 @@ class SingleBackend:
         def whole(place: StoredParameter | None) -> nn.Parameter | None:
             if place is None:
                 return None
-            [(_, flat)] = read_flat_slices([(place.tensor, place.file, 0, math.prod(place.shape))])
+            [flat] = read_flat_slices([(place, 0, math.prod(place.shape))])
             values = flat.reshape(place.shape).to(self.ranks.device, dtype_of(precision), copy=True)
             return nn.Parameter(values, requires_grad=False)
 

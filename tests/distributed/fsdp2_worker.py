@@ -33,9 +33,7 @@ def moved(folder: Path) -> dict:
     config = load_config(folder / "run.yaml")
     run = build_run(config, start_backend(config))
     run.engine.load(folder / "whole" / "checkpoint" / "step-00000003" / "engine")
-    export_model(
-        run.model, run.tokenizer, folder / "moved", backend=run.backend, shard_bytes=10**9
-    )
+    export_model(run.model, run.tokenizer, folder / "moved", backend=run.backend, shard_bytes=10**9)
     losses = losses_of(run, 2)
     state = run.engine._optimizer.state.values()
     aside = {_storage(t) for each in state for t in each.values()}

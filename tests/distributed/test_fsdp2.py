@@ -11,11 +11,18 @@ import shutil
 
 import pytest
 import torch
-from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from safetensors.torch import load_file
+from support.builders import VOCAB, random_rows, save_model, tiny_model, write_jsonl
 from support.launching import FINETUNE, ROOT
+from support.ranks import on_ranks
 from test_resume import result
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from safereg_dist.models.fingerprint import model_fingerprint
+from safereg_dist.parallel.fsdp2 import Fsdp2Backend
+from safereg_dist.parallel.shards import weights_fingerprint
+from safereg_dist.reference import ReferenceTrunk
 
 WORKER = ROOT / "tests" / "distributed" / "fsdp2_worker.py"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab": 1001}
@@ -89,3 +96,39 @@ def test_reference_beside_a_policy_under_zero3(folder, launch):
         for layers, (left, *some) in zip((2, 3, 1, 3, 2), rank["passes"], strict=True):
             assert left == 0
             assert some == pytest.approx(states[layers].flatten()[::37].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_stored_apart(family, tmp_path):
+    """Fused on loading, each rank reading its own experts: the model of plain transformers."""
+    save_model(tmp_path / "model", tiny_experts(family))
+    names = load_file(tmp_path / "model" / "model.safetensors").keys()
+    assert any(".experts.4." in name for name in names)
+    ids = torch.arange(6, 26).reshape(2, 10)
+
+    def loaded(ranks):
+        backend = Fsdp2Backend(ranks)
+        model = backend.load_model(tmp_path / "model", precision="fp32", offload="none")
+        engine = backend.wrap_reference(ReferenceTrunk(model), offload="none", rows=2)
+        prints = backend.fingerprint(model), weights_fingerprint(tmp_path / "model", ranks)
+        return [*prints, engine(ids).flatten()[::37].tolist()]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        states = model.base_model(ids).last_hidden_state.flatten()[::37].tolist()
+    for one, other, some in on_ranks(3, loaded, tmp_path):
+        assert one == other == model_fingerprint(model)
+        assert some == pytest.approx(states, abs=1e-5)
+
+
+def tiny_experts(family):
+    """A random mixture of five experts."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        **dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, moe_intermediate_size=24),
+        **dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8),
+        **dict(num_local_experts=5, num_experts=5, num_experts_per_tok=2, initializer_range=0.3),
+        max_position_embeddings=64,
+    )
+    return AutoModelForCausalLM.from_config(config).float()
