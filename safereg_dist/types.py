@@ -169,9 +169,13 @@ class Head(NamedTuple):
         """The weight and, where there is one, the bias."""
         return [parameter for parameter in self[:2] if parameter is not None]
 
+    def with_parameters(self, parameters: list[nn.Parameter]) -> "Head":
+        """The same head with others in the place of its `parameters`."""
+        return self._replace(**dict(zip(("weight", "bias"), parameters, strict=False)))
+
     @property
     def state_size(self) -> int:
-        """H, the size of its input, also where the weight is sharded under ZeRO-3."""
+        """H, the size of its input, also where the weight is sharded."""
         assert self.weight is not None
         return getattr(self.weight, "ds_shape", self.weight.shape)[1]
 

@@ -3,7 +3,7 @@
 import math
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from safereg_dist.config.checks import within
 from safereg_dist.config.risk import RiskConfig, check_signal
@@ -200,29 +200,35 @@ class TrainConfig(Section):
 class EngineConfig(Section):
     """What shards and steps the model."""
 
-    name: Literal["deepspeed", "single"] = "deepspeed"
-    """`deepspeed` (ZeRO-3, any number of ranks) or `single` (plain torch, one process)."""
+    name: Literal["deepspeed", "fsdp2", "single"] = "deepspeed"
+    """`deepspeed` (ZeRO-3) or `fsdp2` (torch's `fully_shard`), both on any number of ranks, or
+    `single` (plain torch, one process)."""
     zero_stage: Literal[3] = 3
     """ZeRO stage of the deepspeed engine; 3 in this version."""
     offload_optimizer: Offload = "none"
     """`none` or `cpu`: where optimizer state and master weights live."""
     offload_params: Offload = "none"
-    """`none` or `cpu`: where the policy's shards rest between uses."""
+    """`none` or `cpu`: where the policy's shards rest between uses; with `fsdp2` gradients and the
+    optimizer too."""
+    reduce_gradients: Literal["last", "each"] = "last"
+    """Read by `fsdp2`: gradients go to their shards after the `last` micro-batch of a step (whole
+    float32 gradients wait on every rank until then) or after `each` (only shards wait)."""
     hpz_partition_size: int = Field(default=1, ge=1)
     """Ranks that share a second copy of the policy's weights (ZeRO++ hpZ), e.g. the GPUs of a node:
     backward passes then gather inside the node. Must divide the number of ranks; 1 = off."""
     timeout_s: float = Field(default=1800.0, gt=0, json_schema_extra=ASIDE)
     """Timeout of a collective in seconds, > 0: an error if some rank does not join it in time."""
 
-    @field_validator("name", mode="before")
-    @classmethod
-    def _is_available(cls, name: Any) -> Any:
-        if name == "fsdp2":
-            raise ConfigError("engine.name=fsdp2 is not available yet: use deepspeed or single")
-        return name
-
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.name == "fsdp2" and (
+            self.hpz_partition_size != 1 or self.offload_optimizer != "none"
+        ):
+            raise ConfigError(
+                "engine.hpz_partition_size and engine.offload_optimizer are DeepSpeed's, got "
+                f"{self.hpz_partition_size} and {self.offload_optimizer} with engine.name=fsdp2: "
+                "set them to 1 and none (engine.offload_params=cpu takes the optimizer along)"
+            )
         if self.name == "single" and self.hpz_partition_size != 1:
             raise ConfigError(
                 f"engine.hpz_partition_size must be 1 with engine.name=single, got "

@@ -98,7 +98,8 @@ def prepare(
     with ranks.together():
         policy = policy_of(config, base, specs)
     if backend is None:
-        backend = reference_backend(engine, ranks)
+        shares = engine == "adapters_off" and _is_under_zero3(base)
+        backend = reference_backend("zero3" if shares else engine, ranks)
     if engine == "adapters_off":
         with ranks.together():
             _check_adapters_off(config, risk)
@@ -199,7 +200,7 @@ def _reference_engine(
         return settings.engine
     if given is None and settings.model is None and hasattr(model, "peft_config"):
         return "adapters_off"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if _is_under_zero3(unwrapped(model)):
         return "zero3"
     return "fsdp2" if ranks.world_size > 1 and given is None else "whole"
 
@@ -285,5 +286,9 @@ def _fingerprint(model: PreTrainedModel, specs: list[SourceSpec], ranks: Ranks) 
     """The fingerprint of the policy's weights, if a probe must be checked against it."""
     if all(spec.probe is None for spec in specs):
         return ""
-    is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    return reference_backend("zero3" if is_sharded else "whole", ranks).fingerprint(model)
+    engine = "zero3" if _is_under_zero3(model) else "whole"
+    return reference_backend(engine, ranks).fingerprint(model)
+
+
+def _is_under_zero3(model: PreTrainedModel) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

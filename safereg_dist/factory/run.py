@@ -49,6 +49,10 @@ def start_backend(config: Config) -> Backend:
         from safereg_dist.parallel.single import SingleBackend, single_ranks
 
         return SingleBackend(single_ranks())
+    if config.engine.name == "fsdp2":
+        from safereg_dist.parallel import fsdp2
+
+        return fsdp2.Fsdp2Backend(fsdp2.start_ranks(config.engine))
     from safereg_dist.parallel.deepspeed import DeepSpeedBackend, start_ranks
 
     return DeepSpeedBackend(start_ranks(config.engine))

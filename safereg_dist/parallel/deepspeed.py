@@ -27,19 +27,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from safereg_dist.config import Config, EngineConfig
-from safereg_dist.errors import CheckpointError, GroupError, reason_of
-from safereg_dist.models.fingerprint import base_parameters, checksum, digest
+from safereg_dist.errors import CheckpointError, GroupError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Update
 from safereg_dist.parallel.optimizer import parameter_groups
+from safereg_dist.parallel.rendezvous import join_group
 from safereg_dist.parallel.shards import (
+    Shard,
     StoredHead,
-    StoredParameter,
     dtype_of,
+    fill_shards,
+    fingerprint,
+    first_not_finite,
+    load_shards,
     read_architecture,
-    read_flat_slices,
     stored_head,
-    stored_parameters,
 )
 from safereg_dist.parallel.zero_config import hidden_size_of, policy_config, zero_config
 from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
@@ -65,33 +67,13 @@ def start_ranks(config: EngineConfig) -> Ranks:
             `engine.hpz_partition_size` does not divide it.
     Collectives: the rendezvous, and one gather of texts.
     """
-    if "RANK" not in os.environ:
-        _pretend_single_launcher()
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    try:
+
+    def form_group(backend: str, timeout: timedelta) -> None:
         deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(seconds=config.timeout_s),
+            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
         )
-    except (RuntimeError, ValueError, KeyError) as err:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise GroupError(
-            f"expected to form a process group of {os.environ.get('WORLD_SIZE')} ranks at "
-            f"{address}, got: {reason_of(err)}: check that the port is free "
-            "(deepspeed --master_port, torchrun --master_port) and the address reachable"
-        ) from err
-    ranks = Ranks(
-        rank=torch.distributed.get_rank(),
-        world_size=torch.distributed.get_world_size(),
-        local_rank=local_rank,
-        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
-        dp_group=torch.distributed.group.WORLD,
-    )
+
+    ranks = join_group(config.timeout_s, form_group)
     with ranks.together():
         _check_secondary_groups(config.hpz_partition_size, ranks.world_size)
     return ranks
@@ -104,21 +86,6 @@ def _check_secondary_groups(size: int, world_size: int) -> None:
             f"expected engine.hpz_partition_size to divide the number of ranks, {world_size}, got "
             f"{size}: choose one of {divisors} (best the GPUs of one node; 1 is none)"
         )
-
-
-def _pretend_single_launcher() -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0",
-        WORLD_SIZE="1",
-        LOCAL_RANK="0",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
 
 
 class DeepSpeedBackend:
@@ -152,7 +119,11 @@ class DeepSpeedBackend:
         with _hf_zero3(settings):
             model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
         with self.ranks.together():
-            _load_shards(model, folder, rank=self.ranks.rank)
+            load_shards(model, folder, self._shard_of)
+        for parameter in model.parameters():
+            # With hpZ the second shard still holds the random initial weights, and the first step
+            # would run on them. Once it is removed, the next gather rebuilds it from the shards.
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
         return model
 
     def load_head(self, folder: Path, *, precision: str) -> Head:
@@ -169,7 +140,7 @@ class DeepSpeedBackend:
             head = _FrozenHead(stored)
         places = zip(head.parameters(), stored.parameters, strict=True)
         with self.ranks.together():
-            _fill_shards(list(places), rank=self.ranks.rank)
+            fill_shards(list(places), self._shard_of)
         return Head(head.weight, head.bias, stored.softcap, stored.scale)
 
     def wrap_policy(self, model: PreTrainedModel, *, config: Config) -> "DeepSpeedPolicy":
@@ -194,41 +165,35 @@ class DeepSpeedBackend:
         return DeepSpeedReference(engine)
 
     @contextmanager
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """A block in which these parameters are whole. Collectives: one all-gather each."""
         # Gathers as deepspeed's modules do: GatheredParameters synchronises the whole device.
-        unique: list[Any] = list(dict.fromkeys(parameters))
+        asked = list(parameters)
+        unique: list[Any] = list(dict.fromkeys(asked))
         absent = [p for p in unique if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         for handle in [p.all_gather_coalesced([p]) for p in absent]:
             handle.wait()
         try:
-            yield
+            yield asked
         finally:
             for parameter in absent:
                 parameter.partition()
 
     def first_not_finite(self, model: nn.Module) -> str | None:
         """Name of a parameter with a non-finite value in its shard, or None. No collectives."""
-        for name, parameter in model.named_parameters():
-            first, last = _shard_range(parameter, self.ranks.rank)
-            shard = parameter.ds_tensor.view(-1)[: last - first]  # type: ignore[attr-defined]
-            if not shard.isfinite().all():
-                return name
-        return None
+        return first_not_finite(model, self._shard_of)
 
     def fingerprint(self, model: nn.Module) -> str:
         """Fingerprint from every rank's shard. Collectives: one SUM of 16 bytes a parameter."""
-        entries = list(base_parameters(model))
-        sums = torch.zeros(len(entries), 2, dtype=torch.int64, device=self.ranks.device)
-        for index, (_, parameter) in enumerate(entries):
-            first, last = _shard_range(parameter, self.ranks.rank)
-            piece = parameter.ds_tensor.view(-1)[: last - first]  # type: ignore[attr-defined]
-            sums[index] = checksum(piece, first).to(self.ranks.device)
-        sums = self.ranks.sum_(sums).cpu()
-        return digest(
-            (name, tuple(p.ds_shape), sums[i])  # type: ignore[attr-defined]
-            for i, (name, p) in enumerate(entries)
-        )
+        return fingerprint(model, self._shard_of, self.ranks)
+
+    def _shard_of(self, parameter: nn.Parameter) -> Shard:
+        """This rank's part; the last rank's is padded, and shorter without."""
+        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        numel = parameter.ds_numel  # type: ignore[attr-defined]
+        first = min(self.ranks.rank * size, numel)
+        length = min(size, numel - first)
+        return Shard(first, parameter.ds_tensor.view(-1)[:length])  # type: ignore[attr-defined]
 
 
 class _FrozenHead(nn.Module):
@@ -370,30 +335,3 @@ def _hf_zero3(settings: dict[str, Any]) -> Iterator[None]:
     finally:
         del keep_alive
         hf_deepspeed._hf_deepspeed_config_weak_ref = before
-
-
-def _shard_range(parameter: nn.Parameter, rank: int) -> tuple[int, int]:
-    """Flat range [first, last) of the parameter that `rank` holds; the last shard is padded."""
-    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    numel = parameter.ds_numel  # type: ignore[attr-defined]
-    first = min(rank * size, numel)
-    return first, min(first + size, numel)
-
-
-@torch.no_grad()
-def _fill_shards(parameters: list[tuple[nn.Parameter, StoredParameter]], *, rank: int) -> None:
-    """Reads this rank's shard of each parameter from its place on disk."""
-    requests = [(p.tensor, p.file, *_shard_range(parameter, rank)) for parameter, p in parameters]
-    shards = read_flat_slices(requests)
-    for (parameter, _), (_, flat) in zip(parameters, shards, strict=True):
-        parameter.ds_tensor.view(-1)[: flat.numel()].copy_(flat)  # type: ignore[attr-defined]
-
-
-def _load_shards(model: PreTrainedModel, folder: Path, *, rank: int) -> None:
-    parameters = dict(model.named_parameters())
-    places = stored_parameters(model, folder)
-    _fill_shards([(parameters[name], place) for name, place in places.items()], rank=rank)
-    for parameter in parameters.values():
-        # With hpZ the second shard still holds the random initial weights, and the first step
-        # would run on them. Once it is removed, the next gather rebuilds it from the shards.
-        parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """The interfaces that every backend implements."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -79,7 +79,7 @@ class Backend(Protocol):
         ...
 
     def load_head(self, folder: Path, *, precision: str) -> Head:
-        """The frozen head alone of the model in a folder; whole inside `gathered` only."""
+        """The frozen head alone of the model in a folder; whole as `gathered` yields it only."""
         ...
 
     def wrap_policy(self, model: PreTrainedModel, *, config: Config) -> PolicyEngine:
@@ -90,8 +90,13 @@ class Backend(Protocol):
         """An engine that runs the frozen `trunk` on the same process groups as the policy."""
         ...
 
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """A block in which these parameters are whole on every rank (collective)."""
+    def gathered(
+        self, parameters: Iterable[nn.Parameter]
+    ) -> AbstractContextManager[Sequence[nn.Parameter]]:
+        """A block with these parameters whole on every rank, in order (collective).
+
+        They are the given ones, or copies that belong to the block: read them, do not train them.
+        """
         ...
 
     def first_not_finite(self, model: nn.Module) -> str | None:

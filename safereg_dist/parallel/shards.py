@@ -1,8 +1,8 @@
-"""Weights between safetensors files and ZeRO-3 shards, without a whole model anywhere."""
+"""Weights between safetensors files and the shards of ranks, without a whole model anywhere."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +14,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from safereg_dist.errors import ConfigError, reason_of
-from safereg_dist.models.fingerprint import checksum, digest
+from safereg_dist.models.fingerprint import base_parameters, checksum, digest
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.fused_tensors import fused_tensors
 from safereg_dist.types import head_of
 
 SINGLE_FILE = "model.safetensors"
@@ -56,30 +57,36 @@ def weight_files(folder: Path) -> dict[str, Path]:
     return dict.fromkeys(_headers(single), single)
 
 
-def match_names(model: nn.Module, files: dict[str, Path], folder: Path) -> dict[str, str]:
-    """Tensor name in the files for every parameter of the model (tied ones once).
+def match_names(model: nn.Module, files: dict[str, Path], folder: Path) -> dict[str, list[str]]:
+    """Tensor names in the files for every parameter of the model (tied ones once).
+
+    There are several where the parameter is made of them, one after another (`fused_tensors`).
 
     Raises:
         ConfigError: a parameter has no tensor: loading would leave it at random values.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    names = {}
-    for name, _ in model.named_parameters():
-        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        names[name] = next((c for c in candidates if c in files), "")
     # A tied weight is listed under its first name only, and may be stored under the other one.
     aliases = _aliases(model)
-    for name, found in names.items():
-        if not found:
-            names[name] = next((a for a in aliases.get(name, ()) if a in files), "")
-    lost = sorted(name for name, found in names.items() if not found)
+
+    def stored(name: str, under: Mapping[str, object]) -> str:
+        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        return next((c for c in (*candidates, *aliases.get(name, ())) if c in under), "")
+
+    found = {name: stored(name, files) for name, _ in model.named_parameters()}
+    names = {name: [tensor] for name, tensor in found.items() if tensor}
+    if len(names) < len(found):
+        fused = fused_tensors(model, files)
+        for name in found.keys() - names.keys():
+            names[name] = fused.get(stored(name, fused), [])
+    lost = sorted(name for name, tensors in names.items() if not tensors)
     if lost:
         raise ConfigError(
             f"{folder} has no tensor for {len(lost)} parameters, the first is {lost[0]!r}: the "
             "checkpoint does not fit the architecture in its config.json (or needs a weight "
-            "conversion on loading, which sharded loading does not support)"
+            "conversion on loading that sharded loading does not support)"
         )
-    return names
+    return {name: names[name] for name in found}
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -89,12 +96,19 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     return {names[0]: names[1:] for names in by_id.values()}
 
 
+class StoredTensor(NamedTuple):
+    """A tensor on disk."""
+
+    name: str
+    file: Path
+    numel: int
+
+
 class StoredParameter(NamedTuple):
     """Where the values of one parameter of a model lie on disk."""
 
-    tensor: str
-    """Name of the tensor in the file."""
-    file: Path
+    tensors: tuple[StoredTensor, ...]
+    """Their flattened values, one after another, are the parameter's; one but of fused experts."""
     shape: tuple[int, ...]
 
 
@@ -110,15 +124,90 @@ def stored_parameters(model: nn.Module, folder: Path) -> dict[str, StoredParamet
     shapes = tensor_shapes(files)
     found = {}
     for name, parameter in model.named_parameters():
-        stored = StoredParameter(names[name], files[names[name]], shapes[names[name]])
-        expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        expected = whole_shape(parameter)
+        tensors = names[name]
+        stored = StoredParameter(
+            tuple(StoredTensor(each, files[each], math.prod(shapes[each])) for each in tensors),
+            _stacked_shape([shapes[each] for each in tensors], expected[:1]),
+        )
         if stored.shape != expected:
             raise ConfigError(
-                f"{folder}: tensor {stored.tensor!r} has shape {stored.shape}, the architecture in "
+                f"{folder}: tensor {tensors[0]!r} has shape {stored.shape}, the architecture in "
                 f"config.json expects {expected}: the files do not belong together"
             )
         found[name] = stored
     return found
+
+
+def _stacked_shape(shapes: list[tuple[int, ...]], count: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor, or of `count` equal stacks of matrices; else that of a flat row."""
+    if len(shapes) == 1:
+        return shapes[0]
+    height = len(shapes) // max(1, *count)
+    stacks = [shapes[i : i + height] for i in range(0, len(shapes), max(1, height))]
+    rows = {sum(shape[0] for shape in stack) for stack in stacks}
+    widths = {shape[1:] for shape in shapes}
+    if (len(stacks),) != count or len(rows) > 1 or len(widths) > 1:
+        return (sum(map(math.prod, shapes)),)
+    return (len(stacks), *rows, *widths.pop())
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the whole parameter, also where this rank holds a shard of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3's own shape is empty
+
+
+class Shard(NamedTuple):
+    """This rank's part of a parameter: neighbours in the flattened whole."""
+
+    first: int
+    """Flat index of its first element."""
+    values: Tensor
+    """[n] the elements, a view of the storage; n may be 0."""
+
+
+ShardOf = Callable[[nn.Parameter], Shard]
+"""How an engine finds this rank's part of a parameter."""
+
+
+@torch.no_grad()
+def fill_shards(parameters: list[tuple[nn.Parameter, StoredParameter]], shard_of: ShardOf) -> None:
+    """Reads this rank's shard of each parameter from its place on disk, and nothing else."""
+    shards = [shard_of(parameter) for parameter, _ in parameters]
+    requests = [
+        (place, shard.first, shard.first + shard.values.numel())
+        for shard, (_, place) in zip(shards, parameters, strict=True)
+    ]
+    for shard, flat in zip(shards, read_flat_slices(requests), strict=True):
+        shard.values.copy_(flat)
+
+
+def load_shards(model: nn.Module, folder: Path, shard_of: ShardOf) -> None:
+    """Reads this rank's shard of every parameter of the model from a Hugging Face folder.
+
+    Raises:
+        ConfigError: the weights do not fit the model.
+    """
+    parameters = dict(model.named_parameters())
+    places = stored_parameters(model, folder)
+    fill_shards([(parameters[name], place) for name, place in places.items()], shard_of)
+
+
+def first_not_finite(model: nn.Module, shard_of: ShardOf) -> str | None:
+    """Name of a parameter with a non-finite value in its shard, or None. No collectives."""
+    named = model.named_parameters()
+    return next((name for name, p in named if not shard_of(p).values.isfinite().all()), None)
+
+
+def fingerprint(model: nn.Module, shard_of: ShardOf, ranks: Ranks) -> str:
+    """Fingerprint from every rank's shards. Collectives: one SUM of 16 bytes a parameter."""
+    entries = list(base_parameters(model))
+    sums = torch.zeros(len(entries), 2, dtype=torch.int64, device=ranks.device)
+    for index, (_, parameter) in enumerate(entries):
+        shard = shard_of(parameter)
+        sums[index] = checksum(shard.values, shard.first).to(ranks.device)
+    sums = ranks.sum_(sums).cpu()
+    return digest((name, whole_shape(p), sums[i]) for i, (name, p) in enumerate(entries))
 
 
 class StoredHead(NamedTuple):
@@ -165,18 +254,18 @@ def weights_fingerprint(folder: Path, ranks: Ranks) -> str:
         sums = torch.zeros(len(stored), 2, dtype=torch.int64, device=ranks.device)
         pieces = read_flat_slices(shares)
         bar = tqdm(pieces, "fingerprint", len(shares), unit=" tensors", disable=not ranks.is_main)
-        for index, (_, flat) in enumerate(bar):
-            sums[index] = checksum(flat.to(ranks.device), start=shares[index][2])
+        for index, flat in enumerate(bar):
+            sums[index] = checksum(flat.to(ranks.device), start=shares[index][1])
     sums = ranks.sum_(sums).cpu()
     return digest((name, place.shape, sums[i]) for i, (name, place) in enumerate(stored.items()))
 
 
-def _share_of(place: StoredParameter, ranks: Ranks) -> tuple[str, Path, int, int]:
+def _share_of(place: StoredParameter, ranks: Ranks) -> tuple[StoredParameter, int, int]:
     """A request for `read_flat_slices`: this rank's slice of the parameter, maybe empty."""
     numel = math.prod(place.shape)
     size = -(-numel // ranks.world_size)
     first = min(ranks.rank * size, numel)
-    return place.tensor, place.file, first, min(first + size, numel)
+    return place, first, min(first + size, numel)
 
 
 def _without_values(folder: Path) -> nn.Module:
@@ -186,19 +275,24 @@ def _without_values(folder: Path) -> nn.Module:
         return AutoModelForCausalLM.from_config(architecture)
 
 
-def read_flat_slices(
-    requests: list[tuple[str, Path, int, int]],
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, 1-D tensor) for each request (name, file, first, last) of flat elements.
+def read_flat_slices(requests: list[tuple[StoredParameter, int, int]]) -> Iterator[Tensor]:
+    """Yields a 1-D tensor for each request (parameter, first, last) of flat elements.
 
-    Reads only the rows of the file that hold the elements, one tensor at a time.
+    Reads only the rows of the files that hold the elements, one request at a time.
     """
     with ExitStack() as stack:
         handles: dict[Path, object] = {}
-        for name, path, first, last in requests:
-            if path not in handles:
-                handles[path] = stack.enter_context(safe_open(path, framework="pt"))
-            yield name, _read_flat(handles[path], name, first, last)
+        for place, first, last in requests:
+            parts, start = [], 0
+            for name, path, numel in place.tensors:
+                begin, end = max(first - start, 0), min(last - start, numel)
+                start += numel
+                if begin >= end:
+                    continue
+                if path not in handles:
+                    handles[path] = stack.enter_context(safe_open(path, framework="pt"))
+                parts.append(_read_flat(handles[path], name, begin, end))
+            yield parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
 
 def _read_flat(handle: object, name: str, first: int, last: int) -> Tensor:

@@ -81,7 +81,7 @@ class SingleBackend:
         def whole(place: StoredParameter | None) -> nn.Parameter | None:
             if place is None:
                 return None
-            [(_, flat)] = read_flat_slices([(place.tensor, place.file, 0, math.prod(place.shape))])
+            [flat] = read_flat_slices([(place, 0, math.prod(place.shape))])
             values = flat.reshape(place.shape).to(self.ranks.device, dtype_of(precision), copy=True)
             return nn.Parameter(values, requires_grad=False)
 
@@ -98,9 +98,9 @@ class SingleBackend:
         return SingleReference(trunk.to(self.ranks.device).eval())
 
     @contextmanager
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Nothing to gather."""
-        yield
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        """The parameters: nothing to gather."""
+        yield list(parameters)
 
     def first_not_finite(self, model: nn.Module) -> str | None:
         """Name of a parameter that holds a value that is not finite."""

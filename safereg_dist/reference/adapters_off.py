@@ -27,11 +27,11 @@ class AdaptersOff:
         policy: Policy,
         *,
         adapter: str | None = None,
-        gathered: Callable[..., AbstractContextManager[None]] = lambda _: nullcontext(),
+        gathered: Callable[[Any], AbstractContextManager[list[nn.Parameter]]],
     ) -> None:
         """`adapter` names a trained adapter that stays on in the reference; None = all are off.
 
-        `gathered(parameters)` is a block in which they are whole: `Backend.gathered`.
+        `gathered(parameters)` is a block with whole ones: `Backend.gathered`.
 
         Raises:
             ConfigError: the model has no adapters, or none of that name.
@@ -106,9 +106,11 @@ class AdaptersOff:
         its original.
         """
         head = self.head
-        is_own = head.weight is self._policy.head.weight
-        with nullcontext() if is_own else self._gathered(head.parameters):
+        if head.weight is self._policy.head.weight:
             yield head
+            return
+        with self._gathered(head.parameters) as whole:
+            yield head.with_parameters(whole)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

@@ -1,6 +1,5 @@
 """A reference with its own weights: a frozen model's trunk on an engine, and its head."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,8 +57,9 @@ class ReferenceTrunk(nn.Module):
                 )
             if num_layers == len(layers):
                 return trunk
-            stopped = copy.copy(trunk)
-            stopped._modules = dict(trunk._modules)
+            # `copy.copy` would call the constructor of the class that FSDP2 gives its modules.
+            stopped = object.__new__(type(trunk))
+            vars(stopped).update(vars(trunk), _modules=dict(trunk._modules))
             stopped._modules[name] = nn.ModuleList(list(layers)[:num_layers])
             stopped._modules[_final_norm_name(trunk)] = nn.Identity()
             self._stopped[num_layers] = stopped
@@ -110,9 +110,9 @@ class EngineModel:
 
     @contextmanager
     def gathered_head(self) -> Iterator[Head]:
-        """A block in which the head is whole. Collectives: one all-gather per parameter."""
-        with self._backend.gathered(self.head.parameters):
-            yield self.head
+        """A block with the whole head. Collectives: one all-gather per parameter."""
+        with self._backend.gathered(self.head.parameters) as whole:
+            yield self.head.with_parameters(whole)
 
 
 def used_parameters(model: PreTrainedModel) -> int:

@@ -97,9 +97,9 @@ def _gathered_tensors(
     parameters = dict(model.named_parameters())
     for file, names in plan:
         for group in _by_module(names):
-            with backend.gathered([parameters[name] for name in group]):
-                for name in group:
-                    copy = _host_copy(parameters[name]) if backend.ranks.is_main else torch.empty(0)
+            with backend.gathered([parameters[name] for name in group]) as whole:
+                for name, tensor in zip(group, whole, strict=True):
+                    copy = _host_copy(tensor) if backend.ranks.is_main else torch.empty(0)
                     yield name, copy, file if name == names[-1] else None
 
 

@@ -14,6 +14,10 @@ class Case:
     divergence: str = "kl_forward"
     grad_accum_steps: int = 1
     ceiling: float = 0.7
+    policy: str = "policy"
+    """Name of the folder that holds the policy."""
+    engine: tuple[str, ...] = ()
+    """Overrides that change where things are, and no result."""
 
     @property
     def anchors(self) -> bool:
@@ -27,6 +31,8 @@ class Case:
             f"regularizer.divergence={self.divergence}",
             f"regularizer.ceiling={self.ceiling}",
             f"train.grad_accum_steps={self.grad_accum_steps}",
+            f"model={self.policy}",
+            *self.engine,
         ]
 
 
@@ -45,9 +51,25 @@ CASES = (
 )
 
 
-def cases_on(world_size: int) -> tuple[Case, ...]:
-    """All cases on two ranks, every other one on one and on three."""
-    return CASES if world_size == 2 else CASES[::2]
+FSDP2_CASES = (
+    Case("tied-forward-2", grad_accum_steps=2, policy="tied"),
+    Case("tied-none-2", objective="none", grad_accum_steps=2, policy="tied"),
+    Case("reduced-each-2", grad_accum_steps=2, engine=("engine.reduce_gradients=each",)),
+    Case(
+        "elsewhere-2",
+        grad_accum_steps=2,
+        policy="tied",
+        engine=(
+            *("engine.offload_params=cpu", "reference.offload=cpu"),
+            "train.activation_checkpointing=true",
+        ),
+    ),
+)
+
+
+def cases_on(world_size: int, engine: str = "deepspeed") -> tuple[Case, ...]:
+    """All cases on two ranks, every other one on one and on three; and those of the engine."""
+    return (CASES if world_size == 2 else CASES[::2]) + (FSDP2_CASES if engine == "fsdp2" else ())
 
 
 SCHEDULE_LINEAR = "regularizer.schedule=linear"

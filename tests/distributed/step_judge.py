@@ -13,11 +13,11 @@ from safereg_dist.types import Row
 DIRECTIONS = {"kl_forward": "forward", "kl_reverse": "reverse", "l2_logits": "l2"}
 
 
-def whole_models(folder: Path) -> list[PreTrainedModel]:
+def whole_models(folder: Path, policy: str = "policy") -> list[PreTrainedModel]:
     """Policy and reference of a folder in float64, by plain transformers."""
     return [
         AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64)
-        for name in ("policy", "reference")
+        for name in (policy, "reference")
     ]
 
 
@@ -79,7 +79,9 @@ def expected(
     )
     hidden.backward(torch.tensor(result["grad_hidden"]))
     grads = {n: p.grad.numpy() for n, p in policy.named_parameters() if p.grad is not None}
-    grads["lm_head.weight"] = result["grad_head"]
+    tied = policy.lm_head.weight is policy.model.embed_tokens.weight
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    grads[head] = result["grad_head"] + (grads[head] if tied else 0.0)
     result["row_of_token"] = np.array(row_of_token)
     counts = {
         "rows": len(rows),

@@ -1,4 +1,4 @@
-"""One rank of the step tests: all cases in one process group. Arguments: folder of the test."""
+"""One rank of the step tests: all cases in one group. Arguments: folder of the test, engine."""
 
 import json
 import os
@@ -11,6 +11,8 @@ import torch
 COLLECTIVES: list[str] = []
 BYTES: list[int] = []
 """Bytes that this rank gives to each of COLLECTIVES."""
+ENGINE = "engine.name=deepspeed"
+"""The engine of the runs, as an override."""
 
 
 def record_collectives() -> None:
@@ -52,6 +54,7 @@ import numpy as np  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from step_cases import SCHEDULE_LINEAR, cases_on, micro_batch_rows  # noqa: E402
 from support.engines import PassThrough  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 
 from safereg_dist.config import load_config  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
@@ -67,7 +70,7 @@ from safereg_dist.trainer import optimizer_step  # noqa: E402
 
 def run_case(folder, case, backend) -> None:
     """One optimizer step without the update; rank 0 writes loss, parts and gradients."""
-    config = load_config(folder / "base.yaml", [*case.overrides(), SCHEDULE_LINEAR])
+    config = load_config(folder / "base.yaml", [*case.overrides(), SCHEDULE_LINEAR, ENGINE])
     run = build_run(config, backend)
     rank = backend.ranks.rank
     rows = [
@@ -85,7 +88,20 @@ def run_case(folder, case, backend) -> None:
         text = json.dumps({"total": sums, "left_gathered": left})
         (folder / f"{case.name}.json").write_text(text)
     (folder / f"{case.name}.rank{rank}.collectives").write_text("\n".join(per_step))
-    run.engine.engine.destroy()
+    destroy(run)
+
+
+def destroy(run) -> None:
+    """Ends the policy's engine where it has an end."""
+    if ENGINE == "engine.name=deepspeed":
+        run.engine.engine.destroy()
+
+
+def full_grad(parameter) -> np.ndarray:
+    """The gradient of a whole parameter, float32 (collective)."""
+    grad = parameter.grad
+    whole = grad.full_tensor() if isinstance(grad, DTensor) else safe_get_full_grad(parameter)
+    return whole.float().numpy().copy()
 
 
 class NoUpdate(PassThrough):
@@ -99,7 +115,7 @@ class NoUpdate(PassThrough):
     def update(self, lr) -> Update:
         """None."""
         named = self._model.named_parameters()
-        self.grads = {n: safe_get_full_grad(p).float().numpy().copy() for n, p in named}
+        self.grads = {name: full_grad(parameter) for name, parameter in named}
         return Update(applied=True, grad_norm=0.0)
 
 
@@ -122,6 +138,8 @@ def left_gathered(run) -> list[str]:
     if isinstance(reference, NoReference):
         return []
     model = reference.model.engine.module.model
+    if ENGINE == "engine.name=fsdp2":
+        return [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     return [
         name
         for name, p in model.named_parameters()
@@ -131,7 +149,7 @@ def left_gathered(run) -> list[str]:
 
 def random_patterns(folder, backend, steps: int) -> None:
     """Random risk on every rank: no hang, and the same order of collectives everywhere."""
-    config = load_config(folder / "base.yaml", ["reference.rows_per_pass=1"])
+    config = load_config(folder / "base.yaml", ["reference.rows_per_pass=1", ENGINE])
     run = build_run(config, backend)
     rank = backend.ranks.rank
     watched = replace(run, engine=Watched(run.engine))
@@ -153,7 +171,7 @@ def random_patterns(folder, backend, steps: int) -> None:
         (folder / "random.json").write_text(
             json.dumps({"skipped": int(skipped), "left_gathered": left_gathered(run)})
         )
-    run.engine.engine.destroy()
+    destroy(run)
 
 
 def replace_risk(row, risk):
@@ -181,7 +199,8 @@ def failing_rank(folder, backend) -> None:
     from safereg_dist.errors import RemoteRankError
 
     for granularity in ("sequence", "batch"):
-        config = load_config(folder / "base.yaml", [f"regularizer.granularity={granularity}"])
+        override = f"regularizer.granularity={granularity}"
+        config = load_config(folder / "base.yaml", [override, ENGINE])
         run = build_run(config, backend)
         rank = backend.ranks.rank
         run.regularizer.risk = RiskStage([WeightedSource("", FailingSource(rank), 0.5)])
@@ -191,14 +210,16 @@ def failing_rank(folder, backend) -> None:
         except (RuntimeError, RemoteRankError) as error:
             caught = f"{type(error).__name__}: {error}"
         (folder / f"failing-{granularity}.rank{rank}").write_text(caught)
-        run.engine.engine.destroy()
+        destroy(run)
 
 
 def main() -> None:
     """All parts, in an order that is the same on every rank."""
-    folder = Path(sys.argv[-1])
-    backend = start_backend(load_config(folder / "base.yaml"))
-    for case in cases_on(backend.ranks.world_size):
+    global ENGINE
+    folder, engine = Path(sys.argv[-2]), sys.argv[-1]
+    ENGINE = f"engine.name={engine}"
+    backend = start_backend(load_config(folder / "base.yaml", [ENGINE]))
+    for case in cases_on(backend.ranks.world_size, engine):
         run_case(folder, case, backend)
     if backend.ranks.world_size == 2:
         failing_rank(folder, backend)

@@ -1,4 +1,5 @@
-"""Claimed: loss, parts and every gradient of one step are those of the equations, on any ranks.
+"""Claimed: loss, parts and every gradient of one step are those of the equations, on any ranks,
+under ZeRO-3 and under FSDP2; FSDP2 gathers the policy's head once for a step.
 
 The judge is float64: hidden states from plain transformers, one row at a time and unpadded, the
 loss and its gradients in hidden states and head from `oracles.step_loss`, the rest by the chain
@@ -24,6 +25,7 @@ def folder(tmp_path_factory):
     """Policy, reference and configuration on disk."""
     base = tmp_path_factory.mktemp("step")
     save_model(base / "policy", tiny_model(seed=0))
+    save_model(base / "tied", tiny_model(seed=3, tie_word_embeddings=True))
     save_model(base / "reference", tiny_model(seed=1))
     write_jsonl(base / "train.jsonl", random_rows(12))
     (base / "base.yaml").write_text(
@@ -40,20 +42,23 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(folder):
-    """Both models in float64."""
-    return whole_models(folder)
+    """Policy and reference in float64, by name of the policy."""
+    return {name: whole_models(folder, name) for name in ("policy", "tied")}
 
 
 @pytest.mark.slow
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_step_equals_the_equations(world_size, folder, models, launch, tmp_path):
-    for file in ("policy", "reference", "base.yaml"):
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_step_equals_the_equations(engine, world_size, folder, models, launch, tmp_path):
+    for file in ("policy", "tied", "reference", "base.yaml"):
         (tmp_path / file).symlink_to(folder / file)
-    done = launch(WORKER, str(tmp_path), ranks=world_size)
+    done = launch(WORKER, str(tmp_path), engine, ranks=world_size)
     assert done.status == 0, done.output[-4000:]
-    for case in cases_on(world_size):
-        check_case(case, models, world_size, tmp_path)
+    for case in cases_on(world_size, engine):
+        check_case(case, models[case.policy], world_size, tmp_path)
+    if engine == "fsdp2" and world_size > 1:
+        check_gathers_of_the_head(tmp_path)
     if world_size == 2:
         check_failing_rank(tmp_path)
     if world_size == 3:
@@ -84,6 +89,16 @@ def check_case(case, models, world_size, folder):
         assert worst < TOLERANCE, f"{where}: gradient of {name} is off by {worst:.2e}"
     logs = [(folder / f"{case.name}.rank{r}.collectives").read_text() for r in range(world_size)]
     assert len(set(logs)) == 1, f"{where}: ranks made different collectives"
+
+
+def check_gathers_of_the_head(folder):
+    """Embedding and head are of one size: the former is gathered for each of two micro-batches."""
+    for name, count in {"none-2": 2 + 1, "tied-none-2": 1}.items():
+        made = (folder / f"{name}.rank0.collectives").read_text().splitlines()
+        of_size = [
+            line for line in made if line.startswith("all_gather") and line.endswith(":3072")
+        ]
+        assert len(of_size) == count, (name, made)
 
 
 def check_failing_rank(folder):

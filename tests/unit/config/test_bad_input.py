@@ -165,7 +165,6 @@ def write_probe(folder, model, **changes):
         ("regularizer.ceiling=2", ["regularizer.ceiling", "objective=additive"]),
         ("regularizer.ema=0.5", ["regularizer.ema", "granularity=batch"]),
         ("risk.estimator=probe", ["risk.path", "safereg probe fit"]),
-        ("engine.name=fsdp2", ["fsdp2", "use deepspeed or single"]),
         ("train.eval_every=1", ["data.validation"]),
         ("train.steps", ["key=value"]),
     ],

@@ -34,8 +34,8 @@ class NotedBackend:
     def gathered(self, parameters):
         parameters = list(parameters)
         self.gathered_bytes.append(sum(p.numel() * p.element_size() for p in parameters))
-        with self._backend.gathered(parameters):
-            yield
+        with self._backend.gathered(parameters) as whole:
+            yield whole
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,134 @@
+"""Claimed: engine fsdp2 trains, resumes and exports; its references serve policies under ZeRO-3.
+
+Exact: a resumed run (bf16, dropout, gradients accumulated) gives the same bits; what was saved on
+two ranks is what four ranks load and export; the weights' fingerprint is that of ZeRO-3; nothing is
+left whole after a pass of the reference. Within 5 %: the bytes of a rank between steps are its
+share. Rounds: float32 losses and states beside those of ZeRO-3 and of plain transformers.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.builders import VOCAB, random_rows, save_model, tiny_model, write_jsonl
+from support.launching import FINETUNE, ROOT
+from support.ranks import on_ranks
+from test_resume import result
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from safereg_dist.models.fingerprint import model_fingerprint
+from safereg_dist.parallel.fsdp2 import Fsdp2Backend
+from safereg_dist.parallel.shards import weights_fingerprint
+from safereg_dist.reference import ReferenceTrunk
+
+WORKER = ROOT / "tests" / "distributed" / "fsdp2_worker.py"
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab": 1001}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tied policy, an untied reference, data and configuration."""
+    policy = tiny_model(seed=0, tie_word_embeddings=True, attention_dropout=0.2, **SIZES)
+    save_model(tmp_path / "policy", policy)
+    save_model(tmp_path / "reference", tiny_model(seed=1, **SIZES))
+    write_jsonl(tmp_path / "train.jsonl", random_rows(40))
+    (tmp_path / "run.yaml").write_text(
+        f"model: {tmp_path / 'policy'}\n"
+        f"reference: {{model: {tmp_path / 'reference'}}}\n"
+        f"data: {{train: {tmp_path / 'train.jsonl'}}}\n"
+        "risk: {estimator: column, max_held_back: 1.0}\n"
+        "train: {steps: 6, micro_batch_size: 2, grad_accum_steps: 2, save_every: 3}\n"
+        "optimizer: {lr: 0.001}\n"
+        "engine: {name: fsdp2}\n"
+        f"output_dir: {tmp_path / 'whole'}\n"
+    )
+    return tmp_path
+
+
+def run_worker(folder, launch, work, *, ranks):
+    """What every rank found."""
+    done = launch(WORKER, str(folder), work, ranks=ranks)
+    assert done.status == 0, done.output[-4000:]
+    return [json.loads((folder / f"{work}.rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def test_train_resume_move_and_export(folder, launch):
+    done = launch(FINETUNE, folder / "run.yaml", ranks=2)
+    assert done.status == 0, done.output[-4000:]
+    expected = result(folder / "whole")
+    again = folder / "again"
+    shutil.copytree(folder / "whole", again)
+    shutil.rmtree(again / "model")
+    (again / "summary.json").unlink()
+    done = launch(FINETUNE, folder / "run.yaml", f"output_dir={again}", ranks=2)
+    assert done.status == 0, done.output[-4000:]
+    assert "resuming from" in done.output
+    assert result(again) == expected
+
+    found = run_worker(folder, launch, "moved", ranks=4)
+    dcp_to_torch_save(folder / "whole/checkpoint/step-00000003/engine", folder / "saved.pt")
+    saved = torch.load(folder / "saved.pt")["model"]
+    exported = AutoModelForCausalLM.from_pretrained(folder / "moved")
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    for name, parameter in exported.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, saved[name].bfloat16()), name
+    for rank in found:
+        assert rank["losses"] == found[0]["losses"]
+        assert rank["live"] <= 1.05 * rank["whole"] / 4, rank
+
+
+@pytest.mark.deepspeed
+def test_reference_beside_a_policy_under_zero3(folder, launch):
+    found = run_worker(folder, launch, "beside", ranks=2)
+    model = AutoModelForCausalLM.from_pretrained(folder / "reference")
+    ids = torch.arange(6, 26).reshape(2, 10)
+    with torch.no_grad():
+        states = model.base_model(ids, output_hidden_states=True).hidden_states
+    for rank in found:
+        assert rank["fsdp2"] == pytest.approx(rank["zero3"], rel=1e-6)
+        assert rank["fingerprints"][0] == rank["fingerprints"][1]
+        assert rank["same_head"]
+        for layers, (left, *some) in zip((2, 3, 1, 3, 2), rank["passes"], strict=True):
+            assert left == 0
+            assert some == pytest.approx(states[layers].flatten()[::37].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_stored_apart(family, tmp_path):
+    """Fused on loading, each rank reading its own experts: the model of plain transformers."""
+    save_model(tmp_path / "model", tiny_experts(family))
+    names = load_file(tmp_path / "model" / "model.safetensors").keys()
+    assert any(".experts.4." in name for name in names)
+    ids = torch.arange(6, 26).reshape(2, 10)
+
+    def loaded(ranks):
+        backend = Fsdp2Backend(ranks)
+        model = backend.load_model(tmp_path / "model", precision="fp32", offload="none")
+        engine = backend.wrap_reference(ReferenceTrunk(model), offload="none", rows=2)
+        prints = backend.fingerprint(model), weights_fingerprint(tmp_path / "model", ranks)
+        return [*prints, engine(ids).flatten()[::37].tolist()]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        states = model.base_model(ids).last_hidden_state.flatten()[::37].tolist()
+    for one, other, some in on_ranks(3, loaded, tmp_path):
+        assert one == other == model_fingerprint(model)
+        assert some == pytest.approx(states, abs=1e-5)
+
+
+def tiny_experts(family):
+    """A random mixture of five experts."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        **dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, moe_intermediate_size=24),
+        **dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8),
+        **dict(num_local_experts=5, num_experts=5, num_experts_per_tok=2, initializer_range=0.3),
+        max_position_embeddings=64,
+    )
+    return AutoModelForCausalLM.from_config(config).float()
