@@ -155,10 +155,10 @@ class StepMetrics:
     def _ledger_rows(self, *, step: int, rank: int) -> list[LedgerRow]:
         """One ledger row per sequence. One host synchronisation."""
         means = [_mean_divergence(batch, result) for batch, result in self._results]
-        fetched = torch.stack(means).cpu().tolist() if means else []
+        fetched = iter(torch.cat(means).tolist() if means else [])
         rows = []
         for micro_batch, (batch, result) in enumerate(self._results):
-            for index, row in enumerate(batch.rows):
+            for index, (row, divergence) in enumerate(zip(batch.rows, fetched, strict=False)):
                 if not row.id:
                     continue
                 coef = result.kl_coef[index]
@@ -172,7 +172,7 @@ class StepMetrics:
                         risk=result.risk.values[index],
                         estimator="anchor" if row.is_anchor else result.risk.sources[index],
                         kl_coef=coef,
-                        divergence=fetched[micro_batch][index] if coef > 0 else None,
+                        divergence=divergence if coef > 0 else None,
                         note=result.risk.notes.get(index),
                     )
                 )
