@@ -40,7 +40,9 @@ class Policy:
         self._probed: Tensor | None = None
         for head in head_layers(model):
             # On the instance: the engine's hooks stand around `forward`, the class stays as it is.
-            head.forward = partial(self._head_forward, head.forward)
+            plain = partial(self._head_forward, head.forward)
+            # Each step brings another loss: compiled, it would be compiled again.
+            head.forward = torch.compiler.disable(plain)
         if probed_layer is not None:
             self._watch_layer(probed_layer)
 
@@ -72,7 +74,6 @@ class Policy:
         """The language-model head; its weights are gathered only inside its own call."""
         return head_of(self.model)
 
-    @torch.compiler.disable  # each step brings another loss, and would be compiled again
     def _head_forward(self, plain: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         if self._loss is None:
             return plain(hidden)

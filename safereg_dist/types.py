@@ -1,6 +1,7 @@
 """The values that flow through a step; data only, no behaviour but moving to a device."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -169,7 +170,7 @@ class Head(NamedTuple):
         """The weight and, where there is one, the bias."""
         return [parameter for parameter in self[:2] if parameter is not None]
 
-    def with_parameters(self, parameters: list[nn.Parameter]) -> "Head":
+    def with_parameters(self, parameters: Sequence[nn.Parameter]) -> "Head":
         """The same head with others in the place of its `parameters`."""
         return self._replace(**dict(zip(("weight", "bias"), parameters, strict=False)))
 

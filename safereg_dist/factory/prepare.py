@@ -168,13 +168,25 @@ def assemble(
     )
 
 
+def read_settings(settings: Path | str | Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a dict, from a YAML file where they are a path.
+
+    Raises:
+        ConfigError: a file that cannot be read, or holds no mapping.
+    """
+    if isinstance(settings, Mapping):
+        return dict(settings)
+    try:
+        found = yaml.safe_load(Path(settings).read_text("utf-8")) or {}
+    except (OSError, yaml.YAMLError) as err:
+        raise ConfigError(f"the settings {settings} cannot be read: {err}") from err
+    if not isinstance(found, dict):
+        raise ConfigError(f"expected sections in the settings {settings}, got a {type(found)}")
+    return found
+
+
 def _config_of(model: PreTrainedModel, settings: Path | str | Mapping[str, Any]) -> Config:
-    given = settings
-    if isinstance(given, Path | str):
-        try:
-            given = yaml.safe_load(Path(given).read_text("utf-8")) or {}
-        except (OSError, yaml.YAMLError) as err:
-            raise ConfigError(f"settings {settings} cannot be read: {err}") from err
+    given = read_settings(settings)
     unknown = set(given) - set(SECTIONS)
     if unknown:
         raise ConfigError(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import yaml
 
-from safereg_dist.errors import CheckpointError, ConfigError
+from safereg_dist.errors import CheckpointError
+from safereg_dist.factory.prepare import read_settings
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
 from safereg_dist.step import SafetyRegularizer, StepPlan
@@ -28,14 +29,12 @@ def settings_of(given: str | Path | Mapping[str, Any], args: Any) -> dict[str, A
     Raises:
         ConfigError: a file that cannot be read.
     """
-    if isinstance(given, str | Path):
-        try:
-            given = yaml.safe_load(Path(given).read_text("utf-8")) or {}
-        except (OSError, yaml.YAMLError) as err:
-            raise ConfigError(f"safereg={given} cannot be read: {err}") from err
-    rows = {"micro_batch_size": args.per_device_train_batch_size}
-    precision = {"precision": "bf16" if args.bf16 else "fp32"}
-    return {**given, "train": {**rows, **precision, **(given.get("train") or {})}}
+    settings: dict[str, Any] = read_settings(given)
+    known = {
+        "micro_batch_size": args.per_device_train_batch_size,
+        "precision": "bf16" if args.bf16 else "fp32",
+    }
+    return {**settings, "train": {**known, **(settings.get("train") or {})}}
 
 
 class Recorder:

@@ -9,7 +9,7 @@ own call (`compute_loss`), and a callback closes the step.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -29,7 +29,13 @@ STATE = "safereg"
 """The folder of a Trainer's checkpoint that holds the regulariser's state and the logs' ends."""
 
 
-class SafeRegMixin:
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object  # a mixin: the Trainer comes after it
+
+
+class SafeRegMixin(_Trainer):
     """Goes before a Trainer class: `class Mine(SafeRegMixin, Trainer)`.
 
     Collectives of a step beside the Trainer's own: those of `SafetyRegularizer.open`, `loss_of` and
@@ -60,11 +66,11 @@ class SafeRegMixin:
             with ranks.together():
                 settings = settings_of(safereg, self.args)
             tokenizer = getattr(self, "processing_class", None)
-            model = self.model
+            model: Any = self.model
             safereg = prepare(model, settings, tokenizer=tokenizer)
             self._mix_anchors(settings, tokenizer)
         self.safereg = safereg
-        self._recorder = Recorder(safereg, Path(self.args.output_dir), settings)
+        self._recorder = Recorder(safereg, Path(str(self.args.output_dir)), settings)
         self.data_collator = RowCollator(
             self.data_collator, needs_positions=bool(getattr(self.args, "packing", False))
         )
@@ -85,7 +91,7 @@ class SafeRegMixin:
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of a step, planned together, and the tokens N of all ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
         self._plan = self.safereg.open(
@@ -107,7 +113,7 @@ class SafeRegMixin:
         """This rank's share of L, times the ranks over which its engine averages gradients."""
         batch = inputs.pop(KEY, None)
         if not model.training or batch is None:
-            return super().compute_loss(  # type: ignore[misc]
+            return super().compute_loss(
                 model,
                 inputs,
                 return_outputs=return_outputs,
@@ -137,24 +143,25 @@ class SafeRegMixin:
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, on its own columns."""
         inputs = {key: value for key, value in inputs.items() if key != KEY}
-        return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        found = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        found = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._grad_norm = found
         return found
 
     # ---- data, logs and checkpoints
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        self._signature_columns += [c for c in COLUMNS if c not in self._signature_columns]
+        super()._set_signature_columns_if_needed()
+        known = list(self._signature_columns or [])
+        self._signature_columns = [*known, *(c for c in COLUMNS if c not in known)]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's logs, with the safety metrics since the last ones under `safereg/`."""
         if "loss" in logs:
             logs.update(self._recorder.since_last_log())
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; resumes our state and logs with its own."""
@@ -162,15 +169,15 @@ class SafeRegMixin:
         if found is True:
             found = get_last_checkpoint(self.args.output_dir)
         self._recorder.start(Path(found, STATE) if isinstance(found, str | Path) else None)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._recorder.finish()
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         # Before the Trainer's own files: a checkpoint that it counts as complete has ours.
         name = f"checkpoint-{self.state.global_step}"
-        self._recorder.save(Path(self.args.output_dir, name, STATE))
-        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+        self._recorder.save(Path(str(self.args.output_dir), name, STATE))
+        super()._save_checkpoint(model, trial, *args, **kwargs)
 
 
 class _StepEnd(TrainerCallback):

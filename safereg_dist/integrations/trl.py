@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import SFTTrainer, pack_dataset
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import SFTTrainer
 
 from safereg_dist.errors import ConfigError
 from safereg_dist.integrations.trainer import SafeRegMixin
@@ -55,7 +56,8 @@ class SafeRegSFTTrainer(SafeRegMixin, SFTTrainer):
         known = [name for name in _PER_TOKEN if name in (prepared.column_names or [])]
         spread = prepared.map(_per_token, fn_kwargs={"names": known})
         columns = spread.select_columns(["input_ids", "labels", *known])
-        return pack_dataset(columns, args.max_length, args.packing_strategy)
+        pack: Any = pack_dataset
+        return pack(columns, args.max_length, args.packing_strategy)
 
     def compute_loss(
         self,

@@ -3,7 +3,7 @@
 The pass runs the policy's own engine, so it comes before the policy's forward and never inside it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -27,7 +27,7 @@ class AdaptersOff:
         policy: Policy,
         *,
         adapter: str | None = None,
-        gathered: Callable[[Any], AbstractContextManager[list[nn.Parameter]]],
+        gathered: Callable[[Any], AbstractContextManager[Sequence[nn.Parameter]]],
     ) -> None:
         """`adapter` names a trained adapter that stays on in the reference; None = all are off.
 

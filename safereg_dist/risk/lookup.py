@@ -97,7 +97,7 @@ class LookupRisk(RiskSource):
                 "risk.estimator=lookup reads rows as text and has no tokenizer: give `tokenizer` "
                 "to prepare (a Trainer: `processing_class`)"
             )
-        return _squeezed(self._tokenizer.decode(row.input_ids, skip_special_tokens=True))
+        return _squeezed(str(self._tokenizer.decode(row.input_ids, skip_special_tokens=True)))
 
     def _look_up(self, text: str) -> float:
         best = (0, float("nan"))
@@ -164,7 +164,7 @@ def _scored(place: str, row: Mapping[str, Any]) -> ScoredRow:
 
 
 def _texts(place: str, row: Mapping[str, Any]) -> Iterable[str]:
-    return (message["content"] or "" for message in answered_conversation(row, place))
+    return (message["content"] or "" for message in answered_conversation(dict(row), place))
 
 
 def _squeezed(text: str) -> str:
