@@ -30,7 +30,14 @@ setup(
         "ninja",
     ],
     extras_require={
+        "trl": ["trl>=1.9"],
+        "lora": ["peft>=0.17"],
         "dev": [
+            "trl>=1.9",
+            "peft>=0.17",
+            "bitsandbytes",
+            "wandb",
+            "mlflow-skinny",
             "pytest>=8",
             "pytest-xdist>=3",
             "hypothesis",

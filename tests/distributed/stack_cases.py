@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from support.builders import VOCAB, tiny_model, word_tokenizer
+from support.builders import VOCAB, random_rows, tiny_model, word_tokenizer, write_jsonl
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -64,6 +64,7 @@ def write_models(folder: Path, family: str = "llama") -> None:
     for name, seed in (("policy", 0), ("reference", 5)):
         tiny_model(family, seed=seed).save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
+    write_jsonl(folder / "any.jsonl", random_rows(30, seed=1))
 
 
 def with_adapters(model: PreTrainedModel):
@@ -89,8 +90,13 @@ def adapter_values(model: PreTrainedModel):
     return of
 
 
-def expected(folder: Path, *, lora: bool = False, steps: int = STEPS) -> dict:
-    """Losses of all steps and the gradients of the first, from whole logits in float64."""
+def expected(
+    folder: Path, *, lora: bool = False, repeats: bool = False, steps: int = STEPS
+) -> dict:
+    """Losses of all steps and the gradients of the first, from whole logits in float64.
+
+    `repeats`: each step has the rows of the first one.
+    """
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)
     if lora:
         policy = with_adapters(policy).double()
@@ -101,11 +107,12 @@ def expected(folder: Path, *, lora: bool = False, steps: int = STEPS) -> dict:
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
     losses, gradients = [], {}
     for step in range(steps):
-        rows = examples()[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]
+        first = 0 if repeats else step * ROWS_PER_STEP
+        rows = examples()[first : first + ROWS_PER_STEP]
         count = sum(label != -100 for row in rows for label in row.labels[1:])
         loss = sum(_row_loss(policy, reference, row) for row in rows) / count
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if step == 0:
             gradients = {
                 plain_name(n): p.grad.clone()

@@ -43,6 +43,8 @@ def main() -> None:
     args.rows = ROWS_PER_STEP // (args.world * args.accumulation)
     kind = args.stack.split("-")[0]
     run = {"trainer": trainer, "sfttrainer": trainer, "lora": trainer}.get(kind, loop)
+    if args.stack in OWN_ENGINES:
+        run = own_engine
     losses, gradients, facts = run(args)
     if args.rank == 0:
         from safetensors.torch import save_file
@@ -125,8 +127,12 @@ def trainer(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM, TrainingArguments
 
     rows = [e.feature(i) for i, e in enumerate(examples()[: args.steps * ROWS_PER_STEP])]
-    data = Dataset.from_list(rows)
     chosen = trainer_arguments(args)
+    if args.stack == "sfttrainer-packed":  # packing changes the order: each epoch is a step
+        rows = rows[:ROWS_PER_STEP]
+        lines = 64 if args.accumulation == 1 else 2
+        chosen |= {"per_device_train_batch_size": lines, "gradient_accumulation_steps": 32}
+    data = Dataset.from_list(rows)
     extra = {}
     if args.stack.startswith("sfttrainer"):
         from transformers import AutoTokenizer
@@ -236,6 +242,66 @@ def local_bytes(parameter) -> int:
         return (parameter.ds_tensor.numel() + gathered) * parameter.element_size()
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return local.numel() * local.element_size()
+
+
+# ---- the engines of `safereg train`
+
+OWN_ENGINES = {"single": "single", "deepspeed-zero-3": "deepspeed", "fsdp2": "fsdp2"}
+
+
+def own_engine(args: argparse.Namespace):
+    """(losses, first gradients, facts) of `optimizer_step` on an engine of our own."""
+    from safereg_dist import build_run, optimizer_step, row_of, start_backend
+    from safereg_dist.config import config_from_dict
+
+    engine = OWN_ENGINES[args.stack]
+    data = args.folder / "any.jsonl"
+    config = config_from_dict(
+        {
+            **settings(args),
+            "model": str(args.folder / "policy"),
+            "data": {"train": str(data)},
+            "optimizer": {"lr": LR, "schedule": "constant", "warmup_ratio": 0, "max_grad_norm": 0},
+            "train": {
+                "micro_batch_size": args.rows,
+                "grad_accum_steps": args.accumulation,
+                "precision": args.precision,
+            },
+            "engine": {"name": engine},
+        }
+    )
+    run = build_run(config, start_backend(config))
+    losses, gradients = [], {}
+    plain = run.engine.update
+
+    def update(lr):
+        if not gradients:
+            read = zero_gradients if engine == "deepspeed" else whole_gradients
+            model = run.model if engine != "single" else masters(run)
+            gradients.update(read(model))
+        return plain(lr)
+
+    object.__setattr__(run.engine, "update", update)
+    for step in range(args.steps):
+        rows = [
+            row_of(f"row-{i}", e.input_ids, [int(label != -100) for label in e.labels], risk=e.risk)
+            for batch in batches_of(args, step)
+            for i, e in batch
+        ]
+        result = optimizer_step(run, rows, step=step, lr=LR)
+        losses.append(result.totals.sums["loss"])
+    return losses, gradients, {"parameter_bytes": parameter_bytes(run.model, run.regularizer)}
+
+
+def masters(run) -> nn.Module:
+    """The single engine's float32 weights, which hold its gradients, under the model's names."""
+    engine = run.engine
+    by_id = {id(p): master for p, master in zip(engine._trained, engine._masters, strict=True)}
+    holder = nn.Module()
+    holder.named_parameters = lambda: [  # type: ignore[method-assign]
+        (name, by_id[id(p)]) for name, p in run.model.named_parameters()
+    ]
+    return holder
 
 
 # ---- loops of one's own
