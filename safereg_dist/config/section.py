@@ -3,12 +3,22 @@
 from contextlib import suppress
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 from pydantic.fields import FieldInfo
 
 ASIDE: dict[str, Any] = {"changes_result": False}
 """Mark of a key (`json_schema_extra`) on which the trained weights do not depend: paths, saving,
 time limits. A run may resume with another value of it."""
+NEWER: dict[str, Any] = {"omitted_at_default": True}
+"""Mark of a key that earlier versions did not have: at its default it is left out of the file and
+the hash of a configuration, so that runs of those versions go on."""
 
 
 class Section(BaseModel):
@@ -32,6 +42,11 @@ class Section(BaseModel):
                 return float(value)
         return value
 
+    @model_serializer(mode="wrap")
+    def _without_newer(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {k: v for k, v in write(self).items() if not is_omitted(fields[k], v)}
+
 
 def is_section(kind: Any) -> bool:
     """True if a field of this type is itself a section."""
@@ -42,3 +57,10 @@ def changes_result(field: FieldInfo) -> bool:
     """False where a field bears the mark `ASIDE`."""
     extra = field.json_schema_extra
     return not isinstance(extra, dict) or bool(extra.get("changes_result", True))
+
+
+def is_omitted(field: FieldInfo, value: Any) -> bool:
+    """True where a field bears the mark `NEWER` and has its default."""
+    extra = field.json_schema_extra
+    is_newer = isinstance(extra, dict) and bool(extra.get("omitted_at_default", False))
+    return is_newer and value == field.default

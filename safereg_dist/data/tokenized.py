@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.config import DataConfig
-from safereg_dist.data.files import answered_conversation, read_rows
+from safereg_dist.data.files import read_rows
+from safereg_dist.data.formats import Conversation, conversation_of
 from safereg_dist.errors import ConfigError, DataError, reason_of
 from safereg_dist.models.fingerprint import prompt_key
 from safereg_dist.types import Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
-_FORMAT = "4"  # part of the cache key: raise it when the tokenised form changes
+_FORMAT = "5"  # part of the cache key: raise it when the tokenised form changes
 
 _FEATURES = datasets.Features(
     {
@@ -251,16 +253,18 @@ def tokenize_row(
 ) -> Row:
     """One raw row as tokens, with the loss on the assistant's turns, end-of-turn token included.
 
+    The turns are those that `formats.FORMATS` reads and that the row does not take out.
+
     Raises:
-        DataError: neither messages nor prompt and response, no assistant turn, a risk outside
-            [0, 1], or a conversation that the chat template refuses; the message begins with
-            `where`.
+        DataError: no conversation (see `formats.conversation_of`), a risk outside [0, 1], or one
+            that the chat template refuses or leaves tools out of; the message begins with `where`.
     """
-    messages = answered_conversation(raw, where)
+    conversation = conversation_of(raw, where)
+    _check_tools(conversation, where, tokenizer)
     try:
-        input_ids, loss_mask = _mask_by_template(messages, tokenizer)
+        input_ids, loss_mask = _mask_by_template(conversation, where, tokenizer)
         if not any(loss_mask):
-            input_ids, loss_mask = _mask_by_prefix(messages, where, tokenizer)
+            input_ids, loss_mask = _mask_by_prefix(conversation, where, tokenizer)
     except (TemplateError, TypeError) as err:  # TypeError: half a surrogate pair is no text
         raise DataError(
             f"{where}: chat template or tokenizer fail on this conversation ({reason_of(err)}): "
@@ -277,8 +281,31 @@ def tokenize_row(
         prompt_ends=prompt_ends,
         risk=_risk(raw, where),
         prompt_key=prompt_key(input_ids, prompt_ends),
-        messages_json=json.dumps(messages),
+        messages_json=json.dumps(conversation.as_text()),
     )
+
+
+def _check_tools(
+    conversation: Conversation, where: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises DataError where the template would leave out what the row has of tools, unasked."""
+    template = _template(conversation, tokenizer)
+    calls = any("tool_calls" in message for message in conversation.messages)
+    for name, is_used in {"tools": conversation.tools, "tool_calls": calls}.items():
+        if is_used and isinstance(template, str) and not re.search(rf"\b{name}\b", template):
+            raise DataError(
+                f"{where}: the row has `{name}`, which the chat template does not write: set "
+                "data.chat_template to one that does, or remove them"
+            )
+
+
+def _template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The template for this conversation; a tokenizer may have one for tools beside its default."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        name = "tool_use" if conversation.tools and "tool_use" in templates else "default"
+        return templates.get(name)
+    return templates
 
 
 def _risk(raw: dict, where: str) -> float | None:
@@ -295,29 +322,53 @@ def _risk(raw: dict, where: str) -> float | None:
 
 
 def _mask_by_template(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+    conversation: Conversation, where: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Tokens and mask from the template's generation block; an all-zero mask where it has none."""
-    template = tokenizer.chat_template
+    template = _template(conversation, tokenizer)
     if not isinstance(template, str) or not _GENERATION_BLOCK.search(template):
         return [], []
     encoded: Any = tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True
+        conversation.messages,
+        tools=conversation.tools,  # type: ignore[arg-type]
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
-    return list(encoded["input_ids"]), [int(m) for m in encoded["assistant_masks"]]
+    mask = [int(m) for m in encoded["assistant_masks"]]
+    return list(encoded["input_ids"]), _without_untrained(mask, conversation, where)
+
+
+def _without_untrained(mask: list[int], conversation: Conversation, where: str) -> list[int]:
+    """The mask without the runs of ones of those assistant turns that are not trained."""
+    roles = [message["role"] for message in conversation.messages]
+    wanted = [
+        is_trained
+        for role, is_trained in zip(roles, conversation.is_trained, strict=True)
+        if role == "assistant"
+    ]
+    if all(wanted) or not any(mask):
+        return mask
+    run = list(accumulate(int(now > before) for before, now in pairwise([0, *mask])))
+    if run[-1] != len(wanted):
+        raise DataError(
+            f"{where}: the template's generation blocks mark {run[-1]} stretches of "
+            f"{len(wanted)} assistant turns, so `train` or `weight` of one cannot be followed: "
+            "remove them, or put one generation block around each turn (data.chat_template)"
+        )
+    return [int(m and wanted[turn - 1]) for m, turn in zip(mask, run, strict=True)]
 
 
 def _mask_by_prefix(
-    messages: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase
+    conversation: Conversation, where: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Tokens and mask found turn by turn: what a turn adds after the generation prompt."""
-    full = _render(messages, tokenizer)
+    full = _render(conversation, tokenizer)
     mask = [0] * len(full)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for turn, is_trained in enumerate(conversation.is_trained):
+        if not is_trained:
             continue
-        before = _render(messages[:turn], tokenizer, generation=True)
-        after = _render(messages[: turn + 1], tokenizer)
+        before = _render(conversation, tokenizer, turns=turn, generation=True)
+        after = _render(conversation, tokenizer, turns=turn + 1)
         if after[: len(before)] != before or full[: len(after)] != after:
             raise DataError(
                 f"{where}: the chat template changes earlier tokens when turn {turn} is added, so "
@@ -338,10 +389,18 @@ def _end_of_turn(tokens: list[int], begin: int, tokenizer: PreTrainedTokenizerBa
 
 
 def _render(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    turns: int | None = None,
+    generation: bool = False,
 ) -> list[int]:
     # As a batch of one: a single conversation must not be empty, the prefix of a first turn is.
     encoded: Any = tokenizer.apply_chat_template(
-        [messages], add_generation_prompt=generation, tokenize=True, return_dict=True
+        [conversation.messages[:turns]],
+        tools=conversation.tools,  # type: ignore[arg-type]
+        add_generation_prompt=generation,
+        tokenize=True,
+        return_dict=True,
     )
     return list(encoded["input_ids"][0])

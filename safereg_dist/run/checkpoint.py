@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from safereg_dist.config import Config
-from safereg_dist.config.section import Section, changes_result
+from safereg_dist.config.section import Section, changes_result, is_omitted
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
@@ -82,13 +82,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _determining(value: Any) -> Any:
-    """A value of the configuration, sections as dicts without the keys marked as `ASIDE`."""
+    """A value of the configuration, sections as dicts without keys that say nothing new."""
     if isinstance(value, tuple):
         return [_determining(each) for each in value]
     if not isinstance(value, Section):
         return value
-    keys = type(value).model_fields.items()
-    return {key: _determining(getattr(value, key)) for key, field in keys if changes_result(field)}
+    return {
+        key: _determining(getattr(value, key))
+        for key, field in type(value).model_fields.items()
+        if changes_result(field) and not is_omitted(field, getattr(value, key))
+    }
 
 
 def save_checkpoint(
