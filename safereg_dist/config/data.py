@@ -68,6 +68,9 @@ class DataConfig(Section):
         weighted = [each.weight is not None for each in self.train_sets]
         if not weighted:
             raise ConfigError("data.train is an empty list: give one path or more")
+        paths = [each.path for each in self.train_sets]
+        if len(set(paths)) < len(paths):
+            raise ConfigError(f"data.train must name each data set once, got {paths}")
         if any(weighted) and not all(weighted):
             raise ConfigError(
                 f"data.train has a weight for {sum(weighted)} of {len(weighted)} data sets: give "

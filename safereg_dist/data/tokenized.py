@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -137,6 +137,32 @@ def load_rows(
     )
 
 
+def joined(stores: Mapping[str, TokenizedDataset]) -> TokenizedDataset:
+    """The rows of several data sets, by path, one after the other; of one, itself.
+
+    Raises:
+        DataError: an id occurs in two of them: ledger and `risk.override` name rows by it.
+    """
+    if len(stores) == 1:
+        return next(iter(stores.values()))
+    first: dict[str, str] = {}
+    for path, store in stores.items():
+        for name in store.table["id"]:
+            if first.setdefault(name, path) != path:
+                raise DataError(
+                    f"id {name!r} occurs in {first[name]} and in {path}: ids must be unique over "
+                    "all of data.train; give the rows an `id`, or rename a file (rows without one "
+                    "are named after their file)"
+                )
+    every = list(stores.values())
+    return TokenizedDataset(
+        table=datasets.concatenate_datasets([store.table for store in every]),
+        overlong=sum(store.overlong for store in every),
+        dropped=sum(store.dropped for store in every),
+        content_hash=hashlib.sha256("".join(s.content_hash for s in every).encode()).hexdigest(),
+    )
+
+
 def _fill_cache(
     folder: Path,
     path: str,
@@ -180,19 +206,26 @@ def _cache_key(path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig
     return hasher.hexdigest()
 
 
-def _source_rows(path: str) -> Iterator[tuple[str, dict]]:
+def source_rows(path: str, *, streaming: bool = False) -> Iterator[tuple[str, dict]]:
+    """Yields (place, row) of a file or a Hugging Face dataset id, in order.
+
+    A file is read line by line; a data set is downloaded whole unless `streaming`.
+
+    Raises:
+        DataError: neither of them, or a line that is no row.
+    """
     if Path(path).suffix in (".jsonl", ".json", ".csv") or Path(path).exists():
         yield from read_rows(path)
         return
     try:
-        table = datasets.load_dataset(path, split="train")
+        table = datasets.load_dataset(path, split="train", streaming=streaming)
     except (OSError, ValueError) as err:  # a data set that is not found is an OSError
         raise DataError(
             f"{path} is neither a file nor a Hugging Face dataset that loads ({reason_of(err)}): "
             "check the path"
         ) from err
     for index, row in enumerate(table):
-        yield f"{path}[{index}]", dict(row)
+        yield f"{path}[{index}]", dict(row)  # type: ignore[call-overload]
 
 
 def _write_rows(
@@ -207,14 +240,14 @@ def _write_rows(
     seen: set[str] = set()
     bar = tqdm(desc=f"tokenise {Path(path).name}", unit=" rows", disable=not progress)
     with bar, ArrowWriter(path=str(folder / "rows.arrow"), features=_FEATURES) as writer:
-        for index, (where, raw) in enumerate(_source_rows(path)):
+        for index, (where, raw) in enumerate(source_rows(path)):
             row = tokenize_row(raw, where, tokenizer, default_id=f"{Path(path).stem}-{index}")
             if row.id in seen:
                 raise DataError(f"{where}: id {row.id!r} occurs twice: ids must be unique")
             seen.add(row.id)
             if len(row.input_ids) > config.max_length:
                 overlong += 1
-                row = _shorten(row, where, config)
+                row = shorten(row, where, config)
             bar.update()
             if row is None:
                 dropped += 1
@@ -227,7 +260,12 @@ def _write_rows(
     (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
-def _shorten(row: Row, where: str, config: DataConfig) -> Row | None:
+def shorten(row: Row, where: str, config: DataConfig) -> Row | None:
+    """A row that is too long, cut to `data.max_length`; None where `data.overlong` leaves it out.
+
+    Raises:
+        DataError: `data.overlong` is `error`.
+    """
     if config.overlong == "error":
         raise DataError(
             f"{where}: {len(row.input_ids)} tokens, more than data.max_length={config.max_length}: "
