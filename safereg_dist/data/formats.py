@@ -121,7 +121,7 @@ def _sharegpt(row: dict[str, Any], where: str) -> list[Any]:
     turns = []
     for given in _list(row, "conversations", where):
         ok = isinstance(given, dict) and isinstance(given.get("value"), str)
-        if not ok or given.get("from") not in _SHAREGPT_ROLES:
+        if not ok or given.get("from") not in [*_SHAREGPT_ROLES]:
             said = given.get("from") if isinstance(given, dict) else given
             raise DataError(
                 f"{where}: each of `conversations` needs text `value` and `from`, one of "
