@@ -27,8 +27,8 @@ class DataConfig(Section):
     weights they are one set, and an epoch shows each row once. With weights each gives its share of
     any stretch of rows, a small one being repeated, and an epoch is as many rows as all have."""
     streaming: bool = Field(default=False, json_schema_extra=NEWER)
-    """Read and tokenise training rows when they are needed, for sets larger than the disk: needs
-    `train.steps`. A row left out as too long leaves its place empty; ids are not compared."""
+    """Read and tokenise training rows when they are needed, for sets larger than the disk; the run
+    lasts `train.steps`. A row left out as too long leaves its place empty; ids are not compared."""
     shuffle_buffer: int = Field(default=10_000, ge=1, json_schema_extra=NEWER)
     """Rows of a rank among which the next is drawn, >= 1 (1 = in order); only with `streaming`."""
     validation: str | None = None

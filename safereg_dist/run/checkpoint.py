@@ -65,7 +65,7 @@ def config_hash(config: Config) -> str:
 
 def differences(before: Config, now: Config) -> list[str]:
     """The keys that `config_hash` reads and that differ, each with both values."""
-    old, new = (dict(_flat(_determining(config))) for config in (before, now))
+    old, new = (dict(_flat(_determining(c, omits=False))) for c in (before, now))
     return [
         f"{key} was {old.get(key)}, is {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -81,16 +81,19 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _determining(value: Any) -> Any:
-    """A value of the configuration, sections as dicts without keys that say nothing new."""
+def _determining(value: Any, *, omits: bool = True) -> Any:
+    """A value of the configuration, sections as dicts without the keys marked as `ASIDE`.
+
+    `omits` leaves out those marked as `NEWER` at their default too.
+    """
     if isinstance(value, tuple):
-        return [_determining(each) for each in value]
+        return [_determining(each, omits=omits) for each in value]
     if not isinstance(value, Section):
         return value
     return {
-        key: _determining(getattr(value, key))
+        key: _determining(getattr(value, key), omits=omits)
         for key, field in type(value).model_fields.items()
-        if changes_result(field) and not is_omitted(field, getattr(value, key))
+        if changes_result(field) and not (omits and is_omitted(field, getattr(value, key)))
     }
 
 
