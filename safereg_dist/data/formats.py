@@ -164,7 +164,10 @@ def _turn(given: Any, where: str) -> tuple[dict[str, Any], bool]:
     content = given.get("content", "" if calls else None) if is_turn else None
     content = "" if content is None and calls else content
     if not isinstance(content, str):
-        raise DataError(f"{where}: {_TURN_LIST}")
+        raise DataError(
+            f"{where}: a turn must be an object with text `role` and `content`, got "
+            f"{given!r:.80}: write it in the OpenAI chat format"
+        )
     role = given["role"]
     turn: dict[str, Any] = {"role": role, "content": content}
     if calls:
@@ -174,12 +177,6 @@ def _turn(given: Any, where: str) -> tuple[dict[str, Any], bool]:
     if role == "tool":
         turn |= {k: given[k] for k in ("tool_call_id", "name") if given.get(k) is not None}
     return turn, _is_trained(given, role, where)
-
-
-_TURN_LIST = (
-    "`messages` must be a non-empty list of objects with text `role` and `content`: write it in "
-    "the OpenAI chat format"
-)
 
 
 def _is_trained(given: dict[str, Any], role: str, where: str) -> bool:
@@ -204,7 +201,8 @@ def _call(given: Any, where: str) -> dict[str, Any]:
     function = given.get("function", given) if isinstance(given, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(
-            f"{where}: a tool call needs a function with text `name` and `arguments`, got {given!r}"
+            f"{where}: a tool call needs a function with text `name` and `arguments`, got "
+            f"{given!r:.80}: write it in the OpenAI chat format"
         )
     arguments = function.get("arguments")
     if isinstance(arguments, str):
@@ -212,7 +210,7 @@ def _call(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(arguments, dict | None):
         raise DataError(
             f"{where}: the arguments of {function['name']!r} must be a JSON object, got "
-            f"{arguments!r}"
+            f"{arguments!r:.80}: write them as one"
         )
     call_id = {"id": given["id"]} if given.get("id") is not None else {}
     named = {"name": function["name"], "arguments": arguments or {}}
@@ -226,13 +224,18 @@ def _tools(row: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
     if tools in (None, []):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: `tools` must be a list of objects, or its JSON text")
+        raise DataError(
+            f"{where}: `tools` must be a list of objects or its JSON text, got {tools!r:.80}"
+        )
     return tools
 
 
 def _list(row: dict[str, Any], key: str, where: str) -> list[Any]:
     if not isinstance(row[key], list) or not row[key]:
-        raise DataError(f"{where}: {_TURN_LIST.replace('messages', key, 1)}")
+        raise DataError(
+            f"{where}: `{key}` must be a non-empty list of turns, got {row[key]!r:.80}: write it "
+            "as one"
+        )
     return row[key]
 
 

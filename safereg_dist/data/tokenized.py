@@ -45,7 +45,7 @@ _FEATURES = datasets.Features(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedDataset:
-    """Tokenised rows of one data file, memory-mapped."""
+    """Tokenised rows of a data file, or of several, memory-mapped."""
 
     table: datasets.Dataset
     overlong: int
@@ -53,7 +53,7 @@ class TokenizedDataset:
     dropped: int
     """Rows left out: overlong ones, or ones whose response did not survive truncation."""
     content_hash: str
-    """SHA-256 (hex) of the data file and of everything that its tokens depend on."""
+    """SHA-256 (hex) of the data files and of everything that their tokens depend on."""
 
     def __len__(self) -> int:
         return len(self.table)

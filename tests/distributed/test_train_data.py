@@ -35,7 +35,7 @@ def config(tmp_path_factory):
         f"model: {folder / 'model'}\n"
         f"data: {{train: [{folder / 'small.jsonl'}, {folder / 'large.jsonl'}], "
         f"anchor: {folder / 'anchor.jsonl'}, anchor_fraction: 0.25}}\n"
-        "risk: {estimator: column, max_held_back: 1.0}\n"
+        "risk: {estimator: column, max_held_back: 0.99}\n"
         "optimizer: {lr: 1.0e-3}\n"
         f"train: {{steps: {STEPS}, precision: fp32, micro_batch_size: 2, grad_accum_steps: 2, "
         "save_every: 2, keep_checkpoints: 9}\n"
@@ -104,7 +104,10 @@ def test_runs_train_on_their_rows_and_go_on(config, kind, launch):
     assert result(rest) == result(whole)
 
 
-def test_a_streamed_row_that_cannot_be_used_ends_all_ranks(config, launch):
+@pytest.mark.parametrize("is_checked_before", [False, True])
+def test_a_streamed_row_that_cannot_be_used_ends_all_ranks(is_checked_before, config, launch):
+    """In its step, or where the gate before training has come across it."""
+    out = config.parent / f"bad-{is_checked_before}"
     rows = random_rows(60)
     rows[31] = {"prompt": "w1"}  # of rank 1, in its fourth step
     bad = write_jsonl(config.parent / "bad.jsonl", rows)
@@ -112,14 +115,18 @@ def test_a_streamed_row_that_cannot_be_used_ends_all_ranks(config, launch):
         FINETUNE,
         config,
         *(f"data.train={bad}", "data.streaming=true", "data.shuffle_buffer=1"),
-        *("data.anchor=null", "train.save_every=0", f"output_dir={config.parent / 'bad'}"),
+        *("data.anchor=null", "train.save_every=0", f"output_dir={out}"),
+        f"risk.max_held_back={0.99 if is_checked_before else 1.0}",
         ranks=2,
         timeout_s=120,
     )
     assert done.status == 2, done.output[-4000:]
     assert f"{bad}:32: expected `messages`" in done.output
     assert "Traceback" not in done.output
-    assert (config.parent / "bad" / "metrics.jsonl").read_text().count("\n") == 2
+    if is_checked_before:
+        assert not out.exists()
+    else:
+        assert (out / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def test_an_audit_sees_each_row_of_weighted_sets_once(config, capsys):

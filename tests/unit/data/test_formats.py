@@ -314,8 +314,11 @@ def sharegpt(*turns):
         (chat(said("", tool_calls=[calls("f", "{")])), "the arguments of 'f' is not JSON"),
         (chat(said("", tool_calls=[calls("f", "[1]")])), "must be a JSON object, got [1]"),
         (chat(TURN, tools="[1"), "`tools` is not JSON"),
-        (chat(TURN, tools={"name": "f"}), "`tools` must be a list of objects"),
-        (chat(TURN, tools=["f"]), "`tools` must be a list of objects"),
+        (
+            chat(TURN, tools={"name": "f"}),
+            "`tools` must be a list of objects or its JSON text, got",
+        ),
+        (chat(TURN, tools=["f"]), "`tools` must be a list of objects or its JSON text, got"),
         (chat(TURN, tools=OFFERED), "`tools`, which the chat template does not write"),
         (chat(said("w2", tool_calls=[calls("w7", {})])), "`tool_calls`, which the chat template"),
     ],
