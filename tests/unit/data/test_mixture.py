@@ -307,6 +307,13 @@ def test_streamed_rows_that_cannot_be_used(tmp_path):
         with pytest.raises(DataError, match=r"t\.jsonl:2: expected `messages`"):
             stream.row(1)
     assert stream.row(0).id == "t-0"
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text(f"{path.read_text()}no row\n")
+    stream = streamed(torn, shuffle_buffer=1)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"torn\.jsonl:3 is not JSON"):
+            stream.row(2)
+    assert stream.row(0).id == "torn-0"
     needs_risk = StreamedRows(
         DataConfig(train=str(path)),
         word_tokenizer(),
