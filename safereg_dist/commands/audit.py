@@ -325,6 +325,7 @@ def run(arguments: argparse.Namespace) -> int:
             write_part(folder, ranks.rank, rows, context.threshold)
         with ranks.together():
             if ranks.is_main:
+                assert context.sources.train is not None  # rows are not streamed here
                 facts = AuditFacts(
                     config=config,
                     threshold=context.threshold,

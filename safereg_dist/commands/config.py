@@ -83,7 +83,9 @@ def explanation(name: str) -> str:
     bare = re.sub(r"\[[^]]*\]", "", name)  # risk.parts[0].weight is risk.parts[].weight
     explained: dict[str, str] = {}
     for section, cls in sections():
-        explained[section.replace("[]", "")] = _explained_section(section, cls)
+        own = section.replace("[]", "")  # a list of sections may be a key with a value too
+        before = f"{explained[own]}\n\n" if own in explained else ""
+        explained[own] = before + _explained_section(section, cls)
         explained |= {k.name.replace("[]", ""): _explained_key(k) for k in keys_of(cls, section)}
     if bare in explained:
         return explained[bare]

@@ -52,9 +52,15 @@ def sections(cls: type[Section] = Config, name: str = "") -> Iterator[tuple[str,
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section that a key holds, or holds a list of; None where it is a value."""
     kind: Any = field.annotation
-    if get_origin(kind) is tuple:
-        kind = get_args(kind)[0]
+    for choice in (kind, *get_args(kind)):  # a value may stand for the list
+        if get_origin(choice) is tuple:
+            kind = get_args(choice)[0]
     return kind if is_section(kind) else None
+
+
+def is_value(field: FieldInfo) -> bool:
+    """True where a key holds a value, or may hold one in place of a list of sections."""
+    return section_of(field) is None or str in get_args(field.annotation)
 
 
 def keys_of(cls: type[Section], section: str) -> list[Key]:
@@ -62,7 +68,7 @@ def keys_of(cls: type[Section], section: str) -> list[Key]:
     return [
         _key(f"{section}.{name}".lstrip("."), field)
         for name, field in cls.model_fields.items()
-        if section_of(field) is None
+        if is_value(field)
     ]
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from safereg_dist.coefficient import Coefficient
 from safereg_dist.commands.options import add_config
 from safereg_dist.config import load_config, replace
+from safereg_dist.data import TokenizedDataset
 from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.factory import RiskContext, RowSources, build_risk_context, start_backend
 from safereg_dist.models.fingerprint import row_key
@@ -158,20 +159,25 @@ def own_rows(sources: RowSources, ranks: Ranks) -> Iterator[Row | None]:
 
     Ends with None where another rank has one row more.
     """
-    total = _num_rows(sources)
+    total, train = _num_rows(sources), _train_rows(sources)
     for place in range(
         ranks.rank, -(-total // ranks.world_size) * ranks.world_size, ranks.world_size
     ):
-        if place < len(sources.train):
-            yield sources.train.row(place)
+        if place < len(train):
+            yield train.row(place)
         elif sources.anchor is not None and place < total:
-            yield sources.anchor.row(place - len(sources.train), is_anchor=True)
+            yield sources.anchor.row(place - len(train), is_anchor=True)
         else:
             yield None
 
 
 def _num_rows(sources: RowSources) -> int:
-    return len(sources.train) + (0 if sources.anchor is None else len(sources.anchor))
+    return len(_train_rows(sources)) + (0 if sources.anchor is None else len(sources.anchor))
+
+
+def _train_rows(sources: RowSources) -> TokenizedDataset:
+    assert sources.train is not None  # rows are not streamed here
+    return sources.train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,8 @@ from safereg_dist.commands.options import at_least
 from safereg_dist.config import CriticConfig, section_from_dict
 from safereg_dist.critic.critic import build_critic, score_conversations
 from safereg_dist.critic.verdict import Messages, Verdict
-from safereg_dist.data.files import answered_conversation, read_rows
+from safereg_dist.data.files import read_rows
+from safereg_dist.data.formats import conversation_of
 from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.storage.atomic import whole_file
 
@@ -35,7 +36,7 @@ def score_with_critic(
     try:
         verdicts = score_conversations(
             critic,
-            _conversations(data),
+            (messages for _, messages in _conversations(data)),
             progress=progress,
             description=f"score {data.name}",
             total=count,
@@ -59,17 +60,17 @@ def score_with_probe(
     """
     from safereg_dist.probe_lab.apply import score_rows
 
-    rows = [{"messages": messages} for messages in _conversations(data)]
+    rows = [row | {"risk": None} for row, _ in _conversations(data)]
     risks = score_rows(probe, model, rows, progress=progress)
     _write(out, data, (Verdict(risk) for risk in risks))
     print(_summary(len(rows), Counter(), "closed", out))
 
 
-def _conversations(data: Path) -> Iterator[Messages]:
-    """The conversation of each row of the file; each has an assistant turn."""
+def _conversations(data: Path) -> Iterator[tuple[dict, Messages]]:
+    """Each row of the file, and its conversation as a judge reads it, with an assistant turn."""
     is_empty = True
     for where, row in read_rows(data):
-        yield answered_conversation(row, where)
+        yield row, conversation_of(row, where).as_text()
         is_empty = False
     if is_empty:
         raise DataError(f"{data} holds no row: give at least one")

@@ -4,6 +4,7 @@
 does not know. Everything else in the package receives these objects and never looks at a raw dict.
 """
 
+from safereg_dist.config.data import DataConfig, DataSet
 from safereg_dist.config.loading import (
     config_from_dict,
     config_to_yaml,
@@ -15,7 +16,6 @@ from safereg_dist.config.risk import CriticConfig, RiskConfig, RiskPart
 from safereg_dist.config.sections import (
     PRESETS,
     Config,
-    DataConfig,
     EngineConfig,
     OptimizerConfig,
     ReferenceConfig,
@@ -28,6 +28,7 @@ __all__ = [
     "Config",
     "CriticConfig",
     "DataConfig",
+    "DataSet",
     "EngineConfig",
     "OptimizerConfig",
     "ReferenceConfig",

@@ -90,4 +90,6 @@ def type_name(kind: Any) -> str:
         return type(get_args(kind)[0]).__name__
     if kind in (None, type(None)):
         return "null"
+    if get_origin(kind) is tuple:
+        return "list"
     return " | ".join(map(type_name, get_args(kind))) or kind.__name__

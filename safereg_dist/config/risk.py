@@ -112,7 +112,8 @@ class RiskConfig(Section):
     max_held_back: float = Field(default=0.2, ge=0.0, le=1.0, json_schema_extra=ASIDE)
     """Share of rows at or above the threshold from which training refuses to start, in [0, 1]."""
     gate_rows: int = Field(default=256, ge=0, json_schema_extra=ASIDE)
-    """Rows checked for that share if a critic or a probe on the policy gives the risk, >= 0."""
+    """Rows checked for that share if a critic or a probe on the policy gives the risk, or rows are
+    streamed, >= 0."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -3,16 +3,22 @@
 from contextlib import suppress
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 from pydantic.fields import FieldInfo
 
 ASIDE: dict[str, Any] = {"changes_result": False}
 """Mark of a key (`json_schema_extra`) on which the trained weights do not depend: paths, saving,
 time limits. A run may resume with another value of it."""
-
-LATER: dict[str, Any] = {"is_later": True}
-"""Mark of a key that came after version 0.1: runs of before go on, since at its default it does not
-count where configurations are compared."""
+NEWER: dict[str, Any] = {"omitted_at_default": True}
+"""Mark of a key that earlier versions did not have: at its default it is left out of the file and
+the hash of a configuration, so that runs of those versions go on."""
 
 
 class Section(BaseModel):
@@ -36,6 +42,11 @@ class Section(BaseModel):
                 return float(value)
         return value
 
+    @model_serializer(mode="wrap")
+    def _without_newer(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {k: v for k, v in write(self).items() if not is_omitted(fields[k], v)}
+
 
 def is_section(kind: Any) -> bool:
     """True if a field of this type is itself a section."""
@@ -48,8 +59,8 @@ def changes_result(field: FieldInfo) -> bool:
     return not isinstance(extra, dict) or bool(extra.get("changes_result", True))
 
 
-def counts(field: FieldInfo, value: Any) -> bool:
-    """True if two runs with different values of the field are different runs."""
+def is_omitted(field: FieldInfo, value: Any) -> bool:
+    """True where a field bears the mark `NEWER` and has its default."""
     extra = field.json_schema_extra
-    is_later = isinstance(extra, dict) and bool(extra.get("is_later"))
-    return changes_result(field) and not (is_later and value == field.default)
+    is_newer = isinstance(extra, dict) and bool(extra.get("omitted_at_default", False))
+    return is_newer and value == field.default

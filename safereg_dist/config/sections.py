@@ -6,8 +6,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from safereg_dist.config.checks import within
+from safereg_dist.config.data import DataConfig
 from safereg_dist.config.risk import RiskConfig, check_signal
-from safereg_dist.config.section import ASIDE, LATER, Section
+from safereg_dist.config.section import ASIDE, NEWER, Section
 from safereg_dist.errors import ConfigError
 
 Offload = Literal["none", "cpu"]
@@ -32,12 +33,12 @@ class ReferenceConfig(Section):
     model: str | None = None
     """Path or hub id; null = the weights of `model` before training."""
     engine: Literal["auto", "adapters_off", "zero3", "fsdp2", "whole"] = Field(
-        default="auto", json_schema_extra=ASIDE
+        default="auto", json_schema_extra=ASIDE | NEWER
     )
     """What runs it: the policy with its `adapters_off`, ZeRO-3 inference (`zero3`), `fsdp2`, or a
     `whole` copy on each rank; `auto`: adapters off if there are any and `model` is null, else as
     the policy is sharded, else `fsdp2` on several ranks."""
-    adapter: str | None = Field(default=None, json_schema_extra=LATER)
+    adapter: str | None = Field(default=None, json_schema_extra=NEWER)
     """Name of a trained adapter that stays on in the reference (`adapters_off`); null = none."""
     offload: Offload = "none"
     """`none` or `cpu`: where the reference's shards rest between uses."""
@@ -59,32 +60,6 @@ class ReferenceConfig(Section):
                 "reference.cache none runs: set balance=auto"
             )
         return self
-
-
-class DataConfig(Section):
-    """Rows to train on, as JSONL, CSV or a Hugging Face dataset id."""
-
-    train: str
-    """Training rows with `messages`, or `prompt` and `response`; optional `risk` and `id`."""
-    validation: str | None = None
-    """Rows for the validation loss; null = none."""
-    anchor: str | None = None
-    """Rows written by `safereg anchor build`; they carry only the divergence. null = none."""
-    anchor_fraction: float = Field(
-        default=0.05,
-        gt=0,
-        lt=1,
-        json_schema_extra={"remedy": "set data.anchor=null to train without anchor rows"},
-    )
-    """Share of anchor rows among all rows, in (0, 1); read only with `anchor`."""
-    max_length: int = Field(default=1024, ge=2)
-    """Longest sequence in tokens, >= 2."""
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    """`drop`, `truncate` or `error` for longer sequences; always counted and reported."""
-    chat_template: str | None = None
-    """File with a Jinja chat template; null = the tokenizer's own."""
-    declared_poison: float = Field(default=0.0, ge=0.0, le=1.0, json_schema_extra=ASIDE)
-    """Share of risky rows that you train on deliberately, in [0, 1]."""
 
 
 class RegularizerConfig(Section):
@@ -268,6 +243,7 @@ class Config(Section):
                 "set data.anchor=null, or objective=static with ceiling=0 for anchors alone"
             )
         self._check_reference()
+        self._check_order()
         if self.train.eval_every and self.data.validation is None:
             raise ConfigError("train.eval_every needs data.validation: set it, or eval_every=0")
         return self
@@ -292,6 +268,26 @@ class Config(Section):
                 "reference.balance=deal needs regularizer.granularity=sequence: with batch a row's "
                 "coefficient hangs on the rows beside it; set balance=none or exchange"
             )
+
+    def _check_order(self) -> None:
+        """Refuses what needs all rows beforehand, where they are streamed or drawn by weight."""
+        deals = self.reference.balance == "deal"
+        if deals and self.data.train_weights is not None:
+            raise ConfigError(
+                "reference.balance=deal shows each row once an epoch, data.train has weights: set "
+                "balance=none or exchange, or drop the weights"
+            )
+        needs_all = {
+            "train.epochs": self.train.epochs is not None,
+            "reference.balance=deal": deals,
+            "reference.cache": self.reference.cache is not None,
+        }
+        for name, is_set in needs_all.items():
+            if self.data.streaming and is_set:
+                raise ConfigError(
+                    f"{name} needs to know all rows beforehand, data.streaming=true reads them as "
+                    f"they come: drop {name} (train.steps says how long), or set streaming=false"
+                )
 
     def _check_ceilings(self) -> None:
         rule = self.regularizer

@@ -2,13 +2,22 @@
 
 from safereg_dist.data.collate import collate, filler, row_of
 from safereg_dist.data.sampler import Sampler, steps_for
-from safereg_dist.data.tokenized import TokenizedDataset, load_rows, load_tokenizer, tokenize_row
+from safereg_dist.data.streaming import StreamedRows
+from safereg_dist.data.tokenized import (
+    TokenizedDataset,
+    joined,
+    load_rows,
+    load_tokenizer,
+    tokenize_row,
+)
 
 __all__ = [
     "Sampler",
+    "StreamedRows",
     "TokenizedDataset",
     "collate",
     "filler",
+    "joined",
     "load_rows",
     "load_tokenizer",
     "row_of",

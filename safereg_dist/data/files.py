@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from safereg_dist.data.formats import chat_messages
 from safereg_dist.errors import DataError
 
 _LABELS = {
@@ -80,48 +81,6 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[str, dict]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number} holds {type(row).__name__}, expected an object")
         yield f"{path}:{number}", row
-
-
-def chat_messages(row: dict, where: str) -> list[dict[str, str]]:
-    """The row's `messages`, checked: a list of turns with string `role` and `content`.
-
-    Raises:
-        DataError: not a list of such turns.
-    """
-    messages = row["messages"]
-    ok = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not ok or not messages:
-        raise DataError(
-            f"{where}: `messages` must be a non-empty list of objects with text `role` and "
-            "`content`: write it in the OpenAI chat format"
-        )
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def answered_conversation(row: dict, where: str) -> list[dict[str, str]]:
-    """The turns of a row with `messages`, or with `prompt` and `response`; one is an answer.
-
-    Raises:
-        DataError: neither of them, or no assistant turn.
-    """
-    if row.get("messages") is not None:
-        messages = chat_messages(row, where)
-    elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["response"]},
-        ]
-    else:
-        raise DataError(
-            f"{where}: expected `messages`, or `prompt` and `response` as text, found keys "
-            f"{sorted(row)}: add them"
-        )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: the conversation has no assistant turn: add one, the answer")
-    return messages
 
 
 def read_prompts(path: Path | str) -> list[LabelledPrompt]:

@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.config import DataConfig
-from safereg_dist.data.files import answered_conversation, read_rows
+from safereg_dist.data.files import read_rows
+from safereg_dist.data.formats import Conversation, conversation_of
 from safereg_dist.errors import ConfigError, DataError, reason_of
 from safereg_dist.models.fingerprint import prompt_key
 from safereg_dist.types import Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
-_FORMAT = "4"  # part of the cache key: raise it when the tokenised form changes
+_FORMAT = "5"  # part of the cache key: raise it when the tokenised form changes
 
 _FEATURES = datasets.Features(
     {
@@ -43,7 +45,7 @@ _FEATURES = datasets.Features(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedDataset:
-    """Tokenised rows of one data file, memory-mapped."""
+    """Tokenised rows of a data file, or of several, memory-mapped."""
 
     table: datasets.Dataset
     overlong: int
@@ -51,7 +53,7 @@ class TokenizedDataset:
     dropped: int
     """Rows left out: overlong ones, or ones whose response did not survive truncation."""
     content_hash: str
-    """SHA-256 (hex) of the data file and of everything that its tokens depend on."""
+    """SHA-256 (hex) of the data files and of everything that their tokens depend on."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -135,6 +137,32 @@ def load_rows(
     )
 
 
+def joined(stores: Mapping[str, TokenizedDataset]) -> TokenizedDataset:
+    """The rows of several data sets, by path, one after the other; of one, itself.
+
+    Raises:
+        DataError: an id occurs in two of them: ledger and `risk.override` name rows by it.
+    """
+    if len(stores) == 1:
+        return next(iter(stores.values()))
+    first: dict[str, str] = {}
+    for path, store in stores.items():
+        for name in store.table["id"]:
+            if first.setdefault(name, path) != path:
+                raise DataError(
+                    f"id {name!r} occurs in {first[name]} and in {path}: ids must be unique over "
+                    "all of data.train; give the rows an `id`, or rename a file (rows without one "
+                    "are named after their file)"
+                )
+    every = list(stores.values())
+    return TokenizedDataset(
+        table=datasets.concatenate_datasets([store.table for store in every]),
+        overlong=sum(store.overlong for store in every),
+        dropped=sum(store.dropped for store in every),
+        content_hash=hashlib.sha256("".join(s.content_hash for s in every).encode()).hexdigest(),
+    )
+
+
 def _fill_cache(
     folder: Path,
     path: str,
@@ -178,19 +206,26 @@ def _cache_key(path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig
     return hasher.hexdigest()
 
 
-def _source_rows(path: str) -> Iterator[tuple[str, dict]]:
+def source_rows(path: str, *, streaming: bool = False) -> Iterator[tuple[str, dict]]:
+    """Yields (place, row) of a file or a Hugging Face dataset id, in order.
+
+    A file is read line by line; a data set is downloaded whole unless `streaming`.
+
+    Raises:
+        DataError: neither of them, or a line that is no row.
+    """
     if Path(path).suffix in (".jsonl", ".json", ".csv") or Path(path).exists():
         yield from read_rows(path)
         return
     try:
-        table = datasets.load_dataset(path, split="train")
+        table = datasets.load_dataset(path, split="train", streaming=streaming)
     except (OSError, ValueError) as err:  # a data set that is not found is an OSError
         raise DataError(
             f"{path} is neither a file nor a Hugging Face dataset that loads ({reason_of(err)}): "
             "check the path"
         ) from err
     for index, row in enumerate(table):
-        yield f"{path}[{index}]", dict(row)
+        yield f"{path}[{index}]", dict(row)  # type: ignore[call-overload]
 
 
 def _write_rows(
@@ -205,14 +240,14 @@ def _write_rows(
     seen: set[str] = set()
     bar = tqdm(desc=f"tokenise {Path(path).name}", unit=" rows", disable=not progress)
     with bar, ArrowWriter(path=str(folder / "rows.arrow"), features=_FEATURES) as writer:
-        for index, (where, raw) in enumerate(_source_rows(path)):
+        for index, (where, raw) in enumerate(source_rows(path)):
             row = tokenize_row(raw, where, tokenizer, default_id=f"{Path(path).stem}-{index}")
             if row.id in seen:
                 raise DataError(f"{where}: id {row.id!r} occurs twice: ids must be unique")
             seen.add(row.id)
             if len(row.input_ids) > config.max_length:
                 overlong += 1
-                row = _shorten(row, where, config)
+                row = shorten(row, where, config)
             bar.update()
             if row is None:
                 dropped += 1
@@ -225,7 +260,12 @@ def _write_rows(
     (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
-def _shorten(row: Row, where: str, config: DataConfig) -> Row | None:
+def shorten(row: Row, where: str, config: DataConfig) -> Row | None:
+    """A row that is too long, cut to `data.max_length`; None where `data.overlong` leaves it out.
+
+    Raises:
+        DataError: `data.overlong` is `error`.
+    """
     if config.overlong == "error":
         raise DataError(
             f"{where}: {len(row.input_ids)} tokens, more than data.max_length={config.max_length}: "
@@ -251,16 +291,18 @@ def tokenize_row(
 ) -> Row:
     """One raw row as tokens, with the loss on the assistant's turns, end-of-turn token included.
 
+    The turns are those that `formats.FORMATS` reads and that the row does not take out.
+
     Raises:
-        DataError: neither messages nor prompt and response, no assistant turn, a risk outside
-            [0, 1], or a conversation that the chat template refuses; the message begins with
-            `where`.
+        DataError: no conversation (see `formats.conversation_of`), a risk outside [0, 1], or one
+            that the chat template refuses or leaves tools out of; the message begins with `where`.
     """
-    messages = answered_conversation(raw, where)
+    conversation = conversation_of(raw, where)
+    _check_tools(conversation, where, tokenizer)
     try:
-        input_ids, loss_mask = _mask_by_template(messages, tokenizer)
+        input_ids, loss_mask = _mask_by_template(conversation, where, tokenizer)
         if not any(loss_mask):
-            input_ids, loss_mask = _mask_by_prefix(messages, where, tokenizer)
+            input_ids, loss_mask = _mask_by_prefix(conversation, where, tokenizer)
     except (TemplateError, TypeError) as err:  # TypeError: half a surrogate pair is no text
         raise DataError(
             f"{where}: chat template or tokenizer fail on this conversation ({reason_of(err)}): "
@@ -277,8 +319,31 @@ def tokenize_row(
         prompt_ends=prompt_ends,
         risk=_risk(raw, where),
         prompt_key=prompt_key(input_ids, prompt_ends),
-        messages_json=json.dumps(messages),
+        messages_json=json.dumps(conversation.as_text()),
     )
+
+
+def _check_tools(
+    conversation: Conversation, where: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises DataError where the template would leave out what the row has of tools, unasked."""
+    template = _template(conversation, tokenizer)
+    calls = any("tool_calls" in message for message in conversation.messages)
+    for name, is_used in {"tools": conversation.tools, "tool_calls": calls}.items():
+        if is_used and isinstance(template, str) and not re.search(rf"\b{name}\b", template):
+            raise DataError(
+                f"{where}: the row has `{name}`, which the chat template does not write: set "
+                "data.chat_template to one that does, or remove them"
+            )
+
+
+def _template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The template for this conversation; a tokenizer may have one for tools beside its default."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        name = "tool_use" if conversation.tools and "tool_use" in templates else "default"
+        return templates.get(name)
+    return templates
 
 
 def _risk(raw: dict, where: str) -> float | None:
@@ -295,29 +360,53 @@ def _risk(raw: dict, where: str) -> float | None:
 
 
 def _mask_by_template(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+    conversation: Conversation, where: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Tokens and mask from the template's generation block; an all-zero mask where it has none."""
-    template = tokenizer.chat_template
+    template = _template(conversation, tokenizer)
     if not isinstance(template, str) or not _GENERATION_BLOCK.search(template):
         return [], []
     encoded: Any = tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True
+        conversation.messages,
+        tools=conversation.tools,  # type: ignore[arg-type]
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
-    return list(encoded["input_ids"]), [int(m) for m in encoded["assistant_masks"]]
+    mask = [int(m) for m in encoded["assistant_masks"]]
+    return list(encoded["input_ids"]), _without_untrained(mask, conversation, where)
+
+
+def _without_untrained(mask: list[int], conversation: Conversation, where: str) -> list[int]:
+    """The mask without the runs of ones of those assistant turns that are not trained."""
+    roles = [message["role"] for message in conversation.messages]
+    wanted = [
+        is_trained
+        for role, is_trained in zip(roles, conversation.is_trained, strict=True)
+        if role == "assistant"
+    ]
+    if all(wanted) or not any(mask):
+        return mask
+    run = list(accumulate(int(now > before) for before, now in pairwise([0, *mask])))
+    if run[-1] != len(wanted):
+        raise DataError(
+            f"{where}: the template's generation blocks mark {run[-1]} stretches of "
+            f"{len(wanted)} assistant turns, so `train` or `weight` of one cannot be followed: "
+            "remove them, or put one generation block around each turn (data.chat_template)"
+        )
+    return [int(m and wanted[turn - 1]) for m, turn in zip(mask, run, strict=True)]
 
 
 def _mask_by_prefix(
-    messages: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase
+    conversation: Conversation, where: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Tokens and mask found turn by turn: what a turn adds after the generation prompt."""
-    full = _render(messages, tokenizer)
+    full = _render(conversation, tokenizer)
     mask = [0] * len(full)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for turn, is_trained in enumerate(conversation.is_trained):
+        if not is_trained:
             continue
-        before = _render(messages[:turn], tokenizer, generation=True)
-        after = _render(messages[: turn + 1], tokenizer)
+        before = _render(conversation, tokenizer, turns=turn, generation=True)
+        after = _render(conversation, tokenizer, turns=turn + 1)
         if after[: len(before)] != before or full[: len(after)] != after:
             raise DataError(
                 f"{where}: the chat template changes earlier tokens when turn {turn} is added, so "
@@ -338,10 +427,18 @@ def _end_of_turn(tokens: list[int], begin: int, tokenizer: PreTrainedTokenizerBa
 
 
 def _render(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, generation: bool = False
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    turns: int | None = None,
+    generation: bool = False,
 ) -> list[int]:
     # As a batch of one: a single conversation must not be empty, the prefix of a first turn is.
     encoded: Any = tokenizer.apply_chat_template(
-        [messages], add_generation_prompt=generation, tokenize=True, return_dict=True
+        [conversation.messages[:turns]],
+        tools=conversation.tools,  # type: ignore[arg-type]
+        add_generation_prompt=generation,
+        tokenize=True,
+        return_dict=True,
     )
     return list(encoded["input_ids"][0])

@@ -1,7 +1,7 @@
 """The inputs that a run reads before weights: model folder, rows, sources of risk."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from safereg_dist.coefficient import resolved_threshold, scheduled
 from safereg_dist.config import Config
 from safereg_dist.data import (
     Sampler,
+    StreamedRows,
     TokenizedDataset,
     filler,
+    joined,
     load_rows,
     load_tokenizer,
     steps_for,
@@ -28,7 +30,7 @@ from safereg_dist.factory.risk import (
     require_risk_column,
     warn_of_unknown_rows,
 )
-from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.risk.override import Override
 from safereg_dist.types import Row
 
@@ -40,7 +42,8 @@ class RowSources:
     """The data of a run on one rank."""
 
     stream: Sampler
-    train: TokenizedDataset
+    train: TokenizedDataset | None
+    """None where rows are streamed."""
     anchor: TokenizedDataset | None
     validation: Sampler | None
     validation_rows: int
@@ -53,20 +56,39 @@ class RowSources:
     """Replaces missing rows where a rank has none left."""
     overrides: dict[str, Override]
     """Reviewers' decisions by row id."""
+    ranks: Ranks
 
     def rows_of_step(self, step: int) -> list[Row]:
-        """[rows_per_step] this rank's rows in an optimizer step."""
-        return self.stream.rows(step * self.rows_per_step, self.rows_per_step, filler=self.filler)
+        """[rows_per_step] this rank's rows in an optimizer step.
+
+        Raises:
+            DataError: a streamed row that cannot be used, on all ranks.
+        Collectives: one MAX all-reduce of 8 bytes if rows are streamed.
+        """
+        return [self.filler if row is None else row for row in self._read(step, step + 1)]
 
     def in_first_epoch(self, step: int) -> bool:
         """True until every rank has gone through all its rows; the same on every rank."""
         return self.stream.in_first_epoch(step * self.rows_per_step)
 
     def coming_rows(self, step: int) -> Iterator[Row]:
-        """This rank's rows of `step` and of the next step, if there is one."""
-        end = min(step + 2, self.total_steps) * self.rows_per_step
-        found = (self.stream.row(position) for position in range(step * self.rows_per_step, end))
+        """This rank's rows of `step` and of the next step, if there is one.
+
+        Raises and collectives: as `rows_of_step`.
+        """
+        found = self._read(step, min(step + 2, self.total_steps))
         return (row for row in found if row is not None)
+
+    def _read(self, begin: int, end: int) -> Iterable[Row | None]:
+        """The rows of some steps, read one by one as they are used unless they are streamed."""
+        size = self.rows_per_step
+        rows = (self.stream.row(position) for position in range(begin * size, end * size))
+        if self.train is not None:
+            return rows
+        # What is wrong in a streamed row shows here first, on its rank alone.
+        read = capture(list, rows)
+        self.ranks.raise_if_any_failed(read)
+        return read.value
 
     @property
     def content_hashes(self) -> list[str]:
@@ -99,30 +121,35 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
     Collectives: gathers of texts.
     """
     data, train = config.data, config.train
+    rows_per_step = train.micro_batch_size * train.grad_accum_steps
 
     def load(path: str) -> TokenizedDataset:
         with ranks.main_first():
             return load_rows(path, tokenizer, data, progress=ranks.is_main)
 
-    train_rows = load(data.train)
+    needs_column = config.needs_risk and reads_column(config.risk)
+    sets = [] if data.streaming else [(each, load(each.path)) for each in data.train_sets]
     anchor_rows = load(data.anchor) if data.anchor is not None else None
     validation = load(data.validation) if data.validation is not None else None
     with ranks.together():
-        if config.needs_risk and reads_column(config.risk):
-            require_risk_column(train_rows, data.train)
         overrides = configured_overrides(config)
-        if ranks.is_main:
-            warn_of_unknown_rows(overrides, config, train_rows)
-        active = _known_active_rows(config, train_rows, overrides)
-
-    rows_per_step = train.micro_batch_size * train.grad_accum_steps
+        train_rows = joined({each.path: rows for each, rows in sets}) if sets else None
+        active = None
+        if train_rows is not None:
+            if needs_column:
+                require_risk_column(train_rows, data.train_names)
+            if ranks.is_main:
+                warn_of_unknown_rows(overrides, config, train_rows)
+            active = _known_active_rows(config, train_rows, overrides)
+    parts = [(len(rows), each.weight) for each, rows in sets if each.weight is not None]
 
     def stream(
-        rows: TokenizedDataset,
+        rows: TokenizedDataset | StreamedRows,
         anchor: TokenizedDataset | None,
         epochs: float | None,
         name: str,
         active: np.ndarray | None = None,
+        parts: list[tuple[int, float]] | None = None,
     ) -> Sampler:
         return Sampler(
             rows,
@@ -134,11 +161,24 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
             epochs=epochs,
             name=name,
             active=active,
+            parts=parts,
         )
 
     with ranks.together():
+        rows = train_rows
+        if rows is None:
+            rows = StreamedRows(
+                data,
+                tokenizer,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                seed=train.seed,
+                keep=3 * rows_per_step,  # a step and the next, once read ahead and once used
+                needs_risk=needs_column,
+            )
+            rows.row(0)  # a wrong path or form shows before any weights are loaded
         return RowSources(
-            stream=stream(train_rows, anchor_rows, train.epochs, "data.train", active),
+            stream=stream(rows, anchor_rows, train.epochs, "data.train", active, parts or None),
             train=train_rows,
             anchor=anchor_rows,
             validation=None
@@ -150,6 +190,7 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
             order_digest="" if active is None else hashlib.sha256(active.tobytes()).hexdigest(),
             filler=filler(pad_id_of(tokenizer)),
             overrides=overrides,
+            ranks=ranks,
         )
 
 
@@ -161,10 +202,10 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _total_steps(
-    config: Config, rows: TokenizedDataset, rows_per_step: int, world_size: int
+    config: Config, rows: TokenizedDataset | None, rows_per_step: int, world_size: int
 ) -> int:
     train, data = config.train, config.data
-    if train.epochs is None:
+    if train.epochs is None or rows is None:
         return train.steps or DEFAULT_STEPS
     return steps_for(
         rows,
@@ -182,6 +223,8 @@ def _known_active_rows(
     is_column = config.needs_risk and config.risk.estimator == "column"
     if not is_column or config.reference.balance not in ("auto", "deal"):
         return None
+    if config.data.train_weights is not None:
+        return None  # an even deal shows each row once an epoch
     if config.regularizer.granularity == "batch":
         return None  # a row's coefficient depends on its micro-batch
     risk = np.asarray(rows.table.data.column("risk")).copy()

@@ -296,7 +296,7 @@ def warn_of_unknown_rows(
     if unknown:
         print(
             f"safereg: {len(unknown)} ids in risk.override={config.risk.override} name no row that "
-            f"{config.data.train} leaves to train on, the first is {min(unknown)!r}: those "
+            f"{config.data.train_names} leaves to train on, the first is {min(unknown)!r}: those "
             "decisions have no effect; "
             "correct them (a row without `id` is named after its file)",
             file=sys.stderr,

@@ -150,10 +150,16 @@ def build_risk_context(
     """The data and risk stage of a run; the reference if a probe or `with_reference` needs it.
 
     Raises:
+        ConfigError: `data.streaming`, since those who ask for this go through all rows.
         ConfigError, DataError, ProbeError, CriticUnavailable: as `build_run` does.
     Collectives: those of loading; every rank calls it.
     """
     ranks = backend.ranks
+    if config.data.streaming:
+        raise ConfigError(
+            "data.streaming=true reads rows as training needs them, this command goes through all "
+            "of them beforehand: set data.streaming=false, or give it a sample of the rows"
+        )
     folder, tokenizer, sources, specs = read_inputs(config, ranks)
     reference = BuiltReference(NoReference(), None)
     depths = [spec.probe.layer for spec in specs if spec.probe is not None]

@@ -28,7 +28,7 @@ def score_rows(
     batch_size: int = _BATCH_SIZE,
     progress: bool = True,
 ) -> list[float]:
-    """Risk in [0, 1] of each row, which has `messages`, or `prompt` and `response`.
+    """Risk in [0, 1] of each row, in one of the forms of `data.formats.FORMATS`.
 
     It is the largest over the row's assistant turns, scaled so that the probe's threshold maps to
     0.5, the default threshold of a column. A folder with a probe for prompts and one for responses

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from safereg_dist.config import Config
-from safereg_dist.config.section import Section, counts
+from safereg_dist.config.section import Section, changes_result, is_omitted
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
@@ -65,7 +65,7 @@ def config_hash(config: Config) -> str:
 
 def differences(before: Config, now: Config) -> list[str]:
     """The keys that `config_hash` reads and that differ, each with both values."""
-    old, new = (dict(_flat(_determining(config))) for config in (before, now))
+    old, new = (dict(_flat(_determining(c, omits=False))) for c in (before, now))
     return [
         f"{key} was {old.get(key)}, is {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -81,15 +81,20 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _determining(value: Any) -> Any:
-    """A value of the configuration, sections as dicts without the keys marked as `ASIDE`."""
+def _determining(value: Any, *, omits: bool = True) -> Any:
+    """A value of the configuration, sections as dicts without the keys marked as `ASIDE`.
+
+    `omits` leaves out those marked as `NEWER` at their default too.
+    """
     if isinstance(value, tuple):
-        return [_determining(each) for each in value]
+        return [_determining(each, omits=omits) for each in value]
     if not isinstance(value, Section):
         return value
-    fields = type(value).model_fields.items()
-    given = {key: getattr(value, key) for key, field in fields}
-    return {key: _determining(given[key]) for key, field in fields if counts(field, given[key])}
+    return {
+        key: _determining(getattr(value, key), omits=omits)
+        for key, field in type(value).model_fields.items()
+        if changes_result(field) and not (omits and is_omitted(field, getattr(value, key)))
+    }
 
 
 def save_checkpoint(

@@ -79,12 +79,13 @@ def refuse_too_many_held_back(run: Run) -> None:
     """Raises if more rows would be held back than the configuration allows.
 
     Counts the rows that the run will see (all rows if risk is a column), or the first
-    `risk.gate_rows` if a judge or a probe on the policy gives the risk. If these are not all rows
-    of the data, the exact one-sided 95 % lower bound of the share is compared with the limit.
+    `risk.gate_rows` if a judge or a probe on the policy gives the risk or rows are streamed. If
+    these are not all rows of the data, the exact one-sided 95 % lower bound of the share is
+    compared with the limit.
 
     Raises:
         ConfigError: too many rows at or above the threshold.
-    Collectives: those of `row_risks`, one SUM of 16 bytes, one gather of texts.
+    Collectives: those of `row_risks`, one SUM of 16 bytes, gathers of texts.
     """
     config, ranks, sources, risk = run.config, run.ranks, run.sources, run.regularizer.risk
     limit = config.risk.max_held_back + config.data.declared_poison
@@ -92,13 +93,13 @@ def refuse_too_many_held_back(run: Run) -> None:
         return
     positions = sources.total_steps * sources.rows_per_step
     count = sources.stream.rows_within(positions)
-    if config.risk.estimator == "column":
+    if sources.train is not None and config.risk.estimator == "column":
         count = sources.stream.most_rows  # costs nothing
-    elif risk.looks_ahead or config.risk.source == "policy":
+    elif sources.train is None or risk.looks_ahead or config.risk.source == "policy":
         count = min(count, -(-config.risk.gate_rows // ranks.world_size))
-        run.regularizer.risk.prefetch(
-            row for row in sources.stream.first_rows(count) if row is not None
-        )
+        with ranks.together():  # a streamed row may be one that cannot be used
+            ahead = [row for row in sources.stream.first_rows(count) if row is not None]
+        run.regularizer.risk.prefetch(ahead)
     screened = row_risks(
         sources.stream,
         risk,
@@ -110,7 +111,8 @@ def refuse_too_many_held_back(run: Run) -> None:
     held = [is_held_back(row.risk, run.regularizer.coefficient.threshold) for row in screened]
     total = ranks.sum_(torch.tensor([sum(held), len(held)], device=ranks.device)).tolist()
     with ranks.together():
-        _check_share(*total, limit=limit, is_sample=len(sources.train) > total[1])
+        is_sample = sources.train is None or len(sources.train) > total[1]
+        _check_share(*total, limit=limit, is_sample=is_sample)
 
 
 def _check_share(held: int, rows: int, *, limit: float, is_sample: bool) -> None:

@@ -48,10 +48,17 @@ def rows(path, *, risks):
 # The schema
 
 
+def chosen(node, key):
+    return next(choice for choice in node.get("anyOf", [node]) if key in choice)
+
+
 def resolved(schema, key):
     node = schema
     for name in key.replace("[]", ".[]").split("."):
-        node = node["items"] if name == "[]" else node["properties"][name]
+        if name == "[]":  # a list of sections, for which a path may stand, as for each of them
+            node = chosen(chosen(node, "items")["items"], "$ref")
+        else:
+            node = node["properties"][name]
         node = node.get("allOf", [node])[0]  # how older pydantic refers to a section
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rpartition("/")[2]]
@@ -137,7 +144,7 @@ def test_a_starter_has_each_key_under_its_sentence(safereg):
             seen, comment = [*seen, name], []
     assert len(seen) > 12
     assert {key for key in KEYS if KEYS[key].default == "required"} - {*seen} == {
-        "risk.parts[].category"
+        *("risk.parts[].category", "data.train[].path")
     }
 
 

@@ -17,6 +17,7 @@ from safereg_dist.config import (
     Config,
     CriticConfig,
     DataConfig,
+    DataSet,
     EngineConfig,
     OptimizerConfig,
     ReferenceConfig,
@@ -39,6 +40,7 @@ SECTIONS = (
     Config,
     CriticConfig,
     DataConfig,
+    DataSet,
     EngineConfig,
     OptimizerConfig,
     ReferenceConfig,
@@ -451,6 +453,87 @@ def test_a_run_goes_on_with_its_judge_at_another_place():
     assert hashed(**places) == hashed()
     for decides in ({"model": "n"}, {"format": "qwen3guard"}, {"fail": "open"}):
         assert all(a != b for a, b in zip(hashed(**decides), hashed(), strict=True))
+
+
+# Several data sets, and rows that are streamed
+
+WEIGHTED = [{"path": "a", "weight": 1}, {"path": "b", "weight": 0.5}]
+
+
+def test_data_sets_are_a_path_or_a_list():
+    for given, sets, names, weights in (
+        ("a", [("a", None)], "a", None),
+        (["a"], [("a", None)], "a", None),
+        (["a", {"path": "b"}], [("a", None), ("b", None)], "a, b", None),
+        (WEIGHTED, [("a", 1.0), ("b", 0.5)], "a, b", [1.0, 0.5]),
+    ):
+        config = config_from_dict(with_("data", train=given))
+        assert [(each.path, each.weight) for each in config.data.train_sets] == sets
+        assert (config.data.train_names, config.data.train_weights) == (names, weights)
+        assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
+        assert replace(config.data, max_length=7).train_sets == config.data.train_sets
+
+
+def test_data_sets_on_the_command_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(LEAST))
+    config = load_config(path, ["data.train=[a.jsonl, {path: b.jsonl}]"])
+    assert config.data.train_names == "a.jsonl, b.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        (None, "data.train must be a path or a list of paths, or of `path` and `weight`, got null"),
+        (3, "got 3"),
+        ({"path": "a"}, "got {'path': 'a'}"),
+        ([], "data.train is an empty list: give one path or more"),
+        (["a", 3], "data.train[1] must be a path or a section of keys, got 3"),
+        (
+            [{"path": "a", "wieght": 1}],
+            "unknown key 'data.train[0].wieght': did you mean 'weight'?",
+        ),
+        ([{"weight": 1}], "missing key data.train[0].path"),
+        ([{"path": "a", "weight": 0}], "data.train[0].weight must be positive and finite, got 0"),
+        ([{"path": "a", "weight": INF}], "data.train[0].weight must be positive and finite"),
+        ([*WEIGHTED, "c"], "data.train has a weight for 2 of 3 data sets: give each one, or none"),
+        (["a", "b", "a"], "data.train must name each data set once, got ['a', 'b', 'a']"),
+    ],
+)
+def test_data_sets_that_cannot_be(train, says):
+    assert says in refusal(with_("data", train=train))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"train": {"epochs": 1}}, "train.epochs"),
+        ({"reference": {"cache": "c"}}, "reference.cache"),
+        ({"reference": {"balance": "deal"}}, "reference.balance=deal"),
+    ],
+)
+def test_what_needs_all_rows_is_refused_of_streams(changes, name):
+    assert config_from_dict({**LEAST, **changes}) != config_from_dict(LEAST)
+    text = refusal({**with_("data", streaming=True), **changes})
+    assert text.startswith(f"{name} needs to know all rows beforehand")
+
+
+def test_weights_are_no_even_deal():
+    raw = with_("data", train=WEIGHTED)
+    config_from_dict({**raw, "train": {"epochs": 1}, "reference": {"cache": "c"}})
+    text = refusal({**raw, "reference": {"balance": "deal"}})
+    assert text.startswith("reference.balance=deal shows each row once an epoch")
+
+
+def test_a_newer_key_at_its_default_leaves_file_and_hash_alone():
+    plain = config_from_dict(LEAST)
+    said = config_from_dict(with_("data", streaming=False, shuffle_buffer=10_000))
+    assert config_to_yaml(said) == config_to_yaml(plain)
+    assert "streaming" not in config_to_yaml(plain)
+    streamed = config_from_dict(with_("data", streaming=True))
+    assert config_hash(said) == config_hash(plain) != config_hash(streamed)
+    assert "streaming: true" in config_to_yaml(streamed)
+    assert differences(plain, streamed) == ["data.streaming was False, is True"]
 
 
 # What a run that was begun before goes on by
