@@ -202,7 +202,7 @@ class EngineConfig(Section):
     offload_params: Offload = "none"
     """`none` or `cpu`: where the policy's shards rest between uses; with `fsdp2` gradients and the
     optimizer too."""
-    reduce_gradients: Literal["last", "each"] = "last"
+    reduce_gradients: Literal["last", "each"] = Field(default="last", json_schema_extra=ASIDE)
     """Read by `fsdp2`: gradients go to their shards after the `last` micro-batch of a step (whole
     float32 gradients wait on every rank until then) or after `each` (only shards wait)."""
     hpz_partition_size: int = Field(default=1, ge=1)
