@@ -53,6 +53,11 @@ from safereg_dist.parallel.single import SingleReference
 from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
 from safereg_dist.types import Head
 
+WHOLE_GRADIENT_BYTES = 8 << 30
+"""Float32 gradients up to which a model's wait whole on every rank for the last micro-batch, and
+are reduced once; those of more than two billion parameters are reduced after each, and only shards
+wait, since they would not fit beside the model."""
+
 
 def start_ranks(config: EngineConfig) -> Ranks:
     """Joins the process group that the launcher describes; alone where there is no launcher.
@@ -215,7 +220,8 @@ class Fsdp2Policy:
         self.module = model
         self._ranks = ranks
         self._max_grad_norm = config.optimizer.max_grad_norm
-        self._reduces_each = config.engine.reduce_gradients == "each"
+        whole = 4 * sum(p.numel() for p in model.parameters())
+        self._reduces_each = whole > WHOLE_GRADIENT_BYTES
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in self._units:
             # The loss is divided by the global number of tokens already: sums, no averages.
@@ -259,8 +265,7 @@ class Fsdp2Policy:
         """Adds the gradient of `loss`, in float32 across micro-batches.
 
         Collectives: one all-gather and one reduce-scatter per unit, the latter on the last
-        micro-batch only unless `engine.reduce_gradients` is `each`; the head is gathered once for
-        all micro-batches.
+        micro-batch only (see `WHOLE_GRADIENT_BYTES`); the head is gathered once for all of them.
         """
         for unit in self._units:
             unit.set_requires_gradient_sync(is_last or self._reduces_each, recurse=False)

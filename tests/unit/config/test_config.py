@@ -247,7 +247,6 @@ NAN, INF = float("nan"), float("inf")
         ("train", "chunk_tokens", [0]),
         ("train", "export_shard_bytes", [0]),
         ("engine", "name", ["fsdp", "deepseed"]),
-        ("engine", "reduce_gradients", ["never"]),
         ("engine", "zero_stage", [2]),
         ("engine", "offload_optimizer", ["nvme"]),
         ("engine", "offload_params", ["nvme"]),
