@@ -12,9 +12,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.builders import VOCAB, random_rows, save_model, tiny_model, write_jsonl
+from support.builders import VOCAB, random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
 from support.launching import FINETUNE, ROOT
-from support.ranks import on_ranks
+from support.ranks import ALONE, on_ranks
 from test_resume import result
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.fsdp2 import Fsdp2Backend
 from safereg_dist.parallel.shards import weights_fingerprint
+from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.reference import ReferenceTrunk
+from safereg_dist.run.export import export_model
 
 WORKER = ROOT / "tests" / "distributed" / "fsdp2_worker.py"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab": 1001}
@@ -100,10 +102,20 @@ def test_reference_beside_a_policy_under_zero3(folder, launch):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_that_are_stored_apart(family, tmp_path):
-    """Fused on loading, each rank reading its own experts: the model of plain transformers."""
+    """Fused on loading, each rank reading its own experts: the model of plain transformers.
+
+    The export has them apart again.
+    """
     save_model(tmp_path / "model", tiny_experts(family))
-    names = load_file(tmp_path / "model" / "model.safetensors").keys()
-    assert any(".experts.4." in name for name in names)
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(".experts.4." in name for name in stored)
+    alone = SingleBackend(ALONE)
+    model = alone.load_model(tmp_path / "model", precision="fp32", offload="none")
+    export_model(model, word_tokenizer(), tmp_path / "out", backend=alone, shard_bytes=20_000)
+    exported = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    assert len(exported) > 1
+    assert sorted(name for file in exported for name in file) == sorted(stored)
+    assert all(torch.equal(file[name], stored[name]) for file in exported for name in file)
     ids = torch.arange(6, 26).reshape(2, 10)
 
     def loaded(ranks):
