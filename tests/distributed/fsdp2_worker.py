@@ -58,7 +58,8 @@ def beside(folder: Path) -> dict:
     """A policy under ZeRO-3 with a reference under ZeRO-3, and with one under FSDP2."""
     config = load_config(folder / "run.yaml", ["engine.name=deepspeed", "train.precision=fp32"])
     backend = start_backend(config)
-    found: dict = {}
+    experts = backend.load_model(folder / "experts", precision="fp32", offload="none")
+    found: dict = {"experts": backend.fingerprint(experts)}
     for name in ("zero3", "fsdp2"):
         run = build_run(config, backend)
         if name == "fsdp2":

@@ -56,6 +56,7 @@ CASES = (
 FSDP2_CASES = (
     Case("tied-forward-2", grad_accum_steps=2, policy="tied"),
     Case("tied-none-2", objective="none", grad_accum_steps=2, policy="tied"),
+    Case("experts-forward-2", grad_accum_steps=2, policy="experts"),
     Case("reduced-each-2", grad_accum_steps=2, reduces_each=True),
     Case(
         "elsewhere-2",

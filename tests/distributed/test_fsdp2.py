@@ -12,12 +12,19 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.builders import VOCAB, random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
+from support.builders import (
+    random_rows,
+    save_model,
+    tiny_experts,
+    tiny_model,
+    word_tokenizer,
+    write_jsonl,
+)
 from support.launching import FINETUNE, ROOT
 from support.ranks import ALONE, on_ranks
 from test_resume import result
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.fsdp2 import Fsdp2Backend
@@ -86,6 +93,8 @@ def test_train_resume_move_and_export(folder, launch):
 
 @pytest.mark.deepspeed
 def test_reference_beside_a_policy_under_zero3(folder, launch):
+    save_model(folder / "experts", tiny_experts("qwen3_moe"))
+    experts = model_fingerprint(AutoModelForCausalLM.from_pretrained(folder / "experts"))
     found = run_worker(folder, launch, "beside", ranks=2)
     model = AutoModelForCausalLM.from_pretrained(folder / "reference")
     ids = torch.arange(6, 26).reshape(2, 10)
@@ -95,6 +104,7 @@ def test_reference_beside_a_policy_under_zero3(folder, launch):
         assert rank["fsdp2"] == pytest.approx(rank["zero3"], rel=1e-6)
         assert rank["fingerprints"][0] == rank["fingerprints"][1]
         assert rank["same_head"]
+        assert rank["experts"] == experts
         for layers, (left, *some) in zip((2, 3, 1, 3, 2), rank["passes"], strict=True):
             assert left == 0
             assert some == pytest.approx(states[layers].flatten()[::37].tolist(), abs=1e-5)
@@ -131,16 +141,3 @@ def test_experts_that_are_stored_apart(family, tmp_path):
     for one, other, some in on_ranks(3, loaded, tmp_path):
         assert one == other == model_fingerprint(model)
         assert some == pytest.approx(states, abs=1e-5)
-
-
-def tiny_experts(family):
-    """A random mixture of five experts."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
-        **dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, moe_intermediate_size=24),
-        **dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8),
-        **dict(num_local_experts=5, num_experts=5, num_experts_per_tok=2, initializer_range=0.3),
-        max_position_embeddings=64,
-    )
-    return AutoModelForCausalLM.from_config(config).float()
