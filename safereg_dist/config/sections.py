@@ -185,9 +185,6 @@ class EngineConfig(Section):
     offload_params: Offload = "none"
     """`none` or `cpu`: where the policy's shards rest between uses; with `fsdp2` gradients and the
     optimizer too."""
-    reduce_gradients: Literal["last", "each"] = "last"
-    """Read by `fsdp2`: gradients go to their shards after the `last` micro-batch of a step (whole
-    float32 gradients wait on every rank until then) or after `each` (only shards wait)."""
     hpz_partition_size: int = Field(default=1, ge=1)
     """Ranks that share a second copy of the policy's weights (ZeRO++ hpZ), e.g. the GPUs of a node:
     backward passes then gather inside the node. Must divide the number of ranks; 1 = off."""

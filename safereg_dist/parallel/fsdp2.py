@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shared
+from torch.distributed.checkpoint.state_dict_saver import save as save_shared
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -51,6 +52,11 @@ from safereg_dist.parallel.shards import (
 from safereg_dist.parallel.single import SingleReference
 from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
 from safereg_dist.types import Head
+
+WHOLE_GRADIENT_BYTES = 8 << 30
+"""Float32 gradients up to which a model's wait whole on every rank for the last micro-batch, and
+are reduced once; those of more than two billion parameters are reduced after each, and only shards
+wait, since they would not fit beside the model."""
 
 
 def start_ranks(config: EngineConfig) -> Ranks:
@@ -214,7 +220,8 @@ class Fsdp2Policy:
         self.module = model
         self._ranks = ranks
         self._max_grad_norm = config.optimizer.max_grad_norm
-        self._reduces_each = config.engine.reduce_gradients == "each"
+        whole = 4 * sum(p.numel() for p in model.parameters())
+        self._reduces_each = whole > WHOLE_GRADIENT_BYTES
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in self._units:
             # The loss is divided by the global number of tokens already: sums, no averages.
@@ -258,8 +265,7 @@ class Fsdp2Policy:
         """Adds the gradient of `loss`, in float32 across micro-batches.
 
         Collectives: one all-gather and one reduce-scatter per unit, the latter on the last
-        micro-batch only unless `engine.reduce_gradients` is `each`; the head is gathered once for
-        all micro-batches.
+        micro-batch only (see `WHOLE_GRADIENT_BYTES`); the head is gathered once for all of them.
         """
         for unit in self._units:
             unit.set_requires_gradient_sync(is_last or self._reduces_each, recurse=False)
@@ -275,12 +281,13 @@ class Fsdp2Policy:
         """
         trained = [p for group in self._optimizer.param_groups for p in group["params"]]
         grads = [_local(p.grad) for p in trained if p.grad is not None]
-        squares = torch.stack(torch._foreach_norm(grads)).square().sum().to(self._ranks.device)
-        norm = float(self._ranks.sum_(squares).sqrt())
+        own = torch.nn.utils.get_total_norm(grads).to(self._ranks.device)
+        norm = float(self._ranks.sum_(own.square()).sqrt())
         applied = norm < float("inf")
         if applied:
             if self._max_grad_norm > 0:
-                torch._foreach_mul_(grads, min(1.0, self._max_grad_norm / (norm + 1e-6)))
+                scale = min(1.0, self._max_grad_norm / (norm + 1e-6))
+                torch._foreach_mul_(grads, scale)  # type: ignore[attr-defined]
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -295,7 +302,7 @@ class Fsdp2Policy:
         Collectives: those of torch.distributed.checkpoint.
         """
         try:
-            checkpoint.save(self._state(), checkpoint_id=folder)
+            save_shared(self._state(), checkpoint_id=folder)
         except CheckpointException as err:
             raise CheckpointError(
                 f"expected to write a checkpoint to {folder}, got: {reason_of(err)}: free disk "
@@ -311,7 +318,7 @@ class Fsdp2Policy:
         """
         state = self._state()
         try:
-            checkpoint.load(state, checkpoint_id=folder)
+            load_shared(state, checkpoint_id=folder)
         except CheckpointException as err:
             raise CheckpointError(
                 f"expected a checkpoint of engine fsdp2 in {folder}, got: {reason_of(err)}: remove "
@@ -398,10 +405,10 @@ def _parameters_without_memory() -> Iterator[None]:
     """
     register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        register(self, name, param)
 
     nn.Module.register_parameter = on_meta
     try:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.engine import Backend
+from safereg_dist.parallel.fused_tensors import as_stored
 from safereg_dist.parallel.shards import INDEX_FILE, SINGLE_FILE
 
 
@@ -42,13 +43,16 @@ def export_model(
             partial.mkdir(parents=True)
     error: Exception | None = None
     held: dict[str, Tensor] = {}
+    written: dict[str, str] = {}
     for name, tensor, last_of in _gathered_tensors(model, plan, backend):
         if not ranks.is_main or error is not None:
             continue  # the main rank's error is raised after the collectives, by all ranks
         held[name] = tensor
         if last_of is not None:
             try:
-                save_file(held, partial / last_of, metadata={"format": "pt"})
+                stored = as_stored(model, held)
+                save_file(stored, partial / last_of, metadata={"format": "pt"})
+                written |= dict.fromkeys(stored, last_of)
             except Exception as err:
                 error = err
             held = {}
@@ -57,7 +61,7 @@ def export_model(
             if error is not None:
                 raise error
             if ranks.is_main:
-                _finish(model, tokenizer, plan, partial, folder)
+                _finish(model, tokenizer, written, partial, folder)
         except (OSError, SafetensorError) as err:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
@@ -128,13 +132,13 @@ def _host_copy(parameter: nn.Parameter) -> Tensor:
 def _finish(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
+    weight_map: dict[str, str],
     partial: Path,
     folder: Path,
 ) -> None:
-    if len(plan) > 1:
-        total = sum((partial / file).stat().st_size for file, _ in plan)
-        weight_map = {name: file for file, names in plan for name in names}
+    files = set(weight_map.values())
+    if len(files) > 1:
+        total = sum((partial / file).stat().st_size for file in files)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
     model.config.architectures = [type(model).__name__]

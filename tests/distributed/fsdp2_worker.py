@@ -29,7 +29,8 @@ def losses_of(run, steps: int) -> list[float]:
 
 
 def moved(folder: Path) -> dict:
-    """A checkpoint of other ranks, loaded and exported here; then the bytes between two steps."""
+    """A checkpoint of other ranks, loaded and exported here; then the bytes between two steps, and
+    a gradient that is not finite on one rank."""
     config = load_config(folder / "run.yaml")
     run = build_run(config, start_backend(config))
     run.engine.load(folder / "whole" / "checkpoint" / "step-00000003" / "engine")
@@ -39,7 +40,12 @@ def moved(folder: Path) -> dict:
     aside = {_storage(t) for each in state for t in each.values()}
     models = (run.model, run.regularizer.reference.model.engine.module.model)
     whole = [sum(p.numel() * p.element_size() for p in model.parameters()) for model in models]
-    return {"losses": losses, "live": live_bytes(aside), "whole": sum(whole)}
+    found = {"losses": losses, "live": live_bytes(aside), "whole": sum(whole)}
+    before = run.backend.fingerprint(run.model)
+    scale = float("inf") if run.ranks.rank == 1 else 1.0
+    run.engine.backward(run.engine(torch.arange(6, 16)[None]).sum() * scale, is_last=True)
+    applied = run.engine.update(1.0).applied
+    return found | {"skipped": not applied and run.backend.fingerprint(run.model) == before}
 
 
 def _storage(tensor: torch.Tensor) -> tuple[int, int]:
@@ -58,7 +64,8 @@ def beside(folder: Path) -> dict:
     """A policy under ZeRO-3 with a reference under ZeRO-3, and with one under FSDP2."""
     config = load_config(folder / "run.yaml", ["engine.name=deepspeed", "train.precision=fp32"])
     backend = start_backend(config)
-    found: dict = {}
+    experts = backend.load_model(folder / "experts", precision="fp32", offload="none")
+    found: dict = {"experts": backend.fingerprint(experts)}
     for name in ("zero3", "fsdp2"):
         run = build_run(config, backend)
         if name == "fsdp2":

@@ -18,6 +18,8 @@ class Case:
     """Name of the folder that holds the policy."""
     engine: tuple[str, ...] = ()
     """Overrides that change where things are, and no result."""
+    reduces_each: bool = False
+    """FSDP2 reduces gradients after each micro-batch, as those of a large model."""
 
     @property
     def anchors(self) -> bool:
@@ -54,7 +56,8 @@ CASES = (
 FSDP2_CASES = (
     Case("tied-forward-2", grad_accum_steps=2, policy="tied"),
     Case("tied-none-2", objective="none", grad_accum_steps=2, policy="tied"),
-    Case("reduced-each-2", grad_accum_steps=2, engine=("engine.reduce_gradients=each",)),
+    Case("experts-forward-2", grad_accum_steps=2, policy="experts"),
+    Case("reduced-each-2", grad_accum_steps=2, reduces_each=True),
     Case(
         "elsewhere-2",
         grad_accum_steps=2,

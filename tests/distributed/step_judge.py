@@ -15,10 +15,13 @@ DIRECTIONS = {"kl_forward": "forward", "kl_reverse": "reverse", "l2_logits": "l2
 
 def whole_models(folder: Path, policy: str = "policy") -> list[PreTrainedModel]:
     """Policy and reference of a folder in float64, by plain transformers."""
-    return [
+    models = [
         AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64)
         for name in (policy, "reference")
     ]
+    for model in models:
+        model.set_experts_implementation("eager")  # torch groups no products in float64
+    return models
 
 
 def rows_of_step(case: Case, world_size: int) -> list[Row]:
@@ -79,9 +82,8 @@ def expected(
     )
     hidden.backward(torch.tensor(result["grad_hidden"]))
     grads = {n: p.grad.numpy() for n, p in policy.named_parameters() if p.grad is not None}
-    tied = policy.lm_head.weight is policy.model.embed_tokens.weight
-    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    grads[head] = result["grad_head"] + (grads[head] if tied else 0.0)
+    head = next(n for n, p in policy.named_parameters() if p is policy.lm_head.weight)
+    grads[head] = result["grad_head"] + grads.get(head, 0.0)  # a tied one has the embedding's too
     result["row_of_token"] = np.array(row_of_token)
     counts = {
         "rows": len(rows),

@@ -58,6 +58,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 
 from safereg_dist.config import load_config  # noqa: E402
 from safereg_dist.factory import build_run, start_backend  # noqa: E402
+from safereg_dist.parallel import fsdp2  # noqa: E402
 from safereg_dist.parallel.engine import Update  # noqa: E402
 from safereg_dist.reference import NoReference  # noqa: E402
 from safereg_dist.risk.stage import (  # noqa: E402
@@ -71,6 +72,7 @@ from safereg_dist.trainer import optimizer_step  # noqa: E402
 def run_case(folder, case, backend) -> None:
     """One optimizer step without the update; rank 0 writes loss, parts and gradients."""
     config = load_config(folder / "base.yaml", [*case.overrides(), SCHEDULE_LINEAR, ENGINE])
+    fsdp2.WHOLE_GRADIENT_BYTES = 0 if case.reduces_each else 8 << 30
     run = build_run(config, backend)
     rank = backend.ranks.rank
     rows = [

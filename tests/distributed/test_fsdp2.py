@@ -2,7 +2,8 @@
 
 Exact: a resumed run (bf16, dropout, gradients accumulated) gives the same bits; what was saved on
 two ranks is what four ranks load and export; the weights' fingerprint is that of ZeRO-3; nothing is
-left whole after a pass of the reference. Within 5 %: the bytes of a rank between steps are its
+left whole after a pass of the reference; a gradient that is not finite on one rank moves no weight.
+Within 5 %: the bytes of a rank between steps are its
 share. Rounds: float32 losses and states beside those of ZeRO-3 and of plain transformers.
 """
 
@@ -12,17 +13,26 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.builders import VOCAB, random_rows, save_model, tiny_model, write_jsonl
+from support.builders import (
+    random_rows,
+    save_model,
+    tiny_experts,
+    tiny_model,
+    word_tokenizer,
+    write_jsonl,
+)
 from support.launching import FINETUNE, ROOT
-from support.ranks import on_ranks
+from support.ranks import ALONE, on_ranks
 from test_resume import result
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.fsdp2 import Fsdp2Backend
 from safereg_dist.parallel.shards import weights_fingerprint
+from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.reference import ReferenceTrunk
+from safereg_dist.run.export import export_model
 
 WORKER = ROOT / "tests" / "distributed" / "fsdp2_worker.py"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab": 1001}
@@ -39,9 +49,10 @@ def folder(tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"model: {tmp_path / 'policy'}\n"
         f"reference: {{model: {tmp_path / 'reference'}}}\n"
-        f"data: {{train: {tmp_path / 'train.jsonl'}}}\n"
+        f"data: {{train: {tmp_path / 'train.jsonl'}, validation: {tmp_path / 'train.jsonl'}}}\n"
         "risk: {estimator: column, max_held_back: 1.0}\n"
-        "train: {steps: 6, micro_batch_size: 2, grad_accum_steps: 2, save_every: 3}\n"
+        "train: {steps: 6, micro_batch_size: 2, grad_accum_steps: 2, save_every: 3, "
+        "eval_every: 2}\n"
         "optimizer: {lr: 0.001}\n"
         "engine: {name: fsdp2}\n"
         f"output_dir: {tmp_path / 'whole'}\n"
@@ -80,10 +91,13 @@ def test_train_resume_move_and_export(folder, launch):
     for rank in found:
         assert rank["losses"] == found[0]["losses"]
         assert rank["live"] <= 1.05 * rank["whole"] / 4, rank
+        assert rank["skipped"]
 
 
 @pytest.mark.deepspeed
 def test_reference_beside_a_policy_under_zero3(folder, launch):
+    save_model(folder / "experts", tiny_experts("qwen3_moe"))
+    experts = model_fingerprint(AutoModelForCausalLM.from_pretrained(folder / "experts"))
     found = run_worker(folder, launch, "beside", ranks=2)
     model = AutoModelForCausalLM.from_pretrained(folder / "reference")
     ids = torch.arange(6, 26).reshape(2, 10)
@@ -93,6 +107,7 @@ def test_reference_beside_a_policy_under_zero3(folder, launch):
         assert rank["fsdp2"] == pytest.approx(rank["zero3"], rel=1e-6)
         assert rank["fingerprints"][0] == rank["fingerprints"][1]
         assert rank["same_head"]
+        assert rank["experts"] == experts
         for layers, (left, *some) in zip((2, 3, 1, 3, 2), rank["passes"], strict=True):
             assert left == 0
             assert some == pytest.approx(states[layers].flatten()[::37].tolist(), abs=1e-5)
@@ -100,10 +115,20 @@ def test_reference_beside_a_policy_under_zero3(folder, launch):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_that_are_stored_apart(family, tmp_path):
-    """Fused on loading, each rank reading its own experts: the model of plain transformers."""
+    """Fused on loading, each rank reading its own experts: the model of plain transformers.
+
+    The export has them apart again.
+    """
     save_model(tmp_path / "model", tiny_experts(family))
-    names = load_file(tmp_path / "model" / "model.safetensors").keys()
-    assert any(".experts.4." in name for name in names)
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(".experts.4." in name for name in stored)
+    alone = SingleBackend(ALONE)
+    model = alone.load_model(tmp_path / "model", precision="fp32", offload="none")
+    export_model(model, word_tokenizer(), tmp_path / "out", backend=alone, shard_bytes=20_000)
+    exported = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    assert len(exported) > 1
+    assert sorted(name for file in exported for name in file) == sorted(stored)
+    assert all(torch.equal(file[name], stored[name]) for file in exported for name in file)
     ids = torch.arange(6, 26).reshape(2, 10)
 
     def loaded(ranks):
@@ -119,16 +144,3 @@ def test_experts_that_are_stored_apart(family, tmp_path):
     for one, other, some in on_ranks(3, loaded, tmp_path):
         assert one == other == model_fingerprint(model)
         assert some == pytest.approx(states, abs=1e-5)
-
-
-def tiny_experts(family):
-    """A random mixture of five experts."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
-        **dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, moe_intermediate_size=24),
-        **dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8),
-        **dict(num_local_experts=5, num_experts=5, num_experts_per_tok=2, initializer_range=0.3),
-        max_position_embeddings=64,
-    )
-    return AutoModelForCausalLM.from_config(config).float()

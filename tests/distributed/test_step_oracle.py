@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from step_cases import cases_on
 from step_judge import expected, rows_of_step, whole_models
-from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.builders import random_rows, save_model, tiny_experts, tiny_model, write_jsonl
 from support.launching import ROOT
 
 WORKER = ROOT / "tests" / "distributed" / "step_worker.py"
@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
     base = tmp_path_factory.mktemp("step")
     save_model(base / "policy", tiny_model(seed=0))
     save_model(base / "tied", tiny_model(seed=3, tie_word_embeddings=True))
+    save_model(base / "experts", tiny_experts("mixtral"))
     save_model(base / "reference", tiny_model(seed=1))
     write_jsonl(base / "train.jsonl", random_rows(12))
     (base / "base.yaml").write_text(
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(folder):
     """Policy and reference in float64, by name of the policy."""
-    return {name: whole_models(folder, name) for name in ("policy", "tied")}
+    return {name: whole_models(folder, name) for name in ("policy", "tied", "experts")}
 
 
 @pytest.mark.slow
@@ -51,7 +52,7 @@ def models(folder):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 def test_step_equals_the_equations(engine, world_size, folder, models, launch, tmp_path):
-    for file in ("policy", "tied", "reference", "base.yaml"):
+    for file in ("policy", "tied", "experts", "reference", "base.yaml"):
         (tmp_path / file).symlink_to(folder / file)
     done = launch(WORKER, str(tmp_path), engine, ranks=world_size)
     assert done.status == 0, done.output[-4000:]

@@ -248,7 +248,6 @@ NAN, INF = float("nan"), float("inf")
         ("train", "chunk_tokens", [0]),
         ("train", "export_shard_bytes", [0]),
         ("engine", "name", ["fsdp", "deepseed"]),
-        ("engine", "reduce_gradients", ["never"]),
         ("engine", "zero_stage", [2]),
         ("engine", "offload_optimizer", ["nvme"]),
         ("engine", "offload_params", ["nvme"]),
@@ -299,6 +298,14 @@ def test_values_out_of_range(section, key, values):
         (
             {**with_("data", anchor="a"), "regularizer": {"objective": "none"}},
             ["data.anchor", "objective"],
+        ),
+        (
+            with_("engine", name="fsdp2", hpz_partition_size=2),
+            ["engine.hpz_partition_size", "got 2 and none", "engine.name=fsdp2"],
+        ),
+        (
+            with_("engine", name="fsdp2", offload_optimizer="cpu"),
+            ["engine.offload_optimizer", "got 1 and cpu", "engine.offload_params=cpu"],
         ),
         (with_(lora={"rank": 8}), ["lora"]),
         ({"data": {"train": "t"}, "risk": {"estimator": "none"}}, ["model"]),
@@ -679,7 +686,7 @@ def test_a_section_alone_names_where_it_belongs():
         ({"risk": {"estimator": "none"}}, "missing key model, data: add it to the configuration"),
         (
             with_("engine", name="deepseed"),
-            "engine.name must be one of deepspeed, single, got 'deepseed': did you mean "
+            "engine.name must be one of deepspeed, fsdp2, single, got 'deepseed': did you mean "
             "'deepspeed'?",
         ),
         (
