@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from safereg_dist.data.files import answered_conversation, read_rows
+from safereg_dist.data.files import read_rows
+from safereg_dist.data.formats import conversation_of
 from safereg_dist.errors import DataError
 from safereg_dist.models.fingerprint import row_key
 from safereg_dist.risk.stage import ProbedStates, Risk, RiskSource
@@ -164,7 +165,10 @@ def _scored(place: str, row: Mapping[str, Any]) -> ScoredRow:
 
 
 def _texts(place: str, row: Mapping[str, Any]) -> Iterable[str]:
-    return (message["content"] or "" for message in answered_conversation(dict(row), place))
+    conversation = conversation_of(dict(row), place)
+    if row.get("instruction") is not None:  # templates put text between the two halves
+        return [row["instruction"], row.get("input") or "", row["output"]]
+    return [message["content"] for message in conversation.messages]
 
 
 def _squeezed(text: str) -> str:
