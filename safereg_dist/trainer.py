@@ -21,7 +21,7 @@ from safereg_dist.parallel.optimizer import learning_rate
 from safereg_dist.profiling import NoProfiler, Profiler
 from safereg_dist.run import checkpoint
 from safereg_dist.run.checkpoint import RunState, config_hash
-from safereg_dist.run.export import export_model
+from safereg_dist.run.export import export_adapters, export_model
 from safereg_dist.run.folder import claim_folder, describe_run
 from safereg_dist.run.gate import refuse_too_many_held_back
 from safereg_dist.run.ledger import merge_ledgers
@@ -275,6 +275,8 @@ def _finish(run: Run, progress: Progress, folder: Path, last_row: dict[str, floa
         backend=run.backend,
         shard_bytes=run.config.train.export_shard_bytes,
     )
+    if run.config.lora is not None:
+        export_adapters(run.model, folder / "adapter", backend=run.backend)
     with run.ranks.together():
         if run.ranks.is_main:
             head = merge_ledgers(folder, run.ranks.world_size)

@@ -45,14 +45,17 @@ def sections(cls: type[Section] = Config, name: str = "") -> Iterator[tuple[str,
     yield name, cls
     for key, field in cls.model_fields.items():
         if (inner := section_of(field)) is not None:
-            listed = "" if is_section(field.annotation) else "[]"
+            is_one = inner in (field.annotation, *get_args(field.annotation))
+            listed = "" if is_one else "[]"
             yield from sections(inner, f"{name}.{key}{listed}".lstrip("."))
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section that a key holds, or holds a list of; None where it is a value."""
     kind: Any = field.annotation
-    for choice in (kind, *get_args(kind)):  # a value may stand for the list
+    for choice in (kind, *get_args(kind)):  # a value may stand for the list, null for the section
+        if is_section(choice):
+            return choice
         if get_origin(choice) is tuple:
             kind = get_args(choice)[0]
     return kind if is_section(kind) else None

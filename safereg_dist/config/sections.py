@@ -209,6 +209,21 @@ class EngineConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on a frozen policy, which without them is its own reference."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of each adapter, >= 1."""
+    alpha: float = Field(default=32.0, gt=0)
+    """An adapter's output is scaled by alpha / rank, > 0."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on an adapter's input, in [0, 1)."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get one, e.g. q_proj; empty = all but the head."""
+    path: str | None = None
+    """Folder of a trained adapter (PEFT) to go on from; null = new ones."""
+
+
 class Config(Section):
     """One training run."""
 
@@ -220,8 +235,8 @@ class Config(Section):
     regularizer: RegularizerConfig = RegularizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
-    lora: None = None
-    """Not available in this version, must be null."""
+    lora: LoraConfig | None = None
+    """Adapters to train in place of all weights; null = none."""
     engine: EngineConfig = EngineConfig()
     output_dir: str = Field(default="runs/my-run", json_schema_extra=ASIDE)
     """Run folder: metrics, ledger, checkpoints, exported model."""
@@ -241,6 +256,7 @@ class Config(Section):
             )
         self._check_reference()
         self._check_order()
+        self._check_adapters()
         if self.train.eval_every and self.data.validation is None:
             raise ConfigError("train.eval_every needs data.validation: set it, or eval_every=0")
         return self
@@ -285,6 +301,29 @@ class Config(Section):
                     f"{name} needs to know all rows beforehand, data.streaming=true reads them as "
                     f"they come: drop {name} (train.steps says how long), or set streaming=false"
                 )
+
+    def _check_adapters(self) -> None:
+        wants = self.reference.engine == "adapters_off" or self.reference.adapter is not None
+        if wants and self.lora is None:
+            raise ConfigError(
+                "reference.engine=adapters_off takes the policy without its adapters, but lora is "
+                "null: give lora a section, or set reference.engine=auto"
+            )
+        if not self.has_adapters_off:
+            return
+        if self.needs_risk and self.risk.estimator == "probe" and self.risk.source == "policy":
+            raise ConfigError(
+                "risk.source=policy gives the risk inside the policy's forward, where a reference "
+                "that is the policy with its adapters off cannot run: set risk.source=reference"
+            )
+
+    @property
+    def has_adapters_off(self) -> bool:
+        """True if the reference is the policy with its adapters off."""
+        if self.lora is None or not self.needs_reference or self.reference.cache is not None:
+            return False
+        own = self.reference.engine == "auto" and self.reference.model is None
+        return own or self.reference.engine == "adapters_off"
 
     def _check_ceilings(self) -> None:
         rule = self.regularizer

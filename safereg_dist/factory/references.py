@@ -14,6 +14,7 @@ from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
 from safereg_dist.parallel.shards import read_architecture, weights_fingerprint
+from safereg_dist.policy import Policy
 from safereg_dist.reference import (
     EngineModel,
     Exchange,
@@ -22,6 +23,7 @@ from safereg_dist.reference import (
     Reference,
     ReferenceTrunk,
 )
+from safereg_dist.reference.adapters_off import AdaptersOff
 from safereg_dist.reference.exchange import slowest_rates
 from safereg_dist.reference.store import ReferenceStore, StoreIdentity
 from safereg_dist.reference.trunk import used_parameters
@@ -46,7 +48,7 @@ class LoadedPolicy(NamedTuple):
     """The policy that the reference is checked against."""
 
     folder: Path
-    model: PreTrainedModel
+    policy: Policy
     fingerprint: str
 
 
@@ -71,6 +73,8 @@ def build_reference(
         architecture = read_architecture(folder)
         if policy is not None:
             _check_same_vocabulary(architecture, policy, folder, tokenizer, config)
+    if config.has_adapters_off and policy is not None:
+        return _adapters_off(config, backend, policy)
     is_same = policy is not None and folder.resolve() == policy.folder.resolve()
     if settings.cache is not None and policy is not None:
         fingerprint = policy.fingerprint if is_same else weights_fingerprint(folder, ranks)
@@ -89,6 +93,17 @@ def build_reference(
                 "has lost weights; report this"
             )
     return BuiltReference(_loaded_reference(config, backend, model), facts)
+
+
+def _adapters_off(config: Config, backend: Backend, policy: LoadedPolicy) -> BuiltReference:
+    """The policy itself; its engine is bound once it wraps the model."""
+    model = policy.policy.model
+    own = AdaptersOff(
+        model, policy.policy, adapter=config.reference.adapter, gathered=backend.gathered
+    )
+    reference = Reference(own, ranks=backend.ranks, packing=packing_of(config))
+    facts = WeightsFacts(policy.fingerprint, model.config.get_text_config())
+    return BuiltReference(reference, facts)
 
 
 def _loaded_reference(config: Config, backend: Backend, model: PreTrainedModel) -> Reference:
@@ -191,7 +206,8 @@ def _check_same_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
 ) -> None:
-    sizes = [c.get_text_config().vocab_size for c in (reference, policy.model.config)]
+    own = policy.policy.model.config
+    sizes = [c.get_text_config().vocab_size for c in (reference, own)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"the reference {folder} has vocabulary {sizes[0]}, the policy {policy.folder} "

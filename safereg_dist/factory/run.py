@@ -1,6 +1,7 @@
 """The objects of a run, wired together."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from safereg_dist.factory.references import (
     require_finite,
 )
 from safereg_dist.factory.risk import build_risk, category_ceilings
+from safereg_dist.models.adapters import AdapterValues, add_adapters
 from safereg_dist.models.architecture import enable_activation_checkpointing
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, PolicyEngine
@@ -75,13 +77,15 @@ def build_run(config: Config, backend: Backend) -> Run:
         precision=config.train.precision,
         offload=config.engine.offload_params,
         hpz_partition_size=config.engine.hpz_partition_size,
+        adapt=None if config.lora is None else partial(adapted, config=config),
     )
     with ranks.together():
         _check_tokenizer(tokenizer, model)
         if config.train.activation_checkpointing:
             enable_activation_checkpointing(model)
         require_finite(backend, model, folder)
-    policy = LoadedPolicy(folder, model, backend.fingerprint(model))
+        wrapped = policy_of(config, model, specs)
+    policy = LoadedPolicy(folder, wrapped, backend.fingerprint(model))
     reference = build_reference(
         config,
         backend,
@@ -98,7 +102,7 @@ def build_run(config: Config, backend: Backend) -> Run:
         )
         regularizer = assemble(
             config,
-            policy_of(config, model, specs),
+            wrapped,
             specs=specs,
             risk=risk,
             reference=reference.reference,
@@ -106,6 +110,7 @@ def build_run(config: Config, backend: Backend) -> Run:
         )
     model.train()
     engine = backend.wrap_policy(model, config=config)
+    regularizer.bind(engine.run)
     return Run(
         config=config,
         ranks=ranks,
@@ -118,6 +123,17 @@ def build_run(config: Config, backend: Backend) -> Run:
         pad_id=pad_id_of(tokenizer),
         fingerprints=_fingerprints(reference, policy=policy.fingerprint),
     )
+
+
+def adapted(model: PreTrainedModel, *, config: Config) -> AdapterValues:
+    """Puts the adapters of `lora` into the model; returns their first values.
+
+    Raises:
+        ConfigError: as `add_adapters` and `AdapterValues`.
+    """
+    assert config.lora is not None
+    add_adapters(model, config.lora)
+    return AdapterValues(config.lora, seed=config.train.seed)
 
 
 def _fingerprints(reference: BuiltReference, **known: str) -> dict[str, str]:

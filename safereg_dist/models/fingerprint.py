@@ -13,12 +13,14 @@ swapped or altered weights; it is no defence against someone who forges weights 
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+
+from safereg_dist.models.adapters import base_parameters
 
 _CHUNK = 1 << 22  # elements per step: bounds the int64 temporaries to 32 MiB each
 
@@ -49,14 +51,6 @@ def model_fingerprint(model: nn.Module) -> str:
         (name, tuple(p.shape), checksum(p.detach().reshape(-1)).cpu())
         for name, p in base_parameters(model)
     )
-
-
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of a model; of one with adapters (PEFT) those that it had before."""
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name:
-            continue
-        yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 
 def prompt_key(input_ids: list[int], prompt_ends: list[int]) -> str:

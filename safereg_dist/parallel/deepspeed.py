@@ -29,19 +29,21 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from safereg_dist.config import Config, EngineConfig
 from safereg_dist.errors import CheckpointError, GroupError
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.engine import Update
+from safereg_dist.parallel.engine import Adapt, Update
 from safereg_dist.parallel.optimizer import parameter_groups
 from safereg_dist.parallel.rendezvous import join_group
 from safereg_dist.parallel.shards import (
     Shard,
     StoredHead,
     dtype_of,
+    fill_adapters,
     fill_shards,
     fingerprint,
     first_not_finite,
     load_shards,
     read_architecture,
     stored_head,
+    whole_shard,
 )
 from safereg_dist.parallel.zero_config import hidden_size_of, policy_config, zero_config
 from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
@@ -95,7 +97,13 @@ class DeepSpeedBackend:
         self.ranks = ranks
 
     def load_model(
-        self, folder: Path, *, precision: str, offload: str, hpz_partition_size: int = 1
+        self,
+        folder: Path,
+        *,
+        precision: str,
+        offload: str,
+        hpz_partition_size: int = 1,
+        adapt: Adapt | None = None,
     ) -> PreTrainedModel:
         """A model built under `zero.Init`, each rank reading just its own shard of every tensor.
 
@@ -124,6 +132,9 @@ class DeepSpeedBackend:
             # With hpZ the second shard still holds the random initial weights, and the first step
             # would run on them. Once it is removed, the next gather rebuilds it from the shards.
             parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+        if adapt is not None:  # whole on every rank, until the engine shards them
+            with self.ranks.together():
+                fill_adapters(model, adapt(model), whole_shard)
         return model
 
     def load_head(self, folder: Path, *, precision: str) -> Head:
@@ -211,7 +222,7 @@ class DeepSpeedPolicy:
     """`engine.PolicyEngine` over a DeepSpeed training engine."""
 
     def __init__(self, engine: Any, *, world_size: int) -> None:
-        self.engine = engine
+        self.engine = self.run = engine
         self.module: nn.Module = engine.module
         self._world_size = world_size
 

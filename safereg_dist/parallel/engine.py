@@ -1,16 +1,19 @@
 """The interfaces that every backend implements."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from safereg_dist.config import Config
+from safereg_dist.models.adapters import AdapterValues
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.types import Head
+
+Adapt = Callable[[PreTrainedModel], AdapterValues]
 
 
 class Update(NamedTuple):
@@ -24,6 +27,10 @@ class Update(NamedTuple):
 
 class PolicyEngine(Protocol):
     """Runs, differentiates, steps, saves and restores the trained module."""
+
+    def run(self, **inputs: Any) -> Any:
+        """The model's output for its keyword arguments, under the engine's hooks."""
+        ...
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """The output of the model's head for [B, S] tokens, under the engine's hooks: its logits.
@@ -70,11 +77,18 @@ class Backend(Protocol):
     ranks: Ranks
 
     def load_model(
-        self, folder: Path, *, precision: str, offload: str, hpz_partition_size: int = 1
+        self,
+        folder: Path,
+        *,
+        precision: str,
+        offload: str,
+        hpz_partition_size: int = 1,
+        adapt: Adapt | None = None,
     ) -> PreTrainedModel:
         """A causal language model whose weights come from a local Hugging Face folder.
 
-        `hpz_partition_size` ranks share a second shard of it; 1 = none.
+        `hpz_partition_size` ranks share a second shard of it; 1 = none. `adapt` puts adapters into
+        the model and returns their first values.
         """
         ...
 

@@ -35,13 +35,14 @@ from safereg_dist.config import Config, EngineConfig
 from safereg_dist.errors import CheckpointError, ConfigError, reason_of
 from safereg_dist.models.architecture import decoder_layers
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.engine import Update
+from safereg_dist.parallel.engine import Adapt, Update
 from safereg_dist.parallel.optimizer import parameter_groups
 from safereg_dist.parallel.rendezvous import join_group
 from safereg_dist.parallel.shards import (
     Shard,
     StoredParameter,
     dtype_of,
+    fill_adapters,
     fill_shards,
     fingerprint,
     first_not_finite,
@@ -86,7 +87,13 @@ class Fsdp2Backend:
         self._gathered_as = WeakTensorKeyDictionary()
 
     def load_model(
-        self, folder: Path, *, precision: str, offload: str, hpz_partition_size: int = 1
+        self,
+        folder: Path,
+        *,
+        precision: str,
+        offload: str,
+        hpz_partition_size: int = 1,
+        adapt: Adapt | None = None,
     ) -> PreTrainedModel:
         """A model built without memory, each rank reading just its own rows of every tensor.
 
@@ -99,9 +106,12 @@ class Fsdp2Backend:
             architecture = read_architecture(folder)
             with _whole_modules(), _parameters_without_memory():
                 model = AutoModelForCausalLM.from_config(architecture, dtype=dtype_of(precision))
+                values = None if adapt is None else adapt(model)
             self._shard(model, precision=precision, offload=offload)
             self._allocate(model, offload=offload)
             load_shards(model, folder, self._shard_of)
+            if values is not None:
+                fill_adapters(model, values, self._shard_of)
         return model
 
     def _shard(self, model: PreTrainedModel, *, precision: str, offload: str) -> None:
@@ -169,8 +179,8 @@ class Fsdp2Backend:
 
     def wrap_policy(self, model: PreTrainedModel, *, config: Config) -> "Fsdp2Policy":
         """AdamW over float32 shards, which are gathered in the model's own type."""
-        kept = [(p, p.dtype) for p in model.parameters()]
-        _replace_tensors(model, lambda t: t.float() if isinstance(t, DTensor) else t)
+        kept = [(p, p.dtype) for p in model.parameters() if p.requires_grad]
+        _replace_tensors(model, lambda t: t.float() if t.requires_grad else t)
         for parameter, dtype in kept:
             self._gathered_as[parameter] = dtype
         return Fsdp2Policy(model, config, self.ranks)
@@ -251,14 +261,18 @@ class Fsdp2Policy:
             _share_weight(embedding, head)
         self._head.set_reshard_after_forward(False, recurse=False)
 
-    @region(POLICY_FORWARD)
-    def __call__(self, input_ids: Tensor) -> Tensor:
-        """Forward of one micro-batch under FSDP2's hooks."""
-        logits = self.module(input_ids=input_ids, use_cache=False).logits
+    def run(self, **inputs: Any) -> Any:
+        """The model's output; all is sharded again after it where no backward follows."""
+        output = self.module(**inputs)
         if not torch.is_grad_enabled():
             for unit in self._units:  # no backward will
                 unit.reshard()
-        return logits
+        return output
+
+    @region(POLICY_FORWARD)
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Forward of one micro-batch under FSDP2's hooks."""
+        return self.run(input_ids=input_ids, use_cache=False).logits
 
     @region(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:

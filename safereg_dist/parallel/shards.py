@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from safereg_dist.errors import ConfigError, reason_of
-from safereg_dist.models.fingerprint import base_parameters, checksum, digest
+from safereg_dist.models.adapters import AdapterValues, adapter_parameters, base_parameters
+from safereg_dist.models.fingerprint import checksum, digest
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.fused_tensors import fused_tensors
 from safereg_dist.types import head_of
@@ -73,7 +74,7 @@ def match_names(model: nn.Module, files: dict[str, Path], folder: Path) -> dict[
         candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
         return next((c for c in (*candidates, *aliases.get(name, ())) if c in under), "")
 
-    found = {name: stored(name, files) for name, _ in model.named_parameters()}
+    found = {name: stored(name, files) for name, _ in base_parameters(model)}
     names = {name: [tensor] for name, tensor in found.items() if tensor}
     if len(names) < len(found):
         fused = fused_tensors(model, files)
@@ -91,7 +92,7 @@ def match_names(model: nn.Module, files: dict[str, Path], folder: Path) -> dict[
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
     by_id: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in base_parameters(model, remove_duplicate=False):
         by_id.setdefault(id(parameter), []).append(name)
     return {names[0]: names[1:] for names in by_id.values()}
 
@@ -123,7 +124,7 @@ def stored_parameters(model: nn.Module, folder: Path) -> dict[str, StoredParamet
     names = match_names(model, files, folder)
     shapes = tensor_shapes(files)
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_parameters(model):
         expected = whole_shape(parameter)
         tensors = names[name]
         stored = StoredParameter(
@@ -188,7 +189,7 @@ def load_shards(model: nn.Module, folder: Path, shard_of: ShardOf) -> None:
     Raises:
         ConfigError: the weights do not fit the model.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(base_parameters(model))
     places = stored_parameters(model, folder)
     fill_shards([(parameters[name], place) for name, place in places.items()], shard_of)
 
@@ -197,6 +198,24 @@ def first_not_finite(model: nn.Module, shard_of: ShardOf) -> str | None:
     """Name of a parameter with a non-finite value in its shard, or None. No collectives."""
     named = model.named_parameters()
     return next((name for name, p in named if not shard_of(p).values.isfinite().all()), None)
+
+
+@torch.no_grad()
+def fill_adapters(model: nn.Module, values: AdapterValues, shard_of: ShardOf) -> None:
+    """Sets this rank's part of every adapter weight in the model. Collectives: none.
+
+    Raises:
+        ConfigError: as `AdapterValues`.
+    """
+    for name, parameter in adapter_parameters(model):
+        shard = shard_of(parameter)
+        whole = values(name, whole_shape(parameter)).reshape(-1)
+        shard.values.copy_(whole[shard.first : shard.first + shard.values.numel()])
+
+
+def whole_shard(parameter: nn.Parameter) -> Shard:
+    """The one shard of a parameter that is whole on this rank."""
+    return Shard(0, parameter.detach().view(-1))
 
 
 def fingerprint(model: nn.Module, shard_of: ShardOf, ranks: Ranks) -> str:

@@ -18,16 +18,18 @@ from safereg_dist.config import Config
 from safereg_dist.errors import CheckpointError, ConfigError, GroupError, reason_of
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.engine import Update
+from safereg_dist.parallel.engine import Adapt, Update
 from safereg_dist.parallel.optimizer import parameter_groups
 from safereg_dist.parallel.shards import (
     StoredParameter,
     dtype_of,
+    fill_adapters,
     match_names,
     read_architecture,
     read_flat_slices,
     stored_head,
     weight_files,
+    whole_shard,
 )
 from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
 from safereg_dist.types import Head
@@ -59,7 +61,13 @@ class SingleBackend:
         self.ranks = ranks
 
     def load_model(
-        self, folder: Path, *, precision: str, offload: str, hpz_partition_size: int = 1
+        self,
+        folder: Path,
+        *,
+        precision: str,
+        offload: str,
+        hpz_partition_size: int = 1,
+        adapt: Adapt | None = None,
     ) -> PreTrainedModel:
         """The model, whole, on this process's device; there is nothing to offload or to share."""
         read_architecture(folder)
@@ -72,6 +80,8 @@ class SingleBackend:
                 f"the model in {folder} cannot be loaded: {reason_of(err)}: check its files"
             ) from err
         match_names(model, files, folder)
+        if adapt is not None:
+            fill_adapters(model, adapt(model), whole_shard)
         return model.to(self.ranks.device)
 
     def load_head(self, folder: Path, *, precision: str) -> Head:
@@ -116,7 +126,7 @@ class SinglePolicy:
     """`engine.PolicyEngine` in plain torch."""
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        self.module = model
+        self.module = self.run = model
         self._max_grad_norm = config.optimizer.max_grad_norm
         groups = parameter_groups(model, config.optimizer.weight_decay)
         self._trained = [p for group in groups for p in group["params"]]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safereg_dist.errors import ConfigError
+from safereg_dist.models.adapters import adapters_disabled
 from safereg_dist.models.architecture import decoder_layers
 from safereg_dist.policy import Policy
 from safereg_dist.types import Head, head_of
@@ -130,7 +131,7 @@ class AdaptersOff:
     @contextmanager
     def _chosen_adapter(self) -> Iterator[None]:
         if self._adapter is None:
-            with self._model.disable_adapter():
+            with adapters_disabled(self._model):
                 yield
             return
         before = self._model.active_adapters

@@ -3,15 +3,22 @@
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.errors import CheckpointError
+from safereg_dist.models.adapters import (
+    ADAPTER_FILE,
+    adapter_parameters,
+    base_parameters,
+    merged_parameters,
+)
 from safereg_dist.parallel.engine import Backend
 from safereg_dist.parallel.fused_tensors import as_stored
 from safereg_dist.parallel.shards import INDEX_FILE, SINGLE_FILE
@@ -77,7 +84,7 @@ Plan = list[tuple[str, list[str]]]
 def _plan_shards(model: PreTrainedModel, shard_bytes: int) -> Plan:
     groups: list[list[str]] = [[]]
     size = 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_parameters(model):
         numel = getattr(parameter, "ds_numel", parameter.numel())
         nbytes = numel * parameter.element_size()
         if groups[-1] and size + nbytes > shard_bytes:
@@ -98,12 +105,15 @@ def _gathered_tensors(
 
     The copy is made on the main rank only; others get an empty tensor.
     """
-    parameters = dict(model.named_parameters())
+    merged = merged_parameters(model)
     for file, names in plan:
         for group in _by_module(names):
-            with backend.gathered([parameters[name] for name in group]) as whole:
-                for name, tensor in zip(group, whole, strict=True):
-                    copy = _host_copy(tensor) if backend.ranks.is_main else torch.empty(0)
+            parts = [merged[name] for name in group]
+            with backend.gathered([p for part in parts for p in part.parameters]) as gathered:
+                whole = iter(gathered)
+                for name, part in zip(group, parts, strict=True):
+                    own = list(islice(whole, len(part.parameters)))
+                    copy = _host_copy(part.of(own)) if backend.ranks.is_main else torch.empty(0)
                     yield name, copy, file if name == names[-1] else None
 
 
@@ -125,7 +135,41 @@ def _layer_of(name: str) -> str:
     return name if numbered is None else ".".join(parts[: numbered + 1])
 
 
-def _host_copy(parameter: nn.Parameter) -> Tensor:
+def export_adapters(model: PreTrainedModel, folder: Path, *, backend: Backend) -> None:
+    """Writes the adapters alone, as PEFT loads them; `folder` is complete or absent.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    Collectives: one all-gather per adapter weight, one gather of texts.
+    """
+    named = list(adapter_parameters(model))
+    with backend.gathered([parameter for _, parameter in named]) as whole:
+        held = {
+            f"base_model.model.{name}": _host_copy(tensor)
+            for (name, _), tensor in zip(named, whole, strict=True)
+        }
+    with backend.ranks.together():
+        if not backend.ranks.is_main:
+            return
+        partial = folder.with_name(f".{folder.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file(held, partial / ADAPTER_FILE, metadata={"format": "pt"})
+            [config] = model.peft_config.values()
+            config.base_model_name_or_path = model.name_or_path or None
+            config.save_pretrained(str(partial))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        except (OSError, SafetensorError) as err:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"expected to write the adapters to {folder}, got: {err}: free disk space and run "
+                "the same command again"
+            ) from err
+
+
+def _host_copy(parameter: Tensor) -> Tensor:
     return parameter.detach().to("cpu", copy=True).contiguous()
 
 

@@ -64,6 +64,7 @@ def write_models(folder: Path, family: str = "llama") -> None:
     for name, seed in (("policy", 0), ("reference", 5)):
         tiny_model(family, seed=seed).save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
+    with_adapters(tiny_model(family, seed=0)).save_pretrained(folder / "adapter")
     write_jsonl(folder / "any.jsonl", random_rows(30, seed=1))
 
 

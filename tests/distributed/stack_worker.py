@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
 
 from stack_cases import (
+    LORA,
     LR,
     ROWS_PER_STEP,
     STEPS,
@@ -246,7 +247,14 @@ def local_bytes(parameter) -> int:
 
 # ---- the engines of `safereg train`
 
-OWN_ENGINES = {"single": "single", "deepspeed-zero-3": "deepspeed", "fsdp2": "fsdp2"}
+OWN_ENGINES = {
+    "single": "single",
+    "deepspeed-zero-3": "deepspeed",
+    "fsdp2": "fsdp2",
+    "train-lora-single": "single",
+    "train-lora-zero-3": "deepspeed",
+    "train-lora-fsdp2": "fsdp2",
+}
 
 
 def own_engine(args: argparse.Namespace):
@@ -255,7 +263,10 @@ def own_engine(args: argparse.Namespace):
     from safereg_dist.config import config_from_dict
 
     engine = OWN_ENGINES[args.stack]
-    data = args.folder / "any.jsonl"
+    data, lora = args.folder / "any.jsonl", None
+    if "lora" in args.stack:
+        lora = {"rank": LORA["r"], "alpha": LORA["lora_alpha"], "targets": LORA["target_modules"]}
+        lora["path"] = str(args.folder / "adapter")
     config = config_from_dict(
         {
             **settings(args),
@@ -268,6 +279,7 @@ def own_engine(args: argparse.Namespace):
                 "precision": args.precision,
             },
             "engine": {"name": engine},
+            "lora": lora,
         }
     )
     run = build_run(config, start_backend(config))
@@ -299,7 +311,7 @@ def masters(run) -> nn.Module:
     by_id = {id(p): master for p, master in zip(engine._trained, engine._masters, strict=True)}
     holder = nn.Module()
     holder.named_parameters = lambda: [  # type: ignore[method-assign]
-        (name, by_id[id(p)]) for name, p in run.model.named_parameters()
+        (name, by_id[id(p)]) for name, p in run.model.named_parameters() if id(p) in by_id
     ]
     return holder
 
