@@ -13,7 +13,10 @@ from typing import Any
 import triton.language as tl
 from triton.runtime import interpreter
 
-_NEEDED = ("_patch_lang", "_patch_builtin", "_patch_attr", "_LangPatchScope", "GridExecutor")
+_NEEDED = (
+    *("_patch_lang", "_patch_builtin", "_patch_attr", "_get_np_dtype"),
+    *("_LangPatchScope", "GridExecutor"),
+)
 
 
 class _Quick:
@@ -23,10 +26,12 @@ class _Quick:
         self._names: dict[int, list[str]] = {}
         for place in (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base):
             self._names[id(place)] = _builtins_of(place)
-        self._languages: dict[tuple[int, int], frozenset[str]] = {}
+        self._languages: dict[int, tuple[dict[str, Any], int, frozenset[str]]] = {}
         self._replaced: set[str] = set()
         self._depth = 0
+        self._np_dtypes: dict[Any, Any] = {}
         self._patch_lang = interpreter._patch_lang
+        self._get_np_dtype = interpreter._get_np_dtype
         self._launch = interpreter.GridExecutor.__call__
 
     def launch(self, *arguments: Any, **options: Any) -> Any:
@@ -57,27 +62,43 @@ class _Quick:
             if tl.core.is_builtin(member):
                 interpreter._patch_attr(place, name, member, builder, scope)
 
+    def get_np_dtype(self, kind: Any) -> Any:
+        """The interpreter's own, which makes a table at every call."""
+        scalar = kind.element_ty if isinstance(kind, tl.block_type) else kind
+        if type(scalar) is not tl.dtype:  # a pointer, which no dictionary takes
+            return self._get_np_dtype(kind)
+        if scalar not in self._np_dtypes:
+            self._np_dtypes[scalar] = self._get_np_dtype(kind)
+        return self._np_dtypes[scalar]
+
     def _languages_of(self, function: Any) -> frozenset[str]:
         """Which modules the interpreter would replace: those in the function's globals."""
         names = function.__globals__
-        key = (id(names), len(names))  # the interpreter adds to them
-        if key not in self._languages:
+        kept, count, languages = self._languages.get(id(names), (None, 0, frozenset()))
+        if kept is not names or count != len(names):  # the interpreter adds to them
             modules = [value for value in names.values() if isinstance(value, ModuleType)]
-            self._languages[key] = frozenset(m.__name__ for m in modules if m in (tl, tl.core))
-        return self._languages[key]
+            languages = frozenset(m.__name__ for m in modules if m in (tl, tl.core))
+            self._languages[id(names)] = names, len(names), languages
+        return languages
 
 
 def _builtins_of(place: Any) -> list[str]:
     return [name for name, member in inspect.getmembers(place) if tl.core.is_builtin(member)]
 
 
+ORIGINALS: dict[str, Any] = {}
+"""What `install` has replaced in the interpreter, and its launch."""
+
+
 def install() -> None:
     """Once a process, before its first launch; another Triton's interpreter is left as it is."""
-    if not all(hasattr(interpreter, name) for name in _NEEDED):
+    if ORIGINALS or not all(hasattr(interpreter, name) for name in _NEEDED):
         return
-    if interpreter._patch_lang.__name__ != "_patch_lang":
-        return
+    for name in ("_patch_lang", "_patch_builtin", "_get_np_dtype"):
+        ORIGINALS[name] = getattr(interpreter, name)
+    ORIGINALS["launch"] = interpreter.GridExecutor.__call__
     quick = _Quick()
     interpreter._patch_lang = quick.patch_lang
     interpreter._patch_builtin = quick.patch_builtin
+    interpreter._get_np_dtype = quick.get_np_dtype
     interpreter.GridExecutor.__call__ = lambda *given, **options: quick.launch(*given, **options)
