@@ -1,5 +1,5 @@
-"""Claimed: what the tests leave out of Triton's interpreter changes no result, and leaves behind what
-the interpreter leaves behind.
+"""Claimed: what the tests leave out of Triton's interpreter changes no result, nor what a launch
+leaves behind in `triton.language`.
 
 Judge: the interpreter itself. Exact, to the bit.
 """
