@@ -1,7 +1,11 @@
 """Compiles kernel variants for one GPU architecture, without a GPU; prints a JSON line for each.
 
 A process of its own: under TRITON_INTERPRET=1, which the tests set, nothing can be compiled.
-Run: python kernels/tests/compile_kernels.py 90 [--all]
+Run: python kernels/tests/compile_kernels.py 90 [--common | --all]
+
+Alone: the common kernels, each direction with each dtype and with whole vectors or not, but not
+with every pair of the two (half of them); `--common`: all of those; `--all`: soft caps, scales, and
+what merges and scales too.
 
 `instructions_per_column` are those of the machine code in the longest loop, which in the
 statistics kernel is the one over whole blocks of columns, by columns of a thread.
@@ -36,8 +40,11 @@ PADDED = ("_ptr", "_stride", "per_split", "num_readable")
 """What is a multiple of 16 where rows start at aligned places, whatever the vocabulary."""
 
 
-def variants(*, everything: bool) -> Iterator[dict[str, Any]]:
-    """What `fused` launches: kernel, constants, dtypes of logits and gradient, warps, alignment."""
+def variants(*, everything: bool, pairs: bool = False) -> Iterator[dict[str, Any]]:
+    """What `fused` launches: kernel, constants, dtypes of logits and gradient, warps, alignment.
+
+    With `pairs`, a direction has whole vectors with one of the dtypes only, others with the other.
+    """
     specs = [LossSpec(direction=direction) for direction in DIRECTIONS]
     common_specs = set(specs)
     if everything:
@@ -47,14 +54,15 @@ def variants(*, everything: bool) -> Iterator[dict[str, Any]]:
         for direction in DIRECTIONS:
             yield _variant(kernels.merge_kernel, {"DIRECTION": DIRECTIONS.index(direction)}, 1)
         yield _variant(kernels.scale_kernel, {"BLOCK": fused.BLOCK_COLUMNS}, 8)
-    for spec in specs:
+    for index, spec in enumerate(specs):
         # masked_kl of bfloat16 logits; linear_ce_kl with float32 ones and a bfloat16 head.
         for dtype, has_labels in ((torch.bfloat16, False), (torch.float32, True)):
             block = _block(dtype, has_labels=has_labels)
             warps = fused.num_warps(spec)
             statistics = fused.statistics_constants(block, spec)
             gradient = fused.gradient_constants(block, spec)
-            for whole in (True, False):
+            one = index % 2 == int(has_labels)
+            for whole in (one,) if pairs else (True, False):
                 common = {"logits": TRITON_NAMES[dtype], "whole_vectors": whole}
                 common["is_common"] = spec in common_specs
                 yield _variant(kernels.statistics_kernel, statistics, warps, **common)
@@ -179,9 +187,9 @@ def _longest_loop(code: str) -> list[str]:
     return longest
 
 
-def main(capability: int, *, everything: bool) -> None:
+def main(capability: int, *, everything: bool, pairs: bool) -> None:
     """Prints a line for each variant."""
-    for variant in variants(everything=everything):
+    for variant in variants(everything=everything, pairs=pairs):
         constants, warps = variant["constants"], variant["warps"]
         columns_per_thread = constants.get("BLOCK", 32 * warps) / (32 * warps)
         cubin = compiled(variant, capability)
@@ -198,4 +206,5 @@ def main(capability: int, *, everything: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), everything="--all" in sys.argv)
+    all_, common = "--all" in sys.argv, "--common" in sys.argv
+    main(int(sys.argv[1]), everything=all_, pairs=not (all_ or common))

@@ -68,7 +68,7 @@ def test_two_ranks_fit_what_one_fits(tmp_path, launch):
     save_model(tmp_path / "model", tiny_model(seed=5))
     labelled(tmp_path)
     both = ("--position", "both", "--work", tmp_path / "states")
-    done = launch(*launched_fit(tmp_path, "two", *both), launcher="torchrun")
+    done = launch(*launched_fit(tmp_path, "two", *both))
     assert done.status == 0, done.output[-4000:]
     assert done.output.count("<- chosen") == 2  # one table a position, printed by one rank
     for position in ("prompt", "response"):

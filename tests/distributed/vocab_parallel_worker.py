@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "tests"
 
 import head_oracle as oracles
 import numpy as np
+import quick_interpreter
 import torch
 from torch import distributed as dist
 
@@ -25,6 +26,7 @@ SHARDS = {
     3: [(100, 101, 100), (150, 0, 151), (0, 0, 301)],
 }
 fused.BLOCK_COLUMNS = 64
+quick_interpreter.install()
 
 
 class Collectives:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -247,6 +247,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--file", default="", help="part of the planted file's path")
     parser.add_argument("--no-baseline", action="store_true", help="without a run without bugs")
     parser.add_argument("--verbose", action="store_true", help="seconds and last line of each")
+    parser.add_argument(
+        "--preload", nargs="*", default=PRELOADED, metavar="NAME", help="what is imported once"
+    )
     parser.add_argument("--bugs", type=Path, default=HERE / "bugs", help="folder of the lists")
     parser.add_argument("--root", type=Path, default=HERE.parents[1], help="of the repository")
     options = parser.parse_args(arguments)
@@ -261,7 +264,7 @@ def main(arguments: list[str]) -> int:
     fresh = [bug for bug in bugs if reasons[bug.id] is None]
     runs = [*([] if options.no_baseline else baseline(fresh)), *fresh]
     outcomes = []
-    _preload()
+    _preload(options.preload)
     from tqdm import tqdm
 
     with tempfile.TemporaryDirectory(prefix="mutation-") as scratch:
@@ -276,13 +279,14 @@ def main(arguments: list[str]) -> int:
     return report(outcomes, [f"{id}: {reason}" for id, reason in reasons.items() if reason])
 
 
-def _preload() -> None:
+def _preload(libraries: Sequence[str]) -> None:
     """Imports what most tests need, with the settings under which they run without a GPU."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"  # no threads before a fork; and a bug takes one processor
     sys.path.insert(0, str(HERE.parent))
-    importlib.import_module("conftest")  # before triton: it says whether kernels are interpreted
-    for name in PRELOADED:
+    if "torch" in libraries:
+        importlib.import_module("conftest")  # before triton: whether kernels are interpreted
+    for name in libraries:
         importlib.import_module(name)
     sys.path.pop(0)
     for name in [name for name in sys.modules if name.partition(".")[0] in ("conftest", "support")]:

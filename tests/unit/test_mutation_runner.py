@@ -57,6 +57,7 @@ def run(tmp_path):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     command = [sys.executable, str(RUNNER), "--root", str(tmp_path), "--bugs", "bugs"]
+    command += ["--preload", "pytest", "yaml", "tqdm"]  # the toys need nothing else
 
     def start(*options):
         done = subprocess.run(
