@@ -12,7 +12,12 @@ from safereg_dist.config import Config, config_from_dict
 from safereg_dist.data import load_tokenizer
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
-from safereg_dist.factory.references import BuiltReference, WeightsFacts, packing_of
+from safereg_dist.factory.references import (
+    BuiltReference,
+    WeightsFacts,
+    packing_of,
+    reference_backend,
+)
 from safereg_dist.factory.risk import (
     SourceSpec,
     build_risk,
@@ -26,7 +31,6 @@ from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.parallel.engine import Backend
 from safereg_dist.parallel.shards import read_architecture
-from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.policy import Policy
 from safereg_dist.reference import EngineModel, NoReference, Reference, ReferenceModel
 from safereg_dist.reference.adapters_off import AdaptersOff
@@ -215,19 +219,6 @@ def _reference_engine(
     if _is_under_zero3(unwrapped(model)):
         return "zero3"
     return "fsdp2" if ranks.world_size > 1 and given is None else "whole"
-
-
-def reference_backend(engine: str, ranks: Ranks) -> Backend:
-    """The backend that loads and runs a reference by `reference.engine`."""
-    if engine == "fsdp2":
-        from safereg_dist.parallel.fsdp2 import Fsdp2Backend
-
-        return Fsdp2Backend(ranks)
-    if engine == "zero3":
-        from safereg_dist.parallel.deepspeed import DeepSpeedBackend
-
-        return DeepSpeedBackend(ranks)
-    return SingleBackend(ranks)
 
 
 def _check_adapters_off(config: Config, risk: RiskSource | None) -> None:

@@ -12,8 +12,10 @@ from safereg_dist.config import Config
 from safereg_dist.data import load_tokenizer
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
+from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
 from safereg_dist.parallel.shards import read_architecture, weights_fingerprint
+from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.policy import Policy
 from safereg_dist.reference import (
     EngineModel,
@@ -75,6 +77,8 @@ def build_reference(
             _check_same_vocabulary(architecture, policy, folder, tokenizer, config)
     if config.has_adapters_off and policy is not None:
         return _adapters_off(config, backend, policy)
+    if settings.engine in ("fsdp2", "zero3", "whole"):
+        backend = reference_backend(settings.engine, ranks)
     is_same = policy is not None and folder.resolve() == policy.folder.resolve()
     if settings.cache is not None and policy is not None:
         fingerprint = policy.fingerprint if is_same else weights_fingerprint(folder, ranks)
@@ -93,6 +97,28 @@ def build_reference(
                 "has lost weights; report this"
             )
     return BuiltReference(_loaded_reference(config, backend, model), facts)
+
+
+def reference_backend(engine: str, ranks: Ranks) -> Backend:
+    """The backend that loads and runs a reference by `reference.engine`.
+
+    Raises:
+        ConfigError: shards for a process that is alone.
+    """
+    if engine not in ("fsdp2", "zero3"):
+        return SingleBackend(ranks)
+    if ranks.dp_group is None:
+        raise ConfigError(
+            f"reference.engine={engine} shards the reference over ranks, but this process is "
+            "alone: set reference.engine=auto"
+        )
+    if engine == "fsdp2":
+        from safereg_dist.parallel.fsdp2 import Fsdp2Backend
+
+        return Fsdp2Backend(ranks)
+    from safereg_dist.parallel.deepspeed import DeepSpeedBackend
+
+    return DeepSpeedBackend(ranks)
 
 
 def _adapters_off(config: Config, backend: Backend, policy: LoadedPolicy) -> BuiltReference:

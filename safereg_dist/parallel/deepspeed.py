@@ -200,6 +200,8 @@ class DeepSpeedBackend:
 
     def _shard_of(self, parameter: nn.Parameter) -> Shard:
         """This rank's part; the last rank's is padded, and shorter without."""
+        if not hasattr(parameter, "ds_tensor"):
+            return whole_shard(parameter)  # of an adapter that the engine has yet to shard
         size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
         numel = parameter.ds_numel  # type: ignore[attr-defined]
         first = min(self.ranks.rank * size, numel)
