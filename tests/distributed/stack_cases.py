@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -158,3 +159,91 @@ def read_result(path: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     tensors = load_file(path)
     losses = tensors.pop("losses")
     return losses.double(), {name: tensor.double() for name, tensor in tensors.items()}
+
+
+class StackRun(NamedTuple):
+    """One run of a stack: a row of the table."""
+
+    stack: str
+    ranks: int
+    accumulation: int
+    library: str
+    """The package whose version the table names."""
+    reference: str
+    """What runs the reference."""
+
+    @property
+    def oracle(self) -> str:
+        """The file that holds what it must give."""
+        if "lora" in self.stack:
+            return "lora"
+        return "packed" if self.stack.endswith("packed") else "full"
+
+
+def _runs() -> list[StackRun]:
+    """Every stack, most on two ranks; some on three."""
+    own, zero = "adapters off", "zero-3 inference"
+    table = [
+        ("single", 1, "torch", "whole"),
+        ("deepspeed-zero-1", 2, "deepspeed", "fsdp2"),
+        ("deepspeed-zero-2", 2, "deepspeed", "fsdp2"),
+        ("deepspeed-zero-3", 2, "deepspeed", zero),
+        ("fsdp2", 2, "torch", "fsdp2"),
+        ("trainer-ddp", 2, "transformers", "fsdp2"),
+        ("trainer-zero-1", 2, "transformers", "fsdp2"),
+        ("trainer-zero-2", 2, "transformers", "fsdp2"),
+        ("trainer-zero-3", 2, "transformers", zero),
+        ("trainer-fsdp2", 2, "transformers", "fsdp2"),
+        ("sfttrainer", 1, "trl", "whole"),
+        ("sfttrainer-packed", 1, "trl", "whole"),
+        ("lora-single", 1, "peft", own),
+        ("lora-ddp", 2, "peft", own),
+        ("lora-zero-2", 2, "peft", own),
+        ("lora-zero-3", 2, "peft", own),
+        ("lora-fsdp2", 2, "peft", own),
+        ("train-lora-single", 1, "peft", own),
+        ("train-lora-zero-3", 2, "peft", own),
+        ("train-lora-fsdp2", 2, "peft", own),
+        ("raw", 1, "torch", "whole"),
+        ("raw-ddp", 2, "torch", "fsdp2"),
+        ("raw-deepspeed", 2, "deepspeed", "fsdp2"),
+        ("raw-fsdp2", 2, "torch", "fsdp2"),
+        ("accelerate-loop", 2, "accelerate", "fsdp2"),
+    ]
+    on_three = ("deepspeed-zero-3", "fsdp2", "trainer-zero-3", "trainer-fsdp2", "raw-fsdp2")
+    return [
+        StackRun(stack, count, accumulation, library, reference)
+        for stack, ranks, library, reference in table
+        for accumulation in (1, 4)
+        for count in ([ranks, 3] if stack in on_three and accumulation == 1 else [ranks])
+    ]
+
+
+RUNS = _runs()
+
+
+class Errors(NamedTuple):
+    """How far a run is from what it must give."""
+
+    first_loss: float
+    """Relative error of the first loss."""
+    gradient: float
+    """Largest relative error of a parameter's gradient, in its own norm."""
+    last_loss: float
+    """Relative error of the last loss."""
+    missing: set[str]
+    """Names of gradients that only one of the two has."""
+
+
+def compared(result: Path, oracle: Path) -> Errors:
+    """A worker's result against the oracle's."""
+    losses, gradients = read_result(result)
+    wanted, wanted_gradients = read_result(oracle)
+    relative = (losses - wanted[: len(losses)]).abs() / wanted[: len(losses)]
+    errors = [
+        float((gradients[name] - want).norm() / want.norm())
+        for name, want in wanted_gradients.items()
+        if name in gradients
+    ]
+    missing = gradients.keys() ^ wanted_gradients.keys()
+    return Errors(float(relative[0]), max(errors), float(relative[-1]), set(missing))

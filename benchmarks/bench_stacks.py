@@ -1,0 +1,119 @@
+"""The same run in every stack: how far losses and gradients are from float64, and who holds what.
+
+    python benchmarks/bench_stacks.py [--only NAME] [--check]
+
+Writes benchmarks/results/stacks.csv. Columns: the stack, its library's version, ranks,
+accumulation, precision; relative errors of the first loss, of the worst gradient (in a parameter's
+own norm) and of the loss after 20 steps, against whole logits in float64; what runs the reference;
+bytes of parameters of policy and reference on a rank, over the share of what that stack shards.
+`--check` exits with 1 where an error is above 1e-5 (loss) or 1e-4 (gradient).
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / p) for p in ("tests", "tests/distributed", "kernels/tests")]
+
+from stack_cases import (  # noqa: E402
+    RUNS,
+    Errors,
+    StackRun,
+    compared,
+    expected,
+    write_expected,
+    write_models,
+)
+from support.launching import Launcher  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+WORKER = ROOT / "tests" / "distributed" / "stack_worker.py"
+OUT = ROOT / "benchmarks" / "results" / "stacks.csv"
+COLUMNS = (
+    "stack",
+    "library_version",
+    "ranks",
+    "accumulation",
+    "precision",
+    "first_loss_relative_error",
+    "gradient_relative_error",
+    "loss_after_20_relative_error",
+    "reference",
+    "parameter_bytes_over_ideal",
+)
+TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 0.2)}
+"""By precision, largest error of the first loss and of a gradient."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the stacks whose name holds this")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    chosen = [(run, p) for run in RUNS for p in precisions(run) if args.only in run.stack]
+    rows, worst = [], 0.0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_models(folder)
+        for name, how in (("full", {}), ("lora", {"lora": True}), ("packed", {"repeats": True})):
+            write_expected(folder, expected(folder, **how), name)
+        launch = Launcher(folder)
+        for run, precision in tqdm(chosen, "stacks"):
+            errors, facts = one(launch, run, precision, folder)
+            rows.append(row_of(run, precision, errors, facts))
+            limits = TOLERANCE[precision]
+            worst = max(worst, errors.first_loss / limits[0], errors.gradient / limits[1])
+            print(*rows[-1].values(), sep=",", flush=True)
+    if not args.only:
+        with OUT.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return int(args.check and worst > 1)
+
+
+def precisions(run: StackRun) -> list[str]:
+    """bf16 too where accelerate's autocast gives it."""
+    in_bf16 = run.stack in ("trainer-ddp", "trainer-fsdp2", "sfttrainer") and run.accumulation == 1
+    return ["fp32", "bf16"] if in_bf16 and run.ranks < 3 else ["fp32"]
+
+
+def one(launch: Launcher, run: StackRun, precision: str, folder: Path) -> tuple[Errors, dict]:
+    """Errors and facts of one run."""
+    out = folder / "out.safetensors"
+    how = ["--accumulation", str(run.accumulation), "--precision", precision]
+    result = launch(WORKER, run.stack, folder, out, *how, ranks=run.ranks)
+    if result.status:
+        raise SystemExit(f"{run}: {result.output[-3000:]}")
+    errors = compared(out, folder / f"{run.oracle}.safetensors")
+    if errors.missing:
+        raise SystemExit(f"{run}: gradients of {sorted(errors.missing)[:3]} are missing")
+    return errors, json.loads(out.with_suffix(".json").read_text())
+
+
+def row_of(run: StackRun, precision: str, errors: Errors, facts: dict) -> dict:
+    """A row of the table."""
+    own, whole = facts["parameter_bytes"]
+    return {
+        "stack": run.stack,
+        "library_version": f"{run.library} {version(run.library)}",
+        "ranks": run.ranks,
+        "accumulation": run.accumulation,
+        "precision": precision,
+        "first_loss_relative_error": f"{errors.first_loss:.1e}",
+        "gradient_relative_error": f"{errors.gradient:.1e}",
+        "loss_after_20_relative_error": f"{errors.last_loss:.1e}",
+        "reference": run.reference,
+        "parameter_bytes_over_ideal": f"{own / (whole / run.ranks):.3f}",
+    }
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())

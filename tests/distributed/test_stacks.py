@@ -1,0 +1,38 @@
+"""The same run in every stack, on real ranks and real libraries, against float64.
+
+`benchmarks/bench_stacks.py` makes the table of all runs; here each stack runs once, a few steps.
+"""
+
+from pathlib import Path
+
+import pytest
+from stack_cases import RUNS, compared, expected, write_expected, write_models
+
+WORKER = Path(__file__).with_name("stack_worker.py")
+STEPS = 3
+# One run of each stack; accumulation alternates.
+CHOSEN = {run.stack: run for i, run in enumerate(RUNS) if (i % 2 == 0) == (run.accumulation == 1)}
+EACH = {run.stack: run for run in RUNS} | CHOSEN
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stacks")
+    write_models(folder)
+    for name, how in (("full", {}), ("lora", {"lora": True}), ("packed", {"repeats": True})):
+        write_expected(folder, expected(folder, steps=STEPS, **how), name)
+    return folder
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("run", EACH.values(), ids=lambda run: run.stack)
+def test_a_stack_equals_the_equations(run, models, launch, tmp_path):
+    out = tmp_path / "out.safetensors"
+    how = ["--accumulation", run.accumulation, "--steps", STEPS]
+    result = launch(WORKER, run.stack, models, out, *how, ranks=run.ranks)
+    assert result.status == 0, result.output
+    errors = compared(out, models / f"{run.oracle}.safetensors")
+    assert not errors.missing
+    assert errors.first_loss < 1e-5
+    assert errors.gradient < 1e-4
+    assert errors.last_loss < 1e-4
