@@ -6,7 +6,7 @@ The only file that imports deepspeed; `zero_config` builds its configuration.
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,22 @@ def _check_secondary_groups(size: int, world_size: int) -> None:
         )
 
 
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """A block in which these parameters are whole. Collectives: one all-gather each."""
+    # Gathers as deepspeed's modules do: GatheredParameters synchronises the whole device.
+    asked = list(parameters)
+    unique: list[Any] = list(dict.fromkeys(asked))
+    absent = [p for p in unique if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    for handle in [p.all_gather_coalesced([p]) for p in absent]:
+        handle.wait()
+    try:
+        yield asked
+    finally:
+        for parameter in absent:
+            parameter.partition()
+
+
 class DeepSpeedBackend:
     """Shards models with ZeRO-3 (see `engine.Backend` for the contract of each method)."""
 
@@ -164,20 +180,11 @@ class DeepSpeedBackend:
         engine.eval()  # `initialize` leaves it in training mode, with dropout on
         return DeepSpeedReference(engine)
 
-    @contextmanager
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    def gathered(
+        self, parameters: Iterable[nn.Parameter]
+    ) -> AbstractContextManager[list[nn.Parameter]]:
         """A block in which these parameters are whole. Collectives: one all-gather each."""
-        # Gathers as deepspeed's modules do: GatheredParameters synchronises the whole device.
-        asked = list(parameters)
-        unique: list[Any] = list(dict.fromkeys(asked))
-        absent = [p for p in unique if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        for handle in [p.all_gather_coalesced([p]) for p in absent]:
-            handle.wait()
-        try:
-            yield asked
-        finally:
-            for parameter in absent:
-                parameter.partition()
+        return gathered(parameters)
 
     def first_not_finite(self, model: nn.Module) -> str | None:
         """Name of a parameter with a non-finite value in its shard, or None. No collectives."""
