@@ -58,10 +58,13 @@ def settings_of(case: Case) -> dict[str, Any]:
     }
 
 
-def adapted(case: Case, names: tuple[str, ...] | None = None) -> Any:
-    """The PEFT model of a case, in float32; with `names` just those adapters, the first active."""
+def adapted(case: Case, names: tuple[str, ...] | None = None, *, base: Any = None) -> Any:
+    """The PEFT model of a case, in float32; with `names` just those adapters, the first active.
+
+    `base` is the model that gets them, by default that of the case.
+    """
     chosen = case.adapters if names is None else names
-    model: Any = tiny_model(case.family, tie_word_embeddings=case.tied)
+    model = tiny_model(case.family, tie_word_embeddings=case.tied) if base is None else base
     config = LoraConfig(
         r=4,
         lora_alpha=8,

@@ -6,13 +6,26 @@ The judge is float64, whole logits of a second model (see `support.adapted`); fl
 flags, dropout's generator, states and fingerprints, names in files.
 """
 
+import copy
 import json
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapted import CASES, Alone, Case, adapted, check, expected, rows_of, settings_of, train
+from support.adapted import (
+    CASES,
+    STEPS,
+    Alone,
+    Case,
+    adapted,
+    check,
+    expected,
+    rows_of,
+    settings_of,
+    train,
+    train_whole_logits,
+)
 from support.builders import tiny_model
 
 from safereg_dist import collate, prepare
@@ -104,6 +117,69 @@ def test_a_probe_reads_the_base_model_and_knows_it(saved):
             wanted = [base.model.norm(wanted[0])]
         assert torch.equal(found, wanted[0]), number
     assert model_fingerprint(model.get_base_model()) == model_fingerprint(base)
+
+
+# ---- a base in four or eight bits (QLoRA), which bitsandbytes runs on a CPU too
+
+
+def quantised(folder, **how):
+    """A tiny model that bitsandbytes has quantised, and the float32 model of what it holds."""
+    import bitsandbytes
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    small = {"hidden_size": 64, "intermediate_size": 128}
+    tiny_model(**small).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=BitsAndBytesConfig(**how),
+        device_map="cpu",
+        dtype=torch.float32,
+    )
+    whole = tiny_model(**small)
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(
+                module.weight.data, module.weight.quant_state
+            )
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            weight = module.weight.data * module.weight.SCB[:, None] / 127
+        else:
+            continue
+        whole.get_submodule(name).weight.data.copy_(weight)
+    return model, whole
+
+
+QUANTISED = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_base_is_the_reference(kind, tmp_path):
+    """Eight bits round the activations too, so there the dequantised judge is met to 2 %."""
+    pytest.importorskip("bitsandbytes")
+    from peft import prepare_model_for_kbit_training
+
+    base, whole = quantised(tmp_path, **QUANTISED[kind])
+    with torch.no_grad():
+        states = base.model(input_ids=IDS).last_hidden_state
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    model = adapted(PLAIN, base=base)
+    own = prepare(model, settings_of(PLAIN)).reference.model
+    assert torch.equal(own.hidden_states(IDS), states)
+    found, *_ = train(PLAIN, model=model)
+    policy = adapted(PLAIN, base=copy.deepcopy(whole)).double().eval()
+    wanted = train_whole_logits(policy, whole.double().eval(), STEPS)
+    if kind == "nf4":
+        check(found, wanted, kind)
+    else:
+        assert found.losses == pytest.approx(wanted.losses, rel=2e-2)
 
 
 # ---- what is refused
