@@ -190,7 +190,7 @@ def main() -> None:
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     found = under_zero3(args.steps, checkpointing=args.checkpointing, shared=args.shared)
     losses = found.pop("losses")
-    gaps = [abs(own - other) for own, other in zip(losses, expected, strict=True)]
+    gaps = [abs(own / other - 1) for own, other in zip(losses, expected, strict=True)]
     found |= {"worst_gap": max(gaps), "first_loss": losses[0], "last_loss": losses[-1]}
     if torch.distributed.get_rank() == 0:
         args.out.write_text(json.dumps(found))

@@ -113,7 +113,6 @@ def trainer_arguments(args: argparse.Namespace) -> dict:
         chosen["fsdp_config"] = {
             "version": 2,
             "fsdp_version": 2,
-            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
         }
     return chosen
 
