@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from safereg_dist.errors import ConfigError
 from safereg_dist.models.architecture import decoder_layers
 from safereg_dist.policy import Policy
-from safereg_dist.types import Head, head_of
+from safereg_dist.reference.trunk import without_router_logits
+from safereg_dist.types import Head
 
 
 class AdaptersOff:
@@ -51,6 +52,7 @@ class AdaptersOff:
         self._policy = policy
         self._adapter = adapter
         self._gathered = gathered
+        self._without_routers = without_router_logits(policy.model)
         self._forward: Callable[..., Any] = model
         self._own_trace: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -72,7 +74,7 @@ class AdaptersOff:
             own = copies[self._adapter] if self._adapter in copies else own.original_module
         # Not its attributes: ZeRO-3 would gather them, and take them for the policy's from then on.
         weight, bias = [*own.parameters(recurse=False), None][:2]
-        return head_of(self._policy.model)._replace(weight=weight, bias=bias)
+        return self._policy.head._replace(weight=weight, bias=bias)
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class AdaptersOff:
                 "deepspeed.initialize"
             )
         with self._frozen(), self._policy.ending_in(lambda hidden, _: hidden):
-            output = self._forward(input_ids=input_ids, use_cache=False)
+            output = self._forward(input_ids=input_ids, use_cache=False, **self._without_routers)
         return output["logits"] if isinstance(output, dict) else output[0]
 
     def prefix_states(self, input_ids: Tensor, num_layers: int) -> Tensor:

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.builders import (
     EXPERTS,
+    SCALED,
     VOCAB,
     random_rows,
     tiny_experts,
     tiny_model,
+    tiny_scaled,
     word_tokenizer,
     write_jsonl,
 )
@@ -70,6 +72,7 @@ def examples() -> list[Example]:
 def write_models(folder: Path, family: str = "llama", **changes) -> None:
     """`policy` and `reference`, two Hugging Face folders with one tokenizer."""
     build = tiny_experts if family in EXPERTS else tiny_model
+    build = tiny_scaled if family in SCALED else build
     for name, seed in (("policy", 0), ("reference", 5)):
         build(family, seed=seed, **changes).save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
@@ -190,3 +193,16 @@ def read_result(path: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     tensors = load_file(path)
     losses = tensors.pop("losses")
     return losses.double(), {name: tensor.double() for name, tensor in tensors.items()}
+
+
+def check_run(out: Path, found: dict) -> None:
+    """Losses within 1e-6 and first gradients within 1e-5 of what `expected` gave."""
+    losses, gradients = read_result(out)
+    wanted = torch.tensor(found["losses"], dtype=torch.float64)
+    gap = float((losses / wanted - 1).abs().max())
+    assert gap < 1e-6, f"losses are off by {gap:.1e}: {losses.tolist()}, {wanted.tolist()}"
+    assert set(gradients) == set(found["gradients"])
+    for name, gradient in found["gradients"].items():
+        scale = max(float(gradient.abs().max()), 1e-6)
+        worst = float((gradients[name] - gradient).abs().max()) / scale
+        assert worst < 1e-5, f"gradient of {name} is off by {worst:.1e}"

@@ -103,6 +103,7 @@ def trainer_arguments(args: argparse.Namespace) -> dict:
                 "stage3_gather_16bit_weights_on_model_save": True,
             },
             "train_micro_batch_size_per_gpu": "auto",
+            "gradient_clipping": 0.0,  # deepspeed 0.19 clips by default
             "gradient_accumulation_steps": "auto",
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -423,6 +424,7 @@ class Zero(Plain):
         config = {
             "train_micro_batch_size_per_gpu": self.args.rows,
             "gradient_accumulation_steps": self.args.accumulation,
+            "gradient_clipping": 0.0,  # deepspeed 0.19 clips by default
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {

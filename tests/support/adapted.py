@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from support.builders import VOCAB, tiny_model
+from support.builders import SCALED, VOCAB, tiny_model, tiny_scaled
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,6 +41,7 @@ CASES = (
     Case("tied", family="qwen", tied=True),
     Case("tied-embedding", tied=True, saved=("embed_tokens",)),
     Case("tied-head", tied=True, saved=("lm_head",)),
+    Case("capped-head", family="gemma2", saved=("lm_head",)),
     Case("two", adapters=("default", "second"), active=("default", "second")),
     Case("inactive", adapters=("default", "idle")),
     Case("adapter", adapters=("default", "earlier"), reference="earlier"),
@@ -58,13 +59,19 @@ def settings_of(case: Case) -> dict[str, Any]:
     }
 
 
+def base_of(case: Case) -> Any:
+    """The model of a case before it has adapters."""
+    build = tiny_scaled if case.family in SCALED else tiny_model
+    return build(case.family, tie_word_embeddings=case.tied)
+
+
 def adapted(case: Case, names: tuple[str, ...] | None = None, *, base: Any = None) -> Any:
     """The PEFT model of a case, in float32; with `names` just those adapters, the first active.
 
     `base` is the model that gets them, by default that of the case.
     """
     chosen = case.adapters if names is None else names
-    model = tiny_model(case.family, tie_word_embeddings=case.tied) if base is None else base
+    model = base_of(case) if base is None else base
     config = LoraConfig(
         r=4,
         lora_alpha=8,
@@ -117,7 +124,7 @@ def expected(case: Case, steps: int = STEPS) -> Outcome:
     """Losses and gradients from whole logits in float64; the reference is a model of its own."""
     policy = adapted(case).double().eval()
     if case.reference is None:
-        reference: Any = tiny_model(case.family, tie_word_embeddings=case.tied)
+        reference: Any = base_of(case)
     else:
         reference = adapted(case, (case.reference,))
     return train_whole_logits(policy, reference.double().eval(), steps)
