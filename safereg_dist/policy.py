@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from safereg_dist.errors import ConfigError
 from safereg_dist.models.architecture import decoder_layers
 from safereg_dist.types import Head, head_of
-from safereg_kernels.logits_transform import without_logits_transform
+from safereg_kernels.logits_transform import logits_transform_of, without_logits_transform
 
 LossOfStates = Callable[[Tensor, Tensor | None], Tensor]
 """Maps the head's input [B, S, H] and the probed layer's output to a scalar."""
@@ -35,6 +35,7 @@ class Policy:
         """
         check_head(model)
         self.model = model
+        self._transform = logits_transform_of(model)  # neutral while a loss is computed
         self._loss: LossOfStates | None = None
         self._probes_last = False
         self._probed: Tensor | None = None
@@ -72,7 +73,8 @@ class Policy:
     @property
     def head(self) -> Head:
         """The language-model head; its weights are gathered only inside its own call."""
-        return head_of(self.model)
+        scale, softcap = self._transform
+        return head_of(self.model)._replace(scale=scale, softcap=softcap)
 
     def _head_forward(self, plain: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         if self._loss is None:

@@ -103,14 +103,19 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
         ) from err
 
 
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """A block in which the model runs without its adapters."""
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """PEFT's modules around the layers that have adapters, or are trained whole beside them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """A block in which the model runs without its adapters."""
+    layers = adapted_layers(model)
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -5,8 +5,8 @@ The only file that imports deepspeed; `zero_config` builds its configuration.
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,22 @@ def _check_secondary_groups(size: int, world_size: int) -> None:
             f"expected engine.hpz_partition_size to divide the number of ranks, {world_size}, got "
             f"{size}: choose one of {divisors} (best the GPUs of one node; 1 is none)"
         )
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """A block in which these parameters are whole. Collectives: one all-gather each."""
+    # Gathers as deepspeed's modules do: GatheredParameters synchronises the whole device.
+    asked = list(parameters)
+    unique: list[Any] = list(dict.fromkeys(asked))
+    absent = [p for p in unique if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    for handle in [p.all_gather_coalesced([p]) for p in absent]:
+        handle.wait()
+    try:
+        yield asked
+    finally:
+        for parameter in absent:
+            parameter.partition()
 
 
 class DeepSpeedBackend:
@@ -175,20 +191,11 @@ class DeepSpeedBackend:
         engine.eval()  # `initialize` leaves it in training mode, with dropout on
         return DeepSpeedReference(engine)
 
-    @contextmanager
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    def gathered(
+        self, parameters: Iterable[nn.Parameter]
+    ) -> AbstractContextManager[list[nn.Parameter]]:
         """A block in which these parameters are whole. Collectives: one all-gather each."""
-        # Gathers as deepspeed's modules do: GatheredParameters synchronises the whole device.
-        asked = list(parameters)
-        unique: list[Any] = list(dict.fromkeys(asked))
-        absent = [p for p in unique if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        for handle in [p.all_gather_coalesced([p]) for p in absent]:
-            handle.wait()
-        try:
-            yield asked
-        finally:
-            for parameter in absent:
-                parameter.partition()
+        return gathered(parameters)
 
     def first_not_finite(self, model: nn.Module) -> str | None:
         """Name of a parameter with a non-finite value in its shard, or None. No collectives."""
@@ -300,9 +307,14 @@ class DeepSpeedReference:
 class SeparateTrace:
     """A coordinator of ZeRO-3's own kind for passes that run modules in another order."""
 
-    def __init__(self, offload: Any) -> None:
-        """`offload` is the engine's DeepSpeedZeRoOffload."""
+    def __init__(self, offload: Any, *, forgetful: Sequence[nn.Module] = ()) -> None:
+        """`offload` is the engine's DeepSpeedZeRoOffload.
+
+        `forgetful` modules do not read in these passes what they read of others' parameters in
+        the engine's other passes: ZeRO-3 would gather it, and find another order than it recorded.
+        """
         self._offload = offload
+        self._forgetful = forgetful
         self._coordinator = PartitionedParameterCoordinator(
             prefetch_bucket_sz=offload._prefetch_bucket_sz,
             max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
@@ -316,11 +328,16 @@ class SeparateTrace:
     def __call__(self) -> Iterator[None]:
         """A block in which the engine records and prefetches along this trace."""
         before = self._offload.param_coordinator
+        known = [(m, m._external_params) for m in self._forgetful if hasattr(m, "_external_params")]
+        for module, _ in known:
+            module._external_params = {}  # type: ignore[assignment]
         self._offload.param_coordinator = self._coordinator
         try:
             yield
         finally:
             self._offload.param_coordinator = before
+            for module, read in known:
+                module._external_params = read
 
 
 def _build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -4,17 +4,18 @@ The pass runs the policy's own engine, so it comes before the policy's forward a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safereg_dist.errors import ConfigError
-from safereg_dist.models.adapters import adapters_disabled
+from safereg_dist.models.adapters import adapted_layers, adapters_disabled
 from safereg_dist.models.architecture import decoder_layers
 from safereg_dist.policy import Policy
-from safereg_dist.types import Head, head_of
+from safereg_dist.reference.trunk import without_router_logits
+from safereg_dist.types import Head
 
 
 class AdaptersOff:
@@ -52,6 +53,7 @@ class AdaptersOff:
         self._policy = policy
         self._adapter = adapter
         self._gathered = gathered
+        self._without_routers = without_router_logits(policy.model)
         self._forward: Callable[..., Any] = model
         self._own_trace: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -59,9 +61,12 @@ class AdaptersOff:
         """Runs the pass through the engine that wraps the model, along a trace of its own."""
         self._forward = engine
         if hasattr(getattr(engine, "optimizer", None), "parameter_offload"):  # ZeRO-3
-            from safereg_dist.parallel.deepspeed import SeparateTrace
+            from safereg_dist.parallel.deepspeed import SeparateTrace, gathered
 
-            self._own_trace = SeparateTrace(engine.optimizer.parameter_offload)  # type: ignore[attr-defined]
+            offload = engine.optimizer.parameter_offload  # type: ignore[attr-defined]
+            # With adapters on, ZeRO-3 learns that these layers read their adapters' weights.
+            self._own_trace = SeparateTrace(offload, forgetful=adapted_layers(self._model))
+            self._gathered = gathered  # `prepare` may have seen the model whole
 
     @property
     def head(self) -> Head:
@@ -70,13 +75,25 @@ class AdaptersOff:
         if hasattr(own, "original_module"):  # trained whole: PEFT keeps a copy for each adapter
             copies = own.modules_to_save
             own = copies[self._adapter] if self._adapter in copies else own.original_module
-        return head_of(self._policy.model)._replace(weight=own.weight, bias=own.bias)
+        # Not its attributes: ZeRO-3 would gather them, and take them for the policy's from then on.
+        weight, bias = [*own.parameters(recurse=False), None][:2]
+        return self._policy.head._replace(weight=weight, bias=bias)
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """[B, S, H] last hidden states. Collectives: the engine's."""
+        """[B, S, H] last hidden states. Collectives: the engine's.
+
+        Raises:
+            ConfigError: ZeRO-3 has sharded the model, and its engine was not bound.
+        """
+        if self._forward is self._model and hasattr(next(self._model.parameters()), "ds_id"):
+            raise ConfigError(
+                "ZeRO-3 has sharded the policy, which is its own reference with adapters off, and "
+                "nobody said which engine runs it: call regularizer.bind(engine) after "
+                "deepspeed.initialize"
+            )
         with self._frozen(), self._policy.ending_in(lambda hidden, _: hidden):
-            output = self._forward(input_ids=input_ids, use_cache=False)
+            output = self._forward(input_ids=input_ids, use_cache=False, **self._without_routers)
         return output["logits"] if isinstance(output, dict) else output[0]
 
     def prefix_states(self, input_ids: Tensor, num_layers: int) -> Tensor:
@@ -117,16 +134,21 @@ class AdaptersOff:
     def _frozen(self) -> Iterator[None]:
         """The model in eval mode, with the reference's adapters only, along a trace of its own."""
         trained = [module for module in self._model.modules() if module.training]
+        flags = {name: (p, p.requires_grad) for name, p in self._model.named_parameters()}
         for module in trained:
             module.training = False
-        with ExitStack() as stack:
-            stack.enter_context(self._own_trace())
-            stack.enter_context(self._chosen_adapter())
-            try:
+        try:
+            with self._own_trace(), self._chosen_adapter():
                 yield
-            finally:
-                for module in trained:
-                    module.training = True
+        finally:
+            for module in trained:
+                module.training = True
+            # PEFT trains all that it switches on. FSDP2 may have put whole parameters in the places
+            # of its shards, and copies the flags of these later.
+            for name, now in self._model.named_parameters():
+                before, flag = flags[name]
+                before.requires_grad_(flag)
+                now.requires_grad_(flag)
 
     @contextmanager
     def _chosen_adapter(self) -> Iterator[None]:
@@ -135,12 +157,9 @@ class AdaptersOff:
                 yield
             return
         before = self._model.active_adapters
-        flags = [(p, p.requires_grad) for p in self._model.parameters()]
         tuner = self._model.base_model
         tuner.set_adapter(self._adapter)
         try:
             yield
         finally:
             tuner.set_adapter(before)
-            for parameter, flag in flags:  # `set_adapter` trains what it switches on
-                parameter.requires_grad_(flag)

@@ -32,13 +32,19 @@ class ReferenceTrunk(nn.Module):
         super().__init__()
         self.model = model
         self._stopped: dict[int, nn.Module] = {}
+        self._without_routers = without_router_logits(model)
 
     def forward(self, input_ids: Tensor, num_layers: int | None = None) -> Tensor:
         """[B, S, H] last hidden states, or those after the first `num_layers` layers."""
         trunk = self.model.base_model if num_layers is None else self._stop_after(num_layers)
         # Without a cache transformers (5.17 to 5.23) looks at the position ids on the host, for
         # packed rows: the host would wait for the policy's forward before it launches this one.
-        output = trunk(input_ids=input_ids, use_cache=False, past_key_values=_KeepsNothing())
+        output = trunk(
+            input_ids=input_ids,
+            use_cache=False,
+            past_key_values=_KeepsNothing(),
+            **self._without_routers,
+        )
         return output.last_hidden_state
 
     def _stop_after(self, num_layers: int) -> nn.Module:
@@ -113,6 +119,12 @@ class EngineModel:
         """A block with the whole head. Collectives: one all-gather per parameter."""
         with self._backend.gathered(self.head.parameters) as whole:
             yield self.head.with_parameters(whole)
+
+
+def without_router_logits(model: PreTrainedModel) -> dict[str, bool]:
+    """What a forward is given so that a mixture of experts keeps no logits of its routers."""
+    config = model.config.get_text_config()
+    return {"output_router_logits": False} if hasattr(config, "output_router_logits") else {}
 
 
 def used_parameters(model: PreTrainedModel) -> int:

@@ -7,7 +7,17 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from support.builders import VOCAB, random_rows, tiny_model, word_tokenizer, write_jsonl
+from support.builders import (
+    EXPERTS,
+    SCALED,
+    VOCAB,
+    random_rows,
+    tiny_experts,
+    tiny_model,
+    tiny_scaled,
+    word_tokenizer,
+    write_jsonl,
+)
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -60,12 +70,15 @@ def examples() -> list[Example]:
     return found
 
 
-def write_models(folder: Path, family: str = "llama") -> None:
+def write_models(folder: Path, family: str = "llama", **changes) -> None:
     """`policy` and `reference`, two Hugging Face folders with one tokenizer."""
+    build = tiny_experts if family in EXPERTS else tiny_model
+    build = tiny_scaled if family in SCALED else build
     for name, seed in (("policy", 0), ("reference", 5)):
-        tiny_model(family, seed=seed).save_pretrained(folder / name)
+        build(family, seed=seed, **changes).save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
-    with_adapters(tiny_model(family, seed=0)).save_pretrained(folder / "adapter")
+    if family == "llama":
+        with_adapters(tiny_model(family, seed=0)).save_pretrained(folder / "adapter")
     write_jsonl(folder / "any.jsonl", random_rows(30, seed=1))
 
 
@@ -93,11 +106,17 @@ def adapter_values(model: PreTrainedModel):
 
 
 def expected(
-    folder: Path, *, lora: bool = False, repeats: bool = False, steps: int = STEPS
+    folder: Path,
+    *,
+    lora: bool = False,
+    repeats: bool = False,
+    steps: int = STEPS,
+    rows_routed: int = 0,
 ) -> dict:
     """Losses of all steps and the gradients of the first, from whole logits in float64.
 
-    `repeats`: each step has the rows of the first one.
+    `repeats`: each step has the rows of the first one. `rows_routed`: rows of a micro-batch, of
+    which the routers of a mixture of experts have a loss of their own; 0 = it is not added.
     """
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)
     if lora:
@@ -105,6 +124,9 @@ def expected(
     reference = AutoModelForCausalLM.from_pretrained(
         folder / ("policy" if lora else "reference"), dtype=torch.float64
     )
+    for model in (policy, reference):
+        if model.config.model_type in EXPERTS:
+            model.set_experts_implementation("eager")  # torch groups no products in float64
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
     losses, gradients = [], {}
@@ -113,6 +135,8 @@ def expected(
         rows = examples()[first : first + ROWS_PER_STEP]
         count = sum(label != -100 for row in rows for label in row.labels[1:])
         loss = sum(_row_loss(policy, reference, row) for row in rows) / count
+        if rows_routed:
+            loss = loss + _router_loss(policy, rows, rows_routed)
         loss.backward()
         losses.append(float(loss.detach()))
         if step == 0:
@@ -138,6 +162,19 @@ def _row_loss(policy, reference, row: Example) -> torch.Tensor:
     with torch.no_grad():
         frozen = reference(input_ids=ids).logits[0, :-1].log_softmax(-1)
     return (frozen.exp() * (frozen - own)).sum(-1)[is_response].sum()
+
+
+def _router_loss(policy, rows: list[Example], size: int) -> torch.Tensor:
+    """The mean over micro-batches of the routers' loss, over tokens that are no padding."""
+    found = []
+    for first in range(0, len(rows), size):
+        batch = [torch.tensor(row.input_ids) for row in rows[first : first + size]]
+        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+        lengths = torch.tensor([len(row) for row in batch])[:, None]
+        mask = (torch.arange(ids.shape[1]) < lengths).long()
+        outputs = policy(input_ids=ids, attention_mask=mask, output_router_logits=True)
+        found.append(outputs.aux_loss)
+    return policy.config.router_aux_loss_coef * torch.stack(found).mean()
 
 
 def plain_name(name: str) -> str:
@@ -247,3 +284,16 @@ def compared(result: Path, oracle: Path) -> Errors:
     ]
     missing = gradients.keys() ^ wanted_gradients.keys()
     return Errors(float(relative[0]), max(errors), float(relative[-1]), set(missing))
+
+
+def check_run(out: Path, found: dict) -> None:
+    """Losses within 1e-6 and first gradients within 1e-5 of what `expected` gave."""
+    losses, gradients = read_result(out)
+    wanted = torch.tensor(found["losses"], dtype=torch.float64)
+    gap = float((losses / wanted - 1).abs().max())
+    assert gap < 1e-6, f"losses are off by {gap:.1e}: {losses.tolist()}, {wanted.tolist()}"
+    assert set(gradients) == set(found["gradients"])
+    for name, gradient in found["gradients"].items():
+        scale = max(float(gradient.abs().max()), 1e-6)
+        worst = float((gradients[name] - gradient).abs().max()) / scale
+        assert worst < 1e-5, f"gradient of {name} is off by {worst:.1e}"

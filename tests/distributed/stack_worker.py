@@ -104,6 +104,7 @@ def trainer_arguments(args: argparse.Namespace) -> dict:
                 "stage3_gather_16bit_weights_on_model_save": True,
             },
             "train_micro_batch_size_per_gpu": "auto",
+            "gradient_clipping": 0.0,  # deepspeed 0.19 clips by default
             "gradient_accumulation_steps": "auto",
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -114,7 +115,6 @@ def trainer_arguments(args: argparse.Namespace) -> dict:
         chosen["fsdp_config"] = {
             "version": 2,
             "fsdp_version": 2,
-            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
         }
     return chosen
 
@@ -436,6 +436,7 @@ class Zero(Plain):
         config = {
             "train_micro_batch_size_per_gpu": self.args.rows,
             "gradient_accumulation_steps": self.args.accumulation,
+            "gradient_clipping": 0.0,  # deepspeed 0.19 clips by default
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {

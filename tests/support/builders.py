@@ -77,15 +77,39 @@ def tiny_model(
     return builders[family]().float()
 
 
-def tiny_experts(family: str) -> PreTrainedModel:
-    """A random mixture of five experts (`mixtral`, `qwen3_moe`): hidden 16, 2 layers, float32."""
-    torch.manual_seed(0)
+EXPERTS = ("mixtral", "qwen3_moe")
+
+
+def tiny_experts(family: str, *, seed: int = 0, **changes) -> PreTrainedModel:
+    """A random mixture of five experts (`EXPERTS`): hidden 16, 2 layers, float32."""
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family,
         **dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, moe_intermediate_size=24),
         **dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8),
         **dict(num_local_experts=5, num_experts=5, num_experts_per_tok=2, initializer_range=0.3),
-        max_position_embeddings=64,
+        **{"max_position_embeddings": 64, **changes},
+    )
+    return AutoModelForCausalLM.from_config(config).float()
+
+
+SCALED = {
+    "gemma2": {"final_logit_softcapping": 5.0, "head_dim": 8, "sliding_window": 6},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+}
+"""Families that scale or cap logits, and how far."""
+
+
+def tiny_scaled(family: str, *, seed: int = 0, **changes) -> PreTrainedModel:
+    """A random model of one of `SCALED`: hidden 16, 2 layers, float32."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        family,
+        **dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, initializer_range=0.3),
+        **dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
+        **dict(bos_token_id=1, eos_token_id=2, pad_token_id=0),
+        **{"max_position_embeddings": 64, **SCALED[family], **changes},
     )
     return AutoModelForCausalLM.from_config(config).float()
 
