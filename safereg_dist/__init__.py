@@ -3,8 +3,9 @@
 What a training loop of one's own needs is loaded on first use:
 
     prepare           the regulariser of a model, from settings or from objects
-    SafetyRegularizer its four verbs: plan, loss_of, close, and save_state / load_state
+    SafetyRegularizer its verbs: plan or open, loss_of, close, and save_state / load_state
     Row, row_of, collate, filler      training rows and the micro-batches made of them
+    batch_of, RowColumns              the rows of a micro-batch that another collator made
     optimizer_step, load_config, build_run, start_backend      a whole run, step by step
     RiskSource, ReferenceModel        what to write for a risk, or a reference, of one's own
     SafeRegError      the base of all errors
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from safereg_dist.config import load_config as load_config
+    from safereg_dist.data import RowColumns as RowColumns
+    from safereg_dist.data import batch_of as batch_of
     from safereg_dist.data import collate as collate
     from safereg_dist.data import filler as filler
     from safereg_dist.data import row_of as row_of
@@ -34,8 +37,10 @@ _HOMES = {
     "ReferenceModel": "reference",
     "RiskSource": "risk.stage",
     "Row": "types",
+    "RowColumns": "data",
     "SafeRegError": "errors",
     "SafetyRegularizer": "step",
+    "batch_of": "data",
     "build_run": "factory",
     "collate": "data",
     "filler": "data",
@@ -50,9 +55,11 @@ __all__ = [
     "ReferenceModel",
     "RiskSource",
     "Row",
+    "RowColumns",
     "SafeRegError",
     "SafetyRegularizer",
     "__version__",
+    "batch_of",
     "build_run",
     "collate",
     "filler",

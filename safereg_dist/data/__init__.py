@@ -2,6 +2,7 @@
 
 from safereg_dist.data.collate import collate, filler, row_of
 from safereg_dist.data.sampler import Sampler, steps_for
+from safereg_dist.data.stacked import RowColumns, batch_of
 from safereg_dist.data.streaming import StreamedRows
 from safereg_dist.data.tokenized import (
     TokenizedDataset,
@@ -12,9 +13,11 @@ from safereg_dist.data.tokenized import (
 )
 
 __all__ = [
+    "RowColumns",
     "Sampler",
     "StreamedRows",
     "TokenizedDataset",
+    "batch_of",
     "collate",
     "filler",
     "joined",
