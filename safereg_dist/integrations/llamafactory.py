@@ -65,6 +65,11 @@ def _check(own: Mapping[str, Any]) -> None:
             "packing without neat_packing lets a row see the rows packed before it, and the "
             "reference would not: set neat_packing to true, or packing to false"
         )
+    if own.get("neat_packing") and int(own.get("cutoff_len", 2048)) % 8:
+        raise ConfigError(
+            f"neat_packing pads tokens to a multiple of 8 but not their position ids, so cutoff_len"
+            f"={own['cutoff_len']} would fail in the model: set a multiple of 8"
+        )
 
 
 @contextmanager

@@ -58,6 +58,7 @@ def test_a_mapping_and_a_file_of_it_are_the_same(tmp_path):
         ({"stage": "dpo"}, "stage=dpo"),
         ({"use_ray": True}, "use_ray"),
         ({"packing": True}, "neat_packing"),
+        ({"neat_packing": True, "cutoff_len": 95}, "multiple of 8"),
     ],
     ids=str,
 )
