@@ -10,6 +10,7 @@ stack trained on; the judge reads nothing else of it but losses, gradients and `
 """
 
 import csv
+import itertools
 import json
 import os
 import sys
@@ -158,6 +159,7 @@ def train(case: str, folder: Path) -> None:
     if case.startswith("axolotl"):
         from axolotl.cli.train import do_cli
 
+        _stay_on_cpu()
         do_cli(config=str(path))
     elif case.endswith("plain"):
         from llamafactory.train.tuner import run_exp
@@ -168,6 +170,19 @@ def train(case: str, folder: Path) -> None:
 
         assert main([str(path)]) == 0
     torch.save(kept, folder / f"{case}-{rank}.pt")
+
+
+def _stay_on_cpu() -> None:
+    """Lets axolotl's ranks load where there are no GPUs; it would place them on GPU 0 and 1."""
+    from axolotl.loaders.model import ModelLoader
+
+    plain = ModelLoader._set_device_map_config
+
+    def set_device_map(self):
+        plain(self)
+        self.model_kwargs["device_map"] = {"": "cpu"}
+
+    ModelLoader._set_device_map_config = set_device_map
 
 
 def _watch(kept: dict) -> None:
@@ -201,15 +216,13 @@ def _watch(kept: dict) -> None:
 
 def losses_of(runs: list[dict]) -> list[float]:
     """The loss of every step: the sum over its micro-batches, the mean over ranks."""
-    return [
-        sum(sum(run["losses"][window]) for run in runs) / len(runs) for window in windows(runs)
-    ]
+    return [sum(sum(run["losses"][window]) for run in runs) / len(runs) for window in windows(runs)]
 
 
 def windows(runs: list[dict]) -> list[slice]:
     """The micro-batches of every step; the last of an epoch may have fewer."""
     ends = runs[0]["ends"]
-    return [slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 # ---- the judge
