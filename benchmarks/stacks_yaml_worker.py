@@ -134,6 +134,7 @@ def configuration(case: str, folder: Path) -> dict:
         "template": "default",
         "cutoff_len": LENGTH,
         "overwrite_cache": True,
+        "overwrite_output_dir": True,
         "preprocessing_num_workers": 1,
         "neat_packing": is_packed,
         "per_device_train_batch_size": ROWS,
