@@ -65,7 +65,7 @@ def batch_of(inputs: Mapping[str, Any], columns: RowColumns = NO_COLUMNS) -> Mic
             + ": leave out a mask of other dimensions, and give labels as transformers does"
         )
     real = np.ones(ids.shape, bool) if mask is None else _host(inputs, "attention_mask") != 0
-    spans = _spans(real, inputs.get("position_ids"), labels)
+    spans = _spans(ids, labels, real, inputs.get("position_ids"))
     masks = [labels[line, first:last] != IGNORED for line, first, last in spans]
     facts = _facts(columns, spans, real)
     rows = [
@@ -107,7 +107,9 @@ Span = tuple[int, int, int]
 """(line, first, last): a row's tokens lie in line at first .. last - 1."""
 
 
-def _spans(real: np.ndarray, position_ids: Tensor | None, labels: np.ndarray) -> list[Span]:
+def _spans(
+    ids: np.ndarray, labels: np.ndarray, real: np.ndarray, position_ids: Tensor | None
+) -> list[Span]:
     """The rows of each line, in order."""
     starts = real & ~np.pad(real, ((0, 0), (1, 0)))[:, :-1]
     if position_ids is not None:
@@ -120,8 +122,10 @@ def _spans(real: np.ndarray, position_ids: Tensor | None, labels: np.ndarray) ->
         end = int(np.flatnonzero(own)[-1]) + 1
         lasts = [*firsts[1:].tolist(), end]
         for first, last in zip(firsts.tolist(), lasts, strict=True):
-            # What fills a packed line up has one token a piece, without a label.
-            if last - first > 1 or len(firsts) == 1 or labels[line, first] != IGNORED:
+            # What fills a packed line up is one token again and again, without a label.
+            own_ids, own_labels = ids[line, first:last], labels[line, first:last]
+            is_fill = (own_labels == IGNORED).all() and (own_ids == own_ids[0]).all()
+            if len(firsts) == 1 or not is_fill:
                 spans.append((line, first, last))
     return spans
 

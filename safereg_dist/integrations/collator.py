@@ -1,6 +1,6 @@
 """A stack's collator, and beside its tensors the rows that are in them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from safereg_dist.data.stacked import RowColumns, batch_of
@@ -28,10 +28,9 @@ class RowCollator:
         self._needs_positions = needs_positions
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        """The collator's batch with one key more, `KEY`."""
-        own = [{name: feature.get(name) for name in COLUMNS} for feature in features]
-        rest = [{k: v for k, v in feature.items() if k not in COLUMNS} for feature in features]
-        inputs = self.collator(rest)
+        """The collator's batch with one key more, `KEY`; a packed line may be a list of rows."""
+        own = [{name: row.get(name) for name in COLUMNS} for row in _flat(features)]
+        inputs = self.collator([_without_ours(feature) for feature in features])
         found = capture(self._read, inputs, own)
         inputs[KEY] = MicroBatch.failed(found.error) if found.error is not None else found.value
         return inputs
@@ -43,8 +42,26 @@ class RowCollator:
                 "before it, and could not be told from them; use a padding-free collator "
                 "(trl: packing_strategy=bfd), or do not pack"
             )
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.ndim != 2 and inputs.get("position_ids") is not None:
+            # Which token sees which: that rows end where positions start again says as much.
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         risk, ids, anchors = (_column(own, name) for name in COLUMNS)
         return batch_of(inputs, RowColumns(risk=risk, ids=ids, is_anchor=anchors))
+
+
+def _flat(features: Iterable[Any]) -> Iterator[Any]:
+    for feature in features:
+        if isinstance(feature, list):
+            yield from _flat(feature)
+        else:
+            yield feature
+
+
+def _without_ours(feature: Any) -> Any:
+    if isinstance(feature, list):
+        return [_without_ours(row) for row in feature]
+    return {name: value for name, value in feature.items() if name not in COLUMNS}
 
 
 def _column(own: list[dict[str, Any]], name: str) -> list[Any] | None:

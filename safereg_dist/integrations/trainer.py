@@ -71,13 +71,14 @@ class SafeRegMixin(_Trainer):
             self._mix_anchors(settings, tokenizer)
         self.safereg = safereg
         self._recorder = Recorder(safereg, Path(str(self.args.output_dir)), settings)
-        self.data_collator = RowCollator(
-            self.data_collator, needs_positions=bool(getattr(self.args, "packing", False))
-        )
+        self.data_collator = RowCollator(self.data_collator, needs_positions=self._packs_rows())
         if isinstance(self.train_dataset, IterableDataset):
             # Rows travel as objects: each rank reads its own, none are sent from the first rank.
             self.accelerator.dataloader_config.dispatch_batches = False
         self.add_callback(_StepEnd(self))
+
+    def _packs_rows(self) -> bool:
+        return bool(getattr(self.args, "packing", False))
 
     def _mix_anchors(self, settings: Mapping[str, Any], tokenizer: Any) -> None:
         data = settings.get("data") or {}

@@ -138,7 +138,10 @@ class LookupRisk(RiskSource):
 
 
 def read_scored(path: str) -> list[ScoredRow]:
-    """The rows of a file that `safereg score` wrote: conversations with `risk`.
+    """The rows of a file of conversations with `risk`, as `safereg score` writes it.
+
+    Beside its forms (`messages`; `prompt` and `response`) those of stacks are read: `instruction`,
+    `input` and `output`, and `conversations` of `from` and `value`.
 
     Raises:
         DataError: no such file, or a row without messages or risk.
@@ -165,10 +168,25 @@ def _scored(place: str, row: Mapping[str, Any]) -> ScoredRow:
 
 
 def _texts(place: str, row: Mapping[str, Any]) -> Iterable[str]:
-    conversation = conversation_of(dict(row), place)
-    if row.get("instruction") is not None:  # templates put text between the two halves
-        return [row["instruction"], row.get("input") or "", row["output"]]
-    return [message["content"] for message in conversation.messages]
+    """The texts of a row in the order in which stacks render them.
+
+    Rows with `instruction` are read field by field: a template may part instruction and input.
+    """
+    if row.get("messages") is None and isinstance(row.get("instruction"), str):
+        return _alpaca_texts(place, row)
+    return [message["content"] for message in conversation_of(dict(row), place).messages]
+
+
+def _alpaca_texts(place: str, row: Mapping[str, Any]) -> list[str]:
+    turns = [text for pair in row.get("history") or [] for text in pair]
+    fields = [row.get(name) or "" for name in ("instruction", "input", "output")]
+    texts = [row.get("system") or "", *turns, *fields]
+    if not all(isinstance(text, str) for text in texts) or not fields[-1]:
+        raise DataError(
+            f"{place}: expected text in `instruction`, `output` and, if given, `input`, `system` "
+            f"and `history`, found keys {sorted(row)}: write them as the stack reads them"
+        )
+    return texts
 
 
 def _squeezed(text: str) -> str:
