@@ -27,9 +27,7 @@ STEPS = 2
         ("trainer-fsdp2", "mixtral", ROUTED, 2),
     ],
 )
-def test_experts_train_as_the_equations_say(
-    stack, family, changes, accumulation, launch, tmp_path
-):
+def test_experts_train_as_the_equations_say(stack, family, changes, accumulation, launch, tmp_path):
     write_models(tmp_path, family, **changes)
     ranks = 1 if stack == "trainer" else 2
     out = tmp_path / "out.safetensors"

@@ -1,7 +1,7 @@
 """Claimed: with adapters (PEFT) on two ranks, under ZeRO-3 and under FSDP2, the policy with its
 adapters off is the reference: loss and gradients are those of the equations, whatever is trained
-whole and whichever adapters are on. Under ZeRO-3 both passes keep their traces over many steps, with
-activation checkpointing too, and no parameter stays gathered.
+whole and whichever adapters are on. Under ZeRO-3 both passes keep their traces over many steps,
+with activation checkpointing too, and no parameter stays gathered.
 
 The judge is float64, whole logits of a second model (see `support.adapted`); float32 rounds. Exact:
 counts of traces and of parameters.

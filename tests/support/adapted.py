@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from support.builders import SCALED, VOCAB, tiny_model, tiny_scaled
 from torch import Tensor, nn
 from torch.nn import functional
 
 from safereg_dist import collate, prepare, row_of
 from safereg_dist.types import Row
+from support.builders import SCALED, VOCAB, tiny_model, tiny_scaled
 
 STEPS, ROWS, MICRO_BATCHES, LR = 3, 8, 2, 0.05
 CEILING, THRESHOLD = 0.7, 0.5
@@ -142,7 +142,9 @@ def train_whole_logits(policy: nn.Module, reference: nn.Module, steps: int) -> O
         loss.backward()
         outcome.losses.append(float(loss.detach()))
         if step == 0:
-            outcome.gradients = {n: p.grad.clone() for n, p in trained.items() if p.grad is not None}
+            outcome.gradients = {
+                n: p.grad.clone() for n, p in trained.items() if p.grad is not None
+            }
         optimizer.step()
         optimizer.zero_grad()
     return outcome

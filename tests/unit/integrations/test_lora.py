@@ -223,15 +223,11 @@ def trained(folder):
 
     from safereg_dist.integrations.trainer import SafeRegTrainer
 
-    rows = [
-        {
-            "input_ids": row.input_ids,
-            "labels": [i if kept else -100 for i, kept in zip(row.input_ids, row.loss_mask)],
-            "risk": row.risk,
-        }
-        for step in range(2)
-        for row in rows_of(step)
-    ]
+    rows = []
+    for row in [*rows_of(0), *rows_of(1)]:
+        tokens = zip(row.input_ids, row.loss_mask, strict=True)
+        labels = [token if kept else -100 for token, kept in tokens]
+        rows.append({"input_ids": row.input_ids, "labels": labels, "risk": row.risk})
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=8,
