@@ -111,6 +111,10 @@ def rows_of(step: int) -> list[Row]:
     return rows
 
 
+IDS = collate(rows_of(0)[:3], pad_id=0).input_ids
+"""[3, S] tokens to look at states of."""
+
+
 @dataclass
 class Outcome:
     """What a run gave."""
