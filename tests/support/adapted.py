@@ -14,7 +14,7 @@ from safereg_dist import collate, prepare, row_of
 from safereg_dist.types import Row
 from support.builders import SCALED, VOCAB, tiny_model, tiny_scaled
 
-STEPS, ROWS, MICRO_BATCHES, LR = 3, 8, 2, 0.05
+STEPS, ROWS, MICRO_BATCHES, LR = 2, 8, 2, 0.05
 CEILING, THRESHOLD = 0.7, 0.5
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 
