@@ -303,12 +303,6 @@ class Config(Section):
                 )
 
     def _check_adapters(self) -> None:
-        wants = self.reference.engine == "adapters_off" or self.reference.adapter is not None
-        if wants and self.lora is None:
-            raise ConfigError(
-                "reference.engine=adapters_off takes the policy without its adapters, but lora is "
-                "null: give lora a section, or set reference.engine=auto"
-            )
         if not self.has_adapters_off:
             return
         if self.needs_risk and self.risk.estimator == "probe" and self.risk.source == "policy":

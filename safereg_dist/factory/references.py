@@ -72,6 +72,7 @@ def build_reference(
     ranks, settings = backend.ranks, config.reference
     folder = resolve_model(settings.model or str(policy_folder), ranks)
     with ranks.together():
+        _check_adapters(config)
         architecture = read_architecture(folder)
         if policy is not None:
             _check_same_vocabulary(architecture, policy, folder, tokenizer, config)
@@ -97,6 +98,20 @@ def build_reference(
                 "has lost weights; report this"
             )
     return BuiltReference(_loaded_reference(config, backend, model), facts)
+
+
+def _check_adapters(config: Config) -> None:
+    """Raises ConfigError where the reference needs adapters that the run does not have."""
+    if config.reference.adapter is not None:
+        raise ConfigError(
+            "reference.adapter names one of several adapters, and a run trains one of its own "
+            "(lora): set reference.adapter=null; `prepare` takes a model with several"
+        )
+    if config.reference.engine == "adapters_off" and config.lora is None:
+        raise ConfigError(
+            "reference.engine=adapters_off takes the policy without its adapters, but lora is "
+            "null: give lora a section, or set reference.engine=auto"
+        )
 
 
 def reference_backend(engine: str, ranks: Ranks) -> Backend:

@@ -35,7 +35,8 @@ class PolicyEngine(Protocol):
     def __call__(self, input_ids: Tensor) -> Tensor:
         """The output of the model's head for [B, S] tokens, under the engine's hooks: its logits.
 
-        Inside `SafetyRegularizer.loss_of` it is the loss, a float32 scalar.
+        Inside `SafetyRegularizer.loss_of` it is the loss, a float32 scalar. What routers of a
+        mixture of experts add to their loss is not in it: there is no mask that tells padding.
         """
         ...
 

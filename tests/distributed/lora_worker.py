@@ -5,9 +5,11 @@
 Rank 0 writes losses and gradients of each case.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +17,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
 
 from safetensors.torch import save_file
-from support.adapted import CASES, MICRO_BATCHES, Alone, adapted, settings_of, train
+from support.adapted import CASES, IDS, MICRO_BATCHES, Alone, adapted, settings_of, train
 from torch import nn
+
+from safereg_dist import prepare
+from safereg_dist.errors import ConfigError
+from safereg_dist.factory.prepare import reference_backend
+from safereg_dist.parallel.comm import Ranks
 
 
 class Zero3(Alone):
@@ -78,11 +85,16 @@ class Fsdp2(Alone):
 ENGINES = {"zero3": Zero3, "fsdp2": Fsdp2}
 
 
+def facts_of(model: nn.Module, ranks: Ranks) -> dict[str, Any]:
+    """Parameters that ZeRO-3 has left whole, and the base model's fingerprint from its shards."""
+    named = model.named_parameters()
+    left = [name for name, p in named if p.ds_status.name != "NOT_AVAILABLE"]
+    backend = reference_backend("zero3", ranks)
+    return {"left": left, "fingerprint": backend.fingerprint(model.get_base_model())}
+
+
 def unbound() -> str:
     """What a raw loop says that has not told the regulariser of its engine."""
-    from safereg_dist import prepare
-    from safereg_dist.errors import ConfigError
-
     model = adapted(CASES[0])
     regularizer = prepare(model, settings_of(CASES[0]))
     Zero3(model)
@@ -106,18 +118,22 @@ def main() -> None:
     else:
         torch.distributed.init_process_group("gloo")
     is_first = torch.distributed.get_rank() == 0
+    facts = {}
     for case in CASES:
         if chosen and case.name not in chosen:
             continue
-        found, *_ = train(case, ENGINES[engine])
+        found, regularizer, model = train(case, ENGINES[engine])
         tensors = {name: grad.contiguous() for name, grad in found.gradients.items()}
+        tensors["prefix"] = regularizer.reference.model.prefix_states(IDS, 2)
+        if engine == "zero3":
+            facts[case.name] = facts_of(model, regularizer.ranks)
         if is_first:
             tensors["losses"] = torch.tensor(found.losses, dtype=torch.float64)
             save_file(tensors, Path(folder, f"{case.name}.safetensors"))
     if engine == "zero3":
-        text = unbound()
-        if is_first:
-            Path(folder, "unbound.txt").write_text(text)
+        facts["unbound"] = unbound()
+    if is_first:
+        Path(folder, "facts.json").write_text(json.dumps(facts))
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed's threads would wait for one another

@@ -1,7 +1,7 @@
 """Claimed: with adapters (PEFT) on two ranks, under ZeRO-3 and under FSDP2, the policy with its
 adapters off is the reference: loss and gradients are those of the equations, whatever is trained
-whole and whichever adapters are on. Under ZeRO-3 both passes keep their traces over many steps, with
-activation checkpointing too, and no parameter stays gathered.
+whole and whichever adapters are on. Under ZeRO-3 both passes keep their traces over many steps,
+with activation checkpointing too, and no parameter stays gathered.
 
 The judge is float64, whole logits of a second model (see `support.adapted`); float32 rounds. Exact:
 counts of traces and of parameters.
@@ -10,9 +10,12 @@ counts of traces and of parameters.
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from support.adapted import CASES, Outcome, check, expected
+from support.adapted import CASES, IDS, Outcome, base_of, check, expected
 from support.launching import ROOT
+
+from safereg_dist.models.fingerprint import model_fingerprint
 
 pytest.importorskip("peft")
 pytestmark = [
@@ -28,12 +31,25 @@ LONG = ROOT / "benchmarks" / "lora_zero3_worker.py"
 def test_adapters_on_two_ranks_equal_the_equations(engine, launch, tmp_path):
     done = launch(WORKER, engine, str(tmp_path))
     assert done.status == 0, done.output[-4000:]
+    facts = json.loads((tmp_path / "facts.json").read_text())
     for case in CASES:
         tensors = load_file(tmp_path / f"{case.name}.safetensors")
-        losses = tensors.pop("losses").tolist()
+        losses, prefix = tensors.pop("losses").tolist(), tensors.pop("prefix")
         check(Outcome(losses, tensors), expected(case), f"{case.name} under {engine}")
+        base = base_of(case)
+        if case.reference is None:
+            torch.testing.assert_close(prefix, states_after_two_layers(base))
+        if engine == "zero3":
+            known = {"left": [], "fingerprint": model_fingerprint(base)}
+            assert facts[case.name] == known, case.name
     if engine == "zero3":
-        assert "regularizer.bind" in (tmp_path / "unbound.txt").read_text()
+        assert "regularizer.bind" in facts["unbound"]
+
+
+def states_after_two_layers(model):
+    """What a probe on the base model would read."""
+    with torch.no_grad():
+        return model(input_ids=IDS, output_hidden_states=True).hidden_states[2]
 
 
 @pytest.mark.parametrize("options", [[], ["--checkpointing"]], ids=["plain", "checkpointing"])

@@ -1,7 +1,7 @@
-"""Claimed: models that scale or cap the logits behind their head (Gemma 2, Cohere, Granite) train as
-the equations say, alone and on two ranks: the scale or cap is the loss's, not that of its scalar.
+"""Claimed: models that scale or cap the logits behind their head (Gemma 2, Cohere, Granite) train
+as the equations say, alone and on two ranks: scale and cap are the loss's, not that of its scalar.
 
-The judge is float64, whole logits of plain transformers (see `stack_cases.expected`); float32 rounds.
+The judge is float64, whole logits of plain transformers (`stack_cases.expected`); float32 rounds.
 """
 
 import pytest

@@ -14,7 +14,7 @@ from safereg_dist import collate, prepare, row_of
 from safereg_dist.types import Row
 from support.builders import SCALED, VOCAB, tiny_model, tiny_scaled
 
-STEPS, ROWS, MICRO_BATCHES, LR = 3, 8, 2, 0.05
+STEPS, ROWS, MICRO_BATCHES, LR = 2, 8, 2, 0.05
 CEILING, THRESHOLD = 0.7, 0.5
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 
@@ -109,6 +109,10 @@ def rows_of(step: int) -> list[Row]:
         risk = number(0, 1001) / 1000
         rows.append(row_of(f"{step}-{index}", ids, mask, risk=risk))
     return rows
+
+
+IDS = collate(rows_of(0)[:3], pad_id=0).input_ids
+"""[3, S] tokens to look at states of."""
 
 
 @dataclass

@@ -83,13 +83,13 @@ EXPERTS = ("mixtral", "qwen3_moe")
 def tiny_experts(family: str, *, seed: int = 0, **changes) -> PreTrainedModel:
     """A random mixture of five experts (`EXPERTS`): hidden 16, 2 layers, float32."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        family,
+    small = {
         **dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, moe_intermediate_size=24),
         **dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8),
         **dict(num_local_experts=5, num_experts=5, num_experts_per_tok=2, initializer_range=0.3),
-        **{"max_position_embeddings": 64, **changes},
-    )
+        "max_position_embeddings": 64,
+    }
+    config = AutoConfig.for_model(family, **{**small, **changes})
     return AutoModelForCausalLM.from_config(config).float()
 
 

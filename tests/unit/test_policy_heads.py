@@ -73,6 +73,21 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family, options) 
 
 
 @pytest.mark.parametrize(("family", "options"), CAPS_AND_SCALES)
+def test_the_head_has_its_scale_and_cap_where_the_loss_is_computed(family, options) -> None:
+    policy = Policy(model_of(family, **options))
+    found = []
+
+    def loss(hidden, probed):
+        found.append(policy.head)
+        return hidden.sum()
+
+    with policy.ending_in(loss):
+        policy.model(input_ids=torch.tensor([[3, 4]]), use_cache=False)
+    wanted = head_of(policy.model)
+    assert (found[0].scale, found[0].softcap) == (wanted.scale, wanted.softcap)
+
+
+@pytest.mark.parametrize(("family", "options"), CAPS_AND_SCALES)
 def test_a_loss_comes_back_as_it_is_and_logits_as_before(family, options) -> None:
     model = model_of(family, **options)
     ids = torch.randint(3, 101, (2, 9))

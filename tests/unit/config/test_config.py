@@ -308,7 +308,6 @@ def test_values_out_of_range(section, key, values):
             ["engine.offload_optimizer", "got 1 and cpu", "engine.offload_params=cpu"],
         ),
         (with_(lora={"r": 8}), ["lora.r"]),
-        (with_("reference", engine="adapters_off"), ["reference.engine=adapters_off", "lora"]),
         ({"data": {"train": "t"}, "risk": {"estimator": "none"}}, ["model"]),
         ({"model": "m", "risk": {"estimator": "none"}}, ["data"]),
         ({"model": "m", "data": {}, "risk": {"estimator": "none"}}, ["data.train"]),

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support.adapted import (
     CASES,
+    IDS,
     STEPS,
     Alone,
     Case,
@@ -28,7 +29,7 @@ from support.adapted import (
 )
 from support.builders import tiny_model
 
-from safereg_dist import collate, prepare
+from safereg_dist import prepare
 from safereg_dist.errors import ConfigError
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.stage import RiskSource
@@ -36,7 +37,6 @@ from safereg_dist.risk.stage import RiskSource
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 PLAIN = Case("plain")
-IDS = collate(rows_of(0)[:3], pad_id=0).input_ids
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -223,15 +223,11 @@ def trained(folder):
 
     from safereg_dist.integrations.trainer import SafeRegTrainer
 
-    rows = [
-        {
-            "input_ids": row.input_ids,
-            "labels": [i if kept else -100 for i, kept in zip(row.input_ids, row.loss_mask)],
-            "risk": row.risk,
-        }
-        for step in range(2)
-        for row in rows_of(step)
-    ]
+    rows = []
+    for row in [*rows_of(0), *rows_of(1)]:
+        tokens = zip(row.input_ids, row.loss_mask, strict=True)
+        labels = [token if kept else -100 for token, kept in tokens]
+        rows.append({"input_ids": row.input_ids, "labels": labels, "risk": row.risk})
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=8,
