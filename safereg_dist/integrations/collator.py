@@ -29,24 +29,32 @@ class RowCollator:
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """The collator's batch with one key more, `KEY`."""
-        own = [{name: feature.get(name) for name in COLUMNS} for feature in features]
         rest = [{k: v for k, v in feature.items() if k not in COLUMNS} for feature in features]
         inputs = self.collator(rest)
-        found = capture(self._read, inputs, own)
+        found = capture(self._read, inputs, features)
         inputs[KEY] = MicroBatch.failed(found.error) if found.error is not None else found.value
         return inputs
 
-    def _read(self, inputs: Any, own: list[dict[str, Any]]) -> MicroBatch:
+    def _read(self, inputs: Any, features: Sequence[Any]) -> MicroBatch:
         if self._needs_positions and inputs.get("position_ids") is None:
             raise DataError(
                 "rows are packed and the batch has no position_ids: a row would attend to the rows "
                 "before it, and could not be told from them; use a padding-free collator "
                 "(trl: packing_strategy=bfd), or do not pack"
             )
-        risk, ids, anchors = (_column(own, name) for name in COLUMNS)
-        return batch_of(inputs, RowColumns(risk=risk, ids=ids, is_anchor=anchors))
+        is_packed = inputs.get("position_ids") is not None
+        columns = (_column(features, name, of_tokens=is_packed) for name in COLUMNS)
+        return batch_of(inputs, RowColumns(*columns))
 
 
-def _column(own: list[dict[str, Any]], name: str) -> list[Any] | None:
-    values = [row[name] for row in own]
-    return None if all(value is None for value in values) else values
+def _column(features: Sequence[Any], name: str, *, of_tokens: bool) -> list[Any] | None:
+    """The features' values; `of_tokens` as lists, since a packed line is a feature of many rows."""
+    values = [feature.get(name) for feature in features]
+    if all(value is None for value in values):
+        return None
+    if not of_tokens or any("input_ids" not in feature for feature in features):
+        return values
+    return [
+        value if isinstance(value, list) else [value] * len(feature["input_ids"])
+        for value, feature in zip(values, features, strict=True)
+    ]

@@ -84,7 +84,11 @@ class SafeRegMixin(_Trainer):
         if data.get("anchor") is not None and self.train_dataset is not None:
             with current_ranks().main_first():
                 self.train_dataset = with_anchors(
-                    self.train_dataset, data, tokenizer, seed=self.args.seed
+                    self.train_dataset,
+                    data,
+                    tokenizer,
+                    seed=self.args.seed,
+                    is_packed=bool(getattr(self.args, "packing", False)),
                 )
 
     # ---- one step
