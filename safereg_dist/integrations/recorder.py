@@ -111,7 +111,7 @@ class Recorder:
             step=plan.step, lr=lr, grad_norm=float(grad_norm), step_time_s=now - self._last
         )
         self._last = now
-        self._steps += 1
+        self._steps = plan.step + 1
         for name, value in row.items():
             self._since[name].append(value)
         if log is not None:

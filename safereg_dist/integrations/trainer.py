@@ -48,7 +48,7 @@ class SafeRegMixin(_Trainer):
     _recorder: Recorder
     _plan: StepPlan | None = None
     _next = 0
-    _grad_norm = float("nan")
+    _lr = _grad_norm = float("nan")
 
     def __init__(self, *args: Any, safereg: Settings | SafetyRegularizer, **kwargs: Any) -> None:
         """As the Trainer's; `safereg` are the settings (see `prepare`), or a regulariser.
@@ -152,6 +152,7 @@ class SafeRegMixin(_Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         found = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._grad_norm = found
+        self._lr = float(self._get_learning_rate())  # the scheduler moves on before the step ends
         return found
 
     # ---- data, logs and checkpoints
@@ -198,11 +199,7 @@ class _StepEnd(TrainerCallback):
         trainer = self._trainer
         if trainer._plan is None:
             return
-        trainer._recorder.close(
-            trainer._plan,
-            lr=float(trainer._get_learning_rate()),
-            grad_norm=trainer._grad_norm,
-        )
+        trainer._recorder.close(trainer._plan, lr=trainer._lr, grad_norm=trainer._grad_norm)
         trainer._plan = None
 
 

@@ -4,6 +4,8 @@ Exact: which columns a stack's collator is shown, which rows are found and with 
 places are anchors'; an unreadable row becomes an error that the step raises.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from support.builders import random_rows, tiny_model, word_tokenizer, write_jsonl
@@ -116,7 +118,7 @@ def test_share_and_places_of_anchors(settings, kind):
     assert [f for f in found if not f.get("is_anchor")] == listed(rows)
     anchors = [place for place, f in enumerate(found) if f.get("is_anchor")]
     assert len(anchors) == 10  # 0.2 of 50
-    gaps = [b - a for a, b in zip(anchors, anchors[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(anchors)]
     assert set(gaps) <= {4, 5, 6}
     first = found[anchors[0]]
     assert set(first) == {"input_ids", "attention_mask", "labels", "id", "is_anchor"}
