@@ -158,6 +158,15 @@ class Recorder:
                     "space"
                 ) from err
 
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the logs of a run that has failed; `finish` has closed those of others."""
+        if self._log is not None:
+            with self._log:
+                self._log = None
+
     def finish(self) -> None:
         """Ends the logs: the ledgers of all ranks become one, whose last hash the summary keeps.
 

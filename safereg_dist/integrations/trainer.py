@@ -172,10 +172,13 @@ class SafeRegMixin(_Trainer):
         """The Trainer's; resumes our state and logs with its own."""
         found = resume_from_checkpoint
         if found is True:
-            found = get_last_checkpoint(self.args.output_dir)
+            found = get_last_checkpoint(str(self.args.output_dir))
+            if found is None:
+                return super().train(True, *args, **kwargs)  # says that there is no checkpoint
         self._recorder.start(Path(found, STATE) if isinstance(found, str | Path) else None)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self._recorder.finish()
+        with self._recorder:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._recorder.finish()
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:

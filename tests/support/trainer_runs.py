@@ -121,3 +121,50 @@ def metrics_rows(folder: Path) -> list[dict[str, float]]:
     """`metrics.jsonl` without what the clock says."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def engine_arguments(engine: str) -> dict[str, Any]:
+    """A Trainer's arguments for `ddp`, `zero-N` or `fsdp2` on CPU ranks.
+
+    Import `accelerate_on_cpu` first for the last two.
+    """
+    if engine == "ddp":
+        return {}
+    if engine == "fsdp2":
+        layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        return {
+            "use_cpu": False,
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "fsdp_version": 2, **layers},
+        }
+    return {
+        "use_cpu": False,
+        "deepspeed": {
+            "zero_optimization": {
+                "stage": int(engine[-1]),
+                "stage3_param_persistence_threshold": 0,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    }
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of a model's weights, whole on every rank, under any engine. Collectives: its own."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("module.")
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found[name] = parameter.detach().clone()
+        else:
+            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            found[name] = whole.detach().clone()
+    return found
