@@ -1,7 +1,7 @@
 """Claimed: a Trainer's run on two ranks resumes, saves and ends windows as one on one rank does.
 
-Exact: a resumed run under DDP, ZeRO-3 and FSDP2 (losses, weights, metrics, ledger), the weights that
-`save_model` wrote, an error that one rank sees. Rounds: losses of logs (float32) beside metrics.
+Exact: a resumed run under DDP, ZeRO-3 and FSDP2 (losses, weights, metrics, ledger), the weights
+that `save_model` wrote, an error that one rank sees. Rounds: logged losses (float32).
 """
 
 import json

@@ -21,7 +21,7 @@ if "zero" in ENGINE:
 if ENGINE != "ddp":
     from support import accelerate_on_cpu  # noqa: F401
 
-from support.trainer_runs import (
+from support.trainer_runs import (  # noqa: E402
     Losses,
     engine_arguments,
     features,
@@ -30,7 +30,7 @@ from support.trainer_runs import (
     trainer,
     whole_weights,
 )
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset  # noqa: E402
 
 RANK = int(os.environ["RANK"])
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from support.builders import VOCAB, tiny_model, word_tokenizer
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
 from safereg_dist.integrations.trainer import SafeRegTrainer
+from support.builders import VOCAB, tiny_model, word_tokenizer
 
 SETTINGS = {"risk": {"estimator": "column"}, "reference": {}}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -62,6 +62,7 @@ def arguments(folder: Path, cls: type = TrainingArguments, **changes: Any) -> An
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "use_cpu": True,
+        "bf16": False,  # trl's default is True
         "seed": 3,
     }
     return cls(output_dir=str(folder), **(chosen | changes))

@@ -7,7 +7,6 @@ places are anchors'; an unreadable row becomes an error that the step raises.
 from itertools import pairwise
 
 import pytest
-import torch
 from support.builders import random_rows, tiny_model, word_tokenizer, write_jsonl
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorForSeq2Seq

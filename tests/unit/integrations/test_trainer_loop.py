@@ -1,8 +1,8 @@
 """Claimed: what a Trainer offers around its steps works beside ours.
 
-Exact: evaluation between steps changes nothing of a training without dropout, saved weights are the trained ones,
-callbacks see the step's number, dataloader workers and activation checkpointing give the same run,
-a window that is cut short by the end of an epoch is divided by its own tokens.
+Exact: evaluation between steps changes nothing of a training without dropout, saved weights are the
+trained ones, callbacks see the step's number, dataloader workers and streams give the same run, a
+window that is cut short by the end of an epoch is divided by its own tokens.
 Rounds: evaluation losses (1e-6) and activation checkpointing (1e-6).
 """
 

@@ -96,7 +96,7 @@ def test_a_file_of_another_data_set_is_refused(tmp_path):
     source = lookup(tmp_path, [{"prompt": "w1", "response": WORDY, "risk": 0.5}])
     rows = [tokens_of({"prompt": f"w{n}", "response": "w3 w4"}) for n in range(64)]
     ask(source, *rows[:63])
-    with pytest.raises(DataError, match="none of the first 64 rows is in risk.path"):
+    with pytest.raises(DataError, match="none of the first 64 rows is in"):
         ask(source, rows[63])
 
 
