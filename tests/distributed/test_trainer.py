@@ -7,8 +7,10 @@ that `save_model` wrote, an error that one rank sees. Rounds: logged losses (flo
 import json
 
 import pytest
+from safetensors.torch import load_file
 from support.launching import ROOT
-from support.trainer_runs import features, metrics_rows, write_reference
+from support.trainer_runs import features, metrics_rows, same_weights, write_reference
+from transformers import AutoModelForCausalLM
 
 from safereg_dist.run.ledger import verify_ledger
 
@@ -39,7 +41,9 @@ def test_resume_and_save(folder, launch, engine):
         assert whole == again
         assert len(set(whole)) == 6
         assert rank["same_weights"]
-    assert found[0]["is_saved"]
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "saved")
+    trained = load_file(folder / "trained.safetensors")
+    assert same_weights(dict(loaded.named_parameters()), trained)
     assert metrics_rows(folder / "again") == metrics_rows(folder / "whole")
     ledgers = [(folder / name / "ledger.jsonl").read_text() for name in ("whole", "again")]
     assert ledgers[0] == ledgers[1]
@@ -60,8 +64,9 @@ def test_windows_streams_and_evaluation(folder, launch):
     assert one["losses"] == pytest.approx([row["loss"] for row in found], rel=1e-6)
     ledger = [json.loads(x) for x in (folder / "windows" / "ledger.jsonl").read_text().splitlines()]
     assert {row["rank"] for row in ledger if row["kl_coef"] > 0} == {0}
-    assert one["losses"] == other["losses"]
-    assert len(one["eval_loss"]) == 1
+    assert one["losses"] == other["losses"] == one["evaluated"]
+    assert len(one["eval_loss"]) == 2  # after the second step and at the end
+    assert one["eval_loss"] == other["eval_loss"]
     streamed = metrics_rows(folder / "stream")
     assert [row["rows"] for row in streamed] == [8] * 3
     ids = [json.loads(x) for x in (folder / "stream" / "ledger.jsonl").read_text().splitlines()]
