@@ -5,6 +5,7 @@ one after the other, where position ids start again at 0. Labels are aligned wit
 where nothing is predicted; the model shifts them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -188,14 +189,22 @@ def _of_tokens(name: str, lists: Sequence[Any], spans: list[Span], real: np.ndar
 def _row(
     input_ids: list[int],
     loss_mask: list[int],
-    risk: float | None,
+    risk: Any,
     name: str | None,
     is_anchor: bool,
 ) -> Row:
     mask = [int(is_predicted) for is_predicted in loss_mask]
     name = str(name) if name is not None else f"sha256:{row_key(input_ids, mask)[:16]}"
-    is_known = risk is not None and risk == risk
-    if is_known and not (isinstance(risk, int | float) and 0 <= risk <= 1):
-        raise DataError(f"row {name!r} has risk {risk!r}: expected a number in [0, 1]")
-    value = float(risk) if is_known else None
+    value = _known_risk(name, risk)
     return row_of(name, input_ids, mask, risk=value, is_anchor=is_anchor)
+
+
+def _known_risk(name: str, risk: Any) -> float | None:
+    """The risk as a number, from whatever kind of number; None where a table has none (nan)."""
+    try:
+        value = None if risk is None else float(risk)
+    except (TypeError, ValueError):
+        value = math.inf
+    if value is not None and not math.isnan(value) and not 0 <= value <= 1:
+        raise DataError(f"row {name!r} has risk {risk!r}: expected a number in [0, 1]")
+    return None if value is None or math.isnan(value) else value
