@@ -5,6 +5,7 @@ one after the other, where position ids start again at 0. Labels are aligned wit
 where nothing is predicted; the model shifts them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ def batch_of(inputs: Mapping[str, Any], columns: RowColumns = NO_COLUMNS) -> Mic
     """
     ids, labels = _host(inputs, "input_ids"), _host(inputs, "labels")
     mask = inputs.get("attention_mask")
-    if ids.ndim != 2 or labels.shape != ids.shape or (mask is not None and mask.ndim != 2):
+    if ids.ndim != 2 or any(t is not None and t.shape != ids.shape for t in (labels, mask)):
         raise DataError(
             f"expected input_ids, labels and attention_mask of one shape [B, S], got input_ids "
             f"{ids.shape}, labels {labels.shape}"
@@ -113,7 +114,12 @@ def _spans(
     """The rows of each line, in order."""
     starts = real & ~np.pad(real, ((0, 0), (1, 0)))[:, :-1]
     if position_ids is not None:
-        starts |= real & (np.broadcast_to(position_ids.cpu().numpy(), real.shape) == 0)
+        if position_ids.shape not in (real.shape, (1, real.shape[1])):
+            raise DataError(
+                f"expected position_ids of the shape of input_ids, {real.shape}, got "
+                f"{tuple(position_ids.shape)}: where rows are packed they start again at each row"
+            )
+        starts |= real & (position_ids.cpu().numpy() == 0)
     spans: list[Span] = []
     for line, own in enumerate(real):
         firsts = np.flatnonzero(starts[line])
@@ -162,8 +168,16 @@ def _per_row(name: str, values: Any, spans: list[Span], real: np.ndarray, defaul
 
 
 def _of_tokens(name: str, lists: Sequence[Any], spans: list[Span], real: np.ndarray) -> list:
-    """The first token's value of each row; lists hold real tokens, in order, or whole lines."""
+    """The first token's value of each row; lists hold real tokens, in order, or whole lines.
+
+    Without a mask what fills a line up looks real, and may have no values.
+    """
+    width = real.shape[1]
     flat = [value for values in lists for value in values]
+    own = [flat] if len(real) == 1 else lists
+    if real.all() and len(own) == len(real) and len(flat) < real.size:
+        if all(last <= len(own[line]) <= width for line, _, last in spans):
+            return [own[line][first] for line, first, _ in spans]
     if len(flat) == real.size:
         index = np.arange(real.size)
     elif len(flat) == int(real.sum()):
@@ -173,20 +187,28 @@ def _of_tokens(name: str, lists: Sequence[Any], spans: list[Span], real: np.ndar
             f"expected a value of `{name}` for each of the {int(real.sum())} tokens of a batch, "
             f"got {len(flat)}: the column and input_ids of a row must have the same length"
         )
-    width = real.shape[1]
     return [flat[index[line * width + first]] for line, first, _ in spans]
 
 
 def _row(
     input_ids: list[int],
     loss_mask: list[int],
-    risk: float | None,
+    risk: Any,
     name: str | None,
     is_anchor: bool,
 ) -> Row:
     mask = [int(is_predicted) for is_predicted in loss_mask]
     name = str(name) if name is not None else f"sha256:{row_key(input_ids, mask)[:16]}"
-    value = None if risk is None or risk != risk else float(risk)
-    if value is not None and not 0 <= value <= 1:
-        raise DataError(f"row {name!r} has risk {value}: expected a number in [0, 1]")
+    value = _known_risk(name, risk)
     return row_of(name, input_ids, mask, risk=value, is_anchor=is_anchor)
+
+
+def _known_risk(name: str, risk: Any) -> float | None:
+    """The risk as a number, from whatever kind of number; None where a table has none (nan)."""
+    try:
+        value = None if risk is None else float(risk)
+    except (TypeError, ValueError):
+        value = math.inf
+    if value is not None and not math.isnan(value) and not 0 <= value <= 1:
+        raise DataError(f"row {name!r} has risk {risk!r}: expected a number in [0, 1]")
+    return None if value is None or math.isnan(value) else value

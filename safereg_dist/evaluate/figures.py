@@ -472,15 +472,15 @@ def _draw_cost(arms: list[Arm]) -> tuple[Figure, str, str, str] | None:
         colours = [styles[arm.name][0] for arm in known]
         axes.barh(range(len(known)), numbers, height=0.62, color=colours)
         axes.set_xlabel(label, fontsize=9)
-        axes.set_xlim(0, max(1e-9, float(numbers.max())) * 1.6)
+        far = numbers if ends is None else np.maximum(numbers, np.nan_to_num(ends))
+        axes.set_xlim(0, max(1e-9, float(far.max())) * 1.6)
         axes.grid(False)
         axes.set_xticks([])
         axes.tick_params(length=0)
         axes.spines["bottom"].set_visible(False)
         for row, value in enumerate(values):
-            end = numbers[row] if ends is None else max(numbers[row], ends[row])
             text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-            axes.text(end, row, f" {text}" if np.isfinite(value) else " \u2013", va="center")
+            axes.text(far[row], row, f" {text}" if np.isfinite(value) else " \u2013", va="center")
     panels[0].hlines(range(len(known)), low, high, color="black", linewidth=1.0)
     panels[0].set_yticks(range(len(known)), [_short(arm.name) for arm in known])
     panels[0].set_ylim(len(known) - 0.4, -0.6)

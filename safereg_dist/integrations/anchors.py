@@ -12,11 +12,19 @@ from safereg_dist.errors import ConfigError
 from safereg_dist.types import Row
 
 
-def with_anchors(dataset: Any, data: Mapping[str, Any], tokenizer: Any, *, seed: int) -> Any:
+def with_anchors(
+    dataset: Any,
+    data: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    seed: int,
+    is_packed: bool = False,
+) -> Any:
     """`dataset` with the rows of `data.anchor` in `data.anchor_fraction` of all places.
 
     A data set with a length gives one with a length, an iterable one an iterable one. Anchor rows
-    are drawn from a seed; each is `input_ids`, `labels`, `attention_mask` and `is_anchor`.
+    are drawn from a seed; each is `input_ids`, `labels`, `attention_mask` and `is_anchor`. Where
+    `dataset` holds packed lines each is a line of its own.
 
     Raises:
         ConfigError: no tokenizer to read the anchor rows with.
@@ -28,6 +36,9 @@ def with_anchors(dataset: Any, data: Mapping[str, Any], tokenizer: Any, *, seed:
     assert config.anchor is not None
     stored = load_rows(config.anchor, tokenizer, config, progress=False)
     anchors = [_feature(stored.row(index, is_anchor=True)) for index in range(len(stored))]
+    if is_packed:
+        for anchor in anchors:
+            anchor["seq_lengths"] = [len(anchor["input_ids"])]  # as trl's packing gives them
     wrap = (
         _Iterable
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")

@@ -29,25 +29,24 @@ class RowCollator:
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """The collator's batch with one key more, `KEY`; a packed line may be a list of rows."""
-        own = [{name: row.get(name) for name in COLUMNS} for row in _flat(features)]
         inputs = self.collator([_without_ours(feature) for feature in features])
-        found = capture(self._read, inputs, own)
+        found = capture(self._read, inputs, list(_flat(features)))
         inputs[KEY] = MicroBatch.failed(found.error) if found.error is not None else found.value
         return inputs
 
-    def _read(self, inputs: Any, own: list[dict[str, Any]]) -> MicroBatch:
+    def _read(self, inputs: Any, features: Sequence[Any]) -> MicroBatch:
         if self._needs_positions and inputs.get("position_ids") is None:
             raise DataError(
                 "rows are packed and the batch has no position_ids: a row would attend to the rows "
                 "before it, and could not be told from them; use a padding-free collator "
                 "(trl: packing_strategy=bfd), or do not pack"
             )
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.ndim != 2 and inputs.get("position_ids") is not None:
+        mask, is_packed = inputs.get("attention_mask"), inputs.get("position_ids") is not None
+        if mask is not None and mask.ndim != 2 and is_packed:
             # Which token sees which: that rows end where positions start again says as much.
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        risk, ids, anchors = (_column(own, name) for name in COLUMNS)
-        return batch_of(inputs, RowColumns(risk=risk, ids=ids, is_anchor=anchors))
+        columns = (_column(features, name, of_tokens=is_packed) for name in COLUMNS)
+        return batch_of(inputs, RowColumns(*columns))
 
 
 def _flat(features: Iterable[Any]) -> Iterator[Any]:
@@ -64,6 +63,14 @@ def _without_ours(feature: Any) -> Any:
     return {name: value for name, value in feature.items() if name not in COLUMNS}
 
 
-def _column(own: list[dict[str, Any]], name: str) -> list[Any] | None:
-    values = [row[name] for row in own]
-    return None if all(value is None for value in values) else values
+def _column(features: Sequence[Any], name: str, *, of_tokens: bool) -> list[Any] | None:
+    """The features' values; `of_tokens` as lists, since a packed line is a feature of many rows."""
+    values = [feature.get(name) for feature in features]
+    if all(value is None for value in values):
+        return None
+    if not of_tokens or any("input_ids" not in feature for feature in features):
+        return values
+    return [
+        value if isinstance(value, list) else [value] * len(feature["input_ids"])
+        for value, feature in zip(values, features, strict=True)
+    ]

@@ -111,7 +111,7 @@ class Recorder:
             step=plan.step, lr=lr, grad_norm=float(grad_norm), step_time_s=now - self._last
         )
         self._last = now
-        self._steps += 1
+        self._steps = plan.step + 1
         for name, value in row.items():
             self._since[name].append(value)
         if log is not None:
@@ -157,6 +157,15 @@ class Recorder:
                     f"expected to write the regulariser's state to {folder}, got: {err}: free disk "
                     "space"
                 ) from err
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the logs of a run that has failed; `finish` has closed those of others."""
+        if self._log is not None:
+            with self._log:
+                self._log = None
 
     def finish(self) -> None:
         """Ends the logs: the ledgers of all ranks become one, whose last hash the summary keeps.

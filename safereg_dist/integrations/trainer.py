@@ -48,7 +48,7 @@ class SafeRegMixin(_Trainer):
     _recorder: Recorder
     _plan: StepPlan | None = None
     _next = 0
-    _grad_norm = float("nan")
+    _lr = _grad_norm = float("nan")
 
     def __init__(self, *args: Any, safereg: Settings | SafetyRegularizer, **kwargs: Any) -> None:
         """As the Trainer's; `safereg` are the settings (see `prepare`), or a regulariser.
@@ -85,7 +85,11 @@ class SafeRegMixin(_Trainer):
         if data.get("anchor") is not None and self.train_dataset is not None:
             with current_ranks().main_first():
                 self.train_dataset = with_anchors(
-                    self.train_dataset, data, tokenizer, seed=self.args.seed
+                    self.train_dataset,
+                    data,
+                    tokenizer,
+                    seed=self.args.seed,
+                    is_packed=bool(getattr(self.args, "packing", False)),
                 )
 
     # ---- one step
@@ -149,6 +153,7 @@ class SafeRegMixin(_Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         found = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._grad_norm = found
+        self._lr = float(self._get_learning_rate())  # the scheduler moves on before the step ends
         return found
 
     # ---- data, logs and checkpoints
@@ -168,10 +173,13 @@ class SafeRegMixin(_Trainer):
         """The Trainer's; resumes our state and logs with its own."""
         found = resume_from_checkpoint
         if found is True:
-            found = get_last_checkpoint(self.args.output_dir)
+            found = get_last_checkpoint(str(self.args.output_dir))
+            if found is None:
+                return super().train(True, *args, **kwargs)  # says that there is no checkpoint
         self._recorder.start(Path(found, STATE) if isinstance(found, str | Path) else None)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self._recorder.finish()
+        with self._recorder:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._recorder.finish()
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
@@ -195,11 +203,7 @@ class _StepEnd(TrainerCallback):
         trainer = self._trainer
         if trainer._plan is None:
             return
-        trainer._recorder.close(
-            trainer._plan,
-            lr=float(trainer._get_learning_rate()),
-            grad_norm=trainer._grad_norm,
-        )
+        trainer._recorder.close(trainer._plan, lr=trainer._lr, grad_norm=trainer._grad_norm)
         trainer._plan = None
 
 

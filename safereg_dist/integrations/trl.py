@@ -92,16 +92,16 @@ class SafeRegSFTTrainer(SafeRegMixin, SFTTrainer):
         return self.router_aux_loss_coef * router / len(self._plan.micro_batches)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The mixin's, with TRL's metrics over the tokens since the last log."""
+        """The mixin's, with TRL's metrics of the micro-batches since the last log."""
         if "loss" in logs and self._sums:
             ranks = self.safereg.ranks
-            total = ranks.sum_(torch.stack(self._sums).sum(0)).tolist()
-            entropy, correct, count, task, tokens = total
+            table = ranks.sum_(torch.stack(self._sums)).tolist()
             self._sums.clear()
-            self._total_train_tokens += int(tokens)
             metrics = self._metrics["train"]
-            metrics["entropy"].append(entropy / count if count else 0.0)
-            metrics["mean_token_accuracy"].append(correct / task if task else 0.0)
+            for entropy, correct, count, task, tokens in table:  # of each micro-batch, as TRL does
+                self._total_train_tokens += int(tokens)
+                metrics["entropy"].append(entropy / count if count else 0.0)
+                metrics["mean_token_accuracy"].append(correct / task if task else 0.0)
             metrics["num_tokens"] = [self._total_train_tokens]
             if self._router_losses:
                 own = torch.stack(self._router_losses).mean()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from safereg_dist.errors import DataError
 from safereg_dist.parallel.comm import capture
 from safereg_dist.risk.override import Override
 from safereg_dist.risk.probe import rescale
@@ -86,14 +87,25 @@ class RiskSource:
 
 
 class ColumnRisk(RiskSource):
-    """The `risk` field of the data, checked when the data was read."""
+    """The `risk` column of the data."""
 
     name = "column"
 
     def __call__(
         self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
     ) -> Risk:
-        """The rows' own risk. Collectives: none."""
+        """The rows' own risk. Collectives: none.
+
+        Raises:
+            DataError: a row without one, which would train as if it were harmless.
+        """
+        for row in rows:
+            if row.risk is None and row.id and not row.is_anchor:
+                raise DataError(
+                    f"row {row.id!r} has no risk: risk.estimator=column needs a column `risk` in "
+                    "[0, 1] in the data set (`safereg score` writes one); where a stack drops it, "
+                    "set risk.estimator=lookup"
+                )
         return [None if row.is_anchor else row.risk for row in rows]
 
 

@@ -1,96 +1,123 @@
-"""Claimed: risk is found by the texts of a row, whatever template a stack has put around them.
+"""Claimed: a row that comes as tokens gets the risk of the scored row whose texts it holds.
 
-Exact: the rows are rendered as axolotl's and LLaMA-Factory's templates do, and tokenised.
+Exact: through several templates, cut at its end, among rows that begin alike and rows that are part
+of one another; a row that is not in the file, or too little of which is left, counts as risky and
+is counted; a file of another data set is refused.
 """
 
-import json
+import math
 
 import pytest
-from support.builders import word_tokenizer, write_jsonl
+from support.builders import TEMPLATE, random_rows, word_tokenizer, write_jsonl
 
+from safereg_dist.data import tokenize_row
 from safereg_dist.data.collate import row_of
 from safereg_dist.errors import DataError
 from safereg_dist.risk.lookup import LookupRisk, read_scored
 
-TOKENIZER = word_tokenizer()
-ALPACA = {"instruction": "w1 w2 w3", "input": "w4 w5", "output": "w6 w7"}
-TEMPLATES = {
-    "instruct": "Below is an instruction.\n\n### Instruction:\n{instruction}\n\n### Input:\n"
-    "{input}\n\n### Response:\n{output}<eos>",
-    "joined": "Human: {instruction}\n{input}\nAssistant: {output}<eos>",
-    "phi": "<|user|>\n{instruction}<|end|>{input}<|assistant|>{output}",
-}
+TALKATIVE = TEMPLATE.replace("'<user> ' +", "'<user> w70 w71 ' +").replace(
+    "{{ '<bos>' }}", "{{ '<bos> w72 w73 w74 ' }}"
+)
+WORDY = " ".join(f"w{n}" for n in range(20, 50))
 
 
-def lookup(tmp_path, *rows):
-    path = write_jsonl(tmp_path / "scored.jsonl", list(rows))
-    return LookupRisk(read_scored(str(path)), TOKENIZER, path=str(path))
+def tokens_of(raw, template=TEMPLATE, keep=None):
+    """The row as a stack hands it over: tokens, without the texts."""
+    row = tokenize_row(raw, "", word_tokenizer(template), default_id="x")
+    return row_of(row.id, row.input_ids[:keep], row.loss_mask[:keep])
 
 
-def risk_of(source, text):
-    ids = TOKENIZER(text.replace("<eos>", " <eos>"), add_special_tokens=False).input_ids
-    return source([row_of("row", ids, [1] * len(ids), risk=None)], in_first_epoch=True)[0]
+def lookup(tmp_path, rows, **how):
+    path = write_jsonl(tmp_path / "scored.jsonl", rows)
+    return LookupRisk(read_scored(str(path)), word_tokenizer(), path=str(path), **how)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_rows_with_an_input_are_read_field_by_field(name, tmp_path):
-    source = lookup(tmp_path, {**ALPACA, "risk": 0.75}, {**ALPACA, "input": "w8", "risk": 0.5})
-    text = TEMPLATES[name].replace("{", " {").replace("}", "} ")
-    assert risk_of(source, text.format(**ALPACA)) == 0.75
+def ask(source, *rows):
+    return source(rows, in_first_epoch=True)
 
 
-@pytest.mark.parametrize("empty", [{"input": ""}, {"input": None}, {}], ids=str)
-def test_a_row_without_input(empty, tmp_path):
-    row = {"instruction": "w1 w2", "output": "w3", "risk": 0.25, **empty}
-    assert risk_of(lookup(tmp_path, row), "Human: w1 w2 Assistant: w3 <eos>") == 0.25
+@pytest.mark.parametrize("template", [TEMPLATE, TALKATIVE], ids=["own", "talkative"])
+def test_every_row_is_found_through_a_template(tmp_path, template):
+    raws = random_rows(30, seed=7)
+    source = lookup(tmp_path, raws)
+    found = ask(source, *(tokens_of(raw, template) for raw in raws))
+    assert found == [raw["risk"] for raw in raws]
+    assert source.take_sums() == {"risk_unknown": 0.0}
 
 
-def test_system_and_history_come_before_the_instruction(tmp_path):
-    row = {**ALPACA, "system": "w9", "history": [["w10", "w11"]], "risk": 1.0}
-    source = lookup(tmp_path, row)
-    assert risk_of(source, "w9 Human: w10 Assistant: w11 Human: w1 w2 w3 w4 w5 : w6 w7") == 1.0
-    unknown = risk_of(source, "Human: w1 w2 w3 w4 w5 : w6 w7")
-    assert unknown != unknown
+def test_forms_of_rows(tmp_path):
+    chat = {
+        "messages": [
+            {"role": "user", "content": "w1 w2"},
+            {"role": "assistant", "content": "w3"},
+            {"role": "user", "content": "w4"},
+            {"role": "assistant", "content": "w5 w6 w7"},
+        ]
+    }
+    alpaca = {"instruction": "w8 w9", "input": "w10", "output": "w11 w12"}
+    source = lookup(tmp_path, [chat | {"risk": 0.1}, alpaca | {"risk": 0.2}])
+    assert ask(source, tokens_of(chat), tokens_of(alpaca)) == [0.1, 0.2]
 
 
-def test_conversations_of_from_and_value(tmp_path):
-    turns = [{"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3"}]
-    source = lookup(tmp_path, {"conversations": turns, "risk": 0.5})
-    assert risk_of(source, "<user> w1 w2 <asst> w3 <eos>") == 0.5
+def test_the_longest_match_wins_and_of_equals_the_riskier(tmp_path):
+    short = {"prompt": "w1 w2", "response": "w3"}
+    long = {"prompt": "w1 w2", "response": "w3 w4 w5"}
+    scored = [short | {"risk": 0.9}, long | {"risk": 0.1}, long | {"risk": 0.3}]
+    assert ask(lookup(tmp_path, scored), tokens_of(long), tokens_of(short)) == [0.3, 0.9]
 
 
-def test_messages_go_before_other_forms(tmp_path):
-    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
-    source = lookup(tmp_path, {**ALPACA, "messages": turns, "risk": 0.5})
-    assert risk_of(source, "<user> w1 <asst> w2 <eos>") == 0.5
+def test_a_row_cut_at_its_end(tmp_path):
+    raw = {"prompt": "w1 w2", "response": WORDY}
+    source = lookup(tmp_path, [raw | {"risk": 0.25}])
+    whole = len(tokens_of(raw).input_ids)
+    assert ask(source, tokens_of(raw, keep=whole - 10)) == [0.25]
+    (left,) = ask(source, tokens_of(raw, keep=8))  # of the answer too little to know it by
+    assert math.isnan(left)
 
 
-BAD = {
-    "no answer": ({"instruction": "w1", "input": "w2", "risk": 0}, "`output`"),
-    "a number": ({"instruction": "w1", "input": 3, "output": "w2", "risk": 0}, "`input`"),
-    "no risk": (ALPACA, r"expected `risk` in \[0, 1\]"),
-    "no text": ({"conversations": [{"from": "gpt", "value": None}], "risk": 0}, "`content`"),
-    "no turns": ({"conversations": ["w1"], "risk": 0}, "non-empty list"),
-}
+def test_unknown_rows_count_as_risky_and_are_counted(tmp_path, capsys):
+    source = lookup(tmp_path, [{"prompt": "w1", "response": WORDY, "risk": 0.0}])
+    known = tokens_of({"prompt": "w1", "response": WORDY})
+    other = tokens_of({"prompt": "w2", "response": "w3 w4"})
+    anchor = row_of("a", [7, 8], [0, 1], is_anchor=True)
+    found = ask(source, known, other, anchor)
+    assert found[0] == 0.0
+    assert math.isnan(found[1])
+    assert found[2] is None
+    assert source.end_step(source.take_sums()) == {"risk_unknown": 1}
+    assert "1 rows of this step are not in risk.path=" in capsys.readouterr().err
+    assert source.take_sums() == {"risk_unknown": 0.0}
+    ask(source, other)
+    assert source.end_step(source.take_sums()) == {"risk_unknown": 1}
+    assert capsys.readouterr().err == ""  # said once
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_rows_that_cannot_be_used(name, tmp_path):
-    row, message = BAD[name]
-    with pytest.raises(DataError, match=message) as caught:
-        lookup(tmp_path, row)
-    assert "scored.jsonl:1" in str(caught.value)
+def test_a_file_of_another_data_set_is_refused(tmp_path):
+    source = lookup(tmp_path, [{"prompt": "w1", "response": WORDY, "risk": 0.5}])
+    rows = [tokens_of({"prompt": f"w{n}", "response": "w3 w4"}) for n in range(64)]
+    ask(source, *rows[:63])
+    with pytest.raises(DataError, match="none of the first 64 rows is in"):
+        ask(source, rows[63])
 
 
-def test_a_row_that_was_cut_is_found(tmp_path):
-    long = " ".join(f"w{i}" for i in range(30, 60))
-    source = lookup(tmp_path, {"instruction": "w1", "output": long, "risk": 0.5})
-    assert risk_of(source, "Human: w1 Assistant: " + long[: long.index("w45")]) == 0.5
+def test_tokens_need_a_tokenizer(tmp_path):
+    path = write_jsonl(tmp_path / "s.jsonl", [{"prompt": "w1", "response": "w2", "risk": 0.5}])
+    source = LookupRisk(read_scored(str(path)), None, path=str(path))
+    with pytest.raises(DataError, match="has no tokenizer"):
+        ask(source, tokens_of({"prompt": "w1", "response": "w2"}))
 
 
-def test_the_file_of_one_stack_serves_another(tmp_path):
-    """One line of JSON each: what axolotl, LLaMA-Factory and `safereg score` write."""
-    source = lookup(tmp_path, json.loads(json.dumps({**ALPACA, "id": "a", "risk": 0.5})))
-    for name in TEMPLATES:
-        text = TEMPLATES[name].replace("{", " {").replace("}", "} ")
-        assert risk_of(source, text.format(**ALPACA)) == 0.5
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "holds no row"),
+        ([{"prompt": "w1", "response": "w2"}], "expected `risk` in"),
+        ([{"prompt": "w1", "response": "w2", "risk": 1.5}], "expected `risk` in"),
+        ([{"risk": 0.5}], "expected"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, rows, message):
+    with pytest.raises(DataError, match=message):
+        read_scored(str(write_jsonl(tmp_path / "s.jsonl", rows)))
+    with pytest.raises(DataError, match="found none"):
+        read_scored(str(tmp_path / "missing.jsonl"))

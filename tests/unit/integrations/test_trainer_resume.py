@@ -1,0 +1,78 @@
+"""Claimed: a Trainer's run that ends early goes on where its last checkpoint was.
+
+Exact: losses, weights, metrics and ledger of a stopped or killed and resumed run equal those of one
+that was never interrupted, with dropout and with a coefficient that remembers; the ledger verifies
+and `safereg report` reads the folder.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from support.trainer_runs import (
+    Losses,
+    metrics_rows,
+    same_weights,
+    settings,
+    trainer,
+    weights,
+    write_reference,
+)
+
+from safereg_dist.errors import CheckpointError
+from safereg_dist.evaluate.report import write_report
+from safereg_dist.run.ledger import verify_ledger
+
+ADAPTIVE = {"regularizer": {"granularity": "batch", "ema": 0.7, "schedule": "linear"}}
+
+
+def run(folder, reference, *, resume=False, **watch):
+    seen = Losses(**watch)
+    made = trainer(
+        folder,
+        safereg=settings(reference, **ADAPTIVE),
+        callbacks=[seen],
+        args={"save_strategy": "steps", "save_steps": 3},
+    )
+    try:
+        made.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        pass
+    return seen.losses, weights(made.model), made
+
+
+@pytest.mark.parametrize("end", [{"stop": 3}, {"crash": 5}], ids=["stopped", "killed"])
+def test_resumed_run_has_the_same_bits(tmp_path, end):
+    reference = write_reference(tmp_path / "reference")
+    losses, trained, _ = run(tmp_path / "whole", reference)
+    assert len(losses) == 6
+    assert len(set(losses)) == 6
+    before, _, _ = run(tmp_path / "again", reference, **end)
+    after, resumed, made = run(tmp_path / "again", reference, resume=True)
+    assert made.state.global_step == 6
+    assert before[:3] + after == losses
+    assert same_weights(resumed, trained)
+    assert metrics_rows(tmp_path / "again") == metrics_rows(tmp_path / "whole")
+    ledgers = [(tmp_path / name / "ledger.jsonl").read_text() for name in ("whole", "again")]
+    assert ledgers[0] == ledgers[1]
+    summary = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert verify_ledger(tmp_path / "again").rows == 24
+    assert "Ledger" in write_report([tmp_path / "again"]).read_text()
+
+
+def test_a_checkpoint_without_our_state_is_refused(tmp_path):
+    reference = write_reference(tmp_path / "reference")
+    run(tmp_path / "run", reference, stop=3)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3" / "safereg")
+    with pytest.raises(CheckpointError, match="resume from a checkpoint that this Trainer has"):
+        run(tmp_path / "run", reference, resume=True)
+
+
+def test_a_run_that_begins_again_begins_its_logs_again(tmp_path):
+    reference = write_reference(tmp_path / "reference")
+    torch.manual_seed(0)
+    run(tmp_path / "run", reference, stop=2)
+    run(tmp_path / "run", reference, stop=1)
+    assert len(metrics_rows(tmp_path / "run")) == 1
