@@ -45,8 +45,15 @@ class RowCollator:
         if mask is not None and mask.ndim != 2 and is_packed:
             # Which token sees which: that rows end where positions start again says as much.
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        columns = (_column(features, name, of_tokens=is_packed) for name in COLUMNS)
-        return batch_of(inputs, RowColumns(*columns))
+        has_lists = any(isinstance(f.get(name), list) for f in features for name in COLUMNS)
+        if not (is_packed and has_lists):
+            try:
+                return batch_of(inputs, _columns(features, of_tokens=False))
+            except DataError:
+                if not is_packed:
+                    raise
+        # A feature may be a packed line of many rows.
+        return batch_of(inputs, _columns(features, of_tokens=True))
 
 
 def _flat(features: Iterable[Any]) -> Iterator[Any]:
@@ -63,8 +70,12 @@ def _without_ours(feature: Any) -> Any:
     return {name: value for name, value in feature.items() if name not in COLUMNS}
 
 
+def _columns(features: Sequence[Any], *, of_tokens: bool) -> RowColumns:
+    return RowColumns(*(_column(features, name, of_tokens=of_tokens) for name in COLUMNS))
+
+
 def _column(features: Sequence[Any], name: str, *, of_tokens: bool) -> list[Any] | None:
-    """The features' values; `of_tokens` as lists, since a packed line is a feature of many rows."""
+    """The features' values, one for each; `of_tokens` as lists, one value for each token."""
     values = [feature.get(name) for feature in features]
     if all(value is None for value in values):
         return None

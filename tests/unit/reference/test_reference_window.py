@@ -148,7 +148,7 @@ def test_rows_without_response_tokens_are_not_active():
     """A coefficient alone runs nothing; neither does a window without risk."""
     made = reference()
     passes = opened(made, rows()[3:5], [0.0, 1.0])
-    assert passes.schedule.num_active == 0
+    assert passes.schedule.counts() == [0, 0]
     states = made.hidden_states(passes, 0, collate(rows()[3:5], pad_id=0))
     assert states == (None, False, 0, 0)
 

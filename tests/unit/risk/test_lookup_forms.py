@@ -59,18 +59,21 @@ def test_conversations_of_from_and_value(tmp_path):
     assert risk_of(source, "<user> w1 w2 <asst> w3 <eos>") == 0.5
 
 
-def test_messages_go_before_other_forms(tmp_path):
+def test_a_row_in_two_forms_is_refused(tmp_path):
     turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
-    source = lookup(tmp_path, {**ALPACA, "messages": turns, "risk": 0.5})
-    assert risk_of(source, "<user> w1 <asst> w2 <eos>") == 0.5
+    with pytest.raises(DataError, match="keep the keys of one"):
+        lookup(tmp_path, {**ALPACA, "messages": turns, "risk": 0.5})
 
 
 BAD = {
     "no answer": ({"instruction": "w1", "input": "w2", "risk": 0}, "`output`"),
     "a number": ({"instruction": "w1", "input": 3, "output": "w2", "risk": 0}, "`input`"),
     "no risk": (ALPACA, r"expected `risk` in \[0, 1\]"),
-    "no text": ({"conversations": [{"from": "gpt", "value": None}], "risk": 0}, "`content`"),
-    "no turns": ({"conversations": ["w1"], "risk": 0}, "non-empty list"),
+    "no text": (
+        {"conversations": [{"from": "gpt", "value": None}], "risk": 0},
+        "`value` and `from`",
+    ),
+    "no turns": ({"conversations": ["w1"], "risk": 0}, "`value` and `from`"),
 }
 
 
