@@ -104,9 +104,9 @@ class WatchedEngine:
         self._look = look
         self.backward, self.save, self.load = engine.backward, engine.save, engine.load
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, **positions: Tensor) -> Tensor:
         """What the engine gives."""
-        return self._engine(input_ids)
+        return self._engine(input_ids, **positions)
 
     def update(self, lr: float) -> Update:
         """The engine's update, after a look."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from safereg_dist.data import collate
+from safereg_dist.data import collate, pack
 from safereg_dist.errors import NonFiniteLoss
 from safereg_dist.factory import Run
 from safereg_dist.metrics import StepTotals
@@ -70,9 +70,11 @@ def optimizer_step(
         in_first_epoch=in_first_epoch,
     )
     for planned in plan.micro_batches:
-        batch = collate(planned.rows, pad_id=run.pad_id).to(run.ranks.device)
+        is_packed = run.config.train.packing
+        batch = pack(planned.rows) if is_packed else collate(planned.rows, pad_id=run.pad_id)
+        batch = batch.to(run.ranks.device)
         with regularizer.loss_of(planned, batch, plan):
-            loss = run.engine(batch.input_ids)
+            loss = run.engine(**batch.inputs)
         run.engine.backward(loss, is_last=planned.is_last)
     update = run.engine.update(lr)
     return StepResult(plan, regularizer.close(plan, flags=flags()), update)

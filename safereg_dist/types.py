@@ -80,6 +80,13 @@ class MicroBatch:
         )
 
     @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with: the tokens, and their positions where rows are packed."""
+        if self.position_ids is None:
+            return {"input_ids": self.input_ids}
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
+
+    @property
     def num_response_tokens(self) -> int:
         """T, without a device synchronisation."""
         return self.labels.shape[0]

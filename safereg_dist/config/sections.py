@@ -146,6 +146,8 @@ class TrainConfig(Section):
     """Rows per rank and forward, >= 1."""
     grad_accum_steps: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step, >= 1; the result does not depend on the split."""
+    packing: bool = Field(default=False, json_schema_extra=NEWER)
+    """Rows of a micro-batch stand in one line without padding; none attends to another."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16` (float32 master weights in the optimizer) or `fp32`."""
     activation_checkpointing: bool = False

@@ -1,6 +1,6 @@
 """The data of a run: rows read, tokenised once, dealt to ranks, stacked into micro-batches."""
 
-from safereg_dist.data.collate import collate, filler, row_of
+from safereg_dist.data.collate import collate, filler, pack, row_of
 from safereg_dist.data.sampler import Sampler, steps_for
 from safereg_dist.data.stacked import RowColumns, batch_of
 from safereg_dist.data.streaming import StreamedRows
@@ -23,6 +23,7 @@ __all__ = [
     "joined",
     "load_rows",
     "load_tokenizer",
+    "pack",
     "row_of",
     "steps_for",
     "tokenize_row",

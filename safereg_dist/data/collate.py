@@ -36,6 +36,32 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> MicroBatch:
     )
 
 
+def pack(rows: Sequence[Row]) -> MicroBatch:
+    """Rows in one line, one after another without padding, on the host.
+
+    Positions start again at each row, and so does attention in transformers' models.
+    """
+    lengths = [len(row.input_ids) for row in rows]
+    begins = [0, *np.cumsum(lengths)[:-1].tolist()]
+    input_ids = torch.tensor([[t for row in rows for t in row.input_ids]], dtype=torch.int64)
+    places = [
+        [begin + t for t in range(1, len(row.loss_mask)) if row.loss_mask[t]]
+        for begin, row in zip(begins, rows, strict=True)
+    ]
+    flat = torch.tensor([place for own in places for place in own], dtype=torch.int64)
+    owners = [row for row, own in enumerate(places) for _ in own]
+    return MicroBatch(
+        input_ids=input_ids,
+        response_index=flat - 1,
+        labels=input_ids[0, flat],
+        row_of_token=torch.tensor(owners, dtype=torch.int64),
+        tokens_of_row=tuple(map(len, places)),
+        row_begins=tuple(begins),
+        rows=tuple(rows),
+        position_ids=torch.tensor([[t for length in lengths for t in range(length)]]),
+    )
+
+
 def row_of(
     id: str,
     input_ids: Sequence[int],

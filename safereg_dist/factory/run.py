@@ -1,5 +1,6 @@
 """The objects of a run, wired together."""
 
+import inspect
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,6 +82,7 @@ def build_run(config: Config, backend: Backend) -> Run:
     )
     with ranks.together():
         _check_tokenizer(tokenizer, model)
+        _check_packing(config, model)
         if config.train.activation_checkpointing:
             enable_activation_checkpointing(model)
         require_finite(backend, model, folder)
@@ -203,6 +205,14 @@ def build_risk_context(
         probed_share=max(depths, default=0) / num_layers,
         ceilings=category_ceilings(specs),
     )
+
+
+def _check_packing(config: Config, model: PreTrainedModel) -> None:
+    if config.train.packing and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"train.packing=true tells rows apart by their positions, which {type(model).__name__} "
+            "does not take: set packing=false"
+        )
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

@@ -236,11 +236,11 @@ class DeepSpeedPolicy:
         self._world_size = world_size
 
     @region(POLICY_FORWARD)
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, **positions: Tensor) -> Tensor:
         """Forward of one micro-batch under ZeRO-3's hooks."""
         # Rows are padded on the right, so under a causal mask no real token sees padding. A mask of
         # its own would rule out attention's fastest kernel and need a host synchronisation.
-        return self.engine(input_ids=input_ids, use_cache=False).logits
+        return self.engine(input_ids=input_ids, use_cache=False, **positions).logits
 
     @region(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:

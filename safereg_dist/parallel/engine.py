@@ -32,9 +32,10 @@ class PolicyEngine(Protocol):
         """The model's output for its keyword arguments, under the engine's hooks."""
         ...
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, **positions: Tensor) -> Tensor:
         """The output of the model's head for [B, S] tokens, under the engine's hooks: its logits.
 
+        `position_ids` [B, S] are given too where rows are packed (`MicroBatch.inputs`).
         Inside `SafetyRegularizer.loss_of` it is the loss, a float32 scalar. What routers of a
         mixture of experts add to their loss is not in it: there is no mask that tells padding.
         """

@@ -270,9 +270,9 @@ class Fsdp2Policy:
         return output
 
     @region(POLICY_FORWARD)
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, **positions: Tensor) -> Tensor:
         """Forward of one micro-batch under FSDP2's hooks."""
-        return self.run(input_ids=input_ids, use_cache=False).logits
+        return self.run(input_ids=input_ids, use_cache=False, **positions).logits
 
     @region(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:

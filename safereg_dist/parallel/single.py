@@ -141,9 +141,9 @@ class SinglePolicy:
         )
 
     @region(POLICY_FORWARD)
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, **positions: Tensor) -> Tensor:
         """Forward of one micro-batch."""
-        return self.module(input_ids=input_ids, use_cache=False).logits
+        return self.module(input_ids=input_ids, use_cache=False, **positions).logits
 
     @region(POLICY_BACKWARD)
     def backward(self, loss: Tensor, *, is_last: bool) -> None:

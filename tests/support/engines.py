@@ -11,9 +11,9 @@ class PassThrough:
     def __init__(self, engine: PolicyEngine) -> None:
         self._engine = engine
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, **positions: Tensor) -> Tensor:
         """The engine's."""
-        return self._engine(input_ids)
+        return self._engine(input_ids, **positions)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """The engine's."""
