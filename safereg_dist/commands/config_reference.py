@@ -45,7 +45,8 @@ def sections(cls: type[Section] = Config, name: str = "") -> Iterator[tuple[str,
     yield name, cls
     for key, field in cls.model_fields.items():
         if (inner := section_of(field)) is not None:
-            is_one = inner in (field.annotation, *get_args(field.annotation))
+            kind: Any = field.annotation
+            is_one = get_origin(kind) is not tuple and inner in (kind, *get_args(kind))
             listed = "" if is_one else "[]"
             yield from sections(inner, f"{name}.{key}{listed}".lstrip("."))
 

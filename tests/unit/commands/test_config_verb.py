@@ -59,6 +59,7 @@ def resolved(schema, key):
             node = chosen(chosen(node, "items")["items"], "$ref")
         else:
             node = node["properties"][name]
+            node = next((c for c in node.get("anyOf", []) if "$ref" in c), node)  # or null
         node = node.get("allOf", [node])[0]  # how older pydantic refers to a section
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rpartition("/")[2]]
@@ -87,7 +88,7 @@ def test_the_schema_carries_limits_and_choices(safereg):
         {"minimum": 1, "type": "integer"},
         {"type": "null"},
     ]
-    assert resolved(schema, "engine.name")["enum"] == ["deepspeed", "single"]
+    assert resolved(schema, "engine.name")["enum"] == ["deepspeed", "fsdp2", "single"]
     assert resolved(schema, "engine.zero_stage")["const"] == 3
 
 
@@ -175,7 +176,7 @@ def test_a_key_is_explained(safereg):
     for text in (KEYS["train.head_bytes"].sentence, "int | null", "1048576", "changes with it"):
         assert text in told
     assert "may go on" in safereg("explain", "engine.timeout_s")
-    assert "deepspeed | single" in safereg("explain", "engine.name")
+    assert "deepspeed | fsdp2 | single" in safereg("explain", "engine.name")
     assert "required" in safereg("explain", "model")
 
 
