@@ -99,7 +99,8 @@ def test_coming_rows_are_asked_without_waiting():
 
 def test_no_row_beyond_the_last_step_is_asked_for():
     stream = SimpleNamespace(row=lambda position: position)
-    sources = SimpleNamespace(stream=stream, total_steps=5, rows_per_step=3)
+    sources = SimpleNamespace(stream=stream, total_steps=5, rows_per_step=3, train=RAWS)
+    sources._read = lambda begin, end: RowSources._read(sources, begin, end)
     assert [*RowSources.coming_rows(sources, 0)] == [0, 1, 2, 3, 4, 5]
     assert [*RowSources.coming_rows(sources, 3)] == [9, 10, 11, 12, 13, 14]
     assert [*RowSources.coming_rows(sources, 4)] == [12, 13, 14]

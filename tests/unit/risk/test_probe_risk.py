@@ -46,8 +46,7 @@ def test_rows_may_be_padded_on_the_left(pooling):
     probe = make_probe(position="response", pooling=pooling)
     turns = probed_turns(probe, [row([0, 1, 1], [1]), row([0, 0, 0, 1, 1], [3])])
     states = torch.randn(2, 5, H, generator=torch.Generator().manual_seed(0))
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    got = pooled_turns(probe, states, mask, turns)
+    got = pooled_turns(probe, states, [2, 5], turns)
     spans = states[0, 3:5], states[1, 3:5]
     want = [span[-1] if pooling.startswith("last") else span.mean(0) for span in spans]
     torch.testing.assert_close(got, torch.stack(want))
