@@ -13,12 +13,11 @@ from safereg_dist.commands.config_reference import (
     Key,
     as_yaml,
     keys_of,
-    section_of,
     sections,
     sentence_of,
 )
 from safereg_dist.config import Config
-from safereg_dist.config.section import Section
+from safereg_dist.config.section import Section, section_in
 from safereg_dist.errors import ConfigError, DataError
 
 _SCHEMA_HELP = """the JSON schema of the configuration
@@ -119,7 +118,7 @@ def _explained_section(name: str, cls: type[Section]) -> str:
     inner = {
         f"{name}.{key}".lstrip("."): field.description or sentence_of(section)
         for key, field in cls.model_fields.items()
-        if (section := section_of(field)) is not None
+        if (section := section_in(field.annotation)) is not None
     }
     values = {key.name: key.sentence for key in keys_of(cls, name)}
     lines = [name or "the configuration", *textwrap.wrap(sentence_of(cls), 96, **_INDENT)]

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from safereg_dist.config import Config
 from safereg_dist.config.messages import choices_of, range_of, type_name
-from safereg_dist.config.section import Section, changes_result, is_section
+from safereg_dist.config.section import Section, changes_result, section_in
 
 HEAD = """# Configuration
 
@@ -44,27 +44,16 @@ def sections(cls: type[Section] = Config, name: str = "") -> Iterator[tuple[str,
     """Each section's full name (empty for the whole, `[]` after a list's) and its class."""
     yield name, cls
     for key, field in cls.model_fields.items():
-        if (inner := section_of(field)) is not None:
+        if (inner := section_in(field.annotation)) is not None:
             kind: Any = field.annotation
             is_one = get_origin(kind) is not tuple and inner in (kind, *get_args(kind))
             listed = "" if is_one else "[]"
             yield from sections(inner, f"{name}.{key}{listed}".lstrip("."))
 
 
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a key holds, or holds a list of; None where it is a value."""
-    kind: Any = field.annotation
-    for choice in (kind, *get_args(kind)):  # a value may stand for the list, null for the section
-        if is_section(choice):
-            return choice
-        if get_origin(choice) is tuple:
-            kind = get_args(choice)[0]
-    return kind if is_section(kind) else None
-
-
 def is_value(field: FieldInfo) -> bool:
     """True where a key holds a value, or may hold one in place of a list of sections."""
-    return section_of(field) is None or str in get_args(field.annotation)
+    return section_in(field.annotation) is None or str in get_args(field.annotation)
 
 
 def keys_of(cls: type[Section], section: str) -> list[Key]:

@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from safereg_dist.config.checks import hint
-from safereg_dist.config.section import Section, is_section
+from safereg_dist.config.section import Section, section_in
 
 _RANK = {"extra_forbidden": 0, "invalid_key": 0, "missing": 2}  # the others are 1
 _RANGE = "greater_than greater_than_equal less_than less_than_equal finite_number".split()
@@ -22,7 +22,7 @@ def first_mistake(error: ValidationError, cls: type[Section], raw: Any, where: s
     *parents, key = first["loc"]
     for parent in parents:  # down to the section that holds the key
         if isinstance(parent, str):
-            cls = _section_in(cls.model_fields[parent].annotation) or cls
+            cls = section_in(cls.model_fields[parent].annotation) or cls
     name = _name(where, (*parents, str(key)))
     if _RANK.get(first["type"]) == 0:
         near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)[0]
@@ -37,15 +37,6 @@ def first_mistake(error: ValidationError, cls: type[Section], raw: Any, where: s
     if first["type"] in (*_RANGE, "literal_error"):
         name = _name(where, first["loc"], raw)
     return f"{name} must {_expected(first, cls.model_fields[str(key)])}"
-
-
-def _section_in(kind: Any) -> type[Section] | None:
-    """The section that a key of this type holds, or holds a list of; it may be null."""
-    for choice in (kind, *get_args(kind)):
-        inner = get_args(choice)[0] if get_origin(choice) is tuple else choice
-        if is_section(inner):
-            return inner
-    return None
 
 
 def _name(where: str, place: tuple[Any, ...], raw: Any = None) -> str:

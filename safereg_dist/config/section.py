@@ -53,6 +53,15 @@ def is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
+def section_in(kind: Any) -> type[Section] | None:
+    """The section that a key of this type holds, or holds a list of; None where it is a value."""
+    for choice in (kind, *get_args(kind)):  # a value may stand for the list, null for the section
+        inner = get_args(choice)[0] if get_origin(choice) is tuple else choice
+        if is_section(inner):
+            return inner
+    return None
+
+
 def changes_result(field: FieldInfo) -> bool:
     """False where a field bears the mark `ASIDE`."""
     extra = field.json_schema_extra

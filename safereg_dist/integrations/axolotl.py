@@ -8,6 +8,7 @@ axolotl's prompt strategies keep no column but tokens and labels, so a row's ris
 its texts. Sample packing works where axolotl keeps packed rows apart.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
@@ -19,7 +20,6 @@ from safereg_dist.errors import ConfigError
 from safereg_dist.integrations.anchors import with_anchors
 from safereg_dist.integrations.trainer import SafeRegMixin
 from safereg_dist.integrations.yaml_section import read_section
-from safereg_dist.parallel.distributed import current_ranks
 
 
 class SafeRegArgs(BaseModel):
@@ -82,19 +82,14 @@ def _trainer_class(settings: dict[str, Any]) -> type[Trainer]:
         def _packs_rows(self) -> bool:
             return bool(self.args.sample_packing)
 
-        def _mix_anchors(self, given: dict[str, Any], tokenizer: Any) -> None:
-            data = given.get("data") or {}
-            if data.get("anchor") is not None and self.train_dataset is not None:
-                if not isinstance(self.train_dataset, Dataset):
-                    raise ConfigError(
-                        "data.anchor needs a data set with a length under axolotl: set streaming "
-                        "to false, or leave data.anchor out"
-                    )
-                data = {"max_length": self.args.max_seq_length, **data}
-                with current_ranks().main_first():
-                    self.train_dataset = _with_anchor_rows(
-                        self.train_dataset, data, tokenizer, seed=self.args.seed
-                    )
+        def _with_anchors(self, data: Mapping[str, Any], tokenizer: Any) -> Dataset:
+            if not isinstance(self.train_dataset, Dataset):
+                raise ConfigError(
+                    "data.anchor needs a data set with a length under axolotl: set streaming to "
+                    "false, or leave data.anchor out"
+                )
+            data = {"max_length": self.args.max_seq_length, **data}
+            return _with_anchor_rows(self.train_dataset, data, tokenizer, seed=self.args.seed)
 
     return SafeRegAxolotlTrainer
 

@@ -18,7 +18,6 @@ from safereg_dist.run.log import RunLog
 from safereg_dist.step import SafetyRegularizer, StepPlan
 from safereg_dist.storage.atomic import write_atomically
 
-_MEANS = ("task_loss", "divergence", "kl_coef_mean", "risk_mean")
 _LARGEST = ("kl_coef_max", "risk_max")
 _COUNTS = ("rows", "active_rows", "reference_rows", "response_tokens", "active_tokens")
 
@@ -59,10 +58,8 @@ class Recorder:
             CheckpointError: the state is missing or belongs to other settings, on all ranks.
         Collectives: gathers of texts.
         """
-        position, ranks = (
-            {"metrics_bytes": 0, "ledger_bytes": [0] * self._ranks.world_size},
-            self._ranks,
-        )
+        ranks = self._ranks
+        position = {"metrics_bytes": 0, "ledger_bytes": [0] * ranks.world_size}
         with ranks.together():
             if state is not None:
                 position = self._load(state)
@@ -71,13 +68,12 @@ class Recorder:
                 if self._settings:
                     text = yaml.safe_dump(json.loads(json.dumps(self._settings, default=str)))
                     write_atomically(self._folder / "config.yaml", text)
-        ledgers = position["ledger_bytes"]
-        own = ledgers[ranks.rank] if ranks.rank < len(ledgers) else 0
+        ledgers = dict(enumerate(position["ledger_bytes"]))
         self._log = RunLog(
             self._folder,
             ranks,
             metrics_bytes=position["metrics_bytes"],
-            ledger_bytes=own,
+            ledger_bytes=ledgers.get(ranks.rank, 0),
             has_board=False,
         )
         self._last = time.perf_counter()
@@ -125,7 +121,7 @@ class Recorder:
                 found[name] = sum(values)
             elif name in _LARGEST:
                 found[name] = max(values)
-            elif name in _MEANS or name not in _OF_THE_LOOP:
+            elif name not in _OF_THE_LOOP:
                 found[name] = sum(values) / len(values)
         self._since.clear()
         return {f"safereg/{name}": float(value) for name, value in found.items()}

@@ -84,13 +84,16 @@ class SafeRegMixin(_Trainer):
         data = settings.get("data") or {}
         if data.get("anchor") is not None and self.train_dataset is not None:
             with current_ranks().main_first():
-                self.train_dataset = with_anchors(
-                    self.train_dataset,
-                    data,
-                    tokenizer,
-                    seed=self.args.seed,
-                    is_packed=bool(getattr(self.args, "packing", False)),
-                )
+                self.train_dataset = self._with_anchors(data, tokenizer)
+
+    def _with_anchors(self, data: Mapping[str, Any], tokenizer: Any) -> Any:
+        return with_anchors(
+            self.train_dataset,
+            data,
+            tokenizer,
+            seed=self.args.seed,
+            is_packed=self._packs_rows(),
+        )
 
     # ---- one step
 
@@ -142,8 +145,10 @@ class SafeRegMixin(_Trainer):
         if router is None:
             return 0.0
         assert self._plan is not None
-        config = self.safereg.policy.model.config.get_text_config()
-        return config.router_aux_loss_coef * router / len(self._plan.micro_batches)
+        return self._router_coefficient() * router / len(self._plan.micro_batches)
+
+    def _router_coefficient(self) -> float:
+        return self.safereg.policy.model.config.get_text_config().router_aux_loss_coef
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, on its own columns."""

@@ -84,12 +84,15 @@ class SafeRegSFTTrainer(SafeRegMixin, SFTTrainer):
         return result
 
     def _router_loss(self, outputs: Any) -> Tensor | float:
-        router = outputs.get("aux_loss") if isinstance(outputs, dict) else None
-        if router is None or not getattr(self, "aux_loss_enabled", False):
+        if not getattr(self, "aux_loss_enabled", False):
             return 0.0
-        self._router_losses.append(router.detach())
-        assert self._plan is not None
-        return self.router_aux_loss_coef * router / len(self._plan.micro_batches)
+        loss = super()._router_loss(outputs)
+        if isinstance(loss, Tensor):
+            self._router_losses.append(outputs["aux_loss"].detach())
+        return loss
+
+    def _router_coefficient(self) -> float:
+        return self.router_aux_loss_coef
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The mixin's, with TRL's metrics of the micro-batches since the last log."""
