@@ -58,6 +58,7 @@ def test_wandb(tmp_path, monkeypatch):
 
     rows = run(tmp_path, "wandb")
     wandb.finish()
+    wandb.teardown()  # its service writes the file, and has closed it once it has ended
     (path,) = tmp_path.rglob("*.wandb")
     found = []
     for data in records(path.read_bytes()):
