@@ -14,6 +14,7 @@ from safereg_dist.config.loading import (
 )
 from safereg_dist.config.risk import CriticConfig, RiskConfig, RiskPart
 from safereg_dist.config.sections import (
+    POLICY_RISK_IS_TOO_LATE,
     PRESETS,
     Config,
     EngineConfig,
@@ -25,6 +26,7 @@ from safereg_dist.config.sections import (
 )
 
 __all__ = [
+    "POLICY_RISK_IS_TOO_LATE",
     "PRESETS",
     "Config",
     "CriticConfig",

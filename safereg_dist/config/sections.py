@@ -16,6 +16,11 @@ Offload = Literal["none", "cpu"]
 KEEP_BYTES = 256 << 20
 """Default of `reference.keep_bytes`."""
 
+POLICY_RISK_IS_TOO_LATE = (
+    "risk.source=policy gives the risk inside the policy's forward, where a reference that is the "
+    "policy with its adapters off cannot run: set risk.source=reference"
+)
+
 _SOFT = dict(
     objective="convex", divergence="kl_forward", floor=0.1, ceiling=0.9, granularity="batch"
 )
@@ -308,10 +313,7 @@ class Config(Section):
         if not self.has_adapters_off:
             return
         if self.needs_risk and self.risk.estimator == "probe" and self.risk.source == "policy":
-            raise ConfigError(
-                "risk.source=policy gives the risk inside the policy's forward, where a reference "
-                "that is the policy with its adapters off cannot run: set risk.source=reference"
-            )
+            raise ConfigError(POLICY_RISK_IS_TOO_LATE)
 
     @property
     def has_adapters_off(self) -> bool:

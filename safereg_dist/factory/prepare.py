@@ -1,6 +1,7 @@
 """The regulariser for a custom training loop: any model, any engine, any data."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient
-from safereg_dist.config import Config, config_from_dict
-from safereg_dist.data import load_tokenizer
+from safereg_dist.config import POLICY_RISK_IS_TOO_LATE, Config, config_from_dict
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.references import (
     BuiltReference,
     WeightsFacts,
+    check_same_tokens,
     packing_of,
     reference_backend,
 )
@@ -189,16 +190,24 @@ def read_settings(settings: Path | str | Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _config_of(model: PreTrainedModel, settings: Path | str | Mapping[str, Any]) -> Config:
-    given = read_settings(settings)
-    unknown = set(given) - set(SECTIONS)
+def config_of(settings: Mapping[str, Any], model: str) -> Config:
+    """Settings as a configuration; `model` is what is trained.
+
+    Raises:
+        ConfigError: a section or key that does not belong here.
+    """
+    unknown = set(settings) - set(SECTIONS)
     if unknown:
         raise ConfigError(
             f"settings hold {', '.join(sorted(map(str, unknown)))}: only {', '.join(SECTIONS)} say "
             "how to regularise; data, engine and optimizer are the loop's own"
         )
-    data = {"train": "-", **(given.get("data") or {})}
-    config = config_from_dict({**given, "model": model.name_or_path or "-", "data": data})
+    data = {"train": "-", **(settings.get("data") or {})}
+    return config_from_dict({**settings, "model": model, "data": data})
+
+
+def _config_of(model: PreTrainedModel, settings: Path | str | Mapping[str, Any]) -> Config:
+    config = config_of(read_settings(settings), model.name_or_path or "-")
     if config.reference.cache is not None or config.reference.balance not in ("auto", "none"):
         raise ConfigError(
             "reference.cache and reference.balance=deal or exchange need the data of a whole run: "
@@ -224,34 +233,11 @@ def _reference_engine(
 def _check_adapters_off(config: Config, risk: RiskSource | None) -> None:
     reads = config.needs_risk and config.risk.source == "policy"
     if (reads if risk is None else risk.reads_policy) and config.needs_reference:
-        raise ConfigError(
-            "risk.source=policy gives the risk inside the policy's forward, where a reference that "
-            "is the policy with its adapters off cannot run: set risk.source=reference"
-        )
+        raise ConfigError(POLICY_RISK_IS_TOO_LATE)
 
 
-def _check_same_tokens(
-    reference: PreTrainedModel | None,
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: Config,
-) -> None:
-    """Raises ConfigError where policy and reference give tokens different numbers."""
-    own = model.config.get_text_config().vocab_size
-    architecture = read_architecture(folder) if reference is None else reference.config
-    other = architecture.get_text_config().vocab_size
-    if own != other:
-        raise ConfigError(
-            f"the reference has vocabulary {other}, the policy {own}: the divergence compares them "
-            "token by token, choose a reference with the same (padded) vocabulary"
-        )
-    if reference is None and tokenizer is not None and str(folder) != model.name_or_path:
-        if load_tokenizer(str(folder), config.data).get_vocab() != tokenizer.get_vocab():
-            raise ConfigError(
-                f"the tokenizers of the reference {folder} and of the policy give tokens different "
-                "numbers: choose a reference with the same tokenizer"
-            )
+def _name_of(model: PreTrainedModel) -> str:
+    return model.name_or_path or type(model).__name__
 
 
 def _reference(
@@ -264,16 +250,20 @@ def _reference(
     if not config.needs_reference:
         return BuiltReference(NoReference(), None)
     facts = None
-    folder = Path(config.model)
+    check = partial(check_same_tokens, policy=model.config, data=config.data)
     if given is None:
         folder = resolve_model(config.reference.model or config.model, backend.ranks)
-    if given is None or isinstance(given, PreTrainedModel):
+        names = (str(folder), _name_of(model))
         with backend.ranks.together():
-            _check_same_tokens(given, folder, model, tokenizer, config)
-    if given is None:
+            other = tokenizer if str(folder) != model.name_or_path else None
+            check(read_architecture(folder), names=names, tokenizer=other)
         given = backend.load_model(
             folder, precision=config.train.precision, offload=config.reference.offload
         )
+    elif isinstance(given, PreTrainedModel):
+        with backend.ranks.together():
+            names = (_name_of(given), _name_of(model))
+            check(given.config, names=names, tokenizer=None)
     if isinstance(given, PreTrainedModel):
         facts = WeightsFacts(backend.fingerprint(given), given.config.get_text_config())
         given = EngineModel.of_model(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from safereg_dist.config import Config
+from safereg_dist.config import Config, DataConfig
 from safereg_dist.data import load_tokenizer
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
@@ -75,7 +75,14 @@ def build_reference(
         _check_adapters(config)
         architecture = read_architecture(folder)
         if policy is not None:
-            _check_same_vocabulary(architecture, policy, folder, tokenizer, config)
+            is_same = folder.resolve() == policy.folder.resolve()
+            check_same_tokens(
+                architecture,
+                policy.policy.model.config,
+                names=(str(folder), str(policy.folder)),
+                tokenizer=None if is_same else tokenizer,
+                data=config.data,
+            )
     if config.has_adapters_off and policy is not None:
         return _adapters_off(config, backend, policy)
     if settings.engine in ("fsdp2", "zero3", "whole"):
@@ -240,25 +247,30 @@ def require_finite(backend: Backend, model: PreTrainedModel, folder: Path) -> No
         )
 
 
-def _check_same_vocabulary(
+def check_same_tokens(
     reference: PreTrainedConfig,
-    policy: LoadedPolicy,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
+    policy: PreTrainedConfig,
+    *,
+    names: tuple[str, str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: DataConfig,
 ) -> None:
-    own = policy.policy.model.config
-    sizes = [c.get_text_config().vocab_size for c in (reference, own)]
+    """Raises ConfigError where reference and policy give tokens different numbers.
+
+    `names` are the reference's folder and the policy, for messages; `tokenizer` is the policy's,
+    None where it is not to be compared with the folder's.
+    """
+    sizes = [config.get_text_config().vocab_size for config in (reference, policy)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"the reference {folder} has vocabulary {sizes[0]}, the policy {policy.folder} "
+            f"the reference {names[0]} has vocabulary {sizes[0]}, the policy {names[1]} "
             f"{sizes[1]}: the divergence compares them token by token, choose a reference with "
             "the same (padded) vocabulary"
         )
-    if folder.resolve() == policy.folder.resolve():
+    if tokenizer is None:
         return
-    if load_tokenizer(str(folder), config.data).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(names[0], data).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"the tokenizers of the reference {folder} and the policy {policy.folder} give tokens "
+            f"the tokenizers of the reference {names[0]} and the policy {names[1]} give tokens "
             "different numbers: choose a reference with the same tokenizer"
         )

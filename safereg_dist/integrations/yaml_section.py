@@ -5,11 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from safereg_dist.config import Config, config_from_dict
+from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
-from safereg_dist.factory.prepare import SECTIONS
+from safereg_dist.factory.prepare import config_of, read_settings
 
 
 def read_section(given: Any, *, stack: str, model: str) -> dict[str, Any]:
@@ -26,15 +24,17 @@ def read_section(given: Any, *, stack: str, model: str) -> dict[str, Any]:
             f"{stack}: the YAML has no `safereg:` section: add one with `risk` and `reference`, or "
             "train without safereg"
         )
-    section = _mapping(given, stack)
-    unknown = sorted(set(section) - set(SECTIONS))
-    if unknown:
+    if not isinstance(given, str | Mapping):
         raise ConfigError(
-            f"{stack}: the section `safereg` holds {', '.join(unknown)}: only "
-            f"{', '.join(SECTIONS)} say how to regularise; all else stays in {stack}'s own keys"
+            f"{stack}: expected a mapping or the path of a YAML file under `safereg`, got "
+            f"{type(given).__name__}"
         )
-    data = {"train": "-", **(section.get("data") or {})}
-    config = config_from_dict({**section, "model": model, "data": data})
+    try:
+        # Plain values: stacks have mappings of their own.
+        section: dict[str, Any] = json.loads(json.dumps(read_settings(given), default=str))
+        config = config_of(section, model)
+    except ConfigError as err:
+        raise ConfigError(f"{stack}, section `safereg`: {err}") from err
     for where, estimator, path in _signals(config):
         _check_signal(where, estimator, path, stack)
     if config.data.anchor is not None and not Path(config.data.anchor).is_file():
@@ -43,20 +43,6 @@ def read_section(given: Any, *, stack: str, model: str) -> dict[str, Any]:
             "it with `safereg anchor build`"
         )
     return section
-
-
-def _mapping(given: Any, stack: str) -> dict[str, Any]:
-    if isinstance(given, str):
-        try:
-            given = yaml.safe_load(Path(given).read_text("utf-8"))
-        except (OSError, yaml.YAMLError) as err:
-            raise ConfigError(f"{stack}: safereg={given} cannot be read: {err}") from err
-    if not isinstance(given, Mapping):
-        raise ConfigError(
-            f"{stack}: expected a mapping or the path of a YAML file under `safereg`, got "
-            f"{type(given).__name__}"
-        )
-    return json.loads(json.dumps(given, default=str))  # plain: stacks have mappings of their own
 
 
 def _signals(config: Config) -> Iterator[tuple[str, str, str | None]]:

@@ -12,6 +12,7 @@ import compileall
 import gc
 import importlib
 import os
+import py_compile
 import shutil
 import signal
 import sys
@@ -124,8 +125,10 @@ def clean_copy(root: Path, scratch: Path) -> Path:
     """A copy of the repository from which all others are made, with its packages compiled once."""
     clean = scratch / "clean"
     shutil.copytree(root, clean, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    # By content: times of files are compared in whole seconds, a bug may be planted within one.
+    by_content = py_compile.PycInvalidationMode.CHECKED_HASH
     for name, parent in PACKAGES.items():
-        compileall.compile_dir(clean / parent / name, quiet=2)
+        compileall.compile_dir(clean / parent / name, quiet=2, invalidation_mode=by_content)
     return clean
 
 
