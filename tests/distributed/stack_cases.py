@@ -54,8 +54,8 @@ class Example:
 
 
 @cache
-def examples() -> list[Example]:
-    """The rows of all steps, in order; half of them are risky."""
+def examples(length: int | None = None) -> list[Example]:
+    """The rows of all steps, in order; half of them are risky. `length`: that of every row."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(low: int, high: int) -> int:
@@ -63,8 +63,8 @@ def examples() -> list[Example]:
 
     found = []
     for _ in range(STEPS * ROWS_PER_STEP):
-        length, prompt = draw(8, 20), draw(2, 6)
-        ids = [draw(6, VOCAB) for _ in range(length)]
+        drawn, prompt = draw(8, 20), draw(2, 6)
+        ids = [draw(6, VOCAB) for _ in range(length or drawn)]
         risk = draw(0, 1001) / 1000
         found.append(Example(ids, [-100] * prompt + ids[prompt:], risk))
     return found
@@ -218,7 +218,7 @@ class StackRun(NamedTuple):
 
 
 def _runs() -> list[StackRun]:
-    """Every stack, most on two ranks; some on three."""
+    """Every stack, most on two ranks; some on three, and where weights are sharded on four."""
     own, zero = "adapters off", "zero-3 inference"
     table = [
         ("single", 1, "torch", "whole"),
@@ -248,11 +248,18 @@ def _runs() -> list[StackRun]:
         ("accelerate-loop", 2, "accelerate", "fsdp2"),
     ]
     on_three = ("deepspeed-zero-3", "fsdp2", "trainer-zero-3", "trainer-fsdp2", "raw-fsdp2")
+    on_four = ("deepspeed-zero-3", "fsdp2", "trainer-zero-3", "trainer-fsdp2", "lora-zero-3")
+    on_four = (*on_four, "lora-fsdp2")
+
+    def ranks_of(stack: str, usual: int, accumulation: int) -> list[int]:
+        more = [(3, on_three), (4, on_four)] if accumulation == 1 else []
+        return [usual, *(count for count, stacks in more if stack in stacks)]
+
     return [
         StackRun(stack, count, accumulation, library, reference)
         for stack, ranks, library, reference in table
         for accumulation in (1, 4)
-        for count in ([ranks, 3] if stack in on_three and accumulation == 1 else [ranks])
+        for count in ranks_of(stack, ranks, accumulation)
     ]
 
 

@@ -1,8 +1,11 @@
 """Trains the run of `stack_cases` in one stack and keeps its losses and first gradients.
 
     stack_worker.py STACK FOLDER OUT [--accumulation A] [--precision bf16] [--steps N]
+                    [--cost] [--plain]
 
-Started on any number of ranks; rank 0 writes OUT.
+Started on any number of ranks; rank 0 writes OUT, and beside it what else was seen. `--cost` counts
+the second step, of rows of one length, so that padding is no part of it; `--plain` runs a stack's
+Trainer without safety.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from stack_cases import (
     plain_name,
     with_adapters,
 )
+from support.step_cost import StepCost
 from torch import nn
 
 
@@ -37,7 +41,11 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--reference", default="auto")
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     args = parser.parse_args()
+    args.examples = examples(14 if args.cost else None)
+    args.counter = StepCost(step=1 if args.cost else None)
     torch.set_num_threads(1)
     args.world = int(os.environ.get("WORLD_SIZE", "1"))
     args.rank = int(os.environ.get("RANK", "0"))
@@ -53,6 +61,8 @@ def main() -> None:
         tensors = {name: value.float().contiguous() for name, value in gradients.items()}
         save_file({"losses": torch.tensor(losses, dtype=torch.float64), **tensors}, args.out)
         args.out.with_suffix(".json").write_text(json.dumps(facts))
+    if args.cost:
+        args.counter.write(args.out, args.rank)
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -62,6 +72,7 @@ def settings(args: argparse.Namespace) -> dict:
         "reference": reference | {"engine": args.reference},
         "risk": {"estimator": "column"},
         "regularizer": {"threshold": THRESHOLD},
+        "train": {"micro_batch_size": args.rows},
     }
 
 
@@ -127,7 +138,7 @@ def trainer(args: argparse.Namespace):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainingArguments
 
-    rows = [e.feature(i) for i, e in enumerate(examples()[: args.steps * ROWS_PER_STEP])]
+    rows = [e.feature(i) for i, e in enumerate(args.examples[: args.steps * ROWS_PER_STEP])]
     chosen = trainer_arguments(args)
     if args.stack == "sfttrainer-packed":  # packing changes the order: each epoch is a step
         rows = rows[:ROWS_PER_STEP]
@@ -150,12 +161,18 @@ def trainer(args: argparse.Namespace):
 
         from safereg_dist.integrations.trainer import SafeRegTrainer as Base
 
+        if args.plain:
+            from transformers import Trainer as Base
         arguments = TrainingArguments(**chosen)
         extra["data_collator"] = DataCollatorForSeq2Seq(word_tokenizer())
 
     losses = []
 
     class Watched(Base):
+        def get_batch_samples(self, *rest, **how):
+            args.counter.begin(self.state.global_step)
+            return super().get_batch_samples(*rest, **how)
+
         def log(self, logs, *rest, **how):
             if "loss" in logs:
                 losses.append(logs["loss"])
@@ -165,19 +182,26 @@ def trainer(args: argparse.Namespace):
     model = AutoModelForCausalLM.from_pretrained(args.folder / "policy", dtype=dtype)
     if args.stack.startswith("lora"):
         model = with_adapters(model)
-    made = Watched(model=model, args=arguments, train_dataset=data, safereg=settings(args), **extra)
+    if not args.plain:
+        extra["safereg"] = settings(args)
+    made = Watched(model=model, args=arguments, train_dataset=data, **extra)
     gradients: dict[str, torch.Tensor] = {}
-    watch_gradients(made, gradients)
+    watch(made, gradients, args.counter)
     made.train()
+    if args.plain:
+        return losses, gradients, {}
     facts = {"parameter_bytes": parameter_bytes(made.model, made.safereg)}
     return losses, gradients, facts
 
 
-def watch_gradients(made, gradients: dict[str, torch.Tensor]) -> None:
-    """Keeps the gradients of the first update, before it."""
+def watch(made, gradients: dict[str, torch.Tensor], counter: StepCost) -> None:
+    """Keeps the gradients of the first update, before it, and ends the counting of a step."""
     from transformers import TrainerCallback
 
     class First(TrainerCallback):
+        def on_step_end(self, args, state, control, **how):
+            counter.end(state.global_step - 1)
+
         def on_train_begin(self, args, state, control, **how):
             engine = made.model_wrapped
             if not hasattr(engine, "optimizer"):
@@ -300,7 +324,9 @@ def own_engine(args: argparse.Namespace):
             for batch in batches_of(args, step)
             for i, e in batch
         ]
+        args.counter.begin(step)
         result = optimizer_step(run, rows, step=step, lr=LR)
+        args.counter.end(step)
         losses.append(result.totals.sums["loss"])
     return losses, gradients, {"parameter_bytes": parameter_bytes(run.model, run.regularizer)}
 
@@ -326,7 +352,9 @@ def loop(args: argparse.Namespace):
 
     engine = ENGINES[args.stack](args)
     model = engine.model
-    regularizer = prepare(model, settings(args) | {"train": {"precision": args.precision}})
+    chosen = settings(args)
+    chosen["train"] |= {"precision": args.precision}
+    regularizer = prepare(model, chosen)
     engine.wrap()
     regularizer.bind(engine.forward)
     collate = RowCollator(padded, needs_positions=False)
@@ -335,6 +363,7 @@ def loop(args: argparse.Namespace):
         windows = [
             collate([e.feature(i) for i, e in numbered]) for numbered in batches_of(args, step)
         ]
+        args.counter.begin(step)
         plan = regularizer.open([inputs[KEY] for inputs in windows], step=step)
         for planned, inputs in zip(plan.micro_batches, windows, strict=True):
             batch = inputs.pop(KEY)
@@ -346,15 +375,16 @@ def loop(args: argparse.Namespace):
             gradients = engine.gradients()
         engine.update()
         losses.append(regularizer.close(plan).sums["loss"])
+        args.counter.end(step)
     return losses, gradients, {"parameter_bytes": parameter_bytes(model, regularizer)}
 
 
 def batches_of(args: argparse.Namespace, step: int):
-    """This rank's micro-batches of a step, each a list of (index, example)."""
+    """This rank's micro-batches of a step, each a list of (index, example): as accelerate deals."""
     first = step * ROWS_PER_STEP
-    rows = list(enumerate(examples()))[first : first + ROWS_PER_STEP]
-    own = rows[args.rank :: args.world]
-    return [own[i : i + args.rows] for i in range(0, len(own), args.rows)]
+    rows = list(enumerate(args.examples))[first : first + ROWS_PER_STEP]
+    batches = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
+    return batches[args.rank :: args.world]
 
 
 def padded(features: list[dict]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Claimed: safety comes into a script of each stack by ten lines at most, and where no row is risky
 the script trains as before.
 
-The plain script is the judge. Losses differ by float32's rounding alone: the fused head sums over
-the response's tokens, the plain one over all.
+The plain script is the judge. Losses and weights differ by float32's rounding alone: the fused head
+sums over the response's tokens, the plain one over all.
 """
 
 import difflib
@@ -11,10 +11,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.builders import PLAIN_TEMPLATE, random_rows, save_model, tiny_model, write_jsonl
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "launch" / "examples"
 RANKS = {"trainer": 1, "trl": 1, "lora": 1, "deepspeed": 2, "fsdp2": 2, "accelerate": 1}
+TRAINERS = ("trainer", "trl", "lora")
 MOST_LINES = 10
 LOSS = re.compile(r"'loss': '?([\d.]+)'?|^step \d+ loss ([\d.]+)", re.MULTILINE)
 
@@ -40,6 +43,11 @@ def chats(path: Path, *, risk: float | None) -> Path:
     return write_jsonl(path, rows)
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Those that a Trainer has saved, of the model or of its adapters."""
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
 def losses(output: str) -> list[float]:
     return [float(a or b) for a, b in LOSS.findall(output)]
 
@@ -58,7 +66,7 @@ def test_ten_lines_at_most(stack):
 @pytest.mark.parametrize("stack", RANKS)
 def test_without_risk_the_run_is_the_plain_one(stack, model, launch, tmp_path):
     harmless = chats(tmp_path / "harmless.jsonl", risk=0.0)
-    found = {}
+    found, saved = {}, {}
     for name in ("plain", "safe"):
         script, out = EXAMPLES / stack / f"{name}.py", tmp_path / name
         result = launch(
@@ -66,8 +74,16 @@ def test_without_risk_the_run_is_the_plain_one(stack, model, launch, tmp_path):
         )
         assert result.status == 0, result.output
         found[name] = losses(result.output)
+        saved[name] = weights(out)
     assert len(found["plain"]) == 5
-    assert found["safe"] == pytest.approx(found["plain"], rel=1e-3)  # Trainers print four digits
+    digits = 1e-3 if stack in TRAINERS else 2e-6  # Trainers print four
+    assert found["safe"] == pytest.approx(found["plain"], rel=digits)
+    assert saved["safe"].keys() == saved["plain"].keys()
+    assert bool(saved["plain"]) == (stack in TRAINERS)
+    before = weights(model)
+    for name, plain in saved["plain"].items():
+        change = (plain - before.get(name, torch.zeros(()))).abs().mean()
+        assert (saved["safe"][name] - plain).abs().mean() <= 1e-3 * change, name
 
 
 @pytest.mark.deepspeed

@@ -10,9 +10,13 @@ from stack_cases import RUNS, compared, expected, write_expected, write_models
 
 WORKER = Path(__file__).with_name("stack_worker.py")
 STEPS = 3
-# One run of each stack; accumulation alternates.
-CHOSEN = {run.stack: run for i, run in enumerate(RUNS) if (i % 2 == 0) == (run.accumulation == 1)}
-EACH = {run.stack: run for run in RUNS} | CHOSEN
+# One run of each stack, on as few ranks as it has; accumulation alternates.
+STACKS = list(dict.fromkeys(run.stack for run in RUNS))
+EACH = {
+    run.stack: run
+    for run in sorted(RUNS, key=lambda run: -run.ranks)
+    if run.accumulation == (4 if STACKS.index(run.stack) % 2 else 1)
+}
 
 
 @pytest.fixture(scope="module")
