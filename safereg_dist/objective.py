@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from safereg_dist.config import RegularizerConfig
 from safereg_dist.regions import HEAD_CE, region
 from safereg_dist.types import NO_HEAD, Head, Loss, MicroBatch
-from safereg_kernels import linear_ce_kl
+from safereg_kernels import linear_ce_kl, vocab_parallel_linear_ce_kl
+from safereg_kernels.vocab_parallel import CHUNK_TOKENS
 
 _DIRECTIONS = {"kl_forward": "forward", "kl_reverse": "reverse", "l2_logits": "l2"}
 
@@ -75,6 +77,42 @@ class Objective:
         loss = total * finite / num_tokens.clamp_min(1)
         entropy, accuracy = (found[0].entropy, found[0].accuracy) if found else (None, None)
         return Loss(loss, ce, divergence, entropy, accuracy)
+
+    @region(HEAD_CE)
+    def of_tokens(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        ce_weights: Tensor,
+        kl_weights: Tensor,
+        *,
+        tp_group: ProcessGroup,
+        vocab_start: int,
+        reduce_hidden_grad: bool,
+        reference_hidden: Tensor | None = None,
+        reference_head: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum, CE [T], D [T]) of tokens with weights of their own, the vocabulary over a group.
+
+        Not divided by N. Collectives: see `vocab_parallel_linear_ce_kl`.
+        """
+        assert head.weight is not None
+        return vocab_parallel_linear_ce_kl(  # type: ignore[return-value]
+            hidden,
+            head.weight,
+            labels,
+            ce_weights=ce_weights,
+            kl_weights=kl_weights,
+            reference_hidden=reference_hidden,
+            reference_head=reference_head,
+            direction=self._direction,
+            chunk_tokens=self._chunk_tokens or CHUNK_TOKENS,
+            tp_group=tp_group,
+            vocab_start=vocab_start,
+            reduce_hidden_grad=reduce_hidden_grad,
+            ce_report=torch.ones_like(labels, dtype=torch.bool),
+        )
 
     @staticmethod
     def _task_tokens(batch: MicroBatch) -> Tensor:

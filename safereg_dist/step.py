@@ -85,7 +85,7 @@ class SafetyRegularizer:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | None,
         *,
         risk: RiskStage,
         coefficient: Coefficient,
@@ -93,12 +93,19 @@ class SafetyRegularizer:
         objective: Objective,
         ranks: Ranks,
     ) -> None:
-        self.policy = policy
+        """Without a policy it plans and closes steps whose losses a stack computes elsewhere."""
+        self._policy = policy
         self.risk = risk
         self.coefficient = coefficient
         self.reference = reference
         self.objective = objective
         self.ranks = ranks
+
+    @property
+    def policy(self) -> Policy:
+        """The trained model."""
+        assert self._policy is not None
+        return self._policy
 
     def bind(self, engine: Callable[..., Any]) -> None:
         """Tells the regulariser which engine runs the policy, once it wraps the model.

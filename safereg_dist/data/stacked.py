@@ -68,9 +68,9 @@ def batch_of(inputs: Mapping[str, Any], columns: RowColumns = NO_COLUMNS) -> Mic
     real = np.ones(ids.shape, bool) if mask is None else _host(inputs, "attention_mask") != 0
     spans = _spans(ids, labels, real, inputs.get("position_ids"))
     masks = [labels[line, first:last] != IGNORED for line, first, last in spans]
-    facts = _facts(columns, spans, real)
+    facts = facts_of_rows(columns, spans, real)
     rows = [
-        _row(ids[line, first:last].tolist(), mask.tolist(), *fact)
+        known_row(ids[line, first:last].tolist(), mask.tolist(), *fact)
         for (line, first, last), mask, fact in zip(spans, masks, facts, strict=True)
     ]
     width, device = ids.shape[1], inputs["input_ids"].device
@@ -136,10 +136,14 @@ def _spans(
     return spans
 
 
-def _facts(
+def facts_of_rows(
     columns: RowColumns, spans: list[Span], real: np.ndarray
-) -> list[tuple[float | None, str | None, bool]]:
-    """(risk, id, is_anchor) of every row."""
+) -> list[tuple[Any, str | None, bool]]:
+    """(risk, id, is_anchor) of every row, as the columns give them.
+
+    Raises:
+        DataError: columns that do not fit the rows.
+    """
     anchors = _per_row("is_anchor", columns.is_anchor, spans, real, default=False)
     return list(
         zip(
@@ -190,13 +194,18 @@ def _of_tokens(name: str, lists: Sequence[Any], spans: list[Span], real: np.ndar
     return [flat[index[line * width + first]] for line, first, _ in spans]
 
 
-def _row(
+def known_row(
     input_ids: list[int],
     loss_mask: list[int],
     risk: Any,
     name: str | None,
     is_anchor: bool,
 ) -> Row:
+    """The row with the facts of `facts_of_rows`; without a name it is named after its content.
+
+    Raises:
+        DataError: a risk that is no number in [0, 1].
+    """
     mask = [int(is_predicted) for is_predicted in loss_mask]
     name = str(name) if name is not None else f"sha256:{row_key(input_ids, mask)[:16]}"
     value = _known_risk(name, risk)

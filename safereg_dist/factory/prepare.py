@@ -146,11 +146,11 @@ def policy_of(config: Config, model: PreTrainedModel, specs: list[SourceSpec]) -
 
 def assemble(
     config: Config,
-    policy: Policy,
+    policy: Policy | None,
     *,
     specs: list[SourceSpec],
     risk: RiskStage,
-    reference: Reference | NoReference,
+    reference: Any,
     ranks: Ranks,
 ) -> SafetyRegularizer:
     """The stages around the policy, put together. Collectives: none."""

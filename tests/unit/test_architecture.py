@@ -42,7 +42,7 @@ DOOR = "safereg_dist"
 ONE_DOOR = {
     "deepspeed": {"parallel/deepspeed.py"},
     "httpx": {"critic/remote.py"},
-    "megatron": set(),
+    "megatron": {"parallel/megatron.py"},
 }
 
 

@@ -1,0 +1,61 @@
+"""What a Megatron run must be for the step to work inside it; refused at the start."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from safereg_dist.config import Config
+from safereg_dist.errors import ConfigError
+from safereg_dist.parallel.megatron import innermost
+
+REFUSED = {
+    "mtp_num_layers": "multi-token prediction calls the output layer for heads of its own",
+    "use_mup": "the logits are scaled behind the output layer",
+    "fp8": "the output layer's input and weight are not plain tensors",
+    "defer_embedding_wgrad_compute": "the output layer's weight gradient is computed elsewhere",
+    "overlap_moe_expert_parallel_comm": "its schedule calls the layers itself",
+    "enable_cuda_graph": "a graph replays one loss for every micro-batch",
+    "external_cuda_graph": "a graph replays one loss for every micro-batch",
+}
+"""Options of a model's configuration that bypass the hooks -> why."""
+
+
+def check_config(config: Config) -> None:
+    """Raises ConfigError for settings that need what a pipeline does not offer."""
+    risk = config.risk
+    if config.needs_risk and (risk.estimator == "probe" or risk.is_composite):
+        raise ConfigError(
+            f"risk.estimator={risk.estimator} does not run in a Megatron layout: score the data "
+            "with `safereg score` and set risk.estimator=column or lookup"
+        )
+    if config.reference.cache is not None or config.reference.engine != "auto":
+        raise ConfigError(
+            "reference.cache and reference.engine belong to other stacks: under Megatron the "
+            "reference has the policy's layout; leave them out"
+        )
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options of the run that bypass the hooks."""
+    given = arguments["model"]
+    for chunk in given if isinstance(given, list | tuple) else [given]:
+        model: Any = innermost(chunk)
+        config = model.config
+        for name, why in REFUSED.items():
+            if getattr(config, name, None):
+                raise ConfigError(f"{name}={getattr(config, name)} cannot be used: {why}")
+        if getattr(config, "cuda_graph_impl", "none") not in ("none", None):
+            raise ConfigError(
+                f"cuda_graph_impl={config.cuda_graph_impl} cannot be used: a graph replays one "
+                "loss for every micro-batch"
+            )
+        fusion = getattr(config, "cross_entropy_fusion_impl", None)
+        if getattr(config, "cross_entropy_loss_fusion", False) and fusion == "linear":
+            raise ConfigError(
+                "cross_entropy_fusion_impl=linear bypasses the output layer: set it to native"
+            )
+        if getattr(model, "post_process", False) and not hasattr(model, "output_layer"):
+            raise ConfigError(
+                f"{type(model).__name__} has no `output_layer`, inside which the loss is computed"
+            )
+    if getattr(arguments.get("forward_step_func"), "return_schedule_plan", False):
+        raise ConfigError("a forward step that returns a schedule plan cannot be used")

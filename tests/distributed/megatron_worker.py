@@ -1,0 +1,412 @@
+"""One rank of a Megatron run, written as Megatron-LM's scripts are, with safety or without.
+
+    megatron_worker.py oracle FOLDER
+    megatron_worker.py LAYOUT FOLDER OUT [--steps N] [--plain] [--per-token] [--risk KIND] ...
+
+LAYOUT joins tpN, sp, ppN, vppN, cpN, dpN (the rest) and epN by "-". `oracle` writes the whole
+model's weights, and what the first step must give, in float64 and from whole logits.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
+
+from support import megatron_on_cpu
+
+megatron_on_cpu.unpacked(os.environ.get("MEGATRON_CORE", ""))
+megatron_on_cpu.patch()
+
+# ruff: noqa: E402 - the patch comes first
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors.torch import load_file, save_file
+
+VOCAB, LENGTH, ROWS, MICRO_BATCHES, LAYERS = 64, 16, 2, 8, 4
+THRESHOLD = 0.5
+CAUSAL = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("layout")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--per-token", action="store_true")
+    parser.add_argument("--two-tuple", action="store_true")
+    parser.add_argument("--risk", default="mixed")
+    parser.add_argument("--recompute", default="")
+    parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--overlap", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    size = {k: int(v or 1) for k, v in re.findall(r"(tp|sp|vpp|pp|cp|dp|ep)(\d*)", args.layout)}
+    args.size = size
+    if args.layout == "oracle":
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29871")
+    dist.init_process_group("gloo")
+    virtual = {"virtual_pipeline_model_parallel_size": size["vpp"]} if "vpp" in size else {}
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=size.get("tp", 1),
+        pipeline_model_parallel_size=size.get("pp", 1),
+        context_parallel_size=size.get("cp", 1),
+        **virtual,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(123)
+    if args.layout == "oracle":
+        write_oracle(args)
+    else:
+        train(args)
+    dist.barrier()
+    os._exit(0)
+
+
+# ---- data
+
+
+def items(step: int, kind: str) -> list[dict[str, torch.Tensor]]:
+    """The micro-batches of a step over all replicas, as a data iterator gives them."""
+    draw = torch.Generator().manual_seed(100 + step)
+    found = []
+    for index in range(MICRO_BATCHES):
+        tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=draw)
+        mask = torch.ones(ROWS, LENGTH)
+        mask[:, :3] = 0
+        mask[0, 9 + index % 3 :] = 0
+        risk = torch.rand(ROWS, generator=draw)
+        if kind == "none":
+            risk = risk * 0
+        elif kind == "all":
+            risk = risk * 0 + 1
+        elif kind == "one":
+            risk = risk * 0 + float(index == MICRO_BATCHES - 1)
+        elif kind == "mixed" and index % 3 == 0:
+            risk = risk * 0.4  # without a risky row
+        found.append(
+            {
+                "tokens": tokens[:, :-1].contiguous(),
+                "labels": tokens[:, 1:].contiguous(),
+                "loss_mask": mask,
+                "position_ids": torch.arange(LENGTH).expand(ROWS, LENGTH).contiguous(),
+                "risk": risk,
+            }
+        )
+    return found
+
+
+def data_iterator(args: argparse.Namespace):
+    rank, count = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    for step in range(args.steps):
+        each = MICRO_BATCHES // count
+        yield from items(step, args.risk)[rank * each : (rank + 1) * each]
+
+
+# ---- the model
+
+
+def config_of(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> TransformerConfig:
+    size, more = args.size, {}
+    if "vpp" in size:
+        more |= {
+            "virtual_pipeline_model_parallel_size": size["vpp"],
+            "batch_p2p_comm": False,
+        }
+    if args.recompute == "full":
+        more |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif args.recompute:
+        more |= {"recompute_granularity": "selective"}
+    return TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=64,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=size.get("tp", 1),
+        pipeline_model_parallel_size=size.get("pp", 1),
+        context_parallel_size=size.get("cp", 1),
+        sequence_parallel="sp" in size,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        attention_softmax_in_fp32=dtype == torch.float32,
+        calculate_per_token_loss=args.per_token,
+        **more,
+    )
+
+
+def provider_of(args: argparse.Namespace, config: TransformerConfig):
+    spec = get_gpt_layer_local_spec()
+    if args.size.get("cp", 1) > 1:
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = megatron_on_cpu.ContextAttention
+
+    def model_provider(pre_process=True, post_process=True, vp_stage=None):
+        return GPTModel(
+            config,
+            spec,
+            vocab_size=VOCAB,
+            max_sequence_length=LENGTH,
+            pre_process=pre_process,
+            post_process=post_process,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=args.tied,
+            parallel_output=True,
+            **({} if vp_stage is None else {"vp_stage": vp_stage}),
+        )
+
+    return model_provider
+
+
+def whole_name(chunk: torch.nn.Module, name: str) -> str:
+    """A parameter's name in the whole model."""
+    if ".layers." not in name:
+        return name
+    before, rest = name.split(".layers.", 1)
+    number, after = rest.split(".", 1)
+    first = chunk.decoder.layers[0].layer_number - 1
+    return f"{before}.layers.{int(number) + first}.{after}"
+
+
+def own_part(chunk, name, parameter, whole: dict[str, torch.Tensor]) -> torch.Tensor:
+    """This rank's part of a whole tensor."""
+    key = whole_name(chunk, name)
+    if key not in whole:  # tied, on a last stage without the embedding
+        key = "embedding.word_embeddings.weight"
+    tensor = whole[key]
+    if tensor.shape == parameter.shape:
+        return tensor
+    parts = tensor.chunk(
+        parallel_state.get_tensor_model_parallel_world_size(), parameter.partition_dim
+    )
+    return parts[parallel_state.get_tensor_model_parallel_rank()]
+
+
+def fill(chunks, whole: dict[str, torch.Tensor]) -> None:
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.data.copy_(own_part(chunk, name, parameter, whole))
+
+
+# ---- as Megatron-LM's scripts, in our words
+
+
+def loss_func(loss_mask, output_tensor, *, is_pair=False):
+    losses, mask = output_tensor.view(-1).float(), loss_mask.view(-1).float()
+    total, count = (losses * mask).sum(), mask.sum()
+    if is_pair:
+        return total / count, {"lm loss": (total / count).detach()}
+    num_tokens = count.clone().detach().to(torch.int)
+    report = torch.cat([total.detach().view(1), num_tokens.view(1)])
+    return total, num_tokens, {"lm loss": report}
+
+
+def forward_step_of(args: argparse.Namespace):
+    def forward_step(iterator, model):
+        batch = next(iterator)
+        given = {
+            name: on_this_cp_rank(batch[name])
+            for name in ("tokens", "labels", "loss_mask", "position_ids")
+        }
+        attention_mask = None if args.size.get("cp", 1) > 1 else CAUSAL
+        output = model(
+            given["tokens"], given["position_ids"], attention_mask, labels=given["labels"]
+        )
+        return output, functools.partial(loss_func, given["loss_mask"], is_pair=args.two_tuple)
+
+    return forward_step
+
+
+def on_this_cp_rank(tensor: torch.Tensor) -> torch.Tensor:
+    count, rank = (
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_context_parallel_rank(),
+    )
+    if count == 1:
+        return tensor
+    parts = tensor.view(tensor.shape[0], 2 * count, -1)
+    return parts[:, [rank, 2 * count - 1 - rank]].flatten(1)
+
+
+def train(args: argparse.Namespace) -> None:
+    from safereg_dist.integrations.megatron import MegatronSafety
+
+    whole = load_file(args.folder / "policy.safetensors")
+    config = config_of(args)
+    provider, forward_step = provider_of(args, config), forward_step_of(args)
+    safety = None
+    if not args.plain:
+        safety = MegatronSafety(
+            {"risk": {"estimator": "column"}, "regularizer": {"threshold": THRESHOLD}},
+            output_dir=args.out.with_suffix(""),
+            load_reference=lambda chunks: fill(
+                chunks, load_file(args.folder / "reference.safetensors")
+            ),
+        )
+        provider = safety.model_provider(provider)
+        forward_step = safety.forward_step(forward_step)
+
+    state = parallel_state
+    stages = range(args.size.get("vpp", 1))
+    chunks = []
+    for stage in stages:
+        vp = {"vp_stage": stage} if "vpp" in args.size else {}
+        chunks.append(
+            provider(
+                state.is_pipeline_first_stage(ignore_virtual=False, **vp),
+                state.is_pipeline_last_stage(ignore_virtual=False, **vp),
+                **vp,
+            )
+        )
+    fill(chunks, whole)
+    plain = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=args.overlap,
+        use_distributed_optimizer=args.overlap,
+    )
+    wrapped = [DistributedDataParallel(config, plain, chunk) for chunk in chunks]
+    config.finalize_model_grads_func = finalize_model_grads
+    if args.overlap:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = config.no_sync_func[0] if len(wrapped) == 1 else config.no_sync_func
+    iterators = [data_iterator(args) for _ in chunks]
+    found: dict[str, torch.Tensor] = {}
+    losses, reports = [], []
+    for step in range(args.steps):
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        reported = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=wrapped if len(chunks) > 1 else wrapped[0],
+            num_microbatches=MICRO_BATCHES // state.get_data_parallel_world_size(),
+            seq_length=LENGTH,
+            micro_batch_size=ROWS,
+            forward_only=False,
+        )
+        if step == 0:
+            found = gradients(chunks)
+        update(chunks, lr=0.05)
+        losses.append(mean_of(reported, "lm loss"))
+        reports.append({k: mean_of(reported, k) for k in (reported[0] if reported else {})})
+    if safety is not None:
+        safety.finish()
+    save_file(
+        {k: v.contiguous() for k, v in found.items()}, args.out.with_suffix(f".{dist.get_rank()}")
+    )
+    if (
+        state.is_pipeline_last_stage(ignore_virtual=True)
+        and state.get_tensor_model_parallel_rank() == 0
+    ):
+        args.out.with_suffix(f".{dist.get_rank()}.json").write_text(
+            json.dumps({"losses": losses, "reports": reports})
+        )
+
+
+def update(chunks, lr: float) -> None:
+    """Plain gradient descent."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.add_(parameter.main_grad, alpha=-lr)
+
+
+def gradients(chunks) -> dict[str, torch.Tensor]:
+    """This rank's gradients under the whole model's names."""
+    return {
+        whole_name(chunk, name): parameter.main_grad.clone()
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def mean_of(reported, name: str) -> float:
+    """A report over micro-batches and replicas."""
+    if not reported:
+        return float("nan")
+    values = torch.stack([torch.as_tensor(r[name]).double().view(-1) for r in reported]).sum(0)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist.all_reduce(values, group=group)
+    if values.numel() == 1:
+        return float(values / len(reported) / group.size())
+    return float(values[0] / values[1]) if values[1] else 0.0
+
+
+# ---- the judge
+
+
+def write_oracle(args: argparse.Namespace) -> None:
+    """Weights of both models, and of the first step loss and gradients, for every normaliser."""
+    models = {}
+    for name, seed in (("policy", 3), ("reference", 4)):
+        torch.manual_seed(seed)
+        model = provider_of(args, config_of(args, torch.float64))().double()
+        for parameter in model.parameters():
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
+        models[name] = model
+        save_file(
+            {k: v.detach().float().contiguous() for k, v in model.named_parameters()},
+            args.folder / f"{name}.safetensors",
+        )
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data.float().double())
+    policy, reference = models["policy"], models["reference"]
+    for kind in ("mixed", "none", "all", "one"):
+        sums, counts = [], []
+        for item in items(0, kind):
+            total, count = micro_batch_loss(policy, reference, item)
+            sums.append(total)
+            counts.append(count)
+        per_token = sum(sums) / sum(counts)
+        means = sum(s / c for s, c in zip(sums, counts, strict=True)) / len(sums)
+        for name, loss in (("per-token", per_token), ("means", means)):
+            policy.zero_grad()
+            loss.backward(retain_graph=True)
+            grads = {k: p.grad.clone() for k, p in policy.named_parameters()}
+            loss_value = loss.detach().view(1)
+            save_file({"loss": loss_value, **grads}, args.folder / f"{kind}-{name}.safetensors")
+
+
+def micro_batch_loss(policy, reference, item):
+    """(sum over tokens of (1 - b) CE + b KL, number of tokens) from whole logits."""
+    mask, labels = item["loss_mask"].double(), item["labels"]
+    own = policy(item["tokens"], item["position_ids"], CAUSAL).log_softmax(-1)
+    with torch.no_grad():
+        frozen = reference(item["tokens"], item["position_ids"], CAUSAL).log_softmax(-1)
+    coef = (item["risk"] >= THRESHOLD).double()[:, None]
+    ce = functional.nll_loss(own.flatten(0, 1), labels.flatten(), reduction="none").view(mask.shape)
+    kl = (frozen.exp() * (frozen - own)).sum(-1)
+    return (mask * ((1 - coef) * ce + coef * kl)).sum(), mask.sum()
+
+
+if __name__ == "__main__":
+    main()
