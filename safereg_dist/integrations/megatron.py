@@ -180,7 +180,7 @@ class MegatronSafety:
         run = self._run = self._run or self._start(arguments)
         data = _ReadAhead(arguments)
         plan = run.plan(data, self._read_item, self.step)
-        if plan.active:
+        if plan.to_run:
             run.run_reference(plan, schedule, arguments, data, forward_step)
         arguments = arguments | {"data_iterator": data.replayed()}
         with run.training(plan):

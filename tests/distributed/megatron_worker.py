@@ -4,7 +4,8 @@
     megatron_worker.py LAYOUT FOLDER OUT [--steps N] [--plain] [--per-token] [--risk KIND] ...
 
 LAYOUT joins tpN, sp, ppN, vppN, cpN, dpN (the rest) and epN by "-". `oracle` writes the whole
-model's weights, and what the first step must give, in float64 and from whole logits.
+model's weights, and what the first step must give, in float64 and from whole logits. KIND says
+which rows of a step are risky: `items`.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
 
 from support import megatron_on_cpu
+from support.step_cost import StepCost
 
 megatron_on_cpu.unpacked(os.environ.get("MEGATRON_CORE", ""))
 megatron_on_cpu.patch()
@@ -57,19 +59,29 @@ def main() -> None:
     parser.add_argument("--recompute", default="")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--optimizer", action="store_true", help="Megatron's own, distributed")
+    parser.add_argument("--experts", type=int, default=None)
+    parser.add_argument("--cost", action="store_true", help="count the second step")
+    parser.add_argument("--save-at", type=int, default=None)
+    parser.add_argument("--resume-at", type=int, default=0)
+    parser.add_argument("--stored-reference", action="store_true")
+    parser.add_argument("--log-collectives", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.log_collectives:
+        log_collectives()
     size = {k: int(v or 1) for k, v in re.findall(r"(tp|sp|vpp|pp|cp|dp|ep)(\d*)", args.layout)}
     args.size = size
-    if args.layout == "oracle":
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29871")
-    dist.init_process_group("gloo")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     virtual = {"virtual_pipeline_model_parallel_size": size["vpp"]} if "vpp" in size else {}
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=size.get("tp", 1),
         pipeline_model_parallel_size=size.get("pp", 1),
         context_parallel_size=size.get("cp", 1),
+        expert_model_parallel_size=size.get("ep", 1),
         **virtual,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(123)
@@ -87,6 +99,8 @@ def main() -> None:
 def items(step: int, kind: str) -> list[dict[str, torch.Tensor]]:
     """The micro-batches of a step over all replicas, as a data iterator gives them."""
     draw = torch.Generator().manual_seed(100 + step)
+    if kind == "random":
+        kind = ("none", "all", "one", "mixed")[int(torch.randint(0, 4, (), generator=draw))]
     found = []
     for index in range(MICRO_BATCHES):
         tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=draw)
@@ -102,12 +116,21 @@ def items(step: int, kind: str) -> list[dict[str, torch.Tensor]]:
             risk = risk * 0 + float(index == MICRO_BATCHES - 1)
         elif kind == "mixed" and index % 3 == 0:
             risk = risk * 0.4  # without a risky row
+        positions = torch.arange(LENGTH).expand(ROWS, LENGTH).contiguous()
+        if kind == "documents":  # two in a line, each with a risk of its own
+            cut = 5 + index % 4
+            positions = torch.cat([positions[:, :cut], positions[:, : LENGTH - cut]], 1)
+            risk = torch.rand(ROWS, 2, generator=draw)
+            risk = torch.cat([risk[:, :1].expand(-1, cut), risk[:, 1:].expand(-1, LENGTH - cut)], 1)
+            mask = torch.ones(ROWS, LENGTH)
+        if kind == "bad" and step == 1 and index == MICRO_BATCHES - 1:
+            risk = risk + 3.0
         found.append(
             {
                 "tokens": tokens[:, :-1].contiguous(),
                 "labels": tokens[:, 1:].contiguous(),
                 "loss_mask": mask,
-                "position_ids": torch.arange(LENGTH).expand(ROWS, LENGTH).contiguous(),
+                "position_ids": positions,
                 "risk": risk,
             }
         )
@@ -119,7 +142,7 @@ def data_iterator(args: argparse.Namespace):
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
     )
-    for step in range(args.steps):
+    for step in range(args.resume_at, args.steps):
         each = MICRO_BATCHES // count
         yield from items(step, args.risk)[rank * each : (rank + 1) * each]
 
@@ -142,6 +165,16 @@ def config_of(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> T
         }
     elif args.recompute:
         more |= {"recompute_granularity": "selective"}
+    if args.experts:
+        more |= {
+            "num_moe_experts": args.experts,
+            "expert_model_parallel_size": size.get("ep", 1),
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_topk": 2,
+            "moe_aux_loss_coeff": 0.0,
+            "moe_ffn_hidden_size": 64,
+            "add_bias_linear": False,
+        }
     return TransformerConfig(
         num_layers=LAYERS,
         hidden_size=32,
@@ -166,7 +199,7 @@ def config_of(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> T
 
 
 def provider_of(args: argparse.Namespace, config: TransformerConfig):
-    spec = get_gpt_layer_local_spec()
+    spec = get_gpt_layer_local_spec(num_experts=args.experts, moe_grouped_gemm=False)
     if args.size.get("cp", 1) > 1:
         attention = spec.submodules.self_attention.submodules
         attention.core_attention = megatron_on_cpu.ContextAttention
@@ -190,6 +223,11 @@ def provider_of(args: argparse.Namespace, config: TransformerConfig):
 
 def whole_name(chunk: torch.nn.Module, name: str) -> str:
     """A parameter's name in the whole model."""
+    expert = re.search(r"local_experts\.(\d+)", name)
+    if expert:
+        rank = parallel_state.get_expert_model_parallel_rank()
+        each = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        name = name.replace(expert[0], f"local_experts.{int(expert[1]) + rank * each}")
     if ".layers." not in name:
         return name
     before, rest = name.split(".layers.", 1)
@@ -266,12 +304,15 @@ def train(args: argparse.Namespace) -> None:
     provider, forward_step = provider_of(args, config), forward_step_of(args)
     safety = None
     if not args.plain:
+        settings = {"risk": {"estimator": "column"}, "regularizer": {"threshold": THRESHOLD}}
+        if args.stored_reference:
+            settings["reference"] = {"model": str(args.folder / "stored")}
         safety = MegatronSafety(
-            {"risk": {"estimator": "column"}, "regularizer": {"threshold": THRESHOLD}},
+            settings,
             output_dir=args.out.with_suffix(""),
-            load_reference=lambda chunks: fill(
-                chunks, load_file(args.folder / "reference.safetensors")
-            ),
+            load_reference=None
+            if args.stored_reference
+            else lambda chunks: fill(chunks, load_file(args.folder / "reference.safetensors")),
         )
         provider = safety.model_provider(provider)
         forward_step = safety.forward_step(forward_step)
@@ -289,20 +330,34 @@ def train(args: argparse.Namespace) -> None:
             )
         )
     fill(chunks, whole)
+    is_missing = args.stored_reference and not (args.folder / "stored").is_dir()
+    dist.barrier()
+    if is_missing:
+        fill(chunks, load_file(args.folder / "reference.safetensors"))
+        write_checkpoint(args.folder / "stored", chunks)
+        fill(chunks, whole)
+    saved = args.out.with_suffix(".saved")
+    if args.resume_at:
+        read_checkpoint(saved / "model", chunks)
+        if safety is not None:
+            safety.load(saved / "safereg", step=args.resume_at)
+    counter = StepCost(step=1 if args.cost else None)
     plain = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=args.overlap,
-        use_distributed_optimizer=args.overlap,
+        use_distributed_optimizer=args.optimizer,
     )
     wrapped = [DistributedDataParallel(config, plain, chunk) for chunk in chunks]
     config.finalize_model_grads_func = finalize_model_grads
     if args.overlap:
-        config.no_sync_func = [chunk.no_sync for chunk in wrapped]
-        config.no_sync_func = config.no_sync_func[0] if len(wrapped) == 1 else config.no_sync_func
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync[0] if len(wrapped) == 1 else no_sync
+    optimizer = optimizer_of(wrapped) if args.optimizer else None
     iterators = [data_iterator(args) for _ in chunks]
     found: dict[str, torch.Tensor] = {}
     losses, reports = [], []
-    for step in range(args.steps):
+    for step in range(args.resume_at, args.steps):
+        counter.begin(step)
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         reported = get_forward_backward_func()(
@@ -314,23 +369,95 @@ def train(args: argparse.Namespace) -> None:
             micro_batch_size=ROWS,
             forward_only=False,
         )
+        counter.end(step)
         if step == 0:
             found = gradients(chunks)
-        update(chunks, lr=0.05)
+        if optimizer is None:
+            update(chunks, lr=0.05)
+        else:
+            optimizer.step()
+        if args.save_at == step + 1:
+            write_checkpoint(saved / "model", chunks)
+            if safety is not None:
+                safety.save(saved / "safereg")
         losses.append(mean_of(reported, "lm loss"))
         reports.append({k: mean_of(reported, k) for k in (reported[0] if reported else {})})
+    facts = {"losses": losses, "reports": reports, "collectives": COLLECTIVES}
     if safety is not None:
         safety.finish()
+        facts["bytes"] = [
+            bytes_of(chunks),
+            bytes_of(safety._run.reference.chunks if safety._run.reference else []),
+        ]
+    if args.cost:
+        counter.write(args.out, dist.get_rank())
+    weights = {
+        f"weight {whole_name(chunk, name)}": parameter.detach()
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    }
     save_file(
-        {k: v.contiguous() for k, v in found.items()}, args.out.with_suffix(f".{dist.get_rank()}")
+        {k: v.contiguous() for k, v in {**found, **weights}.items()},
+        args.out.with_suffix(f".{dist.get_rank()}"),
     )
-    if (
-        state.is_pipeline_last_stage(ignore_virtual=True)
-        and state.get_tensor_model_parallel_rank() == 0
-    ):
-        args.out.with_suffix(f".{dist.get_rank()}.json").write_text(
-            json.dumps({"losses": losses, "reports": reports})
-        )
+    args.out.with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(facts))
+
+
+COLLECTIVES: list[list] = []
+"""(name, ranks of the group, elements) of every collective so far, where they are logged."""
+
+
+def log_collectives() -> None:
+    """From now on collectives are noted."""
+    for name in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor"):
+        plain = getattr(dist, name)
+
+        def noted(*given, _plain=plain, _name=name, **how):
+            tensor = given[0][0] if isinstance(given[0], list) else given[0]
+            group = how.get("group") or dist.group.WORLD
+            COLLECTIVES.append([_name, dist.get_process_group_ranks(group), tensor.numel()])
+            return _plain(*given, **how)
+
+        setattr(dist, name, noted)
+
+
+def bytes_of(chunks) -> int:
+    return sum(p.numel() * p.element_size() for c in chunks for p in c.parameters())
+
+
+def write_checkpoint(folder: Path, chunks) -> None:
+    from megatron.core import dist_checkpointing
+
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    dist_checkpointing.save(state, str(folder))
+    dist.barrier()
+
+
+def read_checkpoint(folder: Path, chunks) -> None:
+    from megatron.core import dist_checkpointing
+
+    state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    found = dist_checkpointing.load(state, str(folder))
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(found[f"model{i}"])
+
+
+def optimizer_of(wrapped):
+    """Megatron's AdamW, its state spread over data-parallel ranks."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    how = OptimizerConfig(
+        optimizer="adam",
+        lr=0.01,
+        weight_decay=0.0,
+        clip_grad=1.0,
+        use_distributed_optimizer=True,
+        params_dtype=torch.float32,
+    )
+    return get_megatron_optimizer(how, wrapped)
 
 
 def update(chunks, lr: float) -> None:
@@ -380,7 +507,7 @@ def write_oracle(args: argparse.Namespace) -> None:
         for parameter in model.parameters():
             parameter.data.copy_(parameter.data.float().double())
     policy, reference = models["policy"], models["reference"]
-    for kind in ("mixed", "none", "all", "one"):
+    for kind in ("mixed", "none", "all", "one", "documents"):
         sums, counts = [], []
         for item in items(0, kind):
             total, count = micro_batch_loss(policy, reference, item)
@@ -402,7 +529,8 @@ def micro_batch_loss(policy, reference, item):
     own = policy(item["tokens"], item["position_ids"], CAUSAL).log_softmax(-1)
     with torch.no_grad():
         frozen = reference(item["tokens"], item["position_ids"], CAUSAL).log_softmax(-1)
-    coef = (item["risk"] >= THRESHOLD).double()[:, None]
+    risk = item["risk"] if item["risk"].ndim == 2 else item["risk"][:, None]
+    coef = (risk >= THRESHOLD).double()
     ce = functional.nll_loss(own.flatten(0, 1), labels.flatten(), reduction="none").view(mask.shape)
     kl = (frozen.exp() * (frozen - own)).sum(-1)
     return (mask * ((1 - coef) * ce + coef * kl)).sum(), mask.sum()

@@ -2,10 +2,12 @@
 
 `patch()` before anything of `megatron` is imported. What it changes: CUDA's devices, streams,
 events and generators become the CPU's or nothing; a `device="cuda"` given to any function of torch
-means the CPU, and nothing is pinned; torch's norms are built as without sequence parallelism, and
-their weights are marked; `typing.override` is there on Python 3.11. Interleaved schedules need
-`batch_p2p_comm=False`. `ContextAttention` stands in for Transformer Engine's attention, which alone
-knows context parallelism: it gathers keys and values over the group.
+means the CPU, and nothing is pinned; a tensor says that its type is a CUDA one's; torch's norms are
+built as without sequence parallelism, and their weights are marked; `typing.override` is there on
+Python 3.11; a router finds Transformer Engine's product missing; sizes of an all-to-all are lists.
+Interleaved schedules need `batch_p2p_comm=False`. `ContextAttention` stands in for Transformer
+Engine's attention, which alone knows context parallelism: it gathers keys and values over the
+group.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ class _Nothing:
         pass
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
+        return lambda *_, **__: _Nothing()
 
     def __enter__(self) -> "_Nothing":
         return self
@@ -51,6 +53,8 @@ class _OnCpu(TorchFunctionMode):
         kwargs.pop("pin_memory", None)
         if func is Tensor.cuda:
             return args[0]
+        if func is Tensor.type and len(args) == 1:
+            return func(*args).replace("torch.", "torch.cuda.")
         if func is Tensor.to:
             args = tuple(CPU if not isinstance(a, Tensor) and _is_cuda(a) else a for a in args)
         return func(*args, **kwargs)
@@ -73,11 +77,23 @@ def patch() -> None:
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
+    plain_exchange = dist.all_to_all_single
+
+    def with_lists(out: Tensor, given: Tensor, *sizes: Any, **how: Any) -> Any:
+        known = [size.tolist() if hasattr(size, "tolist") else size for size in sizes]
+        how = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in how.items()}
+        return plain_exchange(out, given, *known, **how)
+
+    dist.all_to_all_single = with_lists
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     from megatron.core.transformer import torch_norm
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
     plain = torch_norm.WrappedTorchNorm.__new__
 

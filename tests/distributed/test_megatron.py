@@ -1,0 +1,251 @@
+"""Claimed: in Megatron's own schedules, in every layout, a step gives the loss and gradients of the
+equations; the reference runs on micro-batches with a risky row alone; without risk a run is the
+plain one; a run goes on from a checkpoint.
+
+The judge is the whole model in float64 with whole logits (`megatron_worker.py oracle`); float32
+rounds (1e-6 in the norm of a gradient). Exact: a pipeline's gradients against one stage's, a run
+without risk, a resumed run, FLOPs and bytes. CUDA, Transformer Engine and NCCL take no part:
+`support.megatron_on_cpu` lists what stands in for them.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.launching import Launcher
+from support.step_cost import read_cost
+
+from safereg_dist import regions
+from safereg_dist.run.ledger import verify_ledger
+
+pytest.importorskip("megatron.core")
+
+WORKER = Path(__file__).with_name("megatron_worker.py")
+RTOL = 1e-5
+# layout, its ranks, its options
+LAYOUTS = {
+    "tp2": (2, ()),
+    "tp2-sp": (2, ()),
+    "pp2": (2, ()),
+    "pp2-vpp2": (2, ()),
+    "cp2": (2, ("--per-token",)),
+    "tp2-pp2-sp": (4, ()),
+    "dp2-tp2": (4, ("--overlap",)),
+    "dp2-pp2": (4, ("--per-token",)),
+}
+VARIANTS = {
+    "full-recompute": ("pp2", 2, ("--recompute", "full")),
+    "selective-recompute": ("dp1", 1, ("--recompute", "selective")),
+    "two-tuple": ("dp1", 1, ("--two-tuple",)),
+    "per-token": ("dp1", 1, ("--per-token",)),
+    "documents": ("pp2", 2, ("--risk", "documents")),
+    "one-row": ("dp2", 2, ("--risk", "one")),
+    "all-rows": ("tp2", 2, ("--risk", "all")),
+}
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    return Launcher(tmp_path_factory.mktemp("launch"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, launch):
+    """Makes a folder with models and what they must give."""
+    known = {}
+
+    def of(*options):
+        if options not in known:
+            folder = tmp_path_factory.mktemp("models")
+            result = launch(WORKER, "oracle", folder, *options)
+            assert result.status == 0, result.output
+            known[options] = folder
+        return known[options]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def train(made, launch, tmp_path_factory):
+    """Runs a layout; gives the path of its files."""
+
+    def run(layout, ranks, *options, model=(), out=None):
+        out = out or tmp_path_factory.mktemp("run") / "out"
+        result = launch(WORKER, layout, made(*model), out, *options, *model, ranks=ranks)
+        assert result.status == 0, result.output
+        return out
+
+    return run
+
+
+def tensors(out: Path, ranks: int) -> list[dict[str, torch.Tensor]]:
+    return [load_file(out.with_suffix(f".{rank}")) for rank in range(ranks)]
+
+
+def facts(out: Path, rank: int = 0) -> dict:
+    return json.loads(out.with_suffix(f".{rank}.json").read_text())
+
+
+def weights(out: Path, ranks: int) -> list[dict[str, torch.Tensor]]:
+    return [
+        {name: tensor for name, tensor in own.items() if name.startswith("weight ")}
+        for own in tensors(out, ranks)
+    ]
+
+
+def check(out: Path, ranks: int, folder: Path, kind: str, normaliser: str) -> None:
+    """Every rank's gradients are their part of the judge's."""
+    wanted = load_file(folder / f"{kind}-{normaliser}.safetensors")
+    seen = set()
+    for own in tensors(out, ranks):
+        for name, gradient in own.items():
+            if name.startswith("weight "):
+                continue
+            whole = wanted[name if name in wanted else "embedding.word_embeddings.weight"]
+            parts = [whole]
+            for dim, (size, length) in enumerate(zip(gradient.shape, whole.shape, strict=True)):
+                if size != length:
+                    parts = whole.chunk(length // size, dim)
+            errors = [float((gradient.double() - p).norm() / p.norm()) for p in parts]
+            assert min(errors) < RTOL, f"{name}: {errors}"
+            seen.add(name)
+    assert seen == wanted.keys() - {"loss"}
+
+
+def normaliser(options) -> str:
+    return "per-token" if "--per-token" in options else "means"
+
+
+def kind(options) -> str:
+    return options[options.index("--risk") + 1] if "--risk" in options else "mixed"
+
+
+# ---- loss and gradients
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_equations(layout, train, made):
+    ranks, options = LAYOUTS[layout]
+    out = train(layout, ranks, *options)
+    check(out, ranks, made(), "mixed", normaliser(options))
+    last = facts(out, ranks - 1)
+    loss = load_file(made() / "mixed-per-token.safetensors")["loss"]
+    assert last["losses"][0] == pytest.approx(float(loss), rel=1e-6)  # a report counts tokens
+    policy, reference = last["bytes"]
+    assert reference == policy  # the policy's own share, no more
+    assert last["reports"][0]["safereg/kl_coef"] == 3 / 16
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_options_of_a_run(name, train, made):
+    layout, ranks, options = VARIANTS[name]
+    check(train(layout, ranks, *options), ranks, made(), kind(options), normaliser(options))
+
+
+def test_tied_embeddings_over_a_pipeline(train, made):
+    check(train("pp2", 2, model=("--tied",)), 2, made("--tied"), "mixed", "means")
+
+
+def test_experts_over_data_parallel_ranks(train, made):
+    """One replica has no risky row: it still joins the other's reference passes."""
+    model = ("--experts", "4")
+    check(train("ep2", 2, model=model), 2, made(*model), "mixed", "means")
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2"])
+def test_a_pipeline_gives_the_bits_of_one_stage(layout, train):
+    [whole] = tensors(train("dp1", 1), 1)
+    for own in tensors(train(layout, 2), 2):
+        for name, tensor in own.items():
+            assert torch.equal(tensor, whole[name]), name
+
+
+# ---- runs
+
+
+@pytest.mark.parametrize("layout", ["pp2", "tp2"])
+def test_without_risk_a_run_is_the_plain_one(layout, train):
+    plain = train(layout, 2, "--risk", "none", "--steps", 10, "--plain")
+    safe = train(layout, 2, "--risk", "none", "--steps", 10)
+    for own, other in zip(weights(plain, 2), weights(safe, 2), strict=True):
+        assert all(torch.equal(own[name], other[name]) for name in own)
+    assert facts(safe, 1)["losses"] == facts(plain, 1)["losses"]
+
+
+def test_a_resumed_run_gives_the_same_bits(train, made):
+    options = ("--stored-reference", "--steps", 4)
+    whole = train("pp2", 2, *options, "--save-at", 2)
+    kept = whole.with_suffix("")
+    ledger = (kept / "ledger.jsonl").read_bytes()
+    expected = weights(whole, 2)
+    saved = {p.name for p in whole.with_suffix(".saved").rglob("*")}
+    assert not any("reference" in name for name in saved)
+    resumed = train("pp2", 2, *options, "--resume-at", 2, out=whole)
+    for own, other in zip(expected, weights(resumed, 2), strict=True):
+        assert all(torch.equal(own[name], other[name]) for name in own)
+    assert (kept / "ledger.jsonl").read_bytes() == ledger
+    assert verify_ledger(kept).rows == 4 * 16
+
+
+def test_megatrons_distributed_optimizer(train):
+    options = ("--optimizer", "--overlap", "--steps", 3)
+    [alone] = weights(train("dp1", 1, *options), 1)
+    for own in weights(train("dp2", 2, *options), 2):
+        for name, tensor in own.items():  # Adam divides roundings by themselves
+            assert (tensor - alone[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("layout", ["tp2-pp2", "dp2-pp2"])
+def test_random_risks_for_fifty_steps(layout, train):
+    out = train(layout, 4, "--risk", "random", "--steps", 50, "--log-collectives")
+    logs = [facts(out, rank)["collectives"] for rank in range(4)]
+    groups = {tuple(group) for log in logs for _, group, _ in log}
+    assert tuple(range(4)) in groups
+    for group in groups:
+        of_ranks = [[entry for entry in logs[r] if tuple(entry[1]) == group] for r in group]
+        assert all(entries == of_ranks[0] for entries in of_ranks), group
+    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 50
+    assert {row["active_rows"] for row in rows} >= {0, 2, 16}
+
+
+def test_a_bad_row_on_one_rank_ends_all(made, launch, tmp_path):
+    result = launch(
+        WORKER, "dp2-pp2", made(), tmp_path / "out", "--risk", "bad", "--steps", 3, ranks=4
+    )
+    assert result.status != 0
+    assert result.output.count("expected a number in [0, 1]") >= 4
+    assert "rank 3: row" in result.output
+
+
+# ---- cost
+
+
+def test_cost_follows_risk(train):
+    """Each micro-batch with a risky row costs one of the reference's passes, others nothing."""
+    ranks, options = 2, ("--steps", 2, "--cost")
+    cost = {
+        name: read_cost(train("tp2", ranks, *options, *how), ranks)
+        for name, how in {
+            "plain": ("--plain",),
+            "none": ("--risk", "none"),
+            "one": ("--risk", "one"),
+            "all": ("--risk", "all"),
+        }.items()
+    }
+    flops = {name: sum(found.flops.values()) for name, found in cost.items()}
+    bytes_ = {name: sum(found.bytes.values()) for name, found in cost.items()}
+    assert flops["none"] == flops["plain"]
+    # Without risk: one MAX all-reduce of five numbers, and the owner's rows counted and gathered.
+    assert cost["none"].bytes[regions.AGREEMENT] == ranks * 5 * 8
+    others = bytes_["none"] - bytes_["plain"] - cost["none"].bytes[regions.AGREEMENT]
+    assert 0 <= others <= 200
+    head = {name: found.flops[regions.HEAD_CE] for name, found in cost.items()}
+    assert head["none"] == 0
+    assert 0 < head["one"] * 7 < head["all"] <= head["one"] * 9
+    trunk = {n: flops[n] - head[n] - cost[n].flops[regions.HEAD_DIVERGENCE] for n in flops}
+    # The plain head of a micro-batch is replaced, the reference's trunk comes to it: 8 times as
+    # much where 8 micro-batches are risky as where one is.
+    assert trunk["all"] - trunk["none"] == 8 * (trunk["one"] - trunk["none"]) > 0
