@@ -32,10 +32,12 @@ setup(
     extras_require={
         "trl": ["trl>=1.9"],
         "lora": ["peft>=0.17"],
+        "megatron": ["megatron-core>=0.16"],
         "dev": [
             "trl>=1.9",
             "peft>=0.17",
             "bitsandbytes",
+            "megatron-core>=0.16",
             "wandb",
             "mlflow-skinny",
             "pytest>=8",
