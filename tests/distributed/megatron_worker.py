@@ -90,7 +90,7 @@ def main() -> None:
     else:
         train(args)
     dist.barrier()
-    os._exit(0)
+    megatron_on_cpu.leave()
 
 
 # ---- data

@@ -9,11 +9,14 @@ without risk, a resumed run, FLOPs and bytes. CUDA, Transformer Engine and NCCL 
 """
 
 import json
+import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.builders import write_jsonl
 from support.launching import Launcher
 from support.step_cost import read_cost
 
@@ -23,6 +26,7 @@ from safereg_dist.run.ledger import verify_ledger
 pytest.importorskip("megatron.core")
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
+EXAMPLES = Path(__file__).resolve().parents[2] / "launch" / "examples" / "megatron"
 RTOL = 1e-5
 # layout, its ranks, its options
 LAYOUTS = {
@@ -103,7 +107,9 @@ def check(out: Path, ranks: int, folder: Path, kind: str, normaliser: str) -> No
         for name, gradient in own.items():
             if name.startswith("weight "):
                 continue
-            whole = wanted[name if name in wanted else "embedding.word_embeddings.weight"]
+            if name not in wanted:  # tied: the last stage's copy of the embedding
+                name = "embedding.word_embeddings.weight"
+            whole = wanted[name]
             parts = [whole]
             for dim, (size, length) in enumerate(zip(gradient.shape, whole.shape, strict=True)):
                 if size != length:
@@ -165,13 +171,36 @@ def test_a_pipeline_gives_the_bits_of_one_stage(layout, train):
 # ---- runs
 
 
-@pytest.mark.parametrize("layout", ["pp2", "tp2"])
-def test_without_risk_a_run_is_the_plain_one(layout, train):
-    plain = train(layout, 2, "--risk", "none", "--steps", 10, "--plain")
-    safe = train(layout, 2, "--risk", "none", "--steps", 10)
-    for own, other in zip(weights(plain, 2), weights(safe, 2), strict=True):
-        assert all(torch.equal(own[name], other[name]) for name in own)
-    assert facts(safe, 1)["losses"] == facts(plain, 1)["losses"]
+@pytest.mark.parametrize("layout", ["pp", "tp"])
+def test_the_example_without_risk_is_the_plain_one(layout, launch, tmp_path):
+    """Ten steps; where rows are risky they train otherwise."""
+    draw = random.Random(0)
+    files = {}
+    for name, share in (("harmless", 0.0), ("risky", 1.0)):
+        rows = [
+            {
+                "tokens": [draw.randrange(64) for _ in range(17)],
+                "prompt": 4,
+                "risk": share * draw.random(),
+            }
+            for _ in range(40)
+        ]
+        files[name] = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    losses = {}
+    for script, data in (("plain", "harmless"), ("safe", "harmless"), ("safe", "risky")):
+        out = tmp_path / f"{script}-{data}"
+        how = [EXAMPLES / f"{script}.py", files[data], out, f"--{layout}", 2]
+        result = launch(WORKER.with_name("megatron_example.py"), *how, ranks=2)
+        assert result.status == 0, result.output
+        losses[script, data] = re.findall(r"step \d+ lm loss (\S+)", result.output)
+    assert len(losses["plain", "harmless"]) == 10
+    assert losses["safe", "harmless"] == losses["plain", "harmless"]
+    assert losses["safe", "risky"] != losses["plain", "harmless"]
+    folders = [tmp_path / f"{script}-harmless" / "checkpoint" for script in ("plain", "safe")]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]  # nothing of ours is in a checkpoint
+    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["active_rows"] for row in rows) > 0
 
 
 def test_a_resumed_run_gives_the_same_bits(train, made):
@@ -181,7 +210,7 @@ def test_a_resumed_run_gives_the_same_bits(train, made):
     ledger = (kept / "ledger.jsonl").read_bytes()
     expected = weights(whole, 2)
     saved = {p.name for p in whole.with_suffix(".saved").rglob("*")}
-    assert not any("reference" in name for name in saved)
+    assert saved >= {"metadata.json", "state.json"}
     resumed = train("pp2", 2, *options, "--resume-at", 2, out=whole)
     for own, other in zip(expected, weights(resumed, 2), strict=True):
         assert all(torch.equal(own[name], other[name]) for name in own)

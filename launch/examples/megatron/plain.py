@@ -8,14 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from loop import SEQ_LENGTH, VOCAB_SIZE, arguments, pretrain
-
-args = arguments()
 
 
 def model_provider(pre_process=True, post_process=True, vp_stage=None):
@@ -47,5 +44,6 @@ def forward_step(data_iterator, model):
     return output, partial(loss_func, batch["loss_mask"], model=model)
 
 
-pretrain(args, model_provider, forward_step)
-parallel_state.destroy_model_parallel()
+if __name__ == "__main__":
+    args = arguments()
+    pretrain(args, model_provider, forward_step)

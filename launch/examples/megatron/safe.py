@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -16,8 +15,6 @@ from safereg_dist.integrations.megatron import MegatronSafety
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from loop import SEQ_LENGTH, VOCAB_SIZE, arguments, pretrain
-
-args = arguments()
 
 
 def model_provider(pre_process=True, post_process=True, vp_stage=None):
@@ -49,9 +46,10 @@ def forward_step(data_iterator, model):
     return output, partial(loss_func, batch["loss_mask"], model=model)
 
 
-safety = MegatronSafety(Path(__file__).with_name("safety.yaml"), output_dir=args.output)
-model_provider = safety.model_provider(model_provider)
-forward_step = safety.forward_step(forward_step)
-pretrain(args, model_provider, forward_step)
-safety.finish()
-parallel_state.destroy_model_parallel()
+if __name__ == "__main__":
+    args = arguments()
+    safety = MegatronSafety(Path(__file__).with_name("safety.yaml"), output_dir=args.output)
+    model_provider = safety.model_provider(model_provider)
+    forward_step = safety.forward_step(forward_step)
+    pretrain(args, model_provider, forward_step)
+    safety.finish()
