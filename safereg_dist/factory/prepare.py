@@ -26,6 +26,7 @@ from safereg_dist.factory.risk import (
     configured_overrides,
     policy_layer,
     read_sources,
+    warn_of_unscored_rows,
 )
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
@@ -129,6 +130,8 @@ def prepare(
                 policy=facts,
                 tokenizer=tokenizer,
             )
+            if ranks.is_main:
+                warn_of_unscored_rows(overrides, config, stage)
         return assemble(
             config, policy, specs=specs, risk=stage, reference=built.reference, ranks=ranks
         )
