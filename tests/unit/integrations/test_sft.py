@@ -126,6 +126,20 @@ def test_decisions_reach_rows_that_are_found_by_text(reference, tmp_path, capsys
     assert "1 ids in risk.override=" in capsys.readouterr().err
 
 
+def test_rows_that_are_not_found_are_counted_in_the_logs(reference, tmp_path, capsys):
+    raws = random_rows(8, seed=4)
+    scored = write_jsonl(tmp_path / "scored.jsonl", [raw | {"risk": 0.0} for raw in raws[:5]])
+    risk = {"estimator": "lookup", "path": str(scored)}
+    data = [{"prompt": raw["prompt"], "completion": " " + raw["response"]} for raw in raws]
+    args = {"max_steps": 2, "logging_steps": 2, "max_length": 64}
+    logs, _ = run(tmp_path / "run", data, args=args, safereg=settings(reference, risk=risk))
+    assert [log["safereg/risk_unknown"] for log in logs] == [3]
+    assert [log["safereg/active_rows"] for log in logs] == [3]
+    said = [line for line in capsys.readouterr().err.splitlines() if "are held back" in line]
+    assert len(said) == 1
+    assert any(f"its response {raw['response'][:48]!r}" in said[0] for raw in raws[5:])
+
+
 def test_anchors_beside_packed_rows(reference, tmp_path):
     path = write_jsonl(tmp_path / "anchors.jsonl", random_rows(5, risk=False, seed=3))
     given = settings(reference, data={"anchor": str(path), "anchor_fraction": 0.25})
