@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, resolved_threshold
@@ -90,7 +89,7 @@ class _Row(NamedTuple):
 def _rows(dataset: Dataset) -> Iterator[_Row]:
     names = [*COLUMNS, "seq_lengths", "position_ids"]
     known = [name for name in names if name in dataset.column_names]
-    table = dataset.select_columns(known).with_format("arrow")
+    table: Any = dataset.select_columns(known).with_format("arrow")
     for begin in range(0, len(dataset), _LINES):
         part = table[begin : begin + _LINES]
         columns = {name: _whole(part.column(name)) for name in part.column_names}
@@ -120,13 +119,13 @@ def _firsts(columns: dict[str, pa.Array]) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(np.arange(count), [len(own) for own in firsts]), np.concatenate(firsts)
 
 
-def _of_rows(column: pa.Array | None, lines: np.ndarray, firsts: np.ndarray) -> list[Any]:
+def _of_rows(column: Any, lines: np.ndarray, firsts: np.ndarray) -> list[Any]:
     """The value of every row: its line's, or its first token's; None where there is none."""
     if column is None:
         return [None] * len(lines)
     if not pa.types.is_nested(column.type):
         return column.take(pa.array(lines)).to_pylist()
-    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
+    lengths = np.asarray(column.value_lengths().fill_null(0))
     begins = np.cumsum(lengths) - lengths
     is_there = firsts < lengths[lines]
     places = pa.array(begins[lines] + firsts, mask=~is_there)

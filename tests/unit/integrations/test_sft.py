@@ -105,7 +105,9 @@ def test_decisions_reach_packed_rows_by_their_id(reference, tmp_path):
 def test_decisions_on_packed_rows_without_ids_are_refused(reference, tmp_path):
     data = [{key: value for key, value in row.items() if key != "id"} for row in rows(12)]
     path = write_jsonl(tmp_path / "o.jsonl", [{"id": "a", "action": "hold", "reason": "seen"}])
-    given = settings(reference, risk={"estimator": "column", "override": str(path)})
+    given = settings(
+        reference, risk={"estimator": "column", "max_held_back": 1.0, "override": str(path)}
+    )
     with pytest.raises(DataError, match=r"risk\.override decides by row id"):
         run(tmp_path / "run", data, args={"packing": True}, safereg=given)
 
