@@ -22,8 +22,8 @@ from safereg_dist.types import to_device
 class SafeRegSFTTrainer(SafeRegMixin, SFTTrainer):
     """`trl.SFTTrainer` whose risky rows are pulled toward a frozen reference.
 
-    It takes the SFTTrainer's arguments, and `safereg` as `SafeRegTrainer` does. A `risk` column of
-    the data set survives TRL's preparation, packing included.
+    It takes the SFTTrainer's arguments, and `safereg` as `SafeRegTrainer` does. The columns
+    `risk`, `id` and `is_anchor` survive TRL's preparation, packing included.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
