@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # axolotl and LLaMA-Factory, each in an environment of its own below FOLDER: 20 steps of a tiny model
 # against float64, on one rank, packed, and on two ranks (gloo, DDP); and all risks 0 against the
-# stack alone. Adds rows to benchmarks/results/stacks_yaml.csv.
+# stack alone. Writes rows of benchmarks/results/stacks_yaml.csv, in the place of those of the same
+# stack, ranks, accumulation and precision.
 #
 #   bash benchmarks/stacks_yaml.sh FOLDER [axolotl|llamafactory]
 #
-# On CPUs. An environment that is there is used as it is. Packages that only CUDA needs are left out.
+# On CPUs. An environment that is there is used as it is. Packages that only CUDA needs are left out,
+# so lines of pip such as "pip's dependency resolver does not currently take into account ..." and
+# "axolotl requires ..., which is not installed" are expected.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:?usage: bash benchmarks/stacks_yaml.sh FOLDER [axolotl|llamafactory]}

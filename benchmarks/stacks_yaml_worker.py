@@ -2,7 +2,7 @@
 
     stacks_yaml_worker.py write FOLDER                    models and rows
     stacks_yaml_worker.py train CASE FOLDER               one run, on any number of ranks
-    stacks_yaml_worker.py judge CASE FOLDER RESULTS.csv   the run against float64; adds a row
+    stacks_yaml_worker.py judge CASE FOLDER RESULTS.csv   the run against float64; writes a row
     stacks_yaml_worker.py compare STACK FOLDER            all risks 0 against the stack without us
 
 CASE is STACK[-packed]-RANKS, or STACK-plain and STACK-zero. A run keeps the very batches that the
@@ -28,6 +28,8 @@ COLUMNS = (
     "stack,library_version,ranks,accumulation,precision,first_loss_relative_error,"
     "gradient_relative_error,loss_after_20_relative_error,reference,parameter_bytes_over_ideal"
 ).split(",")
+KEY = ("stack", "ranks", "accumulation", "precision")
+"""Columns that say which run a row is of."""
 
 
 def write(folder: Path) -> None:
@@ -230,7 +232,7 @@ def windows(runs: list[dict]) -> list[slice]:
 
 
 def judge(case: str, folder: Path, results: Path) -> None:
-    """Adds a row of errors against float64, computed row by row from the kept batches."""
+    """Writes a row of errors against float64, computed row by row from the kept batches."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stack, *kind = case.split("-")
@@ -279,15 +281,24 @@ def judge(case: str, folder: Path, results: Path) -> None:
         "fsdp2" if ranks > 1 else "whole",
         "",
     ]
-    is_new = not results.exists()
-    with results.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(COLUMNS)
-        writer.writerow(values)
+    write_row(results, [str(value) for value in values])
     print(dict(zip(COLUMNS, values, strict=True)))
     assert abs(found[0] / expected[0] - 1) < 1e-5
     assert worst < 1e-4
+
+
+def write_row(path: Path, values: list[str]) -> None:
+    """Puts a row into the table, in the place of the one of the same `KEY`, else at its end."""
+    rows = []
+    if path.exists():
+        with path.open(newline="") as file:
+            _, *rows = csv.reader(file)
+    own = [values[COLUMNS.index(name)] for name in KEY]
+    keys = [[row[COLUMNS.index(name)] for name in KEY] for row in rows]
+    place = keys.index(own) if own in keys else len(rows)
+    rows[place : place + 1] = [values]
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 
 def _answer(row: dict) -> str:

@@ -168,7 +168,7 @@ class StepMetrics:
                         micro_batch=micro_batch,
                         rank=rank,
                         row=index,
-                        id=row.id,
+                        id=result.risk.ids.get(index, row.id),
                         risk=result.risk.values[index],
                         estimator="anchor" if row.is_anchor else result.risk.sources[index],
                         kl_coef=coef,

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from safereg_kernels.logits_transform import logits_transform_of
 
+NAMED_BY_CONTENT = "sha256:"
+"""How the id of a row begins that came without one: the hash of its tokens and mask follows."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -30,6 +33,11 @@ class Row:
     """True on anchor rows: they carry only the divergence."""
     messages_json: str = ""
     """The conversation as JSON (OpenAI chat format): what a judge reads."""
+
+    @property
+    def has_own_id(self) -> bool:
+        """False where the data gave no id: then the row is named by its content."""
+        return not self.id.startswith(NAMED_BY_CONTENT)
 
     @property
     def num_response_tokens(self) -> int:
@@ -141,11 +149,13 @@ class RowRisks(NamedTuple):
     """[B] what gave the risk, e.g. `probe-reference`, `critic`, `max:fraud`, `override`."""
     notes: dict[int, str]
     """By row: a reviewer's reason, or why a judgement failed."""
+    ids: dict[int, str]
+    """By row: the id that the source of risk knows of a row that came without one."""
 
     @classmethod
     def none(cls, num_rows: int) -> "RowRisks":
         """No risk and source `none` for each of `num_rows` rows."""
-        return cls([None] * num_rows, {}, ["none"] * num_rows, {})
+        return cls([None] * num_rows, {}, ["none"] * num_rows, {}, {})
 
     def of_rows(self, rows: list[int]) -> "RowRisks":
         """The risks of the rows at these indices, in this order."""
@@ -154,6 +164,7 @@ class RowRisks(NamedTuple):
             {name: [values[row] for row in rows] for name, values in self.by_category.items()},
             [self.sources[row] for row in rows],
             {place: self.notes[row] for place, row in enumerate(rows) if row in self.notes},
+            {place: self.ids[row] for place, row in enumerate(rows) if row in self.ids},
         )
 
 

@@ -1,6 +1,7 @@
 """Pydantic's errors in a configuration, as one line that names the key and the remedy."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -25,9 +26,7 @@ def first_mistake(error: ValidationError, cls: type[Section], raw: Any, where: s
             cls = section_in(cls.model_fields[parent].annotation) or cls
     name = _name(where, (*parents, str(key)))
     if _RANK.get(first["type"]) == 0:
-        near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)[0]
-        valid = ", ".join(cls.model_fields)
-        return f"unknown key {name!r}: did you mean {near!r}? (valid here: {valid})"
+        return unknown_key(name, str(key), list(cls.model_fields))
     if first["type"] == "missing":
         names = [_name(where, each["loc"]) for each in found if each["type"] == "missing"]
         return f"missing key {', '.join(names)}: add it to the configuration"
@@ -37,6 +36,12 @@ def first_mistake(error: ValidationError, cls: type[Section], raw: Any, where: s
     if first["type"] in (*_RANGE, "literal_error"):
         name = _name(where, first["loc"], raw)
     return f"{name} must {_expected(first, cls.model_fields[str(key)])}"
+
+
+def unknown_key(name: str, key: str, valid: Sequence[str]) -> str:
+    """What is said of a key, in full its `name`, that is none of the `valid` ones: the nearest."""
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
+    return f"unknown key {name!r}: did you mean {near!r}? (valid here: {', '.join(valid)})"
 
 
 def _name(where: str, place: tuple[Any, ...], raw: Any = None) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from safereg_dist.data.collate import row_of
 from safereg_dist.errors import DataError
 from safereg_dist.models.fingerprint import row_key
-from safereg_dist.types import MicroBatch, Row
+from safereg_dist.types import NAMED_BY_CONTENT, MicroBatch, Row
 
 IGNORED = -100
 """The label of a token that is not predicted."""
@@ -207,7 +207,9 @@ def known_row(
         DataError: a risk that is no number in [0, 1].
     """
     mask = [int(is_predicted) for is_predicted in loss_mask]
-    name = str(name) if name is not None else f"sha256:{row_key(input_ids, mask)[:16]}"
+    if name is None:
+        name = NAMED_BY_CONTENT + row_key(input_ids, mask)[:16]
+    name = str(name)
     value = _known_risk(name, risk)
     return row_of(name, input_ids, mask, risk=value, is_anchor=is_anchor)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient
 from safereg_dist.config import POLICY_RISK_IS_TOO_LATE, Config, config_from_dict
+from safereg_dist.config.messages import unknown_key
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.references import (
@@ -26,6 +27,7 @@ from safereg_dist.factory.risk import (
     configured_overrides,
     policy_layer,
     read_sources,
+    warn_of_unscored_rows,
 )
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
@@ -129,6 +131,8 @@ def prepare(
                 policy=facts,
                 tokenizer=tokenizer,
             )
+            if ranks.is_main:
+                warn_of_unscored_rows(overrides, config, stage)
         return assemble(
             config, policy, specs=specs, risk=stage, reference=built.reference, ranks=ranks
         )
@@ -196,12 +200,14 @@ def config_of(settings: Mapping[str, Any], model: str) -> Config:
     Raises:
         ConfigError: a section or key that does not belong here.
     """
-    unknown = set(settings) - set(SECTIONS)
-    if unknown:
-        raise ConfigError(
-            f"settings hold {', '.join(sorted(map(str, unknown)))}: only {', '.join(SECTIONS)} say "
-            "how to regularise; data, engine and optimizer are the loop's own"
-        )
+    for section in map(str, settings):
+        if section in Config.model_fields and section not in SECTIONS:
+            raise ConfigError(
+                f"settings hold {section!r}, which the loop or the stack that trains says itself: "
+                f"leave it out (read here: {', '.join(SECTIONS)})"
+            )
+        if section not in SECTIONS:
+            raise ConfigError(unknown_key(section, section, SECTIONS))
     data = {"train": "-", **(settings.get("data") or {})}
     return config_from_dict({**settings, "model": model, "data": data})
 

@@ -304,6 +304,27 @@ def warn_of_unknown_rows(
         )
 
 
+def warn_of_unscored_rows(
+    overrides: Mapping[str, Override], config: Config, risk: RiskStage
+) -> None:
+    """Prints how many decisions name no row that a lookup finds, if any does.
+
+    Stacks drop ids: there a decision acts by the id of the scored row.
+    """
+    lookups = [s.source for s in risk.sources if isinstance(s.source, LookupRisk)]
+    lost = set(overrides)
+    for source in lookups:
+        lost &= set(source.without_effect(lost))
+    if lookups and lost:
+        print(
+            f"safereg: {len(lost)} ids in risk.override={config.risk.override} are of no row that "
+            f"risk.path finds, the first is {min(lost)!r}: they act only on rows that come with "
+            "that id; of scored rows with the same texts decide on the riskier, else on the first",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def require_risk_column(rows: TokenizedDataset, path: str) -> None:
     """Raises DataError where a row has no `risk`."""
     missing = np.flatnonzero(np.isnan(np.asarray(rows.table.data.column("risk"))))

@@ -20,6 +20,8 @@ from safereg_dist.storage.atomic import write_atomically
 
 _LARGEST = ("kl_coef_max", "risk_max")
 _COUNTS = ("rows", "active_rows", "reference_rows", "response_tokens", "active_tokens")
+_COUNTS_OF_RISK = ("risk_unknown", "risk_failed", "risky_rows/")
+"""How the names of counts begin that sources of risk report."""
 
 
 def settings_of(given: str | Path | Mapping[str, Any], args: Any) -> dict[str, Any]:
@@ -117,7 +119,7 @@ class Recorder:
         """Means, maxima and counts of the steps since the last call, under `safereg/`."""
         found: dict[str, float] = {}
         for name, values in self._since.items():
-            if name in _COUNTS:
+            if name in _COUNTS or name.startswith(_COUNTS_OF_RISK):
                 found[name] = sum(values)
             elif name in _LARGEST:
                 found[name] = max(values)

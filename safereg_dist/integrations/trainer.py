@@ -16,11 +16,12 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from safereg_dist.factory.prepare import prepare
+from safereg_dist.factory.prepare import config_of, prepare
 from safereg_dist.integrations.anchors import with_anchors
 from safereg_dist.integrations.checks import check_trainer
 from safereg_dist.integrations.collator import COLUMNS, KEY, RowCollator
 from safereg_dist.integrations.recorder import Recorder, settings_of
+from safereg_dist.integrations.risk_column import check_risk_column
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.step import SafetyRegularizer, StepPlan
 
@@ -54,7 +55,9 @@ class SafeRegMixin(_Trainer):
         """As the Trainer's; `safereg` are the settings (see `prepare`), or a regulariser.
 
         Raises:
-            ConfigError: settings, or a Trainer with which the step cannot work.
+            ConfigError: settings, or a Trainer with which the step cannot work; or more rows would
+                be held back than `risk.max_held_back` allows.
+            DataError: a `risk` column that cannot be used.
         """
         super().__init__(*args, **kwargs)
         ranks = current_ranks()
@@ -65,6 +68,8 @@ class SafeRegMixin(_Trainer):
         if not isinstance(safereg, SafetyRegularizer):
             with ranks.together():
                 settings = settings_of(safereg, self.args)
+                config = config_of(settings, "-")
+                check_risk_column(self.train_dataset, config, announces=ranks.is_main)
             tokenizer = getattr(self, "processing_class", None)
             model: Any = self.model
             safereg = prepare(model, settings, tokenizer=tokenizer)

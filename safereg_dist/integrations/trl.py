@@ -14,17 +14,16 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
 from safereg_dist.errors import ConfigError
+from safereg_dist.integrations.collator import COLUMNS
 from safereg_dist.integrations.trainer import SafeRegMixin
 from safereg_dist.types import to_device
-
-_PER_TOKEN = ("risk", "is_anchor")
 
 
 class SafeRegSFTTrainer(SafeRegMixin, SFTTrainer):
     """`trl.SFTTrainer` whose risky rows are pulled toward a frozen reference.
 
-    It takes the SFTTrainer's arguments, and `safereg` as `SafeRegTrainer` does. A `risk` column of
-    the data set survives TRL's preparation, packing included.
+    It takes the SFTTrainer's arguments, and `safereg` as `SafeRegTrainer` does. The columns
+    `risk`, `id` and `is_anchor` survive TRL's preparation, packing included.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -53,7 +52,7 @@ class SafeRegSFTTrainer(SafeRegMixin, SFTTrainer):
             )
         if args.max_length is None:
             raise ConfigError("packing needs max_length, the length of a packed line: set it")
-        known = [name for name in _PER_TOKEN if name in (prepared.column_names or [])]
+        known = [name for name in COLUMNS if name in (prepared.column_names or [])]
         spread = prepared.map(_per_token, fn_kwargs={"names": known})
         columns = spread.select_columns(["input_ids", "labels", *known])
         pack: Any = pack_dataset
@@ -114,5 +113,9 @@ class SafeRegSFTTrainer(SafeRegMixin, SFTTrainer):
 
 
 def _per_token(row: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The row's values as lists, one for each token; of the id only the first, which is read."""
     length = len(row["input_ids"])
-    return {n: row[n] if isinstance(row[n], list) else [row[n]] * length for n in names}
+    found = {n: row[n] if isinstance(row[n], list) else [row[n]] * length for n in names}
+    if "id" in found:  # a text for each token would outweigh the tokens
+        found["id"][1:] = [None] * (length - 1)
+    return found

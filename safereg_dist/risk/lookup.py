@@ -6,6 +6,7 @@ decoded text, in order, whatever stands between them. White space is left out on
 """
 
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,21 +24,26 @@ from safereg_dist.types import Row
 
 _KEY = 24
 """Characters by which a scored row is found before its texts are compared whole."""
+_SHOWN = 48
+"""Characters that a warning shows of a row."""
 _TRIES = 64
 """Rows of which one at least must be found, else the file is another data set's."""
 
 
 class ScoredRow(NamedTuple):
-    """The texts of a row's messages, without white space, and its risk."""
+    """The texts of a row's messages, without white space, its risk and its id."""
 
     texts: list[str]
     risk: float
+    id: str
+    """Empty where the file gives none."""
 
 
 class LookupRisk(RiskSource):
     """The risk of the scored row whose messages a row holds; of several, the longest match.
 
-    A row that is not in the file counts as risky (nan): `risk_unknown` counts them.
+    A row that is not in the file counts as risky (nan): `risk_unknown` counts them. A row that came
+    without an id is given that of the scored row, so that overrides and ledger name it.
     """
 
     name = "lookup"
@@ -60,8 +66,11 @@ class LookupRisk(RiskSource):
         for index, row in enumerate(scored):
             key = max(row.texts, key=len)[:_KEY]
             self._by_key[len(key)][key].append(index)
-        self._known: dict[str, float] = {}
+        self.names_rows = any(row.id for row in scored)
+        self.ids: dict[int, str] = {}
+        self._known: dict[str, ScoredRow | None] = {}
         self._unknown = self._asked = self._found = 0
+        self._first_unknown = ""
 
     def __call__(
         self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
@@ -71,43 +80,69 @@ class LookupRisk(RiskSource):
         Raises:
             DataError: none of the first rows is in the file.
         """
-        risk = [None if row.is_anchor or not row.id else self._risk(row) for row in rows]
-        found = [value for value in risk if value is not None]
-        missing = sum(value != value for value in found)
-        self._unknown += missing
+        asked = {i: row for i, row in enumerate(rows) if row.id and not row.is_anchor}
+        found = {index: self._scored_row(row) for index, row in asked.items()}
+        self.ids = {index: row.id for index, row in found.items() if row is not None and row.id}
+        unknown = [asked[index] for index, row in found.items() if row is None]
+        if unknown and not self._first_unknown:
+            self._first_unknown = self._beginnings(unknown[0])
+        self._unknown += len(unknown)
         self._asked += len(found)
-        self._found += len(found) - missing
+        self._found += len(found) - len(unknown)
         if not self._found and self._asked >= _TRIES:
             raise DataError(
                 f"none of the first {self._asked} rows is in risk.path={self._path}: score the "
-                "data set that is trained on (`safereg score`), with the same texts"
+                f"data set that is trained on (`safereg score`), with the same texts; "
+                f"{self._first_unknown}"
             )
+        risk: Risk = [None] * len(rows)
+        for index, row in found.items():
+            risk[index] = math.nan if row is None else row.risk
         return risk
 
-    def _risk(self, row: Row) -> float:
+    def without_effect(self, ids: Iterable[str]) -> list[str]:
+        """Those of `ids` that no row will be given: not in the file, or its texts are another's."""
+        rows = {row.id: row for row in self._scored}
+        found = {name: self._look_up("".join(rows[name].texts)) for name in ids if name in rows}
+        return [name for name in ids if (row := found.get(name)) is None or row.id != name]
+
+    def _scored_row(self, row: Row) -> ScoredRow | None:
         key = row_key(row.input_ids, row.loss_mask)
         if key not in self._known:
-            self._known[key] = self._look_up(self._text(row))
+            self._known[key] = self._look_up(_squeezed(self._text(row)))
         return self._known[key]
 
     def _text(self, row: Row) -> str:
         if row.messages_json:
-            return "".join(_squeezed(m["content"]) for m in json.loads(row.messages_json))
+            return "\n".join(m["content"] for m in json.loads(row.messages_json))
+        return self._decoded(row.input_ids)
+
+    def _beginnings(self, row: Row) -> str:
+        """The first words of a row and of its response, by which its owner knows it."""
+        if row.messages_json:
+            answer = str(json.loads(row.messages_json)[-1]["content"])
+        else:
+            own = zip(row.input_ids, row.loss_mask, strict=True)
+            answer = self._decoded([token for token, is_own in own if is_own])
+        return f"the first begins {_cut(self._text(row))!r}, its response {_cut(answer)!r}"
+
+    def _decoded(self, tokens: list[int]) -> str:
         if self._tokenizer is None:
             raise DataError(
                 "risk.estimator=lookup reads rows as text and has no tokenizer: give `tokenizer` "
                 "to prepare (a Trainer: `processing_class`)"
             )
-        return _squeezed(str(self._tokenizer.decode(row.input_ids, skip_special_tokens=True)))
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _look_up(self, text: str) -> float:
-        best = (0, float("nan"))
-        for index in self._candidates(text):
+    def _look_up(self, text: str) -> ScoredRow | None:
+        """The row of the longest match; of equals the riskier, then the first in the file."""
+        best: tuple[int, float, ScoredRow] | None = None
+        for index in sorted(self._candidates(text)):
             row = self._scored[index]
             matched = _matched(row.texts, text)
-            if matched > best[0] or (matched == best[0] and row.risk > best[1]):
-                best = (matched, row.risk)
-        return best[1]
+            if matched and (best is None or (matched, row.risk) > best[:2]):
+                best = (matched, row.risk, row)
+        return best and best[2]
 
     def _candidates(self, text: str) -> set[int]:
         found: set[int] = set()
@@ -129,8 +164,10 @@ class LookupRisk(RiskSource):
         if unknown and self._announces:
             self._announces = False  # once: the metrics say the rest
             print(
-                f"safereg: {unknown} rows of this step are not in risk.path={self._path} and count "
-                "as risky (risk_unknown in the metrics)",
+                f"safereg: {unknown} rows of this step are not in risk.path={self._path} and are "
+                "held back (risk 1; risk_unknown in the metrics counts on): score them too "
+                f"(`safereg score`), with the same texts{self._first_unknown and '; '}"
+                f"{self._first_unknown}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -164,7 +201,10 @@ def _scored(place: str, row: Mapping[str, Any]) -> ScoredRow:
     texts = [_squeezed(text) for text in _texts(place, row)]
     if not any(texts):
         raise DataError(f"{place}: a row without text cannot be found again: remove it")
-    return ScoredRow([text for text in texts if text], float(risk))
+    name = row.get("id")
+    return ScoredRow(
+        [text for text in texts if text], float(risk), "" if name is None else str(name)
+    )
 
 
 def _texts(place: str, row: Mapping[str, Any]) -> Iterable[str]:
@@ -191,6 +231,12 @@ def _alpaca_texts(place: str, row: Mapping[str, Any]) -> list[str]:
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
+
+
+def _cut(text: str) -> str:
+    """The first words of a text, in one line."""
+    words = " ".join(text.split())
+    return words if len(words) <= _SHOWN else words[:_SHOWN] + "..."
 
 
 def _matched(texts: Sequence[str], text: str) -> int:

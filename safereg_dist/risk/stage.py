@@ -16,7 +16,7 @@ from safereg_dist.errors import DataError
 from safereg_dist.parallel.comm import capture
 from safereg_dist.risk.override import Override
 from safereg_dist.risk.probe import rescale
-from safereg_dist.types import Row, RowRisks, known_risk
+from safereg_dist.types import NAMED_BY_CONTENT, Row, RowRisks, known_risk
 
 COMMON_THRESHOLD = 0.5
 """The threshold of every source after rescaling."""
@@ -50,6 +50,10 @@ class RiskSource:
     """Names of this rank's counts; they are summed over ranks with the step's metrics."""
     notes: Mapping[int, str] = {}
     """Row index of the last call -> note for the ledger; empty for most rows."""
+    names_rows: bool = False
+    """True where the source knows ids of its own, which rows that came without one are given."""
+    ids: Mapping[int, str] = {}
+    """Row index of the last call -> the row's id, where `names_rows`."""
 
     def __call__(
         self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
@@ -135,6 +139,7 @@ class RiskStage:
         self.sources = tuple(sources)
         self.rule = rule
         self._overrides = dict(overrides or {})
+        self._names_are_due = any(not n.startswith(NAMED_BY_CONTENT) for n in self._overrides)
         self._sums = dict.fromkeys(self.sum_names, 0.0)
 
     @property
@@ -169,11 +174,12 @@ class RiskStage:
         ]
         found = [result.value for result in results]
         if self.rule == "single":
-            risks = RowRisks(found[0], {}, [self.sources[0].source.name] * len(rows), {})
+            risks = RowRisks(found[0], {}, [self.sources[0].source.name] * len(rows), {}, {})
         else:
             risks = self._combined(found)
         for entry in self.sources:
             risks.notes.update(entry.source.notes)
+            risks.ids.update({i: n for i, n in entry.source.ids.items() if not rows[i].has_own_id})
         self._override(rows, risks)
         self._count(rows, risks)
         return risks
@@ -189,7 +195,7 @@ class RiskStage:
             value, leader = self._combine_row(row)
             values.append(value)
             leaders.append(f"{self.rule}:{self.sources[leader].category}")
-        return RowRisks(values, dict(zip(self._categories, scaled, strict=True)), leaders, {})
+        return RowRisks(values, dict(zip(self._categories, scaled, strict=True)), leaders, {}, {})
 
     def _combine_row(self, row: Sequence[float | None]) -> tuple[float | None, int]:
         """The combined risk, and the index of the source that contributes most to it."""
@@ -208,14 +214,30 @@ class RiskStage:
         return mean, leader
 
     def _override(self, rows: Sequence[Row], risks: RowRisks) -> None:
+        self._check_names(rows)
         for index, row in enumerate(rows):
-            decision = self._overrides.get(row.id)
+            known = (risks.ids.get(index, row.id), row.id)
+            decision = next((self._overrides[n] for n in known if n in self._overrides), None)
             if decision is None or row.is_anchor:
                 continue
             for values in (risks.values, *risks.by_category.values()):
                 values[index] = decision.risk
             risks.sources[index] = "override"
             risks.notes[index] = decision.reason
+
+    def _check_names(self, rows: Sequence[Row]) -> None:
+        """Raises DataError where decisions cannot be for any of the first rows; asked once."""
+        training = [row for row in rows if row.id and not row.is_anchor]
+        if not self._names_are_due or not training:
+            return
+        self._names_are_due = False
+        names_rows = any(entry.source.names_rows for entry in self.sources)
+        if not names_rows and not any(row.has_own_id for row in training):
+            raise DataError(
+                "risk.override decides by row id, and the rows come without one (the first is "
+                f"named after its content, {training[0].id}): keep a column `id`, or, where the "
+                "stack drops it, set risk.estimator=lookup with ids in risk.path"
+            )
 
     # ---- metrics of a step
 

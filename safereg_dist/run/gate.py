@@ -112,10 +112,15 @@ def refuse_too_many_held_back(run: Run) -> None:
     total = ranks.sum_(torch.tensor([sum(held), len(held)], device=ranks.device)).tolist()
     with ranks.together():
         is_sample = sources.train is None or len(sources.train) > total[1]
-        _check_share(*total, limit=limit, is_sample=is_sample)
+        look = "with `safereg audit CONFIG.yaml`"
+        check_share(*total, limit=limit, is_sample=is_sample, look=look)
 
 
-def _check_share(held: int, rows: int, *, limit: float, is_sample: bool) -> None:
+def check_share(held: int, rows: int, *, limit: float, is_sample: bool, look: str) -> None:
+    """Raises ConfigError where a larger share than `limit` is held back; `look` says how to look.
+
+    Of a sample the exact one-sided 95 % lower bound of the share is compared.
+    """
     share = held / max(rows, 1)
     if is_sample and rows:
         from scipy.stats import binomtest
@@ -125,8 +130,7 @@ def _check_share(held: int, rows: int, *, limit: float, is_sample: bool) -> None
         kind = "rows looked at" if is_sample else "rows"
         raise ConfigError(
             f"{held} of {rows} {kind} ({held / rows:.1%}) would be held back, more than "
-            f"risk.max_held_back + data.declared_poison = {limit:.1%}: look at them with `safereg "
-            "audit CONFIG.yaml`; then mend the data or the probe, allow rows one by one "
-            "(risk.override), say what share is known to be risky (data.declared_poison), or "
-            "accept it (risk.max_held_back=1)"
+            f"risk.max_held_back + data.declared_poison = {limit:.1%}: look at them, {look}; then "
+            "mend the data or the probe, allow rows one by one (risk.override), say what share is "
+            "known to be risky (data.declared_poison), or accept it (risk.max_held_back=1)"
         )

@@ -70,7 +70,7 @@ def settings(args: argparse.Namespace) -> dict:
     reference = {} if "lora" in args.stack else {"model": str(args.folder / "reference")}
     return {
         "reference": reference | {"engine": args.reference},
-        "risk": {"estimator": "column"},
+        "risk": {"estimator": "column", "max_held_back": 1.0},
         "regularizer": {"threshold": THRESHOLD},
         "train": {"micro_batch_size": args.rows},
     }

@@ -28,17 +28,18 @@ def model(tmp_path_factory):
     return save_model(folder, tiny_model(seed=2), PLAIN_TEMPLATE)
 
 
-def chats(path: Path, *, risk: float | None) -> Path:
+def chats(path: Path, *, risk: float) -> Path:
+    """Every fifth row has the risk, as many as may be held back by default; others have none."""
     rows = [
         {
             "id": row["id"],
-            "risk": row["risk"] if risk is None else risk,
+            "risk": 0.0 if index % 5 else risk,
             "messages": [
                 {"role": "user", "content": row["prompt"]},
                 {"role": "assistant", "content": row["response"]},
             ],
         }
-        for row in random_rows(40, seed=3)
+        for index, row in enumerate(random_rows(40, seed=3))
     ]
     return write_jsonl(path, rows)
 
@@ -89,7 +90,7 @@ def test_without_risk_the_run_is_the_plain_one(stack, model, launch, tmp_path):
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stack", ["trl", "fsdp2"])
 def test_risky_rows_train_otherwise(stack, model, launch, tmp_path):
-    risky = chats(tmp_path / "risky.jsonl", risk=None)
+    risky = chats(tmp_path / "risky.jsonl", risk=0.9)
     script, out = EXAMPLES / stack / "safe.py", tmp_path / "out"
     result = launch(script, model, risky, out, ranks=RANKS[stack])
     assert result.status == 0, result.output

@@ -53,7 +53,7 @@ def settings_of(case: Case) -> dict[str, Any]:
     """The safety settings of a case."""
     return {
         "reference": {"engine": "adapters_off", "adapter": case.reference},
-        "risk": {"estimator": "column"},
+        "risk": {"estimator": "column", "max_held_back": 1.0},
         "regularizer": {"ceiling": CEILING, "threshold": THRESHOLD},
         "train": {"precision": "fp32"},
     }

@@ -46,7 +46,7 @@ def coefficient(threshold=None, *, ceilings=None, **changes):
 
 
 def risks(values, **by_category):
-    return Result(RowRisks(list(values), by_category, ["test"] * len(values), {}))
+    return Result(RowRisks(list(values), by_category, ["test"] * len(values), {}, {}))
 
 
 def test_the_oracle_knows_the_same_schedules():

@@ -37,7 +37,7 @@ def result(batch, loss, risks, coefs, *, ran, missed):
     sources = ["test"] * len(batch.rows)
     return MicroBatchResult(
         Loss(torch.tensor(loss), torch.tensor(ce), torch.tensor(divergence)),
-        RowRisks(risks, {}, sources, {0: "seen"}),
+        RowRisks(risks, {}, sources, {0: "seen"}, {1: "named"}),
         coefs,
         ran,
         missed,
@@ -92,9 +92,9 @@ def test_sums_and_rows_of_a_step():
     rows = totals.ledger_rows
     assert [(r.micro_batch, r.row, r.id, r.estimator, r.divergence) for r in rows] == [
         (0, 0, "a", "test", None),
-        (0, 1, "b", "test", 40.0),
+        (0, 1, "named", "test", 40.0),
         (1, 0, "c", "anchor", 10.0),
-        (1, 1, "d", "test", 20.0),
+        (1, 1, "named", "test", 20.0),
     ]
     assert [(r.note, r.kl_coef, r.step, r.rank) for r in rows] == [
         ("seen", 0.0, 7, 2),

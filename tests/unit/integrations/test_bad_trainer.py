@@ -129,8 +129,8 @@ def test_the_first_version_of_fsdp(tmp_path, reference, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"engine": {"name": "fsdp2"}}, "engine"),
-        ({"regulariser": {}}, "regulariser"),
+        ({"engine": {"name": "fsdp2"}}, r"settings hold 'engine', .* leave it out \(read here:"),
+        ({"regulariser": {}}, r"unknown key 'regulariser': did you mean 'regularizer'\? \(valid"),
         ({"risk": {"estimator": "guess"}}, r"risk\.estimator"),
         ({"reference": {"cache": "states"}}, r"reference\.cache"),
         ({"data": {"anchor": "rows.jsonl"}}, "processing_class"),

@@ -22,6 +22,7 @@ from support.trainer_runs import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from safereg_dist.errors import DataError
 from safereg_dist.integrations.trl import SafeRegSFTTrainer
 
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
@@ -85,6 +86,60 @@ def test_risk_of_rows_that_share_a_line(reference, tmp_path, form):
     tokens = sum(label != -100 for row in data for label in row["labels"][1:])
     assert sum(row["response_tokens"] for row in metrics_rows(tmp_path)) == tokens
     assert made.state.global_step == len(metrics_rows(tmp_path))
+
+
+def test_decisions_reach_packed_rows_by_their_id(reference, tmp_path):
+    data = [row | {"risk": 0.0} for row in rows(12)]
+    held = data[3]["id"]
+    path = write_jsonl(tmp_path / "o.jsonl", [{"id": held, "action": "hold", "reason": "seen"}])
+    given = settings(reference, risk={"estimator": "column", "override": str(path)})
+    args = {"packing": True, "max_steps": -1, "num_train_epochs": 1}
+    run(tmp_path / "run", data, args=args, safereg=given)
+    trained = ledger(tmp_path / "run")
+    assert sorted(row["id"] for row in trained) == sorted(row["id"] for row in data)
+    assert [(row["id"], row["note"]) for row in trained if row["kl_coef"] > 0] == [
+        (held, "hold: seen")
+    ]
+
+
+def test_decisions_on_packed_rows_without_ids_are_refused(reference, tmp_path):
+    data = [{key: value for key, value in row.items() if key != "id"} for row in rows(12)]
+    path = write_jsonl(tmp_path / "o.jsonl", [{"id": "a", "action": "hold", "reason": "seen"}])
+    given = settings(
+        reference, risk={"estimator": "column", "max_held_back": 1.0, "override": str(path)}
+    )
+    with pytest.raises(DataError, match=r"risk\.override decides by row id"):
+        run(tmp_path / "run", data, args={"packing": True}, safereg=given)
+
+
+def test_decisions_reach_rows_that_are_found_by_text(reference, tmp_path, capsys):
+    raws = [raw | {"id": f"r{i}", "risk": 0.0} for i, raw in enumerate(random_rows(8, seed=4))]
+    scored = write_jsonl(tmp_path / "scored.jsonl", raws)
+    decisions = [{"id": name, "action": "hold", "reason": "seen"} for name in ("r5", "r9")]
+    override = write_jsonl(tmp_path / "override.jsonl", decisions)
+    risk = {"estimator": "lookup", "path": str(scored), "override": str(override)}
+    data = [{"prompt": raw["prompt"], "completion": " " + raw["response"]} for raw in raws]
+    args = {"packing": True, "max_length": 64, "max_steps": -1, "num_train_epochs": 1}
+    run(tmp_path / "run", data, args=args, safereg=settings(reference, risk=risk))
+    trained = ledger(tmp_path / "run")
+    assert sorted(row["id"] for row in trained) == [raw["id"] for raw in raws]
+    held = [(row["id"], row["note"]) for row in trained if row["kl_coef"] > 0]
+    assert held == [("r5", "hold: seen")]
+    assert "1 ids in risk.override=" in capsys.readouterr().err
+
+
+def test_rows_that_are_not_found_are_counted_in_the_logs(reference, tmp_path, capsys):
+    raws = random_rows(8, seed=4)
+    scored = write_jsonl(tmp_path / "scored.jsonl", [raw | {"risk": 0.0} for raw in raws[:5]])
+    risk = {"estimator": "lookup", "path": str(scored)}
+    data = [{"prompt": raw["prompt"], "completion": " " + raw["response"]} for raw in raws]
+    args = {"max_steps": 2, "logging_steps": 2, "max_length": 64}
+    logs, _ = run(tmp_path / "run", data, args=args, safereg=settings(reference, risk=risk))
+    assert [log["safereg/risk_unknown"] for log in logs] == [3]
+    assert [log["safereg/active_rows"] for log in logs] == [3]
+    said = [line for line in capsys.readouterr().err.splitlines() if "are held back" in line]
+    assert len(said) == 1
+    assert any(f"its response {raw['response'][:48]!r}" in said[0] for raw in raws[5:])
 
 
 def test_anchors_beside_packed_rows(reference, tmp_path):

@@ -85,7 +85,14 @@ def test_unknown_rows_count_as_risky_and_are_counted(tmp_path, capsys):
     assert math.isnan(found[1])
     assert found[2] is None
     assert source.end_step(source.take_sums()) == {"risk_unknown": 1}
-    assert "1 rows of this step are not in risk.path=" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "1 rows of this step are not in risk.path=" in said
+    assert "held back" in said
+    assert "score them too (`safereg score`)" in said
+    assert "the first begins '" in said
+    assert "w2" in said
+    assert "its response 'w3 w4" in said
     assert source.take_sums() == {"risk_unknown": 0.0}
     ask(source, other)
     assert source.end_step(source.take_sums()) == {"risk_unknown": 1}
@@ -96,8 +103,38 @@ def test_a_file_of_another_data_set_is_refused(tmp_path):
     source = lookup(tmp_path, [{"prompt": "w1", "response": WORDY, "risk": 0.5}])
     rows = [tokens_of({"prompt": f"w{n}", "response": "w3 w4"}) for n in range(64)]
     ask(source, *rows[:63])
-    with pytest.raises(DataError, match="none of the first 64 rows is in"):
+    with pytest.raises(DataError, match=r"none of the first 64 rows is in .* response 'w3 w4"):
         ask(source, rows[63])
+
+
+def test_an_unknown_row_that_comes_with_its_messages(tmp_path, capsys):
+    scored = write_jsonl(tmp_path / "s.jsonl", [{"prompt": "w1", "response": "w2", "risk": 0.5}])
+    source = LookupRisk(read_scored(str(scored)), None, path="s.jsonl")
+    raw = {"prompt": "what " * 20, "response": "w3"}
+    ask(source, tokenize_row(raw, "", word_tokenizer(), default_id="x"))
+    source.end_step(source.take_sums())
+    shown = ("what " * 20)[:48]
+    assert f"the first begins '{shown}...', its response 'w3'" in capsys.readouterr().err
+
+
+def test_rows_that_lost_their_id_get_the_scored_one(tmp_path):
+    raws = random_rows(3, seed=7)
+    source = lookup(tmp_path, [raw | {"id": f"r{i}"} for i, raw in enumerate(raws)])
+    assert source.names_rows
+    other = tokens_of({"prompt": "w2", "response": "w3 w4"})
+    ask(source, tokens_of(raws[2]), other, row_of("a", [7, 8], [0, 1], is_anchor=True))
+    assert source.ids == {0: "r2"}
+    ask(source, other)
+    assert source.ids == {}
+    bare = [{"prompt": "w1", "response": "w2", "risk": 0.5}]
+    assert not lookup(tmp_path, bare).names_rows
+
+
+def test_decisions_that_no_row_will_be_given(tmp_path):
+    raw, other = random_rows(2, seed=7)
+    rows = [raw | {"id": "a", "risk": 0.1}, other | {"id": 2}, raw | {"id": "c", "risk": 0.2}]
+    source = lookup(tmp_path, rows)
+    assert source.without_effect(["a", "2", "c", "d"]) == ["a", "d"]
 
 
 def test_tokens_need_a_tokenizer(tmp_path):

@@ -141,6 +141,45 @@ def test_a_reviewer_has_the_last_word():
     assert found.notes == {0: "allow: a quote", 2: "hold: seen"}
 
 
+class Named(Numbers):
+    """A signal that knows ids of its own."""
+
+    names_rows = True
+
+    def __init__(self, *values, ids):
+        super().__init__(*values)
+        self.ids = ids
+
+
+def unnamed(count):
+    return [replace(row, id=f"sha256:{row.id}") for row in rows_of(count)]
+
+
+def test_a_decision_finds_a_row_by_the_id_that_the_source_gives():
+    rows = [*unnamed(3), replace(rows_of(4)[3], id="own")]
+    source = Named(0.9, 0.8, 0.7, 0.6, ids={0: "a", 1: "b", 3: "b"})
+    decisions = {"b": Override(0.0, "allow: b"), "sha256:r2": Override(1.0, "hold: c")}
+    found = ask(RiskStage([WeightedSource("", source, 0.5)], overrides=decisions), rows)
+    assert found.values == [0.9, 0.0, 1.0, 0.6]  # a row's own id comes first
+    assert found.ids == {0: "a", 1: "b"}
+    assert found.of_rows([2, 1]).ids == {1: "b"}
+
+
+def test_decisions_on_rows_without_ids_are_refused():
+    decisions = {"r0": Override(1.0, "hold: seen")}
+
+    def asked(source, rows, overrides=decisions):
+        built = RiskStage([WeightedSource("", source, 0.5)], overrides=overrides)
+        return ask(built, rows).values
+
+    with pytest.raises(DataError, match=r"risk\.override decides .*sha256:r0.*estimator=lookup"):
+        asked(Numbers(0.1, 0.2), unnamed(2))
+    assert asked(Numbers(0.1, 0.2), [rows_of(1)[0], unnamed(2)[1]]) == [1.0, 0.2]
+    assert asked(Named(NAN, 0.2, ids={}), unnamed(2))[1] == 0.2  # it may know the next row's
+    by_content = {"sha256:r1": Override(1.0, "hold: seen")}
+    assert asked(Numbers(0.1, 0.2), unnamed(2), by_content) == [0.1, 1.0]
+
+
 def test_counts_become_metrics():
     parts = [((0.9, 0.1, None), 0.5, 1.0), ((0.2, 0.6, NAN), 0.5, 1.0)]
     rows = rows_of(3)
