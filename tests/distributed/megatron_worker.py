@@ -29,6 +29,7 @@ megatron_on_cpu.unpacked(os.environ.get("MEGATRON_CORE", ""))
 megatron_on_cpu.patch()
 
 # ruff: noqa: E402 - the patch comes first
+import megatron.core
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -42,7 +43,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file, save_file
 
 VOCAB, LENGTH, ROWS, MICRO_BATCHES, LAYERS = 64, 16, 2, 8, 4
-THRESHOLD = 0.5
+THRESHOLD, LR = 0.5, 0.05
+KINDS = ("mixed", "none", "all", "one", "documents")
 CAUSAL = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), 1)
 
 
@@ -373,7 +375,7 @@ def train(args: argparse.Namespace) -> None:
         if step == 0:
             found = gradients(chunks)
         if optimizer is None:
-            update(chunks, lr=0.05)
+            update(chunks, lr=LR)
         else:
             optimizer.step()
         if args.save_at == step + 1:
@@ -383,6 +385,7 @@ def train(args: argparse.Namespace) -> None:
         losses.append(mean_of(reported, "lm loss"))
         reports.append({k: mean_of(reported, k) for k in (reported[0] if reported else {})})
     facts = {"losses": losses, "reports": reports, "collectives": COLLECTIVES}
+    facts["version"] = megatron.core.__version__
     if safety is not None:
         safety.finish()
         facts["bytes"] = [
@@ -507,20 +510,33 @@ def write_oracle(args: argparse.Namespace) -> None:
         for parameter in model.parameters():
             parameter.data.copy_(parameter.data.float().double())
     policy, reference = models["policy"], models["reference"]
-    for kind in ("mixed", "none", "all", "one", "documents"):
-        sums, counts = [], []
-        for item in items(0, kind):
-            total, count = micro_batch_loss(policy, reference, item)
-            sums.append(total)
-            counts.append(count)
-        per_token = sum(sums) / sum(counts)
-        means = sum(s / c for s, c in zip(sums, counts, strict=True)) / len(sums)
-        for name, loss in (("per-token", per_token), ("means", means)):
-            policy.zero_grad()
-            loss.backward(retain_graph=True)
-            grads = {k: p.grad.clone() for k, p in policy.named_parameters()}
-            loss_value = loss.detach().view(1)
-            save_file({"loss": loss_value, **grads}, args.folder / f"{kind}-{name}.safetensors")
+    start = {
+        name: value.clone() for name, value in policy.state_dict().items() if value is not None
+    }
+    for kind in KINDS:
+        for normaliser in ("per-token", "means"):
+            policy.load_state_dict(start, strict=False)
+            losses, first = [], {}
+            for step in range(args.steps if kind == "mixed" else 1):
+                reported, loss = losses_of(policy, reference, items(step, kind), normaliser)
+                policy.zero_grad()
+                loss.backward()
+                losses.append(reported)
+                first = first or {k: p.grad.clone() for k, p in policy.named_parameters()}
+                for parameter in policy.parameters():
+                    parameter.data.add_(parameter.grad, alpha=-LR)
+            # A report counts tokens; a pair's is the mean of means.
+            found = {"losses": torch.tensor(losses, dtype=torch.float64), **first}
+            save_file(found, args.folder / f"{kind}-{normaliser}.safetensors")
+
+
+def losses_of(policy, reference, batch: list, normaliser: str):
+    """(the loss that is reported, the loss that is trained) of a step."""
+    pairs = [micro_batch_loss(policy, reference, item) for item in batch]
+    sums, counts = zip(*pairs, strict=True)
+    per_token = sum(sums) / sum(counts)
+    means = sum(s / c for s, c in zip(sums, counts, strict=True)) / len(pairs)
+    return float(per_token.detach()), means if normaliser == "means" else per_token
 
 
 def micro_batch_loss(policy, reference, item):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from megatron_cases import EXPERTS, LAYOUTS, errors_of, facts, normaliser, tensors
 from support.builders import write_jsonl
 from support.launching import Launcher
 from support.step_cost import read_cost
@@ -28,17 +28,6 @@ pytest.importorskip("megatron.core")
 WORKER = Path(__file__).with_name("megatron_worker.py")
 EXAMPLES = Path(__file__).resolve().parents[2] / "launch" / "examples" / "megatron"
 RTOL = 1e-5
-# layout, its ranks, its options
-LAYOUTS = {
-    "tp2": (2, ()),
-    "tp2-sp": (2, ()),
-    "pp2": (2, ()),
-    "pp2-vpp2": (2, ()),
-    "cp2": (2, ("--per-token",)),
-    "tp2-pp2-sp": (4, ()),
-    "dp2-tp2": (4, ("--overlap",)),
-    "dp2-pp2": (4, ("--per-token",)),
-}
 VARIANTS = {
     "full-recompute": ("pp2", 2, ("--recompute", "full")),
     "selective-recompute": ("dp1", 1, ("--recompute", "selective")),
@@ -84,14 +73,6 @@ def train(made, launch, tmp_path_factory):
     return run
 
 
-def tensors(out: Path, ranks: int) -> list[dict[str, torch.Tensor]]:
-    return [load_file(out.with_suffix(f".{rank}")) for rank in range(ranks)]
-
-
-def facts(out: Path, rank: int = 0) -> dict:
-    return json.loads(out.with_suffix(f".{rank}.json").read_text())
-
-
 def weights(out: Path, ranks: int) -> list[dict[str, torch.Tensor]]:
     return [
         {name: tensor for name, tensor in own.items() if name.startswith("weight ")}
@@ -99,29 +80,14 @@ def weights(out: Path, ranks: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def check(out: Path, ranks: int, folder: Path, kind: str, normaliser: str) -> None:
-    """Every rank's gradients are their part of the judge's."""
-    wanted = load_file(folder / f"{kind}-{normaliser}.safetensors")
-    seen = set()
-    for own in tensors(out, ranks):
-        for name, gradient in own.items():
-            if name.startswith("weight "):
-                continue
-            if name not in wanted:  # tied: the last stage's copy of the embedding
-                name = "embedding.word_embeddings.weight"
-            whole = wanted[name]
-            parts = [whole]
-            for dim, (size, length) in enumerate(zip(gradient.shape, whole.shape, strict=True)):
-                if size != length:
-                    parts = whole.chunk(length // size, dim)
-            errors = [float((gradient.double() - p).norm() / p.norm()) for p in parts]
-            assert min(errors) < RTOL, f"{name}: {errors}"
-            seen.add(name)
-    assert seen == wanted.keys() - {"loss"}
-
-
-def normaliser(options) -> str:
-    return "per-token" if "--per-token" in options else "means"
+def check(
+    out: Path, ranks: int, folder: Path, kind: str, normaliser: str, *, counts_tokens: bool = True
+) -> None:
+    """Every rank's gradients are the judge's, and so is the loss of a report that counts tokens."""
+    errors = errors_of(out, ranks, folder, kind, normaliser)
+    assert not errors.missing
+    assert errors.gradient < RTOL
+    assert errors.first_loss < 1e-6 or not counts_tokens
 
 
 def kind(options) -> str:
@@ -137,8 +103,6 @@ def test_every_layout_gives_the_equations(layout, train, made):
     out = train(layout, ranks, *options)
     check(out, ranks, made(), "mixed", normaliser(options))
     last = facts(out, ranks - 1)
-    loss = load_file(made() / "mixed-per-token.safetensors")["loss"]
-    assert last["losses"][0] == pytest.approx(float(loss), rel=1e-6)  # a report counts tokens
     policy, reference = last["bytes"]
     assert reference == policy  # the policy's own share, no more
     assert last["reports"][0]["safereg/kl_coef"] == 3 / 16
@@ -147,7 +111,10 @@ def test_every_layout_gives_the_equations(layout, train, made):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_options_of_a_run(name, train, made):
     layout, ranks, options = VARIANTS[name]
-    check(train(layout, ranks, *options), ranks, made(), kind(options), normaliser(options))
+    out = train(layout, ranks, *options)
+    counts_tokens = "--two-tuple" not in options
+    found = (kind(options), normaliser(options))
+    check(out, ranks, made(), *found, counts_tokens=counts_tokens)
 
 
 def test_tied_embeddings_over_a_pipeline(train, made):
@@ -156,8 +123,7 @@ def test_tied_embeddings_over_a_pipeline(train, made):
 
 def test_experts_over_data_parallel_ranks(train, made):
     """One replica has no risky row: it still joins the other's reference passes."""
-    model = ("--experts", "4")
-    check(train("ep2", 2, model=model), 2, made(*model), "mixed", "means")
+    check(train("ep2", 2, model=EXPERTS), 2, made(*EXPERTS), "mixed", "means")
 
 
 @pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2"])
