@@ -48,6 +48,11 @@ def batch_of_stream(item: Mapping[str, Any]) -> MicroBatch:
             f"expected tokens, labels and loss_mask of one shape [B, S], got {tokens.shape}, "
             f"{labels.shape} and {mask.shape}"
         )
+    if not np.isin(mask, (0, 1)).all():
+        raise DataError(
+            "loss_mask holds other values than 0 and 1: weights of single tokens are the "
+            "regulariser's, give the mask alone"
+        )
     spans = _spans(tokens, item.get("position_ids"))
     real = np.ones(tokens.shape, bool)
     columns = RowColumns(item.get("risk"), item.get("id"), item.get("is_anchor"))

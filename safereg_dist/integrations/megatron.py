@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from safereg_dist.config import Config
 from safereg_dist.data.stream import batch_of_stream
-from safereg_dist.errors import ConfigError
+from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.factory.prepare import assemble, config_of, read_settings
 from safereg_dist.factory.references import BuiltReference, reference_backend
 from safereg_dist.factory.risk import build_risk, configured_overrides, read_sources
@@ -89,6 +89,7 @@ class MegatronSafety:
         self._read_item = read_item or (lambda item: item)
         self._tokenizer = tokenizer
         self._provider: Callable[..., nn.Module] | None = None
+        self._given: Sequence[nn.Module] | Callable[[], Sequence[nn.Module]] = ()
         self._calls_of_provider: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._run: _Run | None = None
         self._loaded: Path | None = None
@@ -116,7 +117,6 @@ class MegatronSafety:
         They need the policy's layout, and hold its weights unless `load_reference` or
         `reference.model` fills them.
         """
-        self._provider = None
         self._given = reference
         return self
 
@@ -230,16 +230,17 @@ class MegatronSafety:
         run.recorder.start(self._loaded)
 
     def _build_reference(self, policy: Sequence[nn.Module]) -> list[nn.Module]:
-        if self._provider is None and not hasattr(self, "_given"):
+        given = self._given
+        if self._provider is None and not given:
             raise ConfigError(
                 "there is no reference: wrap `model_provider`, or give `attach` its chunks"
             )
         with same_random_numbers():
-            if self._provider is not None:
+            if given or self._provider is None:
+                found = list(given() if callable(given) else given)
+            else:
                 calls = self._calls_of_provider[: len(policy)]
                 found = [self._provider(*args, **kwargs) for args, kwargs in calls]
-            else:
-                found = list(self._given() if callable(self._given) else self._given)
         if len(found) != len(policy):
             raise ConfigError(
                 f"the reference has {len(found)} chunks on this rank, the policy {len(policy)}: "
@@ -334,7 +335,7 @@ class _Run:
         words, agreement = -(-count // _BITS), None
         read = capture(data.read)
         if self.regularizer is not None:
-            batches = [_batch(read, read_item, i, self.failed) for i in range(count)]
+            batches = [_batch(read, read_item, i, data.shape, self.failed) for i in range(count)]
             owned = self.regularizer.open(batches, step=step)
             passes = owned.micro_batches[0].plan
             assert passes is not None
@@ -373,7 +374,10 @@ class _Run:
         )
 
     def _weights(self, plan: _Plan, shape: tuple[int, int]) -> Tensor:
-        """[len(active), 3, B, S / cp] on the host, the same on all ranks of the head's group."""
+        """[len(active), 3, B, S / cp] on the host, the same on all ranks of the head's group.
+
+        One host sync.
+        """
         layout = self.layout
         own = torch.zeros(len(plan.active), 3, *shape, dtype=torch.float32)
         if plan.owned is not None:
@@ -382,8 +386,6 @@ class _Run:
                 batch, coef = plan.batches[index], _coefficients(plan.owned, index)
                 task, divergence = self.regularizer.objective.token_weights(batch, coef)
                 flat = own[place].flatten(1)
-                # A token whose mask is not 1 counts as often as the mask says: the stack's own
-                # loss function multiplies by it.
                 flat[TASK, batch.response_index] = task
                 flat[DIVERGENCE, batch.response_index] = divergence
                 flat[MASK, batch.response_index] = 1.0
@@ -653,6 +655,7 @@ def _batch(
     read: Result[list[list[Any] | None]],
     read_item: Callable[[Any], Any],
     index: int,
+    shape: tuple[int, int],
     failed: Exception | None,
 ) -> MicroBatch:
     """The rows of one micro-batch; an error travels in it."""
@@ -664,7 +667,13 @@ def _batch(
                 "the first tensor-parallel rank of the last stage has no data iterator: it reads "
                 "labels there in Megatron-LM; give it one"
             )
-        return batch_of_stream(read_item(own[index]))
+        batch = batch_of_stream(read_item(own[index]))
+        if batch.input_ids.shape != shape:
+            raise DataError(
+                f"expected micro-batches of {shape[0]} lines of {shape[1]} tokens, as the schedule "
+                f"was told, got {tuple(batch.input_ids.shape)}: pad each line to seq_length"
+            )
+        return batch
 
     found = Result(error=failed) if failed is not None else read.then(rows)
     error = found.error

@@ -57,5 +57,3 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{type(model).__name__} has no `output_layer`, inside which the loss is computed"
             )
-    if getattr(arguments.get("forward_step_func"), "return_schedule_plan", False):
-        raise ConfigError("a forward step that returns a schedule plan cannot be used")

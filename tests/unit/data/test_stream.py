@@ -62,6 +62,7 @@ def test_rows_without_names_are_named_after_their_content():
     [
         ({"labels": None}, "expected the tensors tokens, labels, loss_mask"),
         ({"loss_mask": MASK[:, :5]}, "of one shape"),
+        ({"loss_mask": MASK / 2}, "other values than 0 and 1"),
         ({"risk": torch.tensor([0.5])}, "a value of `risk` for each of the 2 rows"),
         ({"risk": torch.tensor([0.5, 1.5])}, r"expected a number in \[0, 1\]"),
     ],

@@ -28,7 +28,7 @@ class Chunk(nn.Module):
 
 
 def check(**options):
-    check_arguments({"model": Chunk(**options), "forward_step_func": None})
+    check_arguments({"model": Chunk(**options)})
 
 
 def test_a_plain_configuration_passes():
@@ -53,7 +53,7 @@ def test_a_last_stage_without_an_output_layer():
     chunk = Chunk()
     del chunk.output_layer
     with pytest.raises(ConfigError, match="no `output_layer`"):
-        check_arguments({"model": [chunk], "forward_step_func": None})
+        check_arguments({"model": [chunk]})
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_last_stage_without_an_output_layer():
     [
         ({"risk": {"estimator": "probe", "path": "p"}}, "risk.estimator=probe does not run"),
         ({"reference": {"engine": "whole"}}, "belong to other stacks"),
-        ({"model": "m"}, "settings hold model"),
+        ({"model": "m"}, "settings hold .model., which the loop or the stack"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message, tmp_path):
