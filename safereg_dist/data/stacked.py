@@ -34,6 +34,8 @@ class RowColumns(NamedTuple):
 
 
 NO_COLUMNS = RowColumns()
+Span = tuple[int, int, int]
+"""(line, first, last): a row's tokens lie in line at first .. last - 1."""
 
 
 def batch_of(inputs: Mapping[str, Any], columns: RowColumns = NO_COLUMNS) -> MicroBatch:
@@ -73,24 +75,49 @@ def batch_of(inputs: Mapping[str, Any], columns: RowColumns = NO_COLUMNS) -> Mic
         known_row(ids[line, first:last].tolist(), mask.tolist(), *fact)
         for (line, first, last), mask, fact in zip(spans, masks, facts, strict=True)
     ]
-    width, device = ids.shape[1], inputs["input_ids"].device
+    width = ids.shape[1]
     # A row's first token is predicted by nothing; the state at t - 1 predicts token t.
     places = [
         line * width + first + 1 + np.flatnonzero(mask[1:])
         for (line, first, _), mask in zip(spans, masks, strict=True)
     ]
+    flat = np.concatenate(places) if places else np.empty(0, np.int64)
+    return flat_batch(
+        inputs["input_ids"],
+        rows,
+        [own - 1 for own in places],
+        labels.reshape(-1)[flat],
+        spans,
+        position_ids=inputs["position_ids"] if len(spans) > len(ids) else None,
+    )
+
+
+def flat_batch(
+    input_ids: Tensor,
+    rows: Sequence[Row],
+    places: Sequence[np.ndarray],
+    labels: np.ndarray,
+    spans: Sequence[Span],
+    *,
+    position_ids: Tensor | None = None,
+) -> MicroBatch:
+    """The micro-batch of rows found at `spans`; its tensors lie where `input_ids` does.
+
+    `places` are, of each row, the flat indices of the states that predict its response tokens;
+    `labels` [T] these tokens.
+    """
+    width, device = input_ids.shape[1], input_ids.device
     counts = [len(own) for own in places]
     flat = np.concatenate(places) if places else np.empty(0, np.int64)
-    is_packed = len(spans) > len(ids)
     return MicroBatch(
-        input_ids=inputs["input_ids"],
-        response_index=torch.from_numpy(flat - 1).to(device),
-        labels=torch.from_numpy(labels.reshape(-1)[flat].astype(np.int64)).to(device),
+        input_ids=input_ids,
+        response_index=torch.from_numpy(flat).to(device),
+        labels=torch.from_numpy(labels.astype(np.int64)).to(device),
         row_of_token=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(device),
         tokens_of_row=tuple(counts),
         row_begins=tuple(line * width + first for line, first, _ in spans),
         rows=tuple(rows),
-        position_ids=inputs["position_ids"] if is_packed else None,
+        position_ids=position_ids,
     )
 
 
@@ -102,10 +129,6 @@ def _host(inputs: Mapping[str, Any], name: str) -> np.ndarray:
             "must give input_ids and labels"
         )
     return tensor.detach().cpu().numpy()
-
-
-Span = tuple[int, int, int]
-"""(line, first, last): a row's tokens lie in line at first .. last - 1."""
 
 
 def _spans(

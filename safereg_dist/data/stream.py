@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safereg_dist.data.stacked import RowColumns, facts_of_rows, known_row
+from safereg_dist.data.stacked import RowColumns, Span, facts_of_rows, flat_batch, known_row
 from safereg_dist.errors import DataError
 from safereg_dist.types import MicroBatch
 
@@ -65,19 +65,10 @@ def batch_of_stream(item: Mapping[str, Any]) -> MicroBatch:
         rows.append(known_row(ids, own_mask, *fact))
         places.append(line * tokens.shape[1] + first + predicted)
     flat = np.concatenate(places) if places else np.empty(0, np.int64)
-    counts = [len(own) for own in places]
-    return MicroBatch(
-        input_ids=torch.from_numpy(tokens),
-        response_index=torch.from_numpy(flat),
-        labels=torch.from_numpy(labels.reshape(-1)[flat].astype(np.int64)),
-        row_of_token=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
-        tokens_of_row=tuple(counts),
-        row_begins=tuple(line * tokens.shape[1] + first for line, first, _ in spans),
-        rows=tuple(rows),
-    )
+    return flat_batch(torch.from_numpy(tokens), rows, places, labels.reshape(-1)[flat], spans)
 
 
-def _spans(tokens: np.ndarray, position_ids: Any) -> list[tuple[int, int, int]]:
+def _spans(tokens: np.ndarray, position_ids: Any) -> list[Span]:
     """(line, first, last) of every document."""
     starts = np.zeros(tokens.shape, bool)
     starts[:, 0] = True

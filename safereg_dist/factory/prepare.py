@@ -154,7 +154,7 @@ def assemble(
     *,
     specs: list[SourceSpec],
     risk: RiskStage,
-    reference: Any,
+    reference: Reference | NoReference,
     ranks: Ranks,
 ) -> SafetyRegularizer:
     """The stages around the policy, put together. Collectives: none."""
@@ -168,12 +168,17 @@ def assemble(
             ceilings=category_ceilings(specs),
         ),
         reference=reference,
-        objective=Objective(
-            config.regularizer,
-            chunk_tokens=config.train.chunk_tokens,
-            head_bytes=config.train.head_bytes,
-        ),
+        objective=objective_of(config),
         ranks=ranks,
+    )
+
+
+def objective_of(config: Config) -> Objective:
+    """The loss that the configuration asks for."""
+    return Objective(
+        config.regularizer,
+        chunk_tokens=config.train.chunk_tokens,
+        head_bytes=config.train.head_bytes,
     )
 
 

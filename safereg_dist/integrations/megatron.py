@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from safereg_dist.config import Config
 from safereg_dist.data.stream import batch_of_stream
 from safereg_dist.errors import ConfigError, DataError
-from safereg_dist.factory.prepare import assemble, config_of, read_settings
+from safereg_dist.factory.prepare import assemble, config_of, objective_of, read_settings
 from safereg_dist.factory.references import BuiltReference, reference_backend
 from safereg_dist.factory.risk import build_risk, configured_overrides, read_sources
 from safereg_dist.integrations.megatron_checks import check_arguments, check_config
@@ -45,8 +45,9 @@ from safereg_dist.parallel.megatron import (
 )
 from safereg_dist.reference import NoReference
 from safereg_dist.reference.reference import ReferenceSchedule, schedule_rows
+from safereg_dist.risk.stage import RiskStage
 from safereg_dist.step import SafetyRegularizer, StepPlan
-from safereg_dist.types import Head, Loss, MicroBatch, MicroBatchResult, Row
+from safereg_dist.types import Head, Loss, MicroBatch, MicroBatchResult, Row, known_risk
 
 _BITS = 60
 """Micro-batches whose flags one number of the agreement carries."""
@@ -223,7 +224,7 @@ class MegatronSafety:
             None,
             specs=specs,
             risk=risk,
-            reference=_Agreed(run),
+            reference=_Agreed(run, risk),
             ranks=ranks,
         )
         run.recorder = Recorder(run.regularizer, self._output_dir, self._settings)
@@ -277,7 +278,6 @@ class MegatronSafety:
 class _Plan:
     """What is decided of one step before its schedule."""
 
-    step: int
     batches: list[MicroBatch]
     """On the owner: the rows of each micro-batch."""
     owned: StepPlan | None
@@ -302,6 +302,7 @@ class _Run:
     def __init__(self, config: Config, layout: Layout, chunks: Sequence[nn.Module]) -> None:
         self.config = config
         self.layout = layout
+        self.objective = objective_of(config)
         self.chunks = [innermost(chunk) for chunk in chunks]
         self.recorders = [CallRecorder(chunk) for chunk in self.chunks]
         last = self.chunks[-1]
@@ -350,7 +351,6 @@ class _Run:
         to_run = _needed(active, [_places(row[:words]) for row in table], count, self.layout)
         risk, risk_rows, coef, rows = own[words:]
         plan = _Plan(
-            step=step,
             batches=batches,
             owned=owned,
             active=active,
@@ -381,10 +381,9 @@ class _Run:
         layout = self.layout
         own = torch.zeros(len(plan.active), 3, *shape, dtype=torch.float32)
         if plan.owned is not None:
-            assert self.regularizer is not None
             for place, index in enumerate(plan.active):
                 batch, coef = plan.batches[index], _coefficients(plan.owned, index)
-                task, divergence = self.regularizer.objective.token_weights(batch, coef)
+                task, divergence = self.objective.token_weights(batch, coef)
                 flat = own[place].flatten(1)
                 flat[TASK, batch.response_index] = task
                 flat[DIVERGENCE, batch.response_index] = divergence
@@ -471,7 +470,7 @@ class _Run:
             plan.losses[index] = labels.new_zeros(2, *labels.shape, dtype=torch.float32)
             return flat[:, :0].sum().float() + torch.zeros_like(labels, dtype=torch.float32)
         place = chosen.to(flat.device, non_blocking=True)
-        found = self._objective.of_tokens(
+        found = self.objective.of_tokens(
             flat.index_select(0, place),
             Head(head, None, None, 1.0),  # type: ignore[arg-type]
             labels.flatten().index_select(0, place),
@@ -504,15 +503,6 @@ class _Run:
         flat = states.transpose(0, 1).flatten(0, 1).index_select(0, place)
         return {"reference_hidden": flat, "reference_head": output.weight.detach()}
 
-    @functools.cached_property
-    def _objective(self) -> Any:
-        from safereg_dist.objective import Objective
-
-        train = self.config.train
-        return Objective(
-            self.config.regularizer, chunk_tokens=train.chunk_tokens, head_bytes=train.head_bytes
-        )
-
     # ---- after the schedule
 
     def close(self, plan: _Plan) -> None:
@@ -540,29 +530,23 @@ class _Run:
             assert rows is not None
             place = batch.response_index.to(plan.losses[index].device)
             ce, divergence = plan.losses[index].flatten(1).index_select(1, place)
-            task, weight = (w.to(ce.device) for w in self._token_weights(batch, rows.kl_coef))
+            task, weight = (
+                w.to(ce.device) for w in self.objective.token_weights(batch, rows.kl_coef)
+            )
             total = (task * ce + torch.where(weight > 0, weight * divergence, 0.0)).sum()
             loss = Loss(total / owned.num_tokens.clamp_min(1), ce * (task > 0), divergence)
             ran = len(batch.rows) if index in plan.to_run else 0
             owned.metrics.add(batch, MicroBatchResult(loss, rows.risk, rows.kl_coef, ran, 0))
         recorder.close(owned, lr=float("nan"), grad_norm=float("nan"))
 
-    def _token_weights(self, batch: MicroBatch, coef: list[float]) -> tuple[Tensor, Tensor]:
-        assert self.regularizer is not None
-        return self.regularizer.objective.token_weights(batch, coef)
 
-
-class _Agreed:
+class _Agreed(NoReference):
     """Stands where `SafetyRegularizer` asks its reference: schedules, and agrees over all ranks."""
 
-    runs_policy = False
-
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _Run, risk: RiskStage) -> None:
         self._run = run
+        self._risk = risk
         self._sums: list[int] = [0, 0, 0, 0]
-
-    def bind(self, engine: Callable[..., Any]) -> None:
-        """Nothing to run."""
 
     def schedule(
         self,
@@ -574,7 +558,7 @@ class _Agreed:
     ) -> ReferenceSchedule:
         """Which rows are active. Collectives: none."""
         coef = sum(round(value * _UNIT) for value in kl_coef)
-        known = [row.risk for row in rows if row.risk is not None and not row.is_anchor]
+        known = [known_risk(value) for value in self._risk.last.values if value is not None]
         risk = sum(round(value * _UNIT) for value in known)
         self._sums = [risk, len(known), coef, len(rows)]
         return schedule_rows(rows, kl_coef, sizes=sizes, may_sort=may_sort)

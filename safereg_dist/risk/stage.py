@@ -140,6 +140,8 @@ class RiskStage:
         self.rule = rule
         self._overrides = dict(overrides or {})
         self._names_are_due = any(not n.startswith(NAMED_BY_CONTENT) for n in self._overrides)
+        self.last = RowRisks.none(0)
+        """What the last call gave."""
         self._sums = dict.fromkeys(self.sum_names, 0.0)
 
     @property
@@ -182,6 +184,7 @@ class RiskStage:
             risks.ids.update({i: n for i, n in entry.source.ids.items() if not rows[i].has_own_id})
         self._override(rows, risks)
         self._count(rows, risks)
+        self.last = risks
         return risks
 
     def _combined(self, found: list[Risk]) -> RowRisks:

@@ -53,7 +53,7 @@ def losses(output: str) -> list[float]:
     return [float(a or b) for a, b in LOSS.findall(output)]
 
 
-@pytest.mark.parametrize("stack", RANKS)
+@pytest.mark.parametrize("stack", [*RANKS, "megatron"])
 def test_ten_lines_at_most(stack):
     plain, safe = (
         (EXAMPLES / stack / f"{n}.py").read_text().splitlines() for n in ("plain", "safe")

@@ -105,7 +105,11 @@ def test_every_layout_gives_the_equations(layout, train, made):
     last = facts(out, ranks - 1)
     policy, reference = last["bytes"]
     assert reference == policy  # the policy's own share, no more
-    assert last["reports"][0]["safereg/kl_coef"] == 3 / 16
+    report = last["reports"][0]
+    assert report["safereg/kl_coef"] == 3 / 16
+    [row] = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert report["safereg/risk"] == pytest.approx(row["risk_mean"], abs=1e-8)
+    assert report["safereg/divergence"] == pytest.approx(row["divergence"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
