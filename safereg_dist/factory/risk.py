@@ -3,7 +3,7 @@
 import hashlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,10 +164,12 @@ def build_risk(
     overrides: Mapping[str, Override],
     policy: WeightsFacts | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    probe_risk: Callable[[SourceSpec], RiskSource] | None = None,
 ) -> RiskStage:
     """The risk stage of a run; `policy` may be None where nothing trains (audit).
 
     `tokenizer` is given where rows come as tokens only; a source that reads text needs it.
+    `probe_risk` makes the source of a probe where a stack runs the probed model itself.
 
     Raises:
         ProbeError: a probe belongs to another model.
@@ -177,7 +179,7 @@ def build_risk(
     """
     if not config.needs_risk:
         return RiskStage([WeightedSource("", RiskSource(), DEFAULT_THRESHOLD)])
-    build = _Builder(config, backend, reference, policy, tokenizer)
+    build = _Builder(config, backend, reference, policy, tokenizer, probe_risk)
     sources = [WeightedSource(s.category, build(s), s.threshold, s.weight) for s in specs]
     rule = "max" if len(sources) > 1 else "single"  # one folder: prompts and responses
     if config.risk.is_composite:
@@ -195,8 +197,10 @@ class _Builder:
         reference: BuiltReference,
         policy: WeightsFacts | None,
         tokenizer: PreTrainedTokenizerBase | None,
+        probe_risk: Callable[[SourceSpec], RiskSource] | None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._of_probe = probe_risk or self._probe_risk
         self._config = config
         self._backend = backend
         self._reference = reference
@@ -222,7 +226,7 @@ class _Builder:
                     path=spec.path,
                     announces=self._backend.ranks.is_main,
                 )
-        return self._probe_risk(spec)
+        return self._of_probe(spec)
 
     def _probe_risk(self, spec: SourceSpec) -> RiskSource:
         assert spec.probe is not None

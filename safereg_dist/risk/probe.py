@@ -296,6 +296,27 @@ def pool_spans(
     return states.masked_fill(~inside[..., None], 0.0).sum(1) / (last - first + 1)[:, None]
 
 
+def pool_share(
+    hidden: Tensor, positions: Tensor, *, rows: Tensor, first: Tensor, last: Tensor, pooling: str
+) -> Tensor:
+    """[N, H] float32 what these positions of a sequence add to `pool_spans`.
+
+    The sum over ranks that hold all positions once is the pooled states.
+
+    Args:
+        hidden: [B, S_own, H] states.
+        positions: [S_own] int64 their places in the sequence, which `first` and `last` count in.
+    Collectives: none, and no host synchronisation.
+    """
+    begin = last if pooling.startswith("last_") else first
+    inside = (positions >= begin[:, None]) & (positions <= last[:, None])
+    if begin is last:
+        states = hidden[rows, inside.int().argmax(dim=1)].float()
+        return states.masked_fill(~inside.any(dim=1)[:, None], 0.0)
+    states = hidden.index_select(0, rows).float()
+    return states.masked_fill(~inside[..., None], 0.0).sum(1) / (last - first + 1)[:, None]
+
+
 def rescale(risk: float, threshold: float) -> float:
     """Maps a risk so that the threshold becomes 0.5: piecewise linear, 0 and 1 are fixed.
 

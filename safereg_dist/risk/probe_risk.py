@@ -1,7 +1,7 @@
 """Stage 1, with a probe: risk from hidden states of the policy or of the frozen reference."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,7 +18,7 @@ from safereg_dist.regions import PROBE, region
 from safereg_dist.risk.probe import Probe, pool_spans
 from safereg_dist.risk.stage import ProbedStates, Risk, RiskSource
 from safereg_dist.storage.score_cache import CachedScore, ScoreCache
-from safereg_dist.types import Row, to_device
+from safereg_dist.types import Row, known_risk, to_device
 
 
 class PolicyProbeRisk(RiskSource):
@@ -45,6 +45,48 @@ class PolicyProbeRisk(RiskSource):
         return turns, pooled_turns(self._probe, probed.hidden, probed.row_begins, turns)
 
 
+class LaggedProbeRisk(RiskSource):
+    """A probe on the policy where states come too late for the step that they belong to.
+
+    Every row of a step has the mean risk of this replica's rows in the step before; in the first
+    step 1, the safe side. Made for granularity `batch`, whose coefficient is one for all rows.
+    """
+
+    name = "probe-policy-lagged"
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self._last = 1.0
+
+    def __call__(
+        self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
+    ) -> Risk:
+        """The last step's mean on every row with a prompt. Collectives: none."""
+        return [self._last if row.prompt_ends and not row.is_anchor else None for row in rows]
+
+    def learn(self, risks: Risk) -> None:
+        """Takes the risks of the rows of the step that has just run."""
+        known = [known_risk(risk) for risk in risks if risk is not None]
+        self._last = math.fsum(known) / len(known) if known else self._last
+
+    def end_step(self, total: Mapping[str, float]) -> dict[str, float | int]:
+        """Says that the risk is one of an earlier step."""
+        return {"risk_lag": 1}
+
+    def save_state(self, path: Path) -> None:
+        """Writes the last mean as safetensors."""
+        tensors = {"last": torch.tensor(self._last, dtype=torch.float64)}
+        save_file(tensors, path, metadata={"probe": self.probe.identity})
+
+    def load_state(self, path: Path) -> None:
+        """Restores what `save_state` wrote.
+
+        Raises:
+            CheckpointError: it cannot be read, or belongs to another probe.
+        """
+        self._last = float(_read_state(path, self.probe)["last"])
+
+
 class ReferenceTrunkPrefix(Protocol):
     """Runs the reference's first layers (`reference.Reference`)."""
 
@@ -66,81 +108,35 @@ def scorer_name(probe: Probe, reference_fingerprint: str, precision: str) -> str
     return f"probe {probe.identity} on {reference_fingerprint} {precision}"
 
 
-class ReferenceProbeRisk(RiskSource):
-    """A probe on the frozen reference, run up to the probed layer only.
+class CachedProbeRisk(RiskSource):
+    """A probe on the frozen reference. A row's risk is computed once and cached by its content.
 
     A prompt-side probe reads prompt tokens and no others; a response-side one reads the answer that
-    the row teaches, teacher-forced. Neither text nor reference changes, so a row's risk is computed
-    once and cached by its content, in memory and on disk.
+    the row teaches, teacher-forced. Neither text nor reference changes. This class knows what is
+    missing and what has been learned; who runs the reference is a subclass's affair, or another's.
     """
 
     name = "probe-reference"
 
-    def __init__(
-        self,
-        probe: Probe,
-        reference: ReferenceTrunkPrefix,
-        *,
-        ranks: Ranks,
-        rows_per_pass: int,
-        known: KnownRisks | None = None,
-        is_asked_seldom: bool = False,
-    ) -> None:
-        """`is_asked_seldom`: not called on every row, so a row may be new to it in any epoch."""
+    def __init__(self, probe: Probe, *, known: KnownRisks | None = None) -> None:
         self.probe = probe
-        self._reference = reference
-        self._ranks = ranks
-        self._rows_per_pass = rows_per_pass
         self._known = known
-        self._is_asked_seldom = is_asked_seldom
         self.cache: dict[str, float] = {}
 
-    @region(PROBE)
     def __call__(
         self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
     ) -> Risk:
-        """Cached risk, computed first where it is missing.
+        """Cached risk of every row; what is `missing` is learned before. Collectives: none."""
+        return [None if key is None else self.cache[key] for key in self.keys(rows)]
 
-        Collectives: none after the first epoch; before that one 8-byte MAX all-reduce, and the
-        reference's own for the layers run. An unreadable cache raises the error on all ranks in
-        the all-reduce; an unwritable one raises it after the last pass.
-        """
-        keys = self._keys(rows)
-        if in_first_epoch or self._is_asked_seldom:
-            self._score_missing(rows, keys)
-        return [None if key is None else self.cache[key] for key in keys]
-
-    def _score_missing(self, rows: Sequence[Row], keys: list[str | None]) -> None:
-        missing = capture(self._missing, keys)
-        passes = self._ranks.max_over_ranks(
-            missing.then(lambda places: -(-len(places) // self._rows_per_pass))
-        )
-        new: dict[str | None, float | None] = {}
-        for i in range(passes):
-            group = missing.value[i * self._rows_per_pass : (i + 1) * self._rows_per_pass]
-            new |= self._score(rows, group, keys)
-        self._remember(new)
-
-    def pooled(self, rows: Sequence[Row], turns: "Turns") -> Tensor:
-        """[N, H] states of the turns of all rows, in order, without the cache.
-
-        The number of passes depends on the number of rows only, so it is the same on every rank.
-        """
-        pieces = []
-        for begin in range(0, len(rows), self._rows_per_pass):
-            group = range(begin, min(begin + self._rows_per_pass, len(rows)))
-            wanted = sorted({row for row in turns.rows if row in group})
-            pieces.append(self._run(rows, wanted)[1])
-        return torch.cat(pieces)
-
-    def _keys(self, rows: Sequence[Row]) -> list[str | None]:
+    def keys(self, rows: Sequence[Row]) -> list[str | None]:
         """Key of each row's content; None on rows that have no risk."""
         return [
             probe_key(row, self.probe.position) if row.prompt_ends and not row.is_anchor else None
             for row in rows
         ]
 
-    def _missing(self, keys: list[str | None]) -> list[int]:
+    def missing(self, keys: Sequence[str | None]) -> list[int]:
         """Index of the first row of each key that is cached neither in memory nor on disk."""
         found: dict[str, int] = {}
         for index, key in enumerate(keys):
@@ -152,32 +148,12 @@ class ReferenceProbeRisk(RiskSource):
             found = {key: index for key, index in found.items() if key not in stored}
         return list(found.values())
 
-    def _score(
-        self, rows: Sequence[Row], group: list[int], keys: list[str | None]
-    ) -> dict[str | None, float | None]:
-        turns, pooled = self._run(rows, group)
-        risks = turn_risks(self.probe, len(group), turns, pooled)
-        return {keys[i]: risk for i, risk in zip(group, risks, strict=True)}
-
-    def _remember(self, new: dict[str | None, float | None]) -> None:
+    def learn(self, new: Mapping[str | None, float | None]) -> None:
+        """Keeps the risks of these keys."""
         self.cache.update(new)  # type: ignore[arg-type]
         good = {k: CachedScore(r, None) for k, r in new.items() if r is not None and r == r}
         if self._known is not None and good:  # a failed risk (nan) is not stored on disk
             self._known.cache.put_many(self._known.scorer, good)  # type: ignore[arg-type]
-
-    def _run(self, rows: Sequence[Row], group: list[int]) -> tuple["Turns", Tensor]:
-        """Runs one pass: the rows' turns and their [N, H] states; without rows a dummy token."""
-        device = self._ranks.device
-        if not group:
-            dummy = torch.zeros(1, 1, dtype=torch.int64, device=device)
-            states = self._reference.prompt_states(dummy, self.probe.layer)
-            return Turns([], [], []), states.new_zeros(0, states.shape[-1])
-        chosen = [rows[index] for index in group]
-        turns = probed_turns(self.probe, chosen)
-        ids = padded([row.input_ids for row in chosen], width=max(turns.last) + 1)
-        states = self._reference.prompt_states(to_device(ids, device), self.probe.layer)
-        begins = range(0, ids.numel(), ids.shape[1])
-        return turns, pooled_turns(self.probe, states, begins, turns)
 
     def save_state(self, path: Path) -> None:
         """Writes the cache as safetensors: keys uint8 [n, 32] and risk float64 [n]."""
@@ -194,22 +170,107 @@ class ReferenceProbeRisk(RiskSource):
         Raises:
             CheckpointError: the cache cannot be read, or belongs to another probe.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                written_by = (file.metadata() or {}).get("probe")
-                keys = file.get_tensor("keys").numpy()
-                risk = file.get_tensor("risk").tolist()
-        except (OSError, SafetensorError) as err:
-            raise CheckpointError(
-                f"the risk cache {path} cannot be read ({err}): remove this checkpoint to resume "
-                "from an earlier one"
-            ) from err
-        if written_by != self.probe.identity:
-            raise CheckpointError(
-                f"{path} holds risks of another probe than the one at risk.path: remove the "
-                "checkpoint or restore the probe"
-            )
+        state = _read_state(path, self.probe)
+        keys, risk = state["keys"].numpy(), state["risk"].tolist()
         self.cache = {key.tobytes().hex(): value for key, value in zip(keys, risk, strict=True)}
+
+
+class ReferenceProbeRisk(CachedProbeRisk):
+    """Runs the reference itself, up to the probed layer only."""
+
+    def __init__(
+        self,
+        probe: Probe,
+        reference: ReferenceTrunkPrefix,
+        *,
+        ranks: Ranks,
+        rows_per_pass: int,
+        known: KnownRisks | None = None,
+        is_asked_seldom: bool = False,
+    ) -> None:
+        """`is_asked_seldom`: not called on every row, so a row may be new to it in any epoch."""
+        super().__init__(probe, known=known)
+        self._reference = reference
+        self._ranks = ranks
+        self._rows_per_pass = rows_per_pass
+        self._is_asked_seldom = is_asked_seldom
+
+    @region(PROBE)
+    def __call__(
+        self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
+    ) -> Risk:
+        """Cached risk, computed first where it is missing.
+
+        Collectives: none after the first epoch; before that one 8-byte MAX all-reduce, and the
+        reference's own for the layers run. An unreadable cache raises the error on all ranks in
+        the all-reduce; an unwritable one raises it after the last pass.
+        """
+        keys = self.keys(rows)
+        if in_first_epoch or self._is_asked_seldom:
+            self._score_missing(rows, keys)
+        return [None if key is None else self.cache[key] for key in keys]
+
+    def _score_missing(self, rows: Sequence[Row], keys: list[str | None]) -> None:
+        missing = capture(self.missing, keys)
+        passes = self._ranks.max_over_ranks(
+            missing.then(lambda places: -(-len(places) // self._rows_per_pass))
+        )
+        new: dict[str | None, float | None] = {}
+        for i in range(passes):
+            group = missing.value[i * self._rows_per_pass : (i + 1) * self._rows_per_pass]
+            new |= self._score(rows, group, keys)
+        self.learn(new)
+
+    def pooled(self, rows: Sequence[Row], turns: "Turns") -> Tensor:
+        """[N, H] states of the turns of all rows, in order, without the cache.
+
+        The number of passes depends on the number of rows only, so it is the same on every rank.
+        """
+        pieces = []
+        for begin in range(0, len(rows), self._rows_per_pass):
+            group = range(begin, min(begin + self._rows_per_pass, len(rows)))
+            wanted = sorted({row for row in turns.rows if row in group})
+            pieces.append(self._run(rows, wanted)[1])
+        return torch.cat(pieces)
+
+    def _score(
+        self, rows: Sequence[Row], group: list[int], keys: list[str | None]
+    ) -> dict[str | None, float | None]:
+        turns, pooled = self._run(rows, group)
+        risks = turn_risks(self.probe, len(group), turns, pooled)
+        return {keys[i]: risk for i, risk in zip(group, risks, strict=True)}
+
+    def _run(self, rows: Sequence[Row], group: list[int]) -> tuple["Turns", Tensor]:
+        """Runs one pass: the rows' turns and their [N, H] states; without rows a dummy token."""
+        device = self._ranks.device
+        if not group:
+            dummy = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            states = self._reference.prompt_states(dummy, self.probe.layer)
+            return Turns([], [], []), states.new_zeros(0, states.shape[-1])
+        chosen = [rows[index] for index in group]
+        turns = probed_turns(self.probe, chosen)
+        ids = padded([row.input_ids for row in chosen], width=max(turns.last) + 1)
+        states = self._reference.prompt_states(to_device(ids, device), self.probe.layer)
+        begins = range(0, ids.numel(), ids.shape[1])
+        return turns, pooled_turns(self.probe, states, begins, turns)
+
+
+def _read_state(path: Path, probe: Probe) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            written_by = (file.metadata() or {}).get("probe")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as err:
+        raise CheckpointError(
+            f"the risk cache {path} cannot be read ({err}): remove this checkpoint to resume "
+            "from an earlier one"
+        ) from err
+    if written_by != probe.identity:
+        raise CheckpointError(
+            f"{path} holds risks of another probe than the one at risk.path: remove the "
+            "checkpoint or restore the probe"
+        )
+    return state
 
 
 def probe_key(row: Row, position: str) -> str:

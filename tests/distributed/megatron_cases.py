@@ -18,6 +18,15 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp2-tp2": (4, ("--overlap",)),
     "dp2-pp2": (4, ("--per-token",)),
 }
+VOCAB, LENGTH, ROWS, LAYERS, HIDDEN = 64, 16, 2, 4, 32
+PROBES = {
+    "first": (1, "last_prompt_token"),
+    "middle": (3, "mean_prompt"),
+    "last": (LAYERS, "mean_response"),
+}
+"""Name -> its layer and its pooling."""
+LAGGED, LAGGED_STEPS = "middle", 3
+"""The probe that reads the policy, and the steps that are judged."""
 EXPERTS = ("--experts", "4")
 """The options of a model that has experts."""
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
 
+from megatron_cases import HIDDEN, LAGGED, LAGGED_STEPS, LAYERS, LENGTH, PROBES, ROWS, VOCAB
 from support import megatron_on_cpu
 from support.step_cost import StepCost
 
@@ -42,7 +43,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file, save_file
 
-VOCAB, LENGTH, ROWS, MICRO_BATCHES, LAYERS = 64, 16, 2, 8, 4
+MICRO_BATCHES = 8
 THRESHOLD, LR = 0.5, 0.05
 KINDS = ("mixed", "none", "all", "one", "documents")
 CAUSAL = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), 1)
@@ -58,6 +59,9 @@ def main() -> None:
     parser.add_argument("--per-token", action="store_true")
     parser.add_argument("--two-tuple", action="store_true")
     parser.add_argument("--risk", default="mixed")
+    parser.add_argument("--probe", choices=[*PROBES, "both"])
+    parser.add_argument("--lag", action="store_true", help="the probe reads the policy")
+    parser.add_argument("--always", action="store_true", help="the divergence on every row")
     parser.add_argument("--recompute", default="")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--overlap", action="store_true")
@@ -179,7 +183,7 @@ def config_of(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> T
         }
     return TransformerConfig(
         num_layers=LAYERS,
-        hidden_size=32,
+        hidden_size=HIDDEN,
         num_attention_heads=4,
         ffn_hidden_size=64,
         use_cpu_initialization=True,
@@ -307,6 +311,12 @@ def train(args: argparse.Namespace) -> None:
     safety = None
     if not args.plain:
         settings = {"risk": {"estimator": "column"}, "regularizer": {"threshold": THRESHOLD}}
+        if args.probe:
+            settings["risk"] = risk_of_probe(args)
+        if args.lag:
+            settings["regularizer"] |= {"granularity": "batch", "schedule": "linear", "ema": 0.0}
+        if args.always:
+            settings["regularizer"] = {"objective": "static", "ceiling": 0.5}
         if args.stored_reference:
             settings["reference"] = {"model": str(args.folder / "stored")}
         safety = MegatronSafety(
@@ -404,6 +414,20 @@ def train(args: argparse.Namespace) -> None:
         args.out.with_suffix(f".{dist.get_rank()}"),
     )
     args.out.with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(facts))
+
+
+def risk_of_probe(args: argparse.Namespace) -> dict:
+    """The section `risk`: a probe on the reference or the policy, or the larger risk of two."""
+
+    def of(name: str) -> dict:
+        return {"estimator": "probe", "path": str(args.folder / f"probe-{name}"), "force": True}
+
+    if args.probe == "both":
+        return {
+            "estimator": "max",
+            "parts": [{"category": n, **of(n)} for n in ("first", "middle")],
+        }
+    return of(args.probe) | ({"source": "policy"} if args.lag else {})
 
 
 COLLECTIVES: list[list] = []
@@ -513,12 +537,40 @@ def write_oracle(args: argparse.Namespace) -> None:
     start = {
         name: value.clone() for name, value in policy.state_dict().items() if value is not None
     }
-    for kind in KINDS:
+    probes = {name: write_probe(args.folder, name, reference) for name in PROBES}
+
+    def risky(name: str):
+        return lambda item, step: (risk_of(probes[name], reference, item) >= THRESHOLD).double()
+
+    def largest(item, step):
+        risks = [risk_of(probes[name], reference, item) for name in ("first", "middle")]
+        return (torch.stack(risks).amax(0) >= THRESHOLD).double()
+
+    def given(item, step):
+        risk = item["risk"] if item["risk"].ndim == 2 else item["risk"][:, None]
+        return (risk >= THRESHOLD).double()
+
+    last = [1.0]
+
+    def lagged(item, step):
+        while len(last) <= step + 1:
+            last.append([])
+        last[step + 1].append(risk_of(probes[LAGGED], policy, item).mean())
+        return torch.as_tensor(last[0] if step == 0 else sum(last[step]) / len(last[step]))
+
+    coefficients = {
+        **{kind: (kind, given, args.steps if kind == "mixed" else 1) for kind in KINDS},
+        **{f"probe-{name}": ("mixed", risky(name), 1) for name in PROBES},
+        "probe-both": ("mixed", largest, 1),
+        "lag": ("mixed", lagged, LAGGED_STEPS),
+    }
+    for name, (kind, coefficient, steps) in coefficients.items():
         for normaliser in ("per-token", "means"):
             policy.load_state_dict(start, strict=False)
-            losses, first = [], {}
-            for step in range(args.steps if kind == "mixed" else 1):
-                reported, loss = losses_of(policy, reference, items(step, kind), normaliser)
+            losses, first, last[1:] = [], {}, []
+            for step in range(steps):
+                batch = [item | {"coef": coefficient(item, step)} for item in items(step, kind)]
+                reported, loss = losses_of(policy, reference, batch, normaliser)
                 policy.zero_grad()
                 loss.backward()
                 losses.append(reported)
@@ -527,7 +579,63 @@ def write_oracle(args: argparse.Namespace) -> None:
                     parameter.data.add_(parameter.grad, alpha=-LR)
             # A report counts tokens; a pair's is the mean of means.
             found = {"losses": torch.tensor(losses, dtype=torch.float64), **first}
-            save_file(found, args.folder / f"{kind}-{normaliser}.safetensors")
+            save_file(found, args.folder / f"{name}-{normaliser}.safetensors")
+
+
+def write_probe(folder: Path, name: str, reference):
+    """A probe that finds about half of the first step's rows risky; (layer, pooling, w, bias)."""
+    from safereg_dist.risk.probe import Probe
+
+    layer, pooling = PROBES[name]
+    torch.manual_seed(layer)
+    weight = torch.randn(HIDDEN)
+    whole = torch.cat(
+        [pooled((layer, pooling), reference, item) @ weight.double() for item in items(0, "mixed")]
+    )
+    middle = whole.sort().values[len(whole) // 2 - 1 : len(whole) // 2 + 1].mean()
+    bias = float(-middle.float())
+    Probe(
+        layer=layer,
+        pooling=pooling,
+        position=pooling.split("_")[-1] if pooling.startswith("mean") else "prompt",
+        mean=torch.zeros(HIDDEN),
+        scale=torch.ones(HIDDEN),
+        weight=weight,
+        bias=bias,
+        threshold=THRESHOLD,
+        fingerprint="-",
+    ).save(folder / f"probe-{name}")
+    return layer, pooling, weight.double(), bias
+
+
+def pooled(which: tuple, model, item) -> torch.Tensor:
+    """[rows, H] float64 states of a layer of the whole model, pooled token by token."""
+    layer, pooling = which
+    seen = []
+    module = model.decoder.final_layernorm if layer == LAYERS else model.decoder.layers[layer - 1]
+    hook = module.register_forward_hook(
+        lambda _, __, out: seen.append((out[0] if isinstance(out, tuple) else out).detach())
+    )
+    with torch.no_grad():  # Megatron's layers turn gradients on again where they add a bias
+        model(item["tokens"], item["position_ids"], CAUSAL)
+    hook.remove()
+    rows = []
+    for row, mask in enumerate(item["loss_mask"]):
+        predicting = mask.nonzero().flatten().tolist()  # the state at t predicts the token at t + 1
+        begin, last = predicting[0] + 1, min(predicting[-1] + 1, LENGTH - 1)
+        chosen = {
+            "last_prompt_token": [begin - 1],
+            "mean_prompt": list(range(begin)),
+            "mean_response": list(range(begin, last + 1)),
+        }[pooling]
+        rows.append(seen[0][chosen, row].double().mean(0))
+    return torch.stack(rows)
+
+
+def risk_of(probe: tuple, model, item) -> torch.Tensor:
+    """[rows, 1]"""
+    *which, weight, bias = probe
+    return torch.sigmoid(pooled(tuple(which), model, item) @ weight + bias)[:, None]
 
 
 def losses_of(policy, reference, batch: list, normaliser: str):
@@ -545,8 +653,7 @@ def micro_batch_loss(policy, reference, item):
     own = policy(item["tokens"], item["position_ids"], CAUSAL).log_softmax(-1)
     with torch.no_grad():
         frozen = reference(item["tokens"], item["position_ids"], CAUSAL).log_softmax(-1)
-    risk = item["risk"] if item["risk"].ndim == 2 else item["risk"][:, None]
-    coef = (risk >= THRESHOLD).double()
+    coef = item["coef"]
     ce = functional.nll_loss(own.flatten(0, 1), labels.flatten(), reduction="none").view(mask.shape)
     kl = (frozen.exp() * (frozen - own)).sum(-1)
     return (mask * ((1 - coef) * ce + coef * kl)).sum(), mask.sum()

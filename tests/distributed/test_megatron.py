@@ -15,7 +15,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_cases import EXPERTS, LAYOUTS, errors_of, facts, normaliser, tensors
+from megatron_cases import (
+    EXPERTS,
+    HIDDEN,
+    LAGGED,
+    LAGGED_STEPS,
+    LAYERS,
+    LAYOUTS,
+    LENGTH,
+    ROWS,
+    VOCAB,
+    errors_of,
+    facts,
+    normaliser,
+    tensors,
+)
 from support.builders import write_jsonl
 from support.launching import Launcher
 from support.step_cost import read_cost
@@ -28,12 +42,18 @@ pytest.importorskip("megatron.core")
 WORKER = Path(__file__).with_name("megatron_worker.py")
 EXAMPLES = Path(__file__).resolve().parents[2] / "launch" / "examples" / "megatron"
 RTOL = 1e-5
+LAG = ("--probe", LAGGED, "--lag", "--steps", LAGGED_STEPS)
 VARIANTS = {
     "full-recompute": ("pp2", 2, ("--recompute", "full")),
     "selective-recompute": ("dp1", 1, ("--recompute", "selective")),
     "two-tuple": ("dp1", 1, ("--two-tuple",)),
     "per-token": ("dp1", 1, ("--per-token",)),
     "documents": ("pp2", 2, ("--risk", "documents")),
+    "two-probes": ("pp2-vpp2", 2, ("--probe", "both")),
+    "probe-over-the-sequence": ("tp2-pp2-sp", 4, ("--probe", "middle")),
+    "probe-over-contexts": ("cp2", 2, ("--per-token", "--probe", "last")),
+    "probe-first": ("tp2", 2, ("--probe", "first")),
+    "lagged-probe": ("dp2-pp2", 4, (*LAG, "--per-token", "--recompute", "full")),
     "one-row": ("dp2", 2, ("--risk", "one")),
     "all-rows": ("tp2", 2, ("--risk", "all")),
 }
@@ -87,10 +107,15 @@ def check(
     errors = errors_of(out, ranks, folder, kind, normaliser)
     assert not errors.missing
     assert errors.gradient < RTOL
-    assert errors.first_loss < 1e-6 or not counts_tokens
+    assert max(errors.first_loss, errors.last_loss) < 1e-6 or not counts_tokens
 
 
 def kind(options) -> str:
+    """What the judge calls the risks of a run."""
+    if "--lag" in options:
+        return "lag"
+    if "--probe" in options:
+        return f"probe-{options[options.index('--probe') + 1]}"
     return options[options.index("--risk") + 1] if "--risk" in options else "mixed"
 
 
@@ -119,6 +144,8 @@ def test_options_of_a_run(name, train, made):
     counts_tokens = "--two-tuple" not in options
     found = (kind(options), normaliser(options))
     check(out, ranks, made(), *found, counts_tokens=counts_tokens)
+    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(row.get("risk_lag") == (1 if "--lag" in options else None) for row in rows)
 
 
 def test_tied_embeddings_over_a_pipeline(train, made):
@@ -174,13 +201,13 @@ def test_the_example_without_risk_is_the_plain_one(layout, launch, tmp_path):
 
 
 def test_a_resumed_run_gives_the_same_bits(train, made):
-    options = ("--stored-reference", "--steps", 4)
+    options = ("--stored-reference", "--probe", "middle", "--steps", 4)
     whole = train("pp2", 2, *options, "--save-at", 2)
     kept = whole.with_suffix("")
     ledger = (kept / "ledger.jsonl").read_bytes()
     expected = weights(whole, 2)
     saved = {p.name for p in whole.with_suffix(".saved").rglob("*")}
-    assert saved >= {"metadata.json", "state.json"}
+    assert saved >= {"metadata.json", "state.json", "risk0.safetensors"}
     resumed = train("pp2", 2, *options, "--resume-at", 2, out=whole)
     for own, other in zip(expected, weights(resumed, 2), strict=True):
         assert all(torch.equal(own[name], other[name]) for name in own)
@@ -225,20 +252,23 @@ def test_a_bad_row_on_one_rank_ends_all(made, launch, tmp_path):
 def test_cost_follows_risk(train):
     """Each micro-batch with a risky row costs one of the reference's passes, others nothing."""
     ranks, options = 2, ("--steps", 2, "--cost")
-    cost = {
-        name: read_cost(train("tp2", ranks, *options, *how), ranks)
+    outs = {
+        name: train("tp2", ranks, *options, *how)
         for name, how in {
             "plain": ("--plain",),
             "none": ("--risk", "none"),
             "one": ("--risk", "one"),
             "all": ("--risk", "all"),
+            "always": ("--always",),
+            "probe": ("--probe", "first"),
         }.items()
     }
+    cost = {name: read_cost(out, ranks) for name, out in outs.items()}
     flops = {name: sum(found.flops.values()) for name, found in cost.items()}
     bytes_ = {name: sum(found.bytes.values()) for name, found in cost.items()}
     assert flops["none"] == flops["plain"]
-    # Without risk: one MAX all-reduce of five numbers, and the owner's rows counted and gathered.
-    assert cost["none"].bytes[regions.AGREEMENT] == ranks * 5 * 8
+    # Without risk: one MAX all-reduce of six numbers, and the owner's rows counted and gathered.
+    assert cost["none"].bytes[regions.AGREEMENT] == ranks * 6 * 8
     others = bytes_["none"] - bytes_["plain"] - cost["none"].bytes[regions.AGREEMENT]
     assert 0 <= others <= 200
     head = {name: found.flops[regions.HEAD_CE] for name, found in cost.items()}
@@ -247,4 +277,14 @@ def test_cost_follows_risk(train):
     trunk = {n: flops[n] - head[n] - cost[n].flops[regions.HEAD_DIVERGENCE] for n in flops}
     # The plain head of a micro-batch is replaced, the reference's trunk comes to it: 8 times as
     # much where 8 micro-batches are risky as where one is.
-    assert trunk["all"] - trunk["none"] == 8 * (trunk["one"] - trunk["none"]) > 0
+    more = {name: count - trunk["none"] for name, count in trunk.items()}
+    assert more["all"] == 8 * more["one"] > 0
+    # A teacher on every token costs what 100 % risk costs.
+    assert flops["always"] == flops["all"]
+    assert bytes_["always"] == bytes_["all"]
+    # A probe behind the first of four layers runs that one on all micro-batches, of new rows.
+    plain_head = 3 * 2 * ROWS * LENGTH * VOCAB * HIDDEN
+    [_, row] = map(json.loads, (outs["probe"] / "metrics.jsonl").read_text().splitlines())
+    ran = row["reference_rows"] // ROWS
+    assert 0 < ran < 8
+    assert more["probe"] == ran * more["one"] + 8 * (more["one"] + plain_head) // LAYERS

@@ -42,7 +42,7 @@ DOOR = "safereg_dist"
 ONE_DOOR = {
     "deepspeed": {"parallel/deepspeed.py"},
     "httpx": {"critic/remote.py"},
-    "megatron": {"parallel/megatron.py"},
+    "megatron": {"parallel/megatron.py", "parallel/megatron_model.py"},
 }
 
 

@@ -3,17 +3,24 @@ the gradient of a head that the fused loss computed is never taken for one that 
 Exact.
 """
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from safereg_dist.errors import ConfigError
+from safereg_dist.data.collate import row_of
+from safereg_dist.data.stream import batch_of_stream
+from safereg_dist.errors import CheckpointError, ConfigError, ProbeError
 from safereg_dist.factory.prepare import config_of
 from safereg_dist.integrations.megatron import MegatronSafety
-from safereg_dist.integrations.megatron_checks import REFUSED, check_arguments
-from safereg_dist.parallel.megatron import CallRecorder, _Whole, innermost
+from safereg_dist.integrations.megatron.checks import REFUSED, check_arguments, check_probes
+from safereg_dist.integrations.megatron.probes import Span, spans_of
+from safereg_dist.parallel.megatron import innermost
+from safereg_dist.parallel.megatron_model import CallRecorder, _Whole
+from safereg_dist.risk.probe import Probe, pool_share
+from safereg_dist.risk.probe_risk import LaggedProbeRisk
 
 
 class Chunk(nn.Module):
@@ -59,7 +66,14 @@ def test_a_last_stage_without_an_output_layer():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"risk": {"estimator": "probe", "path": "p"}}, "risk.estimator=probe does not run"),
+        (
+            {"risk": {"estimator": "probe", "path": "p", "source": "policy"}},
+            "risk.source=policy comes one step late",
+        ),
+        (
+            {"risk": {"estimator": "probe", "path": "p", "cache": "x.sqlite"}},
+            "risk.cache=x.sqlite is keyed by a model's fingerprint",
+        ),
         ({"reference": {"engine": "whole"}}, "belong to other stacks"),
         ({"model": "m"}, "settings hold .model., which the loop or the stack"),
     ],
@@ -67,6 +81,87 @@ def test_a_last_stage_without_an_output_layer():
 def test_settings_that_do_not_fit(settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         MegatronSafety({"risk": {"estimator": "column"}, **settings}, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "force", "message"),
+    [
+        ({}, False, "a Megatron model has no fingerprint"),
+        ({"layer": 5}, True, "the model has 4 features|has 4 and layers 1 to 4"),
+        ({"mean": torch.zeros(3)}, True, "reads 3 features of layer 2, the model has 4"),
+    ],
+)
+def test_probes_that_do_not_fit(change, force, message):
+    probe = Probe(
+        **{
+            "layer": 2,
+            "pooling": "mean_prompt",
+            "mean": torch.zeros(4),
+            "scale": torch.ones(4),
+            "weight": torch.ones(4),
+            "bias": 0.0,
+            "threshold": 0.5,
+            "fingerprint": "-",
+            **change,
+        }
+    )
+    spec = SimpleNamespace(probe=probe, force=force)
+    config = config_of({"risk": {"estimator": "column"}}, "-")
+    with pytest.raises(ProbeError, match=message):
+        check_probes([spec], [Chunk(hidden_size=4, num_layers=4)], config)
+
+
+def test_a_share_of_the_sequence_is_pooled_by_itself():
+    """Shares of any split of the positions add up to the pooled states, whatever lies between."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 12, 5, generator=draw)
+    rows, first, last = (torch.tensor(x) for x in ([0, 1, 1], [0, 2, 7], [3, 9, 7]))
+    hidden[0, 11] = float("nan")  # padding
+    for pooling in ("mean_prompt", "last_prompt_token"):
+        spans = {"rows": rows, "first": first, "last": last, "pooling": pooling}
+        whole = [
+            hidden[r, f : t + 1].double().mean(0) if pooling == "mean_prompt" else hidden[r, t]
+            for r, f, t in zip(*(x.tolist() for x in (rows, first, last)), strict=True)
+        ]
+        pieces = torch.randperm(12, generator=draw).chunk(3)
+        found = sum(pool_share(hidden[:, piece], piece, **spans) for piece in pieces)
+        torch.testing.assert_close(found.double(), torch.stack(whole).double(), rtol=0, atol=1e-6)
+
+
+def test_spans_end_where_a_line_or_a_document_ends():
+    """Two documents in a line; of the second the last label is no token of the line."""
+    item = {
+        "tokens": torch.arange(8)[None],
+        "labels": torch.arange(1, 9)[None],
+        "loss_mask": torch.tensor([[0, 1, 0, 0, 1, 1, 1, 1]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]),
+    }
+    batch = batch_of_stream(item)
+    for position, spans in {
+        "prompt": [Span(0, 0, 0, 1), Span(0, 0, 3, 4)],
+        "response": [Span(0, 0, 2, 2), Span(0, 0, 5, 7)],
+    }.items():
+        probe = SimpleNamespace(position=position)
+        assert spans_of(probe, [batch], [0, 1]) == ([0, 1], spans)
+    assert spans_of(SimpleNamespace(position="prompt"), [batch, batch], [3]) == (
+        [3],
+        [Span(1, 0, 3, 4)],
+    )
+
+
+def test_a_lagged_risk_is_that_of_the_step_before(tmp_path):
+    source = LaggedProbeRisk(SimpleNamespace(identity="p"))
+    rows = [row_of("a", [1, 2], [0, 1]), row_of("b", [1, 2], [0, 1], is_anchor=True)]
+    assert source(rows, in_first_epoch=True) == [1.0, None]
+    source.learn([0.25, None, math.nan])  # a failed risk is 1
+    assert source(rows, in_first_epoch=True) == [0.625, None]
+    source.learn([None])
+    source.save_state(tmp_path / "state")
+    again = LaggedProbeRisk(SimpleNamespace(identity="p"))
+    again.load_state(tmp_path / "state")
+    assert again(rows, in_first_epoch=False) == [0.625, None]
+    with pytest.raises(CheckpointError, match="risks of another probe"):
+        LaggedProbeRisk(SimpleNamespace(identity="q")).load_state(tmp_path / "state")
 
 
 def test_settings_are_those_of_other_stacks():

@@ -1,11 +1,15 @@
 """What a Megatron run must be for the step to work inside it; refused at the start."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from safereg_dist.config import Config
-from safereg_dist.errors import ConfigError
-from safereg_dist.parallel.megatron import innermost
+from safereg_dist.errors import ConfigError, ProbeError
+from safereg_dist.factory.risk import SourceSpec
+from safereg_dist.parallel.megatron import innermost, listed
+from safereg_dist.risk.probe import check_model
 
 REFUSED = {
     "mtp_num_layers": "multi-token prediction calls the output layer for heads of its own",
@@ -22,10 +26,15 @@ REFUSED = {
 def check_config(config: Config) -> None:
     """Raises ConfigError for settings that need what a pipeline does not offer."""
     risk = config.risk
-    if config.needs_risk and (risk.estimator == "probe" or risk.is_composite):
+    if config.needs_risk and risk.source == "policy" and config.regularizer.granularity != "batch":
         raise ConfigError(
-            f"risk.estimator={risk.estimator} does not run in a Megatron layout: score the data "
-            "with `safereg score` and set risk.estimator=column or lookup"
+            "risk.source=policy comes one step late in a Megatron layout, so no row's risk can be "
+            "its own: set risk.source=reference, or regularizer.granularity=batch"
+        )
+    if risk.cache not in (None, "none"):
+        raise ConfigError(
+            f"risk.cache={risk.cache} is keyed by a model's fingerprint, which a Megatron "
+            "checkpoint does not have: leave it out"
         )
     if config.reference.cache is not None or config.reference.engine != "auto":
         raise ConfigError(
@@ -36,8 +45,7 @@ def check_config(config: Config) -> None:
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises ConfigError for options of the run that bypass the hooks."""
-    given = arguments["model"]
-    for chunk in given if isinstance(given, list | tuple) else [given]:
+    for chunk in listed(arguments["model"]):
         model: Any = innermost(chunk)
         config = model.config
         for name, why in REFUSED.items():
@@ -56,4 +64,25 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         if getattr(model, "post_process", False) and not hasattr(model, "output_layer"):
             raise ConfigError(
                 f"{type(model).__name__} has no `output_layer`, inside which the loss is computed"
+            )
+
+
+def check_probes(specs: Sequence[SourceSpec], chunks: Sequence[nn.Module], config: Config) -> None:
+    """Raises ProbeError for a probe that does not fit the model, or whose model is not known."""
+    shape: Any = innermost(chunks[0]).config
+    for spec in specs:
+        if spec.probe is None:
+            continue
+        check_model(
+            spec.probe,
+            fingerprint=spec.probe.fingerprint,
+            hidden_size=shape.hidden_size,
+            num_layers=shape.num_layers,
+            force=spec.force,
+        )
+        if not spec.force:
+            raise ProbeError(
+                "a Megatron model has no fingerprint to compare the probe's with: make sure that "
+                f"the probe was fitted on the Hugging Face form of the {config.risk.source}'s "
+                "first weights, and set risk.force=true (of a part: its own)"
             )
