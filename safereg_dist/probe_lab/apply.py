@@ -79,7 +79,8 @@ def score_texts(
             longest = max(map(len, group))
             if limit is not None and longest > limit:
                 raise DataError(
-                    f"a text has {longest} tokens, the model takes {limit}: score smaller pieces"
+                    f"a text has {longest} tokens, the model takes {limit}: score smaller pieces "
+                    f"(--piece-tokens {limit})"
                 )
             answers = [_as_answer(ids) for ids in group]
             prompts = [_as_prompt(row) for row in answers]
