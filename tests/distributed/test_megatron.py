@@ -34,6 +34,7 @@ VARIANTS = {
     "two-tuple": ("dp1", 1, ("--two-tuple",)),
     "per-token": ("dp1", 1, ("--per-token",)),
     "documents": ("pp2", 2, ("--risk", "documents")),
+    "bridge": ("pp2", 2, ("--bridge",)),
     "one-row": ("dp2", 2, ("--risk", "one")),
     "all-rows": ("tp2", 2, ("--risk", "all")),
 }
