@@ -77,7 +77,7 @@ def score_with_probe(
 class Indexed(NamedTuple):
     """An indexed data set to score."""
 
-    prefix: Path
+    data: IndexedTokens
     stem: Path
     """The files stem.risk.npy and stem.risk.json are written."""
     tokenizer: str
@@ -99,12 +99,12 @@ def score_indexed(job: Indexed, judge: Judge, *, scorer: str, fail: str = "close
 
     Raises:
         ConfigError: there is no tokenizer.
-        DataError: no such data, or a token that the tokenizer does not have.
+        DataError: a token that the tokenizer does not have.
         CheckpointError: the files cannot be written; and the judge's errors.
     """
     from safereg_dist.data.tokenized import read_tokenizer
 
-    data, reader = IndexedTokens(job.prefix), read_tokenizer(job.tokenizer)
+    data, reader = job.data, read_tokenizer(job.tokenizer)
     risks, failures = np.zeros(len(data)), Counter[str]()
     asked: deque[int] = deque()
 
@@ -131,7 +131,7 @@ def _score_indexed_with_critic(settings: CriticConfig, job: Indexed) -> None:
 
     def judge(pieces: Iterator[Piece], at_most: int) -> Iterator[Verdict]:
         texts = ([{"role": "assistant", "content": text}] for _, text in pieces)
-        name = f"score {job.prefix.name}"
+        name = f"score {Path(job.data.prefix).name}"
         return score_conversations(critic, texts, progress=True, description=name, total=at_most)
 
     try:
@@ -216,7 +216,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--probe needs --model-path, the model whose states it reads")
     job = _indexed(arguments)
     if job is None and arguments.out is None:
-        raise ConfigError("--out is missing: name the file that the rows go to with their risk")
+        raise ConfigError(
+            f"--out is missing: name the file that the rows of {arguments.data} go to with their "
+            f"risk (only of an indexed data set, with {arguments.data}.idx, there is a default)"
+        )
     if arguments.probe is not None:
         own = (arguments.probe, arguments.model_path)
         if job is None:
@@ -242,4 +245,5 @@ def _indexed(arguments: argparse.Namespace) -> Indexed | None:
     tokenizer = arguments.tokenizer or arguments.model_path
     if tokenizer is None:
         raise ConfigError(f"{prefix} holds tokens: give --tokenizer, with which it was made")
-    return Indexed(prefix, arguments.out or prefix, str(tokenizer), arguments.piece_tokens)
+    stem, piece_tokens = arguments.out or prefix, arguments.piece_tokens
+    return Indexed(IndexedTokens(prefix), stem, str(tokenizer), piece_tokens)

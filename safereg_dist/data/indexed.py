@@ -100,9 +100,9 @@ class IndexedTokens:
 
 def prefix_of(path: str | Path) -> Path | None:
     """The prefix of the indexed data set that `path` names by itself or by one of its two files."""
-    text = str(path)
-    prefix = text[:-4] if text.endswith((".idx", ".bin")) else text
-    return Path(prefix) if Path(f"{prefix}.idx").is_file() else None
+    if Path(path).suffix in (".idx", ".bin"):
+        return Path(path).with_suffix("")
+    return Path(path) if Path(f"{path}.idx").is_file() else None
 
 
 def write_risks(

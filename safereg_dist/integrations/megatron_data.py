@@ -91,7 +91,7 @@ def _risk_of_tokens(dataset: Any, sample: int, risks: np.ndarray, length: int) -
     documents = dataset.document_index[first : last + 1]
     lengths = dataset.dataset.sequence_lengths[documents].astype(np.int64)
     lengths[0] -= skipped
-    known = np.repeat(risks[documents], lengths)[:length]
+    known = np.repeat(risks[documents], lengths.clip(max=length))[:length]
     return np.pad(known, (0, length - len(known)))
 
 

@@ -223,6 +223,7 @@ def test_what_is_wrong_with_files_and_arguments_is_said(tmp_path, capsys) -> Non
     garbage = ["--cache", str(tmp_path / "garbage.sqlite")]
     with running_server("good") as server:
         url = server.url
+        judge = ["--endpoint", url, "--model", "guard", "--format", "llama_guard"]
         for command, said in [
             (arguments(closed, data, out, "--timeout-s", "1"), "start the server"),
             (arguments(url, tmp_path / "empty.jsonl", out), "holds no row"),
@@ -234,6 +235,7 @@ def test_what_is_wrong_with_files_and_arguments_is_said(tmp_path, capsys) -> Non
             (["score", "--endpoint", url, "--data", str(data), "--out", str(out)], "`format`"),
             (["score", "--endpoint", url, "--data", str(data)], "--out is missing"),
             (["score", "--endpoint", url, "--data", str(tmp_path / "x")], "give --tokenizer"),
+            (["score", *judge, "--data", "none.idx", "--tokenizer", "t"], "found no file none.idx"),
         ]:
             assert main(command) == 2, said
             assert said in capsys.readouterr().err
