@@ -94,7 +94,7 @@ class IndexedTokens:
         hasher.update(str(len(self._data)).encode())
         last = max(len(self._data) - _BLOCK, 0)
         for begin in np.linspace(0, last, _BLOCKS).astype("i8").tolist():
-            hasher.update(self._data[begin : begin + _BLOCK])
+            hasher.update(self._data[begin : begin + _BLOCK].tobytes())
         return hasher.hexdigest()
 
 
