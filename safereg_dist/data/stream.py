@@ -53,7 +53,7 @@ def batch_of_stream(item: Mapping[str, Any]) -> MicroBatch:
             "loss_mask holds other values than 0 and 1: weights of single tokens are the "
             "regulariser's, give the mask alone"
         )
-    spans = _spans(tokens, item.get("position_ids"))
+    spans = _spans(tokens, mask, item.get("position_ids"))
     real = np.ones(tokens.shape, bool)
     columns = RowColumns(item.get("risk"), item.get("id"), item.get("is_anchor"))
     rows, places = [], []
@@ -68,8 +68,8 @@ def batch_of_stream(item: Mapping[str, Any]) -> MicroBatch:
     return flat_batch(torch.from_numpy(tokens), rows, places, labels.reshape(-1)[flat], spans)
 
 
-def _spans(tokens: np.ndarray, position_ids: Any) -> list[Span]:
-    """(line, first, last) of every document."""
+def _spans(tokens: np.ndarray, mask: np.ndarray, position_ids: Any) -> list[Span]:
+    """(line, first, last) of every document, without what fills a line of several up."""
     starts = np.zeros(tokens.shape, bool)
     starts[:, 0] = True
     if isinstance(position_ids, Tensor):
@@ -77,5 +77,9 @@ def _spans(tokens: np.ndarray, position_ids: Any) -> list[Span]:
     found = []
     for line, own in enumerate(starts):
         firsts = np.flatnonzero(own).tolist()
-        found += [(line, a, b) for a, b in zip(firsts, [*firsts[1:], own.size], strict=True)]
+        for a, b in zip(firsts, [*firsts[1:], own.size], strict=True):
+            # One token again and again that nobody is to predict; a line keeps its first.
+            is_fill = not mask[line, a:b].any() and (tokens[line, a:b] == tokens[line, a]).all()
+            if a == 0 or not is_fill:
+                found.append((line, a, b))
     return found

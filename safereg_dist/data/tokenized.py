@@ -74,18 +74,27 @@ class TokenizedDataset:
         return Row(**stored, is_anchor=is_anchor)
 
 
+def read_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer as it is.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"no tokenizer could be loaded from {model}: {reason_of(err)}") from err
+
+
 def load_tokenizer(model: str, config: DataConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer with a chat template and a padding token.
 
     Raises:
         ConfigError: no tokenizer, no chat template, or no token that can pad.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"no tokenizer could be loaded from {model}: {reason_of(err)}") from err
+    tokenizer = read_tokenizer(model)
     if config.chat_template is not None:
         path = Path(config.chat_template)
         if not path.is_file():

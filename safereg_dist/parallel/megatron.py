@@ -185,7 +185,10 @@ def watch_schedules() -> None:
 def _watched(schedule: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(schedule)
     def watched(**arguments: Any) -> Any:
-        around: Around | None = getattr(arguments["forward_step_func"], MARK, None)
+        step = arguments["forward_step_func"]
+        while isinstance(step, functools.partial):  # Megatron-Bridge binds its state
+            step = step.func
+        around: Around | None = getattr(step, MARK, None)
         return schedule(**arguments) if around is None else around(schedule, arguments)
 
     setattr(watched, MARK, True)

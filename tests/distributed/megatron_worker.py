@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--per-token", action="store_true")
     parser.add_argument("--two-tuple", action="store_true")
+    parser.add_argument("--bridge", action="store_true", help="as in Megatron-Bridge's loop")
     parser.add_argument("--risk", default="mixed")
     parser.add_argument("--probe", choices=[*PROBES, "both"])
     parser.add_argument("--lag", action="store_true", help="the probe reads the policy")
@@ -227,6 +228,17 @@ def provider_of(args: argparse.Namespace, config: TransformerConfig):
     return model_provider
 
 
+def chunks_of(args: argparse.Namespace, provider) -> list[GPTModel]:
+    """This rank's, in order."""
+    state, chunks = parallel_state, []
+    for stage in range(args.size.get("vpp", 1)):
+        vp = {"vp_stage": stage} if "vpp" in args.size else {}
+        first = state.is_pipeline_first_stage(ignore_virtual=False, **vp)
+        last = state.is_pipeline_last_stage(ignore_virtual=False, **vp)
+        chunks.append(provider(first, last, **vp))
+    return chunks
+
+
 def whole_name(chunk: torch.nn.Module, name: str) -> str:
     """A parameter's name in the whole model."""
     expert = re.search(r"local_experts\.(\d+)", name)
@@ -288,7 +300,12 @@ def forward_step_of(args: argparse.Namespace):
         )
         return output, functools.partial(loss_func, given["loss_mask"], is_pair=args.two_tuple)
 
-    return forward_step
+    def with_state(state, data_iterator, model, return_schedule_plan=False):
+        assert not return_schedule_plan
+        state["calls"] += 1
+        return forward_step(data_iterator, model)
+
+    return with_state if args.bridge else forward_step
 
 
 def on_this_cp_rank(tensor: torch.Tensor) -> torch.Tensor:
@@ -326,21 +343,16 @@ def train(args: argparse.Namespace) -> None:
             if args.stored_reference
             else lambda chunks: fill(chunks, load_file(args.folder / "reference.safetensors")),
         )
-        provider = safety.model_provider(provider)
+        if args.bridge:
+            safety.attach(functools.partial(chunks_of, args, provider))
+        else:
+            provider = safety.model_provider(provider)
         forward_step = safety.forward_step(forward_step)
+    if args.bridge:
+        forward_step = functools.partial(forward_step, {"calls": 0})
 
     state = parallel_state
-    stages = range(args.size.get("vpp", 1))
-    chunks = []
-    for stage in stages:
-        vp = {"vp_stage": stage} if "vpp" in args.size else {}
-        chunks.append(
-            provider(
-                state.is_pipeline_first_stage(ignore_virtual=False, **vp),
-                state.is_pipeline_last_stage(ignore_virtual=False, **vp),
-                **vp,
-            )
-        )
+    chunks = chunks_of(args, provider)
     fill(chunks, whole)
     is_missing = args.stored_reference and not (args.folder / "stored").is_dir()
     dist.barrier()

@@ -54,6 +54,7 @@ VARIANTS = {
     "probe-over-contexts": ("cp2", 2, ("--per-token", "--probe", "last")),
     "probe-first": ("tp2", 2, ("--probe", "first")),
     "lagged-probe": ("dp2-pp2", 4, (*LAG, "--per-token", "--recompute", "full")),
+    "bridge": ("pp2", 2, ("--bridge",)),
     "one-row": ("dp2", 2, ("--risk", "one")),
     "all-rows": ("tp2", 2, ("--risk", "all")),
 }

@@ -114,17 +114,19 @@ class MegatronSafety:
         watch_schedules()
 
         @functools.wraps(forward_step)
-        def stepping(iterator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def stepping(*args: Any, **kwargs: Any) -> Any:
             if self._run is None or not self._run.is_training:
-                return forward_step(iterator, model, *args, **kwargs)
+                return forward_step(*args, **kwargs)
+            model = next(given for given in args if isinstance(given, nn.Module))
             with self._run.micro_batch(model) as report:
-                output, loss_func = forward_step(iterator, model, *args, **kwargs)
+                output, loss_func = forward_step(*args, **kwargs)
             return output, report(loss_func)
 
         def around(schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
             if arguments.get("forward_only", False):
                 return schedule(**arguments)
-            return self._train(schedule, arguments, forward_step)
+            # As the schedule was given it, with what its loop has bound to it.
+            return self._train(schedule, arguments, arguments["forward_step_func"])
 
         setattr(stepping, MARK, around)
         return stepping

@@ -19,11 +19,15 @@ import pytest
 import torch
 from support.builders import random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
 from support.critic_server import RunningServer, is_hopeless, risk_of, running_server
+from support.indexed import write_indexed
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from safereg_dist.cli import main
 from safereg_dist.critic.formats import VERSION
 from safereg_dist.critic.verdict import conversation_key
 from safereg_dist.data.files import read_rows
+from safereg_dist.data.indexed import read_risks
 from safereg_dist.demo.guard import write_guard
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.probe import Probe
@@ -214,10 +218,12 @@ def test_what_is_wrong_with_files_and_arguments_is_said(tmp_path, capsys) -> Non
     data, out = write_jsonl(tmp_path / "in.jsonl", rows(2)), tmp_path / "out.jsonl"
     closed = "http://127.0.0.1:9/v1"  # the discard port: nobody listens
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "x.idx").write_bytes(b"")
     (tmp_path / "garbage.sqlite").write_text("garbage" * 200)
     garbage = ["--cache", str(tmp_path / "garbage.sqlite")]
     with running_server("good") as server:
         url = server.url
+        judge = ["--endpoint", url, "--model", "guard", "--format", "llama_guard"]
         for command, said in [
             (arguments(closed, data, out, "--timeout-s", "1"), "start the server"),
             (arguments(url, tmp_path / "empty.jsonl", out), "holds no row"),
@@ -227,6 +233,9 @@ def test_what_is_wrong_with_files_and_arguments_is_said(tmp_path, capsys) -> Non
             (arguments(url, data, out, "--timeout-s", "0"), "timeout_s"),
             (["score", "--probe", "p", "--data", str(data), "--out", str(out)], "--model-path"),
             (["score", "--endpoint", url, "--data", str(data), "--out", str(out)], "`format`"),
+            (["score", "--endpoint", url, "--data", str(data)], "--out is missing"),
+            (["score", "--endpoint", url, "--data", str(tmp_path / "x")], "give --tokenizer"),
+            (["score", *judge, "--data", "none.idx", "--tokenizer", "t"], "found no file none.idx"),
         ]:
             assert main(command) == 2, said
             assert said in capsys.readouterr().err
@@ -282,6 +291,85 @@ def test_a_probe_scores_too(tmp_path: Path, capsys) -> None:
     save_model(tmp_path / "other", tiny_model("llama", seed=9))
     other = ["score", "--probe", str(tmp_path / "p"), "--model-path", str(tmp_path / "other")]
     assert main([*other, "--data", str(data), "--out", str(out)]) == 2
+
+
+def pair_tokenizer(folder: Path) -> Path:
+    """A folder with a tokenizer that writes token n, from 10 on, as the word `NNNNN`."""
+    words = ["<unk>", "<eod>", "pair", *(f"filler{n}" for n in range(7))]
+    words += [f"{n:05d}" for n in range(10, 1000)]
+    model = models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model), unk_token="<unk>", eos_token="<eod>"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_indexed_data_set_is_judged_in_pieces(tmp_path: Path, capsys) -> None:
+    """178 gets no verdict; the last sequence has no text."""
+    pytest.importorskip("megatron.core")
+    numbers = [[300], [40, 700, 50], [178, 41], [90, 900], []]
+    sequences = [[*(t for n in own for t in (2, n)), 1] for own in numbers]
+    prefix = write_indexed(tmp_path / "x_document", sequences, np.uint16)
+    tokenizer = ["--tokenizer", str(pair_tokenizer(tmp_path / "t")), "--piece-tokens", "2"]
+    judge = ["--model", "guard", "--format", "llama_guard", "--timeout-s", "10", *cache(tmp_path)]
+    with running_server("chaos") as server:
+        command = ["score", "--endpoint", server.url, *judge, *tokenizer]
+        assert main([*command, "--data", f"{prefix}.idx"]) == 0
+        first = server.counts()["verdicts"]
+        moved = tmp_path / "deep" / "stem"
+        assert main([*command, "--data", str(prefix), "--out", str(moved)]) == 0
+        assert server.counts()["verdicts"] == first  # known from the first time
+    assert "score: 5 sequences, 1 failed judgements that count as risk 1" in capsys.readouterr().out
+    expected = [max(1.0 if is_hopeless(n) else risk_of(n) for n in own or [0]) for own in numbers]
+    expected[-1] = 0.0
+    risks = read_risks(prefix)
+    assert risks.tolist() == pytest.approx(expected, abs=1e-12)
+    assert read_risks(prefix, moved).tolist() == risks.tolist()
+    known = json.loads(Path(f"{prefix}.risk.json").read_text())
+    assert (known["scorer"], known["piece_tokens"]) == (IDENTITY, 2)
+    assert sum(known["failed"].values()) == 1
+
+
+def test_a_probe_reads_the_sequences_of_an_indexed_data_set(tmp_path: Path, capsys) -> None:
+    """Against plain forward passes: a probe on prompts and one on responses; the larger counts."""
+    pytest.importorskip("megatron.core")
+    model = tiny_model("llama")
+    folder = save_model(tmp_path / "m", model)
+    torch.manual_seed(5)
+    probes = {}
+    for position, pooling in (("prompt", "last_prompt_token"), ("response", "mean_response")):
+        probes[position] = Probe(
+            **{"layer": 2, "pooling": pooling, "bias": 0.1, "threshold": 0.4},
+            **{"mean": torch.randn(32), "scale": torch.rand(32) + 0.5},
+            **{"weight": torch.randn(32) / 4, "position": position},
+            fingerprint=model_fingerprint(model),
+        )
+        probes[position].save(tmp_path / "p" / position)
+    draw = np.random.default_rng(0)
+    sequences = [draw.integers(6, 30, length).tolist() for length in (9, 1, 40, 2)]
+    prefix = write_indexed(tmp_path / "x", sequences)
+    judge = ["score", "--probe", str(tmp_path / "p"), "--model-path", str(folder)]
+    assert main([*judge, "--data", str(prefix), "--piece-tokens", "32"]) == 0
+    expected = []
+    for sequence in sequences:
+        pieces = []
+        for begin in range(0, len(sequence), 32):
+            ids = torch.tensor([sequence[begin : begin + 32]])
+            with torch.inference_mode():
+                states = model(ids, output_hidden_states=True).hidden_states[2][0]
+            pooled = {"prompt": states[-1], "response": states[len(states) > 1 :].mean(0)}
+            for position, probe in probes.items():
+                scaled = (pooled[position] - probe.mean) / probe.scale
+                risk = float((scaled @ probe.weight + probe.bias).sigmoid())
+                pieces.append(np.interp(risk, [0, 0.4, 1], [0, 0.5, 1]))
+        expected.append(max(pieces))
+    assert read_risks(prefix).tolist() == pytest.approx(expected, abs=1e-5)
+    assert main([*judge, "--data", str(prefix), "--piece-tokens", "200"]) == 0  # none so long
+    sequences.append([7] * 200)
+    write_indexed(prefix, sequences)
+    assert main([*judge, "--data", str(prefix)]) == 2
+    assert "a text has 200 tokens, the model takes 128" in capsys.readouterr().err
 
 
 def test_several_processes_may_score_at_once(tmp_path: Path) -> None:

@@ -43,6 +43,17 @@ def test_documents_of_a_line_have_risks_of_their_own():
     assert batch.response_index.tolist() == [1, 2, 3, 6, 7, 10, 11]
 
 
+def test_what_fills_a_packed_line_up_is_no_row():
+    """Stacks restart positions there once, or at every token."""
+    tokens = torch.tensor([[5, 6, 7, 8, 0, 0]])
+    mask = torch.tensor([[1, 0, 1, 0, 0, 0]]).float()
+    for positions in ([0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 0, 0]):
+        given = {"labels": LABELS[:1], "loss_mask": mask, "position_ids": torch.tensor([positions])}
+        batch = batch_of_stream({"tokens": tokens, **given})
+        assert batch.row_begins == (0, 2)
+        assert batch.tokens_of_row == (1, 1)
+
+
 def test_a_row_without_tokens_that_count():
     batch = batch_of_stream(item(loss_mask=torch.zeros(2, 6)))
     assert batch.num_response_tokens == 0
