@@ -74,18 +74,23 @@ def _draw_time(axes: Any, plans: list[LayoutPlan], title: str) -> None:
     bubble = [plan.pipeline.idle_slots / plan.pipeline.slots for plan in plans]
     axes.plot(_gpus(plans), bubble, color="#999999", linestyle=":", label="share of idle slots")
     axes.set_title(title, fontsize=9)
-    axes.set_ylabel("time over plain training")
+    axes.set_ylabel("time over plain training, share of slots")
+    axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _finish(axes, plans)
 
 
 def _draw_memory(axes: Any, plans: list[LayoutPlan]) -> None:
+    from matplotlib.ticker import ScalarFormatter
+
     for arm, width in (("always_on", 4.0), ("routed", 1.6), ("sft", 1.6)):
         sizes = [plan.arms[arm].fullest[1] / GIB for plan in plans]
         axes.plot(_gpus(plans), sizes, color=COLOURS[arm], linewidth=width, label=ARM_NAMES[arm])
     axes.axhline(plans[0].usable_bytes / GIB, color="#999999", linestyle=":", label="usable")
     axes.set_title("memory of the fullest stage", fontsize=9)
     axes.set_ylabel("GiB a GPU")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
     _finish(axes, plans)
 
 
@@ -94,7 +99,6 @@ def _finish(axes: Any, plans: list[LayoutPlan]) -> None:
     labels = [f"{plan.settings.world_size}\n{_sizes(plan)}" for plan in plans]
     axes.set_xticks(_gpus(plans), labels, fontsize=6)
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     axes.set_xlabel("GPUs, and tensor x pipeline x context")
     axes.legend(frameon=False, fontsize=8)

@@ -158,6 +158,7 @@ def _assumptions(plan: LayoutPlan) -> str:
             "  tensor-parallel exchanges after the products, context-parallel ones beside them;",
             "  gradients beside the last backward, weights beside the first forward; all wait for",
             "  the replica with the most active micro-batches; no time for data and optimizer",
+            "  the fused loss multiplies the tokens that are trained on, Megatron's own head all;",
             "  fused attention and no dropout; in the bubble the reference is "
             f"{plan.pipeline.chunks} step{'s' if plan.pipeline.chunks > 1 else ''} ahead",
         )
