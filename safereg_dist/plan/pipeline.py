@@ -146,8 +146,8 @@ def bubble_room(pipeline: Pipeline) -> int:
     goes through one chunk of all stages in a step, so that it begins v steps ahead; it takes, stage
     after stage, the first idle slot that comes after its last one.
 
-    (Its own step cannot gain more than `added_slots` does: the last stage is idle only before
-    anything can have reached it, and after its last loss.)
+    (In their own step k micro-batches cost k v slots wherever they are placed: the last stage is
+    idle only before anything can have reached it, and after its last loss.)
     """
     free = idle(pipeline)
     for count in range(pipeline.idle_slots):

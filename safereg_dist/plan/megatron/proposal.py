@@ -43,7 +43,7 @@ def propose(
         if needs[sizes] <= USABLE_MEMORY * gpu.memory_bytes:
             return settings, _reasons(sizes, needs, values)
     if found is None:
-        given = ", ".join(f"{name}={values[name]}" for name in SIZES if name in values)
+        given = ", ".join(f"{_option(name)} {values[name]}" for name in SIZES if name in values)
         raise failed or ConfigError(
             f"--world-size {values['world_size']} is no multiple of the sizes that are given "
             f"({given}): change one of them"
@@ -69,9 +69,10 @@ def _candidates(shape: ModelShape, values: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def _settings(shape: ModelShape, values: Mapping[str, Any], sizes: tuple[int, ...]) -> Settings:
-    """Checked settings; ends count as layers where the layers alone do not divide."""
+    """Checked settings; ends count as layers where only with them the layers divide."""
     places = sizes[1] * values.get("virtual_pipeline", 1)
-    ends = values.get("ends_as_layers", False) or shape.num_layers % places != 0
+    only_so = shape.num_layers % places != 0 and (shape.num_layers + 2) % places == 0
+    ends = values.get("ends_as_layers", False) or only_so
     own = dict(zip(SIZES, sizes, strict=True))
     settings = Settings(**{**values, **own, "ends_as_layers": ends})
     check_layout(shape, settings)
@@ -88,10 +89,13 @@ def _reasons(
         smaller = [s for s in needs if (s[:index], s[index + 1 :]) == rest and s < sizes]
         if name in values or not smaller:
             continue
-        option = f"--{name.replace('_', '-')}"
         nearest = max(smaller)
         found.append(
-            f"{option} {sizes[index]}: with {nearest[index]} a GPU needs "
+            f"{_option(name)} {sizes[index]}: with {nearest[index]} a GPU needs "
             f"{needs[nearest] / GIB:.1f} GiB"
         )
     return tuple(found)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -413,4 +413,6 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     assert "reference in the bubble (this plan)" in text
     assert "proposed" not in text
     assert main([*command, "--tensor-parallel", "3"]) == 2
-    assert "--world-size 64" in capsys.readouterr().err
+    assert "--world-size 64 is no multiple" in capsys.readouterr().err
+    assert main([*command, "--pipeline-parallel", "32"]) == 2
+    assert "does not divide 80 layers" in capsys.readouterr().err
