@@ -5,6 +5,9 @@
 Writes results/plan/plan.csv, one row a model, GPU count, risky fraction and arm, and the figures.
 `curve` says what a row is for: `fraction` (64 GPUs, all fractions), `scaling` (10 % risky, all GPU
 counts) and `window` (1 % risky, 512 rows a step on 2 to 4096 GPUs; from 1024 on one row a GPU).
+Writes results/plan/layouts.csv and a figure for Megatron layouts of the dense models, the smallest
+that fit, at 5 % risky: `batches` (32 micro-batches a replica) and `rows` (as many rows a step as on
+512 GPUs).
 The planner itself is measured by tests/distributed/test_plan_measured.py.
 """
 
@@ -28,6 +31,10 @@ from tqdm import tqdm
 
 from safereg_dist.parallel.hardware import GIB, find_gpu
 from safereg_dist.plan.figures import ARM_STYLES, FRACTIONS, GPU_COUNTS, draw
+from safereg_dist.plan.megatron.figures import draw_layouts, layout_curve
+from safereg_dist.plan.megatron.plan import LayoutPlan, make_layout_plan
+from safereg_dist.plan.megatron.proposal import propose
+from safereg_dist.plan.pipeline import bubble_room
 from safereg_dist.plan.plan import make_plan
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape, shape_of
@@ -90,6 +97,11 @@ BASE = Settings(
     world_size=64, seq_length=2048, micro_batch=1, grad_accum=8, activation_checkpointing=True
 )
 
+LAYOUT = {
+    **{"engine": "megatron", "seq_length": 4096, "micro_batch": 1, "grad_accum": 32},
+    "risky_fraction": 0.05,
+}
+
 
 def cases(curve: str) -> Iterator[Settings]:
     """The settings of one curve."""
@@ -125,6 +137,52 @@ def rows_of(name: str, shape: ModelShape, curve: str) -> Iterator[dict[str, Any]
                 "fits": costs.memory.gpu <= plan.usable_bytes,
                 **{f"{k}_overhead": f"{v:.6f}" for k, v in plan.overhead(arm).items()},
             }
+
+
+def layout_plan(shape: ModelShape) -> LayoutPlan:
+    """The smallest Megatron layout that fits on 512 GPUs."""
+    settings, reasons = propose(shape, {**LAYOUT, "world_size": 512}, GPU)
+    return make_layout_plan(shape, settings, GPU, proposed=reasons)
+
+
+def rows_of_layouts(name: str, shape: ModelShape) -> Iterator[dict[str, Any]]:
+    """Rows of the layouts' CSV, one an arm."""
+    base = layout_plan(shape)
+    for curve in ("batches", "rows"):
+        for plan in layout_curve(base, LAYOUT, keeps_rows=curve == "rows"):
+            s, pipeline = plan.settings, plan.pipeline
+            for arm, costs in plan.arms.items():
+                yield {
+                    "curve": curve,
+                    "model": name,
+                    "gpus": s.world_size,
+                    "tensor": s.tensor_parallel,
+                    "pipeline": s.pipeline_parallel,
+                    "context": s.context_parallel,
+                    "data": s.data_parallel,
+                    "micro_batches": s.grad_accum,
+                    "slots": pipeline.slots,
+                    "idle_slots": pipeline.idle_slots,
+                    "bubble_room": bubble_room(pipeline),
+                    "arm": arm,
+                    "reference_slots": f"{costs.reference_slots:.4f}",
+                    "flops": f"{costs.total_flops:.6g}",
+                    "bytes_per_gpu": f"{costs.total_bytes:.6g}",
+                    "seconds": f"{costs.seconds:.6g}",
+                    "gpu_gib": f"{costs.fullest[1] / GIB:.2f}",
+                    "fits": costs.fullest[1] <= plan.usable_bytes,
+                    **{f"{k}_overhead": f"{v:.6f}" for k, v in plan.overhead(arm).items()},
+                }
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A CSV file, all of it or nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
 
 
 def draw_window(rows: list[dict[str, Any]]) -> Figure:
@@ -175,15 +233,17 @@ def main() -> int:
         for curve in ("fraction", "scaling", "window")
         for row in rows_of(name, shape, curve)
     ]
-    partial = RESULTS / ".plan.csv.partial"
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, RESULTS / "plan.csv")
+    write(RESULTS / "plan.csv", rows)
+    dense = {name: s for name, s in shapes.items() if s.parameters == s.active_parameters}
+    del dense["Falcon-40B"]  # its attention and MLP run side by side, which is not Megatron's layer
+    layouts = [row for name, shape in dense.items() for row in rows_of_layouts(name, shape)]
+    write(RESULTS / "layouts.csv", layouts)
     with plt.rc_context(STYLE):
         for name, shape in shapes.items():
             save(draw(make_plan(shape, BASE, GPU), name=name), RESULTS, name.lower())
+        for name, shape in dense.items():
+            figure = draw_layouts(layout_plan(shape), LAYOUT, name=name)
+            save(figure, RESULTS, f"{name.lower()}-megatron")
         save(draw_window(rows), RESULTS, "bytes_512_rows")
     return 0
 

@@ -136,11 +136,11 @@ def _layer_bytes(shape: ModelShape, settings: Settings) -> float:
     if shape.keeps_scores:
         attention += 8 * shape.num_heads * settings.seq_length
     experts = 2 * e * h * shape.num_chosen if shape.num_chosen > 1 else 0
-    mlp = 2 * (_mlp_matrices(shape) - 1) * e * shape.mlp_width
+    mlp = 2 * (mlp_matrices(shape) - 1) * e * shape.mlp_width
     return root_norms * (4 + 2 * e) * h + layer_norms * 1.5 * e * h + attention + mlp + experts
 
 
-def _mlp_matrices(shape: ModelShape) -> int:
+def mlp_matrices(shape: ModelShape) -> int:
     """3 with a gate, else 2; derived from the elements that do not belong to attention."""
     layer = shape.layer_products / shape.num_layers
     attention = 2 * shape.hidden_size * (shape.attention_width + shape.key_value_width)
@@ -156,7 +156,22 @@ def _head(shape: ModelShape, settings: Settings, tokens: int) -> float:
     if settings.arm == "always_on":
         return tokens * columns * 16.0 + 2 * shape.head_parameters * size
     trained = round(settings.response_share * tokens)
-    stride = budget.padded(columns)
+    head = shape.head_parameters * size if settings.arm != "sft" else 0.0
+    return head + fused_head_bytes(
+        columns, shape.hidden_size, trained, settings, chunk_tokens=settings.chunk_tokens
+    )
+
+
+def fused_head_bytes(
+    columns: int, hidden_size: int, trained: int, settings: Settings, *, chunk_tokens: int | None
+) -> float:
+    """Bytes that the fused head works in: logits of some tokens, and all gradients.
+
+    Float32 logits (of both models with a reference), their gradient in the model's dtype, dW, and
+    the float32 gradient of the states [trained, H].
+    """
+    size, stride = settings.itemsize, budget.padded(columns)
+    elements = columns * hidden_size
     logits_bytes = stride * (4 if settings.arm == "sft" else 8)
     rows = budget.chunk_sizes(
         trained,
@@ -164,16 +179,14 @@ def _head(shape: ModelShape, settings: Settings, tokens: int) -> float:
         grad_bytes=stride * size,
         is_collected=True,
         head_bytes=settings.head_bytes_held,
-        chunk_tokens=settings.chunk_tokens,
+        chunk_tokens=chunk_tokens,
     )
     logits, gradient = rows.logits_rows * logits_bytes, rows.grad_rows * stride * size
     if trained <= rows.grad_rows:  # one pass: dW takes the logits' place, in its own dtype
-        working = gradient + max(logits, size * shape.head_parameters)
+        working = gradient + max(logits, size * elements)
     else:
-        working = gradient + logits + 4.0 * shape.head_parameters * (1 + size / 4)
-    states = 4.0 * trained * shape.hidden_size
-    head = shape.head_parameters * size if settings.arm != "sft" else 0.0
-    return working + states + head
+        working = gradient + logits + 4.0 * elements * (1 + size / 4)
+    return working + 4.0 * trained * hidden_size
 
 
 def _reference_pass(shape: ModelShape, settings: Settings) -> float:

@@ -139,7 +139,7 @@ def _seconds(
     """
     rate = MFU * gpu.flops_per_s * settings.world_size
     policy = sum(n for part, n in work.items() if part not in SAFETY)
-    comm = sum(_transfer(m, gpu) for part, m in moved.items() if part not in SAFETY)
+    comm = sum(transfer_seconds(m, gpu) for part, m in moved.items() if part not in SAFETY)
     total = max(policy / rate, comm)
     slowest = 1.0
     if settings.arm in ("routed", "stored"):
@@ -147,12 +147,12 @@ def _seconds(
         slowest = expected.most_rows / expected.mean_rows if expected.mean_rows else 1.0
     for part in ("reference trunk", "probe, first epoch"):
         skew = slowest if part == "reference trunk" else 1.0
-        total += max(skew * work[part] / rate, _transfer(moved[part], gpu))
+        total += max(skew * work[part] / rate, transfer_seconds(moved[part], gpu))
     head = slowest * work["head, divergence"] / rate
-    return total + head + _transfer(moved["reference head"], gpu)
+    return total + head + transfer_seconds(moved["reference head"], gpu)
 
 
-def _transfer(moved: Traffic, gpu: Gpu) -> float:
-    """Seconds; both kinds of link work at the same time."""
+def transfer_seconds(moved: Traffic, gpu: Gpu) -> float:
+    """Seconds of what a rank receives; both kinds of link work at the same time."""
     inside = moved.inside / (LINK_EFFICIENCY * gpu.node_bytes_per_s)
     return max(inside, moved.between / (LINK_EFFICIENCY * gpu.network_bytes_per_s))

@@ -46,31 +46,31 @@ def _parameters(plan: Plan) -> str:
     ]
     if shape.num_chosen > 1:
         rows.append(("active for one token", f"{shape.active_parameters:,}"))
-    return _table("Parameters", ("", "number"), rows)
+    return table("Parameters", ("", "number"), rows)
 
 
 def _memory(plan: Plan) -> str:
     memory = plan.chosen.memory
-    rows = [(name, _gib(size), "always") for name, size in memory.resting.items()]
-    rows += [(name, _gib(size), "micro-batch") for name, size in memory.working.items()]
+    rows = [(name, gib(size), "always") for name, size in memory.resting.items()]
+    rows += [(name, gib(size), "micro-batch") for name, size in memory.working.items()]
     if memory.updating:
-        rows.append(("float32 gradients of a sub-group", _gib(memory.updating), "update"))
-    rows.append(("fullest moment", _gib(memory.gpu), ""))
-    usable = f"of {_gib(plan.gpu.memory_bytes)}"
-    rows.append(("usable on this GPU", _gib(plan.usable_bytes), usable))
+        rows.append(("float32 gradients of a sub-group", gib(memory.updating), "update"))
+    rows.append(("fullest moment", gib(memory.gpu), ""))
+    usable = f"of {gib(plan.gpu.memory_bytes)}"
+    rows.append(("usable on this GPU", gib(plan.usable_bytes), usable))
     if memory.host:
-        rows.append(("in the machine's memory", _gib(memory.host), "a rank"))
-    return _table("Memory of a GPU (GiB)", ("", "GiB", "when"), rows)
+        rows.append(("in the machine's memory", gib(memory.host), "a rank"))
+    return table("Memory of a GPU (GiB)", ("", "GiB", "when"), rows)
 
 
 def _fit(plan: Plan) -> str:
     if plan.fits:
         return "It fits."
     alone, together = remedies(plan)
-    rows = [(r.text, f"-{_gib(r.saved_bytes)}", "fits" if r.fits else "not enough") for r in alone]
-    text = _table("It does not fit. Remedies", ("", "GiB", ""), rows)
+    rows = [(r.text, f"-{gib(r.saved_bytes)}", "fits" if r.fits else "not enough") for r in alone]
+    text = table("It does not fit. Remedies", ("", "GiB", ""), rows)
     if together is not None:
-        text += f"\ntogether: {together.text}: -{_gib(together.saved_bytes)} GiB, fits"
+        text += f"\ntogether: {together.text}: -{gib(together.saved_bytes)} GiB, fits"
     elif not any(remedy.fits for remedy in alone):
         text += "\nnot even all of them together are enough: more memory a GPU, or a smaller model"
     return text
@@ -83,21 +83,19 @@ def _flops(plan: Plan) -> str:
         for name, value in costs.flops.items()
     ]
     rows.append(("total", f"{costs.total_flops / 1e12:,.2f}", ""))
-    return _table("FLOPs of a step, all GPUs (10^12)", ("", "TFLOP", "share"), rows)
+    return table("FLOPs of a step, all GPUs (10^12)", ("", "TFLOP", "share"), rows)
 
 
 def _traffic(plan: Plan) -> str:
     costs = plan.chosen
-    rows = [
-        (name, _gib(moved.inside), _gib(moved.between)) for name, moved in costs.traffic.items()
-    ]
+    rows = [(name, gib(moved.inside), gib(moved.between)) for name, moved in costs.traffic.items()]
     inside, between = (
         sum(getattr(moved, link) for moved in costs.traffic.values())
         for link in ("inside", "between")
     )
-    rows.append(("total", _gib(inside), _gib(between)))
+    rows.append(("total", gib(inside), gib(between)))
     columns = ("", "in the node", "between nodes")
-    return _table("Bytes that a GPU receives in a step (GiB)", columns, rows)
+    return table("Bytes that a GPU receives in a step (GiB)", columns, rows)
 
 
 def _overheads(plan: Plan) -> str:
@@ -106,9 +104,9 @@ def _overheads(plan: Plan) -> str:
         extra = plan.overhead(arm)
         shares = [f"{extra[name]:+.2%}" for name in ("flops", "bytes", "seconds")]
         name = ARM_NAMES[arm] + (" (this plan)" if arm == plan.settings.arm else "")
-        rows.append((name, *shares, f"{costs.seconds:.3f}", _gib(costs.memory.gpu)))
+        rows.append((name, *shares, f"{costs.seconds:.3f}", gib(costs.memory.gpu)))
     columns = ("", "FLOPs", "bytes", "time", "s a step", "GiB a GPU")
-    return _table("Against plain fine-tuning", columns, rows)
+    return table("Against plain fine-tuning", columns, rows)
 
 
 def _assumptions(plan: Plan) -> str:
@@ -140,12 +138,13 @@ def _unsupported(plan: Plan) -> list[str]:
     return ["  tensor and pipeline parallelism divide the model evenly; no bubble is counted"]
 
 
-def _gib(size: float) -> str:
-    gib = size / GIB
-    return f"{gib:.2f}" if gib >= 0.01 or gib == 0 else f"{gib:.1e}"
+def gib(size: float) -> str:
+    """Bytes as a number of GiB."""
+    number = size / GIB
+    return f"{number:.2f}" if number >= 0.01 or number == 0 else f"{number:.1e}"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left."""
     lines = [columns, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]

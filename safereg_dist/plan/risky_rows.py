@@ -54,10 +54,19 @@ def most_rows_law(settings: Settings) -> np.ndarray:
     n, fraction = settings.window_rows, settings.risky_fraction
     if settings.balance == "deal":
         return _dealt_law(n, settings.data_parallel, fraction)
+    return fullest_law(n, fraction, settings.data_parallel)
+
+
+def active_share(settings: Settings) -> float:
+    """Probability that a micro-batch of B rows holds a risky one: 1 - (1 - f)^B."""
+    return 1 - (1 - settings.risky_fraction) ** settings.micro_batch
+
+
+def fullest_law(n: int, fraction: float, ranks: int) -> np.ndarray:
+    """[n + 1] float64 probabilities of max K over ranks, each with K ~ Binomial(n, fraction)."""
     upto = np.cumsum(binomial(n, fraction)).clip(0.0, 1.0)
     upto[-1] = 1.0
-    whole = upto**settings.data_parallel
-    return np.diff(whole, prepend=0.0)
+    return np.diff(upto**ranks, prepend=0.0)
 
 
 def _dealt_law(n: int, world_size: int, fraction: float) -> np.ndarray:

@@ -10,6 +10,16 @@ from safereg_kernels.budget import HEAD_BYTES
 
 ARMS = ("sft", "routed", "stored", "always_on")
 """Plain fine-tuning; the reference on risky rows; its states from a store; on every row."""
+ENGINES = ("deepspeed", "megatron")
+_OF_DEEPSPEED = {
+    **{"hpz": 1, "balance": "none", "probe_depth": 0.0, "rows_per_pass": None},
+    **{name: "none" for name in ("offload_params", "offload_optimizer", "offload_reference")},
+}
+_OF_MEGATRON = {
+    **{"context_parallel": 1, "virtual_pipeline": 1, "ends_as_layers": False},
+    **{"sequence_parallel": True, "distributed_optimizer": True, "vocab_multiple": 128},
+    "reference_in_bubble": False,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +37,7 @@ class Settings:
     micro_batch: int = 4
     """Rows per rank and forward, >= 1."""
     grad_accum: int = 1
-    """Micro-batches per optimizer step, >= 1."""
+    """Micro-batches of a data-parallel replica per optimizer step, >= 1."""
     risky_fraction: float = 0.1
     """Share of rows with a coefficient above 0, anchor rows among them, in [0, 1]."""
     arm: str = "routed"
@@ -45,12 +55,28 @@ class Settings:
     offload_reference: str = "none"
     """`none` or `cpu`."""
     activation_checkpointing: bool = False
-    """Decoder layers are run again in the backward pass."""
+    """Decoder layers are run again in the backward pass (Megatron: full recompute)."""
     precision: str = "bf16"
     """`bf16` or `fp32`."""
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     """Ranks that share each layer, and stages of layers, >= 1."""
+    engine: str = "deepspeed"
+    """One of `ENGINES`; what follows, up to the head's, is Megatron's."""
+    context_parallel: int = 1
+    """Ranks that share each row's tokens, >= 1."""
+    virtual_pipeline: int = 1
+    """Chunks of layers on each stage, >= 1: above 1 the interleaved schedule."""
+    ends_as_layers: bool = False
+    """Embedding and loss each take a layer's place on the first and the last stage."""
+    sequence_parallel: bool = True
+    """Between its products a layer's states are spread over the tensor-parallel ranks."""
+    distributed_optimizer: bool = True
+    """Master weights and moments are spread over the data- and context-parallel ranks."""
+    vocab_multiple: int = 128
+    """The vocabulary is padded to a multiple of this times `tensor_parallel`, >= 1."""
+    reference_in_bubble: bool = False
+    """The next step's reference forwards run in a step's idle slots (see `plan.pipeline`)."""
     head_bytes: int | None = None
     """`train.head_bytes`; None = what the head takes of itself."""
     chunk_tokens: int | None = None
@@ -67,7 +93,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in (
             *("world_size", "gpus_per_node", "micro_batch", "grad_accum", "hpz"),
-            *("tensor_parallel", "pipeline_parallel", "reuse_distance"),
+            *("tensor_parallel", "pipeline_parallel", "context_parallel", "virtual_pipeline"),
+            *("vocab_multiple", "reuse_distance"),
         ):
             _at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         for name in ("chunk_tokens", "head_bytes"):
@@ -79,48 +106,71 @@ class Settings:
         for name in ("response_share", "risky_fraction", "probe_depth"):
             within(f"--{name.replace('_', '-')}", getattr(self, name), 0.0, 1.0)
         one_of("arm", self.arm, ARMS)
+        one_of("--engine", self.engine, ENGINES)
         one_of("--balance", self.balance, ("none", "deal"))
         one_of("--precision", self.precision, ("bf16", "fp32"))
         for name in ("offload_params", "offload_optimizer", "offload_reference"):
             one_of(f"--{name.replace('_', '-')}", getattr(self, name), ("none", "cpu"))
         if self.zero_stage != 3:
             raise ConfigError(f"--zero-stage must be 3 in this version, got {self.zero_stage}")
+        self._check_engine()
         self._check_division()
 
+    def _check_engine(self) -> None:
+        """Refuses options of the other engine, which would be planned as if they were not there."""
+        foreign = _OF_DEEPSPEED if self.engine == "megatron" else _OF_MEGATRON
+        for name, plain in foreign.items():
+            if getattr(self, name) != plain:
+                raise ConfigError(
+                    f"--engine {self.engine} expects {name}={plain!r}, got "
+                    f"{getattr(self, name)!r}: leave the option out, or choose the other engine"
+                )
+        if self.engine == "megatron" and self.arm == "stored":
+            raise ConfigError(
+                "--engine megatron has no stored reference: leave --stored-reference out"
+            )
+        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
+            raise ConfigError(
+                f"--virtual-pipeline {self.virtual_pipeline} expects --pipeline-parallel of at "
+                "least 2, got 1: leave it out"
+            )
+
     def _check_division(self) -> None:
-        parallel = self.tensor_parallel * self.pipeline_parallel
+        parallel = self.model_parallel
         if self.world_size % parallel:
+            context = f" x --context-parallel {self.context_parallel}"
             raise ConfigError(
                 f"--world-size {self.world_size} is not a multiple of --tensor-parallel "
-                f"{self.tensor_parallel} x --pipeline-parallel {self.pipeline_parallel}: "
-                f"the nearest are {_near(self.world_size, parallel)}"
+                f"{self.tensor_parallel} x --pipeline-parallel {self.pipeline_parallel}"
+                f"{context if self.context_parallel > 1 else ''}: "
+                f"the nearest are {near(self.world_size, parallel)}"
             )
         if self.data_parallel % self.hpz:
             raise ConfigError(
                 f"--hpz-partition-size {self.hpz} does not divide the {self.data_parallel} "
-                f"data-parallel ranks: choose one of {_divisors(self.data_parallel)}"
+                f"data-parallel ranks: choose one of {divisors(self.data_parallel)}"
             )
         node = self.gpus_per_node
         if self.world_size > node and self.world_size % node:
             raise ConfigError(
                 f"--world-size {self.world_size} is not a multiple of --gpus-per-node {node}: "
-                f"the nearest are {_near(self.world_size, node)}"
+                f"the nearest are {near(self.world_size, node)}"
             )
         if node % self.tensor_parallel and self.tensor_parallel % node:
             raise ConfigError(
                 f"--tensor-parallel {self.tensor_parallel} does not divide --gpus-per-node {node}: "
-                f"choose one of {_divisors(node)}"
+                f"choose one of {divisors(node)}"
             )
 
     @property
     def data_parallel(self) -> int:
         """Ranks that see different rows; ZeRO-3 shards over these."""
-        return self.world_size // (self.tensor_parallel * self.pipeline_parallel)
+        return self.world_size // self.model_parallel
 
     @property
     def model_parallel(self) -> int:
         """Ranks that see the same rows."""
-        return self.tensor_parallel * self.pipeline_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
     @property
     def window_rows(self) -> int:
@@ -143,12 +193,14 @@ class Settings:
         return 2 if self.precision == "bf16" else 4
 
 
-def _near(value: int, step: int) -> str:
+def near(value: int, step: int) -> str:
+    """The multiples of `step` next to a value, as text."""
     low = value // step * step
     return " and ".join(str(n) for n in (low, low + step) if n > 0)
 
 
-def _divisors(value: int) -> str:
+def divisors(value: int) -> str:
+    """The divisors of a value, as text."""
     return ", ".join(str(n) for n in range(1, value + 1) if value % n == 0)
 
 

@@ -30,6 +30,9 @@ SIZES = (
 COUNTED = "llama, mistral, qwen2, qwen3, phi3, gemma2, falcon, mixtral, qwen3_moe"
 """Types whose counts are tested; others that transformers knows are read the same way."""
 
+SUMMED_OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2")
+"""Products whose inputs tensor parallelism divides: their outputs are sums over its ranks."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Module:
@@ -45,6 +48,8 @@ class Module:
     """Elements that one token goes through: of experts, those chosen."""
     products: float
     """Of these, the elements of matrices."""
+    split: int
+    """Elements that tensor parallelism divides; the others are whole on each of its ranks."""
 
     @property
     def numel(self) -> int:
@@ -245,9 +250,18 @@ def _modules(model: Any, chosen_share: float) -> tuple[Module, ...]:
                 numels=tuple(p.numel() for p in own),
                 used=share * sum(p.numel() for p in own),
                 products=share * sum(p.numel() for p in own if p.dim() > 1),
+                split=_split(path, own),
             )
         )
     return tuple(found)
+
+
+def _split(path: str, own: list[Any]) -> int:
+    """Matrices, and the biases of those whose outputs are divided."""
+    matrices = sum(p.numel() for p in own if p.dim() > 1)
+    if not matrices or path.rsplit(".", 1)[-1] in SUMMED_OUTPUTS:
+        return matrices
+    return sum(p.numel() for p in own)
 
 
 def _part(module: Any, layer: int | None, embedding: Any, head: Any) -> str:

@@ -89,7 +89,12 @@ def _moved(
     """Of tensors gathered over `group` neighbouring data-parallel ranks."""
     parallel = parallel or settings.model_parallel
     received = elements / parallel * settings.itemsize * (group - 1) / group
-    node = max(1, settings.gpus_per_node // settings.tensor_parallel)
+    return over_ring(received, group, settings.tensor_parallel, settings.gpus_per_node)
+
+
+def over_ring(received: float, group: int, stride: int, gpus_per_node: int) -> Traffic:
+    """Bytes of a rank, of a ring of `group` ranks that are `stride` apart, by kind of link."""
+    node = max(1, gpus_per_node // stride)
     if group <= node:
         return Traffic(inside=received, between=0.0)
     return Traffic(inside=received * (node - 1) / node, between=received / node)
