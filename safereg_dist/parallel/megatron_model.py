@@ -206,12 +206,14 @@ class PipelinedReference:
         behind them states are handed on. Collectives: those of the schedule's forward.
         """
         place = {id(chunk): number for number, chunk in enumerate(self.chunks)}
+        own = next(self.chunks[0].parameters()).dtype
 
         def step(iterator: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             self.running = next(iterator)
             args, kwargs = calls[place[id(chunk)]][self.running]
             kept = {k: v for k, v in kwargs.items() if k not in ("labels", "loss_mask")}
-            return chunk(*args, **kept), lambda states, non_loss_data: states.detach()
+            # A module of half precision gives float32 behind its last stage: the same values.
+            return chunk(*args, **kept), lambda states, non_loss_data: states.detach().to(own)
 
         count = len(calls[0])
         iterators = [iter(range(count)) for _ in self.chunks]

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
 
 from megatron_cases import HIDDEN, LAGGED, LAGGED_STEPS, LAYERS, LENGTH, PROBES, ROWS, VOCAB
 from support import megatron_on_cpu
+from support.slot_clock import SlotClock
 from support.step_cost import StepCost
 
 megatron_on_cpu.unpacked(os.environ.get("MEGATRON_CORE", ""))
@@ -40,6 +41,7 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file, save_file
 
@@ -64,11 +66,13 @@ def main() -> None:
     parser.add_argument("--lag", action="store_true", help="the probe reads the policy")
     parser.add_argument("--always", action="store_true", help="the divergence on every row")
     parser.add_argument("--recompute", default="")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--optimizer", action="store_true", help="Megatron's own, distributed")
     parser.add_argument("--experts", type=int, default=None)
     parser.add_argument("--cost", action="store_true", help="count the second step")
+    parser.add_argument("--slots", action="store_true", help="count those of each step")
     parser.add_argument("--save-at", type=int, default=None)
     parser.add_argument("--resume-at", type=int, default=0)
     parser.add_argument("--stored-reference", action="store_true")
@@ -199,7 +203,8 @@ def config_of(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> T
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        attention_softmax_in_fp32=dtype == torch.float32,
+        attention_softmax_in_fp32=dtype != torch.float64,
+        bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=args.per_token,
         **more,
     )
@@ -323,7 +328,7 @@ def train(args: argparse.Namespace) -> None:
     from safereg_dist.integrations.megatron import MegatronSafety
 
     whole = load_file(args.folder / "policy.safetensors")
-    config = config_of(args)
+    config = config_of(args, torch.bfloat16 if args.bf16 else torch.float32)
     provider, forward_step = provider_of(args, config), forward_step_of(args)
     safety = None
     if not args.plain:
@@ -371,15 +376,17 @@ def train(args: argparse.Namespace) -> None:
         overlap_grad_reduce=args.overlap,
         use_distributed_optimizer=args.optimizer,
     )
-    wrapped = [DistributedDataParallel(config, plain, chunk) for chunk in chunks]
+    inner = [Float16Module(config, chunk) if args.bf16 else chunk for chunk in chunks]
+    wrapped = [DistributedDataParallel(config, plain, chunk) for chunk in inner]
     config.finalize_model_grads_func = finalize_model_grads
     if args.overlap:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync[0] if len(wrapped) == 1 else no_sync
     optimizer = optimizer_of(wrapped) if args.optimizer else None
     iterators = [data_iterator(args) for _ in chunks]
+    clock = SlotClock() if args.slots else None
     found: dict[str, torch.Tensor] = {}
-    losses, reports = [], []
+    losses, reports, slots = [], [], []
     for step in range(args.resume_at, args.steps):
         counter.begin(step)
         for chunk in wrapped:
@@ -394,6 +401,8 @@ def train(args: argparse.Namespace) -> None:
             forward_only=False,
         )
         counter.end(step)
+        if clock is not None:
+            slots.append(clock.of_step())
         if step == 0:
             found = gradients(chunks)
         if optimizer is None:
@@ -406,7 +415,7 @@ def train(args: argparse.Namespace) -> None:
                 safety.save(saved / "safereg")
         losses.append(mean_of(reported, "lm loss"))
         reports.append({k: mean_of(reported, k) for k in (reported[0] if reported else {})})
-    facts = {"losses": losses, "reports": reports, "collectives": COLLECTIVES}
+    facts = {"losses": losses, "reports": reports, "collectives": COLLECTIVES, "slots": slots}
     facts["version"] = megatron.core.__version__
     if safety is not None:
         safety.finish()

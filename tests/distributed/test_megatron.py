@@ -3,9 +3,9 @@ equations; the reference runs on micro-batches with a risky row alone; without r
 plain one; a run goes on from a checkpoint.
 
 The judge is the whole model in float64 with whole logits (`megatron_worker.py oracle`); float32
-rounds (1e-6 in the norm of a gradient). Exact: a pipeline's gradients against one stage's, a run
-without risk, a resumed run, FLOPs and bytes. CUDA, Transformer Engine and NCCL take no part:
-`support.megatron_on_cpu` lists what stands in for them.
+rounds (1e-6 in the norm of a gradient), bf16 more (2e-2). Exact: a pipeline's gradients against one
+stage's, a run without risk, a resumed run, FLOPs, bytes and slots. CUDA, Transformer Engine and
+NCCL take no part: `support.megatron_on_cpu` lists what stands in for them.
 """
 
 import json
@@ -35,6 +35,7 @@ from support.launching import Launcher
 from support.step_cost import read_cost
 
 from safereg_dist import regions
+from safereg_dist.plan.pipeline import Pipeline
 from safereg_dist.run.ledger import verify_ledger
 
 pytest.importorskip("megatron.core")
@@ -46,6 +47,7 @@ LAG = ("--probe", LAGGED, "--lag", "--steps", LAGGED_STEPS)
 VARIANTS = {
     "full-recompute": ("pp2", 2, ("--recompute", "full")),
     "selective-recompute": ("dp1", 1, ("--recompute", "selective")),
+    "bf16": ("tp2-sp", 2, ("--bf16",)),
     "two-tuple": ("dp1", 1, ("--two-tuple",)),
     "per-token": ("dp1", 1, ("--per-token",)),
     "documents": ("pp2", 2, ("--risk", "documents")),
@@ -102,13 +104,20 @@ def weights(out: Path, ranks: int) -> list[dict[str, torch.Tensor]]:
 
 
 def check(
-    out: Path, ranks: int, folder: Path, kind: str, normaliser: str, *, counts_tokens: bool = True
+    out: Path,
+    ranks: int,
+    folder: Path,
+    kind: str,
+    normaliser: str,
+    *,
+    counts_tokens: bool = True,
+    rtol: float = RTOL,
 ) -> None:
     """Every rank's gradients are the judge's, and so is the loss of a report that counts tokens."""
     errors = errors_of(out, ranks, folder, kind, normaliser)
     assert not errors.missing
-    assert errors.gradient < RTOL
-    assert max(errors.first_loss, errors.last_loss) < 1e-6 or not counts_tokens
+    assert errors.gradient < rtol
+    assert max(errors.first_loss, errors.last_loss) < 0.1 * rtol or not counts_tokens
 
 
 def kind(options) -> str:
@@ -144,7 +153,8 @@ def test_options_of_a_run(name, train, made):
     out = train(layout, ranks, *options)
     counts_tokens = "--two-tuple" not in options
     found = (kind(options), normaliser(options))
-    check(out, ranks, made(), *found, counts_tokens=counts_tokens)
+    rtol = 3e-2 if "--bf16" in options else RTOL
+    check(out, ranks, made(), *found, counts_tokens=counts_tokens, rtol=rtol)
     rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(row.get("risk_lag") == (1 if "--lag" in options else None) for row in rows)
 
@@ -248,6 +258,18 @@ def test_a_bad_row_on_one_rank_ends_all(made, launch, tmp_path):
 
 
 # ---- cost
+
+
+@pytest.mark.parametrize(("layout", "stages", "chunks"), [("pp4", 4, 1), ("pp2-vpp2", 2, 2)])
+def test_slots_are_those_of_the_plan(layout, stages, chunks, train):
+    """The reference's pass adds its own slots and no second wait for the pipeline to fill."""
+    out = train(layout, stages, "--risk", "random", "--steps", 5, "--slots")
+    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    ran = [row["reference_rows"] // ROWS for row in rows]
+    assert {0, 8} < set(ran)
+    pipeline = Pipeline(stages=stages, micro_batches=8, chunks=chunks)
+    expected = [pipeline.slots + pipeline.added_slots(count) for count in ran]
+    assert facts(out)["slots"] == expected
 
 
 def test_cost_follows_risk(train):
