@@ -289,11 +289,8 @@ def pool_spans(
     """
     if pooling.startswith("last_"):
         return hidden[rows, last]
-    position = torch.arange(hidden.shape[1], device=hidden.device)
-    inside = (position >= first[:, None]) & (position <= last[:, None])
-    states = hidden.index_select(0, rows).float()
-    # Filled, not multiplied by 0: a state at a padded position may be nan.
-    return states.masked_fill(~inside[..., None], 0.0).sum(1) / (last - first + 1)[:, None]
+    every = torch.arange(hidden.shape[1], device=hidden.device)
+    return pool_share(hidden, every, rows=rows, first=first, last=last, pooling=pooling)
 
 
 def pool_share(
@@ -314,6 +311,7 @@ def pool_share(
         states = hidden[rows, inside.int().argmax(dim=1)].float()
         return states.masked_fill(~inside.any(dim=1)[:, None], 0.0)
     states = hidden.index_select(0, rows).float()
+    # Filled, not multiplied by 0: a state at a padded position may be nan.
     return states.masked_fill(~inside[..., None], 0.0).sum(1) / (last - first + 1)[:, None]
 
 
