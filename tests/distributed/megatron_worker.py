@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--optimizer", action="store_true", help="Megatron's own, distributed")
     parser.add_argument("--experts", type=int, default=None)
     parser.add_argument("--cost", action="store_true", help="count the second step")
+    parser.add_argument("--cache", type=Path, help="folder of stored states")
+    parser.add_argument("--repeat", action="store_true", help="each step has the same rows")
     parser.add_argument("--slots", action="store_true", help="count those of each step")
     parser.add_argument("--save-at", type=int, default=None)
     parser.add_argument("--resume-at", type=int, default=0)
@@ -155,7 +157,7 @@ def data_iterator(args: argparse.Namespace):
     )
     for step in range(args.resume_at, args.steps):
         each = MICRO_BATCHES // count
-        yield from items(step, args.risk)[rank * each : (rank + 1) * each]
+        yield from items(0 if args.repeat else step, args.risk)[rank * each : (rank + 1) * each]
 
 
 # ---- the model
@@ -339,6 +341,8 @@ def train(args: argparse.Namespace) -> None:
             settings["regularizer"] |= {"granularity": "batch", "schedule": "linear", "ema": 0.0}
         if args.always:
             settings["regularizer"] = {"objective": "static", "ceiling": 0.5}
+        if args.cache:
+            settings["reference"] = {"cache": str(args.cache)}
         if args.stored_reference:
             settings["reference"] = {"model": str(args.folder / "stored")}
         safety = MegatronSafety(
@@ -385,6 +389,7 @@ def train(args: argparse.Namespace) -> None:
     optimizer = optimizer_of(wrapped) if args.optimizer else None
     iterators = [data_iterator(args) for _ in chunks]
     clock = SlotClock() if args.slots else None
+    groups = count_new_groups()
     found: dict[str, torch.Tensor] = {}
     losses, reports, slots = [], [], []
     for step in range(args.resume_at, args.steps):
@@ -416,6 +421,7 @@ def train(args: argparse.Namespace) -> None:
         losses.append(mean_of(reported, "lm loss"))
         reports.append({k: mean_of(reported, k) for k in (reported[0] if reported else {})})
     facts = {"losses": losses, "reports": reports, "collectives": COLLECTIVES, "slots": slots}
+    facts["groups"] = len(groups)
     facts["version"] = megatron.core.__version__
     if safety is not None:
         safety.finish()
@@ -453,6 +459,18 @@ def risk_of_probe(args: argparse.Namespace) -> dict:
 
 COLLECTIVES: list[list] = []
 """(name, ranks of the group, elements) of every collective so far, where they are logged."""
+
+
+def count_new_groups() -> list:
+    """A list that grows with every process group that is formed from now on."""
+    formed, plain = [], dist.new_group
+
+    def noted(*given, **how):
+        formed.append(given)
+        return plain(*given, **how)
+
+    dist.new_group = noted
+    return formed
 
 
 def log_collectives() -> None:

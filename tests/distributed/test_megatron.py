@@ -140,6 +140,7 @@ def test_every_layout_gives_the_equations(layout, train, made):
     last = facts(out, ranks - 1)
     policy, reference = last["bytes"]
     assert reference == policy  # the policy's own share, no more
+    assert last["groups"] == 0  # Megatron's are enough
     report = last["reports"][0]
     assert report["safereg/kl_coef"] == 3 / 16
     [row] = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
@@ -224,6 +225,31 @@ def test_a_resumed_run_gives_the_same_bits(train, made):
         assert all(torch.equal(own[name], other[name]) for name in own)
     assert (kept / "ledger.jsonl").read_bytes() == ledger
     assert verify_ledger(kept).rows == 4 * 16
+
+
+def test_stored_states_give_the_same_bits(train, made, launch, tmp_path):
+    """The same rows in each step: the reference runs in the first step of the first run alone."""
+    how = ("--repeat", "--steps", 3, "--per-token")
+    layout, ranks, cache = "tp2-pp2-sp", 4, tmp_path / "states"
+    outs = [train(layout, ranks, *how)]
+    outs += [train(layout, ranks, *how, "--cache", cache) for _ in range(2)]
+    expected, *found = [weights(out, ranks) for out in outs]
+    for run in found:
+        for own, other in zip(expected, run, strict=True):
+            assert all(torch.equal(own[name], other[name]) for name in own)
+    ran = [
+        [json.loads(x)["reference_rows"] for x in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in outs
+    ]
+    assert len(set(ran[0])) == 1
+    assert ran == [ran[0], [ran[0][0], 0, 0], [0, 0, 0]]
+    assert {path.name for path in cache.iterdir()} == {"tp0-cp0", "tp1-cp0"}
+
+    next(cache.glob("tp1-cp0/*/*.safetensors")).write_bytes(b"damaged")
+    worker = [WORKER, layout, made(), tmp_path / "out", *how, "--cache", cache]
+    result = launch(*worker, ranks=ranks)
+    assert result.status != 0
+    assert result.output.count("expected the reference's states of a line in") >= ranks
 
 
 def test_megatrons_distributed_optimizer(train):

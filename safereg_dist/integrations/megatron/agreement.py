@@ -1,6 +1,6 @@
 """What all ranks agree on before a schedule: the micro-batches that the reference runs on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from safereg_dist.parallel.comm import Agreement, Result
 from safereg_dist.parallel.megatron import Layout
@@ -69,8 +69,15 @@ def needed(
 class AgreedReference(NoReference):
     """Stands where `SafetyRegularizer` asks its reference: schedules, and agrees over all ranks."""
 
-    def __init__(self, layout: Layout, risk: RiskStage) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        risk: RiskStage,
+        stored: Callable[[ReferenceSchedule], list[int]] | None = None,
+    ) -> None:
+        """`stored` finds the active micro-batches whose states are stored; None: none are."""
         self._layout = layout
+        self._stored = stored
         self._risk = risk
         self._sums: list[int] = [0] * SUMS
 
@@ -93,8 +100,14 @@ class AgreedReference(NoReference):
         self, schedule: Result[ReferenceSchedule], *, micro_batches: int, is_sorted: bool
     ) -> Agreement:
         """Starts the agreement on the active micro-batches, and on the step's sums."""
-        own = schedule.then(lambda known: [*flags_of(_active(known), micro_batches), *self._sums])
-        return agree(self._layout, own, words_of(micro_batches) + SUMS)
+        kinds = [_active] if self._stored is None else [_active, self._stored]
+
+        def numbers(known: ReferenceSchedule) -> list[int]:
+            flags = [word for kind in kinds for word in flags_of(kind(known), micro_batches)]
+            return [*flags, *self._sums]
+
+        size = words_of(micro_batches) * len(kinds) + SUMS
+        return agree(self._layout, schedule.then(numbers), size)
 
 
 def report_of(sums: Sequence[int]) -> dict[str, tuple[float, float]]:
@@ -107,7 +120,12 @@ def report_of(sums: Sequence[int]) -> dict[str, tuple[float, float]]:
     }
 
 
+def active_rows(schedule: ReferenceSchedule, index: int) -> list[int]:
+    """The active rows of a micro-batch, counted from its first one."""
+    places = schedule.places(index)
+    return [place - places.start for place in places if place in schedule.to_run]
+
+
 def _active(schedule: ReferenceSchedule) -> list[int]:
     """The micro-batches that hold an active row."""
-    to_run = set(schedule.to_run)
-    return [i for i in range(len(schedule.sizes)) if to_run.intersection(schedule.places(i))]
+    return [i for i in range(len(schedule.sizes)) if active_rows(schedule, i)]

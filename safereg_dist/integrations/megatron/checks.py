@@ -36,10 +36,10 @@ def check_config(config: Config) -> None:
             f"risk.cache={risk.cache} is keyed by a model's fingerprint, which a Megatron "
             "checkpoint does not have: leave it out"
         )
-    if config.reference.cache is not None or config.reference.engine != "auto":
+    if config.reference.engine != "auto":
         raise ConfigError(
-            "reference.cache and reference.engine belong to other stacks: under Megatron the "
-            "reference has the policy's layout; leave them out"
+            "reference.engine belongs to other stacks: under Megatron the reference has the "
+            "policy's layout; leave it out"
         )
 
 

@@ -29,6 +29,7 @@ from safereg_dist.integrations.megatron.checks import check_arguments, check_con
 from safereg_dist.integrations.megatron.probes import ProbeReader, Probes
 from safereg_dist.integrations.megatron.read_ahead import ReadAhead
 from safereg_dist.integrations.megatron.step import Pass, Replica
+from safereg_dist.integrations.megatron.stored import StoredStates, reference_identity
 from safereg_dist.integrations.recorder import Recorder
 from safereg_dist.parallel.comm import capture
 from safereg_dist.parallel.megatron import (
@@ -158,9 +159,12 @@ class MegatronSafety:
         """
         if self._run is None:
             return
-        run, error = self._run, None
+        run, error = self._run, self._run.failed
+        if run.stored is not None:
+            error = error or capture(run.stored.flush).error
+        run.layout.world.raise_together(error)
         if run.recorder is not None:
-            error = run.failed or capture(run.recorder.finish).error
+            error = capture(run.recorder.finish).error
         run.layout.world.raise_together(error)
 
     # ---- one step
@@ -194,6 +198,7 @@ class MegatronSafety:
                 run.reference = PipelinedReference(built)
             self._fill_reference(chunks, built, layout)
         self._start_probes(run, specs)
+        self._start_store(run)
         error = None
         if layout.is_owner:
             error = capture(self._start_owner, run, specs).error
@@ -221,6 +226,18 @@ class MegatronSafety:
         ]
         run.probes = Probes(readers, run.layout)
 
+    def _start_store(self, run: Replica) -> None:
+        """Collectives: with `reference.cache` a gather of 32 bytes, and of texts."""
+        folder, reference = self.config.reference.cache, run.reference
+        if folder is None or reference is None:
+            return
+        identity = reference_identity(reference.chunks, run.layout.world)
+        with run.layout.world.together():
+            if reference.output is not None:
+                spread = reference.output.sequence_parallel
+                how = {"identity": identity, "is_spread": spread}
+                run.stored = StoredStates(Path(folder), run.layout, **how)
+
     def _start_owner(self, run: Replica, specs: list[SourceSpec]) -> None:
         ranks = run.layout.data
         learn = LaggedProbeRisk if run.reads_policy else CachedProbeRisk
@@ -242,7 +259,9 @@ class MegatronSafety:
             None,
             specs=specs,
             risk=risk,
-            reference=AgreedReference(run.layout, risk),
+            reference=AgreedReference(
+                run.layout, risk, None if run.stored is None else run.find_stored
+            ),
             ranks=ranks,
         )
         run.recorder = Recorder(run.regularizer, self._output_dir, self._settings)

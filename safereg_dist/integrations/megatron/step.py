@@ -20,6 +20,7 @@ from safereg_dist.config import Config
 from safereg_dist.factory.prepare import objective_of
 from safereg_dist.integrations.megatron.agreement import (
     SUMS,
+    active_rows,
     agree,
     by_replica,
     needed,
@@ -29,8 +30,15 @@ from safereg_dist.integrations.megatron.agreement import (
 )
 from safereg_dist.integrations.megatron.probes import Probes
 from safereg_dist.integrations.megatron.read_ahead import ReadAhead
+from safereg_dist.integrations.megatron.stored import (
+    NO_LINE,
+    StoredStates,
+    line_keys,
+    packed_keys,
+    unpacked_keys,
+)
 from safereg_dist.integrations.recorder import Recorder
-from safereg_dist.parallel.comm import capture
+from safereg_dist.parallel.comm import Result, capture
 from safereg_dist.parallel.megatron import Layout, innermost
 from safereg_dist.parallel.megatron_model import (
     CallRecorder,
@@ -38,6 +46,7 @@ from safereg_dist.parallel.megatron_model import (
     PipelinedReference,
     whole_sequence,
 )
+from safereg_dist.reference.reference import ReferenceSchedule
 from safereg_dist.step import SafetyRegularizer, StepPlan
 from safereg_dist.types import Head, Loss, MicroBatch, MicroBatchResult
 
@@ -88,6 +97,8 @@ class Plan:
     """(numerator, count) of what is known before the schedule, of this replica."""
     weights: Tensor | None = None
     """On the last stage: [len(active), 3, B, S] weights of the tokens, on the host."""
+    keys: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    """On the last stage, where states are stored: micro-batch -> its active lines' keys."""
     states: dict[int, Tensor] = field(default_factory=dict)
     """On the last stage: micro-batch -> the reference's [S, B, H]."""
     losses: dict[int, Tensor] = field(default_factory=dict)
@@ -109,7 +120,9 @@ class Replica:
         self.regularizer: SafetyRegularizer | None = None
         self.recorder: Recorder | None = None
         self.failed: Exception | None = None
-        """Why the owner could not close its last step; raised with the next agreement."""
+        """Why this rank could not end its last step; raised with the next agreement."""
+        self.stored: StoredStates | None = None
+        """On the last stage, where states are kept on disk."""
         self.probes: Probes | None = None
         self.reads_policy = False
         """Whether the probes read the policy; else the reference."""
@@ -117,6 +130,8 @@ class Replica:
         self._next: list[int] = []
         self._current: int | None = None
         self._probing: list[int] = []
+        self._batches: list[MicroBatch] = []
+        self._keys: dict[int, list[bytes]] = {}
 
     @property
     def is_training(self) -> bool:
@@ -134,7 +149,8 @@ class Replica:
         owners; one MAX all-reduce of 8 bytes for each data-parallel replica and 60 micro-batches,
         and 40 more for each; where a micro-batch of this replica is active, a broadcast of its
         tokens' weights from the owner over the tensor- and context-parallel ranks of the last
-        stage.
+        stage. Where states are stored 8 bytes more for each replica and 60 micro-batches, a
+        broadcast of the lines' keys, and where any replica reads some a MAX all-reduce of 8 bytes.
         """
         data, layout = run.data, self.layout
         batches, owned, agreement = [], None, None
@@ -145,29 +161,39 @@ class Replica:
             to_probe = self.probes.begin(batches, data.count, data.shape[1])
             if not self.reads_policy:
                 self._probe_reference(self.probes, run, to_probe)
+        self._batches = batches
         if self.regularizer is not None:
             owned = self.regularizer.open(batches, step=step)
             passes = owned.micro_batches[0].plan
             assert passes is not None
             agreement = passes.passes.agreement
+        kinds = 1 if self.config.reference.cache is None else 2
         words = words_of(data.count)
-        size = words + SUMS
+        size = words * kinds + SUMS
         if agreement is None:
-            agreement = agree(layout, data.read.then(lambda _: [0] * size), size)
+            read = data.read if self.failed is None else Result(error=self.failed)
+            agreement = agree(layout, read.then(lambda _: [0] * size), size)
         table = by_replica(agreement, size)
         own = table[layout.data.rank]
         active = places_of(own[:words])
-        to_run = needed(active, [places_of(row[:words]) for row in table], data.count, layout)
+        stored = [places_of(row[words : words * kinds]) for row in table]
+        to_run = [
+            [i for i in places_of(row[:words]) if i not in kept]
+            for row, kept in zip(table, stored, strict=True)
+        ]
+        to_run = needed(to_run[layout.data.rank], to_run, data.count, layout)
         ran = (float(len(to_run)), float(data.count))
         plan = Plan(
             batches=batches,
             owned=owned,
             active=active,
             to_run=to_run,
-            report=report_of(own[words:]) | {"reference_share": ran},
+            report=report_of(own[words * kinds :]) | {"reference_share": ran},
         )
         if active and layout.is_last_stage:
             plan.weights = self._weights(plan, data.shape)
+        if kinds > 1:
+            self._read_stored(plan, stored[layout.data.rank], has_any=any(stored))
         return plan
 
     def current(self) -> int | None:
@@ -206,6 +232,42 @@ class Replica:
         moved = layout.from_first_of_head(own.to(layout.world.device))
         return layout.own_tokens(moved).cpu()
 
+    def find_stored(self, schedule: ReferenceSchedule) -> list[int]:
+        """On the owner: the active micro-batches all of whose active lines are stored."""
+        assert self.stored is not None
+        self.stored.flush()
+        self._keys = {
+            index: line_keys(batch, active_rows(schedule, index))
+            for index, batch in enumerate(self._batches)
+        }
+        wanted = {i: [key for key in keys if key != NO_LINE] for i, keys in self._keys.items()}
+        return [i for i, keys in wanted.items() if keys and all(map(self.stored.holds, keys))]
+
+    def _read_stored(self, plan: Plan, stored: list[int], *, has_any: bool) -> None:
+        """The states of these micro-batches, from disk; all lines' keys, for what will be run."""
+        layout = self.layout
+        found: Result[None] = Result()
+        if plan.active and self.stored is not None:
+            assert plan.weights is not None
+            own = [self._keys[index] for index in plan.active if index in self._keys]
+            packed = packed_keys(own, len(plan.active), plan.weights.shape[2])
+            packed = layout.from_first_of_head(packed.to(layout.world.device))
+            plan.keys = dict(zip(plan.active, unpacked_keys(packed), strict=True))
+            found = capture(self._read_lines, plan, stored)
+        if has_any:
+            layout.world.raise_if_any_failed(found)
+
+    def _read_lines(self, plan: Plan, stored: list[int]) -> None:
+        assert self.stored is not None
+        assert plan.weights is not None
+        for index in stored:
+            lines = {line: self.stored.read(key) for line, key in plan.keys[index].items()}
+            shape = next(iter(lines.values())).shape
+            states = next(iter(lines.values())).new_zeros(shape[0], plan.weights.shape[2], shape[1])
+            for line, found in lines.items():
+                states[:, line] = found
+            plan.states[index] = states
+
     def run_reference(self, plan: Plan, run: Pass) -> None:
         """The reference's states of the active micro-batches, on the last stage.
 
@@ -218,10 +280,14 @@ class Replica:
         states = self.reference.states(run.schedule, run.arguments, calls)
         budget = self.config.reference.keep_bytes
         for index, found in zip(plan.to_run, states, strict=False):
-            if index not in plan.active:
+            if index not in plan.active or index in plan.states:
                 continue
             budget -= found.nbytes
             plan.states[index] = found if budget >= 0 else found.cpu()
+            for line, key in plan.keys.get(index, {}).items():
+                assert self.stored is not None
+                written = capture(self.stored.write, key, found[:, line])
+                self.failed = self.failed or written.error
 
     # ---- inside the schedule
 

@@ -17,6 +17,7 @@ from safereg_dist.factory.prepare import config_of
 from safereg_dist.integrations.megatron import MegatronSafety
 from safereg_dist.integrations.megatron.checks import REFUSED, check_arguments, check_probes
 from safereg_dist.integrations.megatron.probes import Span, spans_of
+from safereg_dist.integrations.megatron.stored import StoredStates
 from safereg_dist.parallel.megatron import innermost
 from safereg_dist.parallel.megatron_model import CallRecorder, _Whole
 from safereg_dist.risk.probe import Probe, pool_share
@@ -74,7 +75,7 @@ def test_a_last_stage_without_an_output_layer():
             {"risk": {"estimator": "probe", "path": "p", "cache": "x.sqlite"}},
             "risk.cache=x.sqlite is keyed by a model's fingerprint",
         ),
-        ({"reference": {"engine": "whole"}}, "belong to other stacks"),
+        ({"reference": {"engine": "whole"}}, "belongs to other stacks"),
         ({"model": "m"}, "settings hold .model., which the loop or the stack"),
     ],
 )
@@ -162,6 +163,24 @@ def test_a_lagged_risk_is_that_of_the_step_before(tmp_path):
     assert again(rows, in_first_epoch=False) == [0.625, None]
     with pytest.raises(CheckpointError, match="risks of another probe"):
         LaggedProbeRisk(SimpleNamespace(identity="q")).load_state(tmp_path / "state")
+
+
+def test_states_of_something_else(tmp_path):
+    group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    layout = SimpleNamespace(tp_group=group, cp_group=group, tp_rank=0, is_owner=True)
+    store = StoredStates(tmp_path, layout, identity="a", is_spread=False)
+    key, states = bytes([7] * 32), torch.arange(6.0).view(3, 2)
+    store.write(key, states)
+    assert not store.holds(key)  # the owner's comes last
+    store.flush()
+    assert store.holds(key)
+    again = StoredStates(tmp_path, layout, identity="a", is_spread=False)
+    assert torch.equal(again.read(key), states)
+    with pytest.raises(CheckpointError, match="expected the reference's states of a line"):
+        again.read(bytes(32))
+    for change in ({"identity": "b"}, {"is_spread": True}):
+        with pytest.raises(ConfigError, match="expected states of"):
+            StoredStates(tmp_path, layout, **{"identity": "a", "is_spread": False, **change})
 
 
 def test_settings_are_those_of_other_stacks():
