@@ -1,6 +1,7 @@
 """What all ranks agree on before a schedule: the micro-batches that the reference runs on."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from safereg_dist.parallel.comm import Agreement, Result
 from safereg_dist.parallel.megatron import Layout
@@ -13,8 +14,19 @@ _BITS = 60
 """Micro-batches whose flags one number carries."""
 _UNIT = 1 << 30
 """Sums of risk and coefficients are agreed on as whole numbers of 1 / _UNIT."""
-SUMS = 5
-"""Numbers of `AgreedReference` behind the flags."""
+_SUMS = 5
+"""Numbers of a replica behind the flags of its micro-batches."""
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of the step, of each replica."""
+
+    active: list[list[int]]
+    """Micro-batches that hold an active row."""
+    stored: list[list[int]]
+    """Of these, those whose states are on disk."""
+    sums: list[list[int]]
+    """See `report_of`."""
 
 
 def words_of(micro_batches: int) -> int:
@@ -66,6 +78,22 @@ def needed(
     return sorted([*places, *others[: wanted - len(places)]])
 
 
+def numbers_of_step(micro_batches: int, *, has_store: bool) -> int:
+    """How many numbers a replica gives to the agreement of a step."""
+    return words_of(micro_batches) * (1 + has_store) + _SUMS
+
+
+def agreed(agreement: Agreement, micro_batches: int, *, has_store: bool) -> Agreed:
+    """Reads the agreement of a step. One host sync; raises a failed rank's error on all ranks."""
+    words, size = words_of(micro_batches), numbers_of_step(micro_batches, has_store=has_store)
+    table = by_replica(agreement, size)
+    return Agreed(
+        active=[places_of(row[:words]) for row in table],
+        stored=[places_of(row[words:-_SUMS]) for row in table],
+        sums=[row[-_SUMS:] for row in table],
+    )
+
+
 class AgreedReference(NoReference):
     """Stands where `SafetyRegularizer` asks its reference: schedules, and agrees over all ranks."""
 
@@ -79,7 +107,7 @@ class AgreedReference(NoReference):
         self._layout = layout
         self._stored = stored
         self._risk = risk
-        self._sums: list[int] = [0] * SUMS
+        self._sums: list[int] = [0] * _SUMS
 
     def schedule(
         self,
@@ -100,13 +128,14 @@ class AgreedReference(NoReference):
         self, schedule: Result[ReferenceSchedule], *, micro_batches: int, is_sorted: bool
     ) -> Agreement:
         """Starts the agreement on the active micro-batches, and on the step's sums."""
-        kinds = [_active] if self._stored is None else [_active, self._stored]
 
         def numbers(known: ReferenceSchedule) -> list[int]:
-            flags = [word for kind in kinds for word in flags_of(kind(known), micro_batches)]
+            flags = flags_of(_active(known), micro_batches)
+            if self._stored is not None:
+                flags += flags_of(self._stored(known), micro_batches)
             return [*flags, *self._sums]
 
-        size = words_of(micro_batches) * len(kinds) + SUMS
+        size = numbers_of_step(micro_batches, has_store=self._stored is not None)
         return agree(self._layout, schedule.then(numbers), size)
 
 

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from safereg_dist.config import Config
 from safereg_dist.factory.prepare import objective_of
 from safereg_dist.integrations.megatron.agreement import (
-    SUMS,
     active_rows,
     agree,
-    by_replica,
+    agreed,
     needed,
-    places_of,
+    numbers_of_step,
     report_of,
-    words_of,
 )
 from safereg_dist.integrations.megatron.probes import Probes
 from safereg_dist.integrations.megatron.read_ahead import ReadAhead
@@ -38,7 +36,7 @@ from safereg_dist.integrations.megatron.stored import (
     unpacked_keys,
 )
 from safereg_dist.integrations.recorder import Recorder
-from safereg_dist.parallel.comm import Result, capture
+from safereg_dist.parallel.comm import Agreement, Result, capture
 from safereg_dist.parallel.megatron import Layout, innermost
 from safereg_dist.parallel.megatron_model import (
     CallRecorder,
@@ -121,6 +119,7 @@ class Replica:
         self.recorder: Recorder | None = None
         self.failed: Exception | None = None
         """Why this rank could not end its last step; raised with the next agreement."""
+        self._has_store = config.reference.cache is not None
         self.stored: StoredStates | None = None
         """On the last stage, where states are kept on disk."""
         self.probes: Probes | None = None
@@ -153,48 +152,51 @@ class Replica:
         broadcast of the lines' keys, and where any replica reads some a MAX all-reduce of 8 bytes.
         """
         data, layout = run.data, self.layout
-        batches, owned, agreement = [], None, None
-        if layout.is_owner:
-            failed = self.failed
-            batches = data.batches() if failed is None else [MicroBatch.failed(failed)] * data.count
+        batches = self._batches = self._read_rows(data)
         if self.probes is not None:
             to_probe = self.probes.begin(batches, data.count, data.shape[1])
             if not self.reads_policy:
                 self._probe_reference(self.probes, run, to_probe)
-        self._batches = batches
-        if self.regularizer is not None:
-            owned = self.regularizer.open(batches, step=step)
-            passes = owned.micro_batches[0].plan
-            assert passes is not None
-            agreement = passes.passes.agreement
-        kinds = 1 if self.config.reference.cache is None else 2
-        words = words_of(data.count)
-        size = words * kinds + SUMS
-        if agreement is None:
-            read = data.read if self.failed is None else Result(error=self.failed)
-            agreement = agree(layout, read.then(lambda _: [0] * size), size)
-        table = by_replica(agreement, size)
-        own = table[layout.data.rank]
-        active = places_of(own[:words])
-        stored = [places_of(row[words : words * kinds]) for row in table]
-        to_run = [
-            [i for i in places_of(row[:words]) if i not in kept]
-            for row, kept in zip(table, stored, strict=True)
+        owned, agreement = self._decide(data, step)
+        found = agreed(agreement, data.count, has_store=self._has_store)
+        runs = [
+            [index for index in active if index not in stored]
+            for active, stored in zip(found.active, found.stored, strict=True)
         ]
-        to_run = needed(to_run[layout.data.rank], to_run, data.count, layout)
+        own = layout.data.rank
+        to_run = needed(runs[own], runs, data.count, layout)
         ran = (float(len(to_run)), float(data.count))
         plan = Plan(
             batches=batches,
             owned=owned,
-            active=active,
+            active=found.active[own],
             to_run=to_run,
-            report=report_of(own[words * kinds :]) | {"reference_share": ran},
+            report=report_of(found.sums[own]) | {"reference_share": ran},
         )
-        if active and layout.is_last_stage:
+        if plan.active and layout.is_last_stage:
             plan.weights = self._weights(plan, data.shape)
-        if kinds > 1:
-            self._read_stored(plan, stored[layout.data.rank], has_any=any(stored))
+        if self._has_store:
+            self._read_stored(plan, found.stored[own], has_any=any(found.stored))
         return plan
+
+    def _read_rows(self, data: ReadAhead) -> list[MicroBatch]:
+        """On the owner the rows of each micro-batch, or why its last step failed."""
+        if not self.layout.is_owner:
+            return []
+        if self.failed is not None:
+            return [MicroBatch.failed(self.failed)] * data.count
+        return data.batches()
+
+    def _decide(self, data: ReadAhead, step: int) -> tuple[StepPlan | None, Agreement]:
+        """On the owner risk and coefficients; the agreement on what follows from them, begun."""
+        if self.regularizer is not None:
+            owned = self.regularizer.open(self._batches, step=step)
+            passes = owned.micro_batches[0].plan
+            assert passes is not None
+            return owned, passes.passes.agreement
+        size = numbers_of_step(data.count, has_store=self._has_store)
+        read = data.read if self.failed is None else Result(error=self.failed)
+        return None, agree(self.layout, read.then(lambda _: [0] * size), size)
 
     def current(self) -> int | None:
         """The micro-batch that a probed forward runs for; None in any other forward."""
