@@ -36,7 +36,10 @@ LIBRARIES = (
     *("transformers.models.llama.modeling_llama", "transformers.models.falcon.modeling_falcon"),
     *("transformers.models.qwen2.modeling_qwen2", "transformers.models.mistral.modeling_mistral"),
     *("datasets", "matplotlib.figure", "safetensors.torch", "scipy.stats", "triton", "yaml"),
+    *("transformers.trainer", "torch.utils.flop_counter", "httpx", "tqdm"),
 )
+WHERE_INSTALLED = ("mlflow", "wandb", "peft", "trl.trainer.sft_trainer")
+"""What deepspeed and transformers import where they find it; mlflow is most of deepspeed's import."""
 GRACE_S = 1.0
 """Seconds that ranks have to end by themselves once one has failed (deepspeed's launcher: 1)."""
 KILL_AFTER_S = 10.0
@@ -50,13 +53,15 @@ def main() -> None:
     """Loads, listens, forks a supervisor for each connection."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    for name in WHERE_INSTALLED:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     # Deepspeed's first engine decorates a function with it, and that alone loads torch's compiler.
     torch.compile(abs)
     # A collection, of which every engine of deepspeed makes one, goes through a rank's own objects.
     gc.freeze()
     assert not {"deepspeed", "safereg_dist", "safereg_kernels"} & sys.modules.keys()
     _require_one_thread()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps supervisors
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{sys.argv[1]}.new")
         listener.listen()
@@ -67,6 +72,15 @@ def main() -> None:
                 listener.close()
                 _supervise(connection)
             connection.close()
+            _reap()
+        _reap()
+
+
+def _reap() -> None:
+    """Buries supervisors that have ended, so that their time counts as this process's."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _require_one_thread() -> None:
@@ -79,7 +93,6 @@ def _require_one_thread() -> None:
 def _supervise(connection: socket.socket) -> NoReturn:
     """Starts the ranks of one launch, waits for them, says how they ended."""
     os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with connection.makefile("r") as lines:
         request: Request = json.loads(lines.readline())
     running = set()
