@@ -1,10 +1,10 @@
 """The cases that windows of rows are tested on; read by the ranks and by the judge."""
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
 from step_cases import Case, micro_batch_rows
+from support.extent import FULL
 
 from safereg_dist.types import Row
 
@@ -46,6 +46,16 @@ EQUAL = (
         "exchange-costs-4", grad_accum_steps=4, balance="exchange", pays=False, rows_per_pass=64
     ),
 )
+
+
+def equal_on(world_size: int) -> tuple[WindowCase, ...]:
+    """All cases on two ranks; on the others, unless in the full mode, those that exchange most."""
+    if FULL or world_size == 2:
+        return EQUAL
+    chosen = ("routed-4", "exchanged-4") if world_size != 3 else ("exchanged-one-by-one-4",)
+    return tuple(case for case in EQUAL if case.name in chosen)
+
+
 DEAL = WindowCase("dealt-2", grad_accum_steps=2, balance="deal")
 RANDOM = tuple(
     WindowCase(
@@ -58,8 +68,8 @@ RANDOM = tuple(
     for balance in ("none", "exchange")
     for accum in (1, 3)
 )
-RANDOM_STEPS = {1: 80, 3: 20} if os.environ.get("SAFEREG_RANDOM_STEPS") == "all" else {1: 38, 3: 12}
-"""Optimizer steps by accumulation: 100 in all, or 200 with SAFEREG_RANDOM_STEPS=all."""
+RANDOM_STEPS = {1: 80, 3: 20} if FULL else {1: 16, 3: 12}
+"""Optimizer steps by accumulation, for each of two cases: 56 in all, or 200 in the full mode."""
 QUIET = (
     WindowCase("quiet-plain", objective="none", grad_accum_steps=3),
     WindowCase("quiet-none", grad_accum_steps=3),

@@ -39,7 +39,7 @@ LIBRARIES = (
     *("transformers.trainer", "torch.utils.flop_counter", "httpx", "tqdm"),
 )
 WHERE_INSTALLED = ("mlflow", "wandb", "peft", "trl.trainer.sft_trainer")
-"""What deepspeed and transformers import where they find it; mlflow is most of deepspeed's import."""
+"""Found by deepspeed and transformers; mlflow is most of the time of deepspeed's import."""
 GRACE_S = 1.0
 """Seconds that ranks have to end by themselves once one has failed (deepspeed's launcher: 1)."""
 KILL_AFTER_S = 10.0
