@@ -127,11 +127,12 @@ class Launcher:
 
 
 def rank_environments(environment: dict[str, str], ranks: int) -> list[dict[str, str]]:
-    """What torchrun tells each of so many ranks on this machine, with a free port."""
+    """What a launcher tells each of so many ranks on this machine, with a free port."""
     alike = {
         **environment,
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),  # else deepspeed asks numactl at every gather
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }

@@ -16,6 +16,7 @@ one is a launch that was killed.
 import faulthandler
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -58,6 +59,9 @@ def main() -> None:
             importlib.import_module(name)
     # Deepspeed's first engine decorates a function with it, and that alone loads torch's compiler.
     torch.compile(abs)
+    _draw_once()
+    # What ranks load themselves they compile once, also where Python is told to leave no files.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, f"{sys.argv[1]}.pycache"
     # A collection, of which every engine of deepspeed makes one, goes through a rank's own objects.
     gc.freeze()
     assert not {"deepspeed", "safereg_dist", "safereg_kernels"} & sys.modules.keys()
@@ -74,6 +78,16 @@ def main() -> None:
             connection.close()
             _reap()
         _reap()
+
+
+def _draw_once() -> None:
+    """Loads fonts and back ends: every run ends with figures."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    figure.subplots().plot([0.0, 1.0], label="once")
+    for form in ("png", "svg"):
+        figure.savefig(io.BytesIO(), format=form)
 
 
 def _reap() -> None:
