@@ -32,13 +32,13 @@ DEEPSPEED, TORCHRUN = ("deepspeed", "torchrun") if FULL else ("preloaded", "prel
 def config(tmp_path_factory):
     """A run with everything that has state: dropout, moving average, probe cache, anchors."""
     folder = tmp_path_factory.mktemp("resume")
-    model = tiny_model(seed=0, attention_dropout=0.2)
+    model = tiny_model(seed=0, num_hidden_layers=2, attention_dropout=0.2)
     save_model(folder / "model", model)
     write_jsonl(folder / "train.jsonl", random_rows(40, risk=False))
     write_jsonl(folder / "anchor.jsonl", random_rows(9, seed=5, risk=False))
     generator = torch.Generator().manual_seed(3)
     Probe(
-        layer=2,
+        layer=1,
         pooling="last_prompt_token",
         mean=torch.zeros(32),
         scale=torch.ones(32),

@@ -25,7 +25,7 @@ STEPS, PER_STEP = 6, 4
 def config(tmp_path_factory):
     """Two sets of 8 and 40 rows with risk, 9 anchors, a model with dropout."""
     folder = tmp_path_factory.mktemp("data")
-    save_model(folder / "model", tiny_model(seed=0, attention_dropout=0.2))
+    save_model(folder / "model", tiny_model(seed=0, num_hidden_layers=2, attention_dropout=0.2))
     for name, size in (("small", 8), ("large", 40), ("anchor", 9)):
         rows = random_rows(size, seed=size)
         write_jsonl(
