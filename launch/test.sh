@@ -3,6 +3,7 @@
 #
 #   bash launch/test.sh                            everything that this machine can run
 #   bash launch/test.sh tests/unit -k ledger -x    arguments go to pytest
+#   SAFEREG_TESTS=full bash launch/test.sh         all cases of the long proofs too
 set -euo pipefail
 
 _here="${BASH_SOURCE[0]%/*}"

@@ -1,5 +1,6 @@
 """Inputs of the tests, what the oracle says of them, and how close is close enough."""
 
+import os
 from typing import Any
 
 import head_oracle as oracle
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from safereg_kernels import TokenMetrics, linear_ce_kl
 
+FULL = os.environ.get("SAFEREG_TESTS") == "full"
+"""Every combination of what is varied; else each value in a few of them."""
 TOKENS, VOCAB, HIDDEN, REFERENCE_HIDDEN = 13, 509, 24, 17
 GRADIENT = 4e-5
 """Relative error of a float32 gradient: a logit of magnitude 20 is itself off by 1e-6, and

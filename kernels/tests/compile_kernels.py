@@ -1,11 +1,12 @@
 """Compiles kernel variants for one GPU architecture, without a GPU; prints a JSON line for each.
 
 A process of its own: under TRITON_INTERPRET=1, which the tests set, nothing can be compiled.
-Run: python kernels/tests/compile_kernels.py 90 [--common | --all]
+Run: python kernels/tests/compile_kernels.py 90 [--few | --common | --all [--pairs]]
 
 Alone: the common kernels, each direction with each dtype and with whole vectors or not, but not
-with every pair of the two (half of them); `--common`: all of those; `--all`: soft caps, scales, and
-what merges and scales too.
+with every pair of the two (half of them); `--few`: those of the first and the last direction;
+`--common`: all; `--all`: soft caps, scales, and what merges and scales too, and with `--pairs` not
+every pair.
 
 `instructions_per_column` are those of the machine code in the longest loop, which in the
 statistics kernel is the one over whole blocks of columns, by columns of a thread.
@@ -16,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,14 @@ PADDED = ("_ptr", "_stride", "per_split", "num_readable")
 """What is a multiple of 16 where rows start at aligned places, whatever the vocabulary."""
 
 
-def variants(*, everything: bool, pairs: bool = False) -> Iterator[dict[str, Any]]:
+def variants(
+    *, everything: bool, pairs: bool = False, directions: Sequence[str] = DIRECTIONS
+) -> Iterator[dict[str, Any]]:
     """What `fused` launches: kernel, constants, dtypes of logits and gradient, warps, alignment.
 
     With `pairs`, a direction has whole vectors with one of the dtypes only, others with the other.
     """
-    specs = [LossSpec(direction=direction) for direction in DIRECTIONS]
+    specs = [LossSpec(direction=direction) for direction in directions]
     common_specs = set(specs)
     if everything:
         caps = {"policy_softcap": 30.0, "reference_softcap": 30.0, "is_difference": True}
@@ -187,9 +190,12 @@ def _longest_loop(code: str) -> list[str]:
     return longest
 
 
-def main(capability: int, *, everything: bool, pairs: bool) -> None:
+def main(capability: int, options: set[str]) -> None:
     """Prints a line for each variant."""
-    for variant in variants(everything=everything, pairs=pairs):
+    everything = "--all" in options
+    pairs = "--pairs" in options or not options & {"--all", "--common"}
+    directions = (DIRECTIONS[0], DIRECTIONS[-1]) if "--few" in options else DIRECTIONS
+    for variant in variants(everything=everything, pairs=pairs, directions=directions):
         constants, warps = variant["constants"], variant["warps"]
         columns_per_thread = constants.get("BLOCK", 32 * warps) / (32 * warps)
         cubin = compiled(variant, capability)
@@ -206,5 +212,4 @@ def main(capability: int, *, everything: bool, pairs: bool) -> None:
 
 
 if __name__ == "__main__":
-    all_, common = "--all" in sys.argv, "--common" in sys.argv
-    main(int(sys.argv[1]), everything=all_, pairs=not (all_ or common))
+    main(int(sys.argv[1]), set(sys.argv[2:]))

@@ -15,10 +15,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     quick_interpreter.install()
 
 
-TRITON_EXAMPLES = 10
+TRITON_EXAMPLES = 4
 """Random examples of a property under the interpreter, some twenty times as slow as `eager`.
 
-SAFEREG_EXAMPLES=all takes as many as for `eager`.
+SAFEREG_TESTS=full takes as many as for `eager`.
 """
 
 
@@ -37,7 +37,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         pytest.skip("CPU tensors need TRITON_INTERPRET=1")
     monkeypatch.setenv("SAFEREG_KERNELS", request.param)
     monkeypatch.setattr(fused, "BLOCK_COLUMNS", 256)
-    if request.param == "triton" and os.environ.get("SAFEREG_EXAMPLES") != "all":
+    if request.param == "triton" and os.environ.get("SAFEREG_TESTS") != "full":
         take_fewer_examples(request.function, monkeypatch)
     return request.param
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from support.extent import FULL
+
 from safereg_dist.plan.settings import Settings
 
 MICRO_BATCH = 2
@@ -57,3 +59,10 @@ CASES = (
     Case("all-risky", risky=1.0, grad_accum=2, precision="bf16", reuse_distance=20_000),
     Case("hpz", risky=1.0, grad_accum=2, reuse_distance=20_000, hpz=2),  # once in a process
 )
+
+
+def cases_on(world_size: int) -> tuple[Case, ...]:
+    """All cases on two ranks; elsewhere, unless in the full mode, fewer: hpZ's needs four."""
+    if FULL or world_size == 2:
+        return CASES
+    return (CASES[0], CASES[-1]) if world_size == 4 else (CASES[0], CASES[2])

@@ -53,6 +53,8 @@ def count_bytes() -> None:
 
 count_bytes()
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
+
 import plan_cases  # noqa: E402
 
 import safereg_dist.parallel.deepspeed as adapter  # noqa: E402
@@ -159,7 +161,7 @@ def main() -> None:
     """All cases, in an order that is the same on every rank."""
     folder = Path(sys.argv[-1])
     backend = start_backend(load_config(folder / "base.yaml"))
-    for case in plan_cases.CASES:
+    for case in plan_cases.cases_on(backend.ranks.world_size):
         if backend.ranks.world_size % case.hpz == 0:
             run_case(folder, case, backend)
     sys.stdout.flush()

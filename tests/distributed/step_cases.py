@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from support.extent import FULL
+
 from safereg_dist.types import Row
 
 
@@ -71,8 +73,21 @@ FSDP2_CASES = (
 
 
 def cases_on(world_size: int, engine: str = "deepspeed") -> tuple[Case, ...]:
-    """All cases on two ranks, every other one on one and on three; and those of the engine."""
-    return (CASES if world_size == 2 else CASES[::2]) + (FSDP2_CASES if engine == "fsdp2" else ())
+    """On two ranks all cases, under FSDP2 every other one; elsewhere some, and the engine's.
+
+    The full mode has all on two ranks, every other one on one and three, and all of the engine.
+    """
+    own = FSDP2_CASES if engine == "fsdp2" else ()
+    if FULL:
+        return (CASES if world_size == 2 else CASES[::2]) + own
+    if world_size == 2:
+        return CASES if not own else CASES[::2] + own
+    chosen = ("convex-forward-2", "additive-l2-4", "none-2", "tied-none-2", "reduced-each-2")
+    return tuple(case for case in CASES + own if case.name in chosen)
+
+
+RANDOM_STEPS = 40 if FULL else 16
+"""Of random risk on three ranks, every fifth without any; many more: `window_cases`."""
 
 
 SCHEDULE_LINEAR = "regularizer.schedule=linear"

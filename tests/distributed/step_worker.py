@@ -52,7 +52,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
 
 import numpy as np  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
-from step_cases import SCHEDULE_LINEAR, cases_on, micro_batch_rows  # noqa: E402
+from step_cases import (  # noqa: E402
+    RANDOM_STEPS,
+    SCHEDULE_LINEAR,
+    cases_on,
+    micro_batch_rows,
+)
 from support.engines import PassThrough  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
@@ -226,7 +231,7 @@ def main() -> None:
     if backend.ranks.world_size == 2:
         failing_rank(folder, backend)
     if backend.ranks.world_size == 3:
-        random_patterns(folder, backend, 40)  # many more: window_worker.py
+        random_patterns(folder, backend, RANDOM_STEPS)
     sys.stdout.flush()
     os._exit(0)  # as `safereg_dist.cli.entry` does
 

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
 @pytest.fixture
 def folder(tmp_path):
     """A policy, a wider and shallower reference of the same vocabulary, data, configuration."""
-    save_model(tmp_path / "policy", tiny_model(seed=0))
+    save_model(tmp_path / "policy", tiny_model(seed=0, num_hidden_layers=2))
     # intermediate_size 10: weights of 480 numbers, whole under 10 * 48 but not under 10 * 32.
     wide = tiny_model(seed=1, hidden_size=48, intermediate_size=10, num_hidden_layers=2)
     save_model(tmp_path / "reference", wide)

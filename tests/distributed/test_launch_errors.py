@@ -10,6 +10,7 @@ import socket
 import pytest
 import torch
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.extent import FULL
 from support.launching import FINETUNE, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
@@ -36,7 +37,8 @@ def messages(output):
 
 
 def test_a_bad_row_is_one_message_from_two_ranks(tmp_path, launch):
-    done = launch(FINETUNE, make_config(tmp_path), ranks=2, launcher="deepspeed")
+    launcher = "deepspeed" if FULL else "preloaded"
+    done = launch(FINETUNE, make_config(tmp_path), ranks=2, launcher=launcher)
     assert done.status == 2, done.output[-3000:]
     assert len(messages(done.output)) == 1, done.output[-3000:]
     assert "bad.jsonl:6: risk must be a number in [0, 1], got 1.5" in messages(done.output)[0]

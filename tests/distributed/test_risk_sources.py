@@ -72,9 +72,9 @@ def judge_url():
     server.server_close()
 
 
-def make_run(folder, **risk):
-    """A model of 4 layers, rows of several lengths and turns."""
-    model = tiny_model(seed=0, num_hidden_layers=4)
+def make_run(folder, *, epochs=2, **risk):
+    """A model of 3 layers, rows of several lengths and turns."""
+    model = tiny_model(seed=0, num_hidden_layers=3)
     save_model(folder / "model", model)
     rows = random_rows(21, risk=True)
     turns = ["w1 w2", "w3 w4 w5", "w6", "w7 w8 w9 w10 w11 w12"]
@@ -87,7 +87,7 @@ def make_run(folder, **risk):
         "model": str(folder / "model"),
         "data": {"train": str(folder / "train.jsonl")},
         "risk": {"max_held_back": 1.0, **risk},
-        "train": {"epochs": 2, "precision": "fp32", "micro_batch_size": 3},
+        "train": {"epochs": epochs, "precision": "fp32", "micro_batch_size": 3},
         "reference": {"rows_per_pass": 2},
         "output_dir": str(folder / "out"),
     }
@@ -100,7 +100,7 @@ def read_jsonl(path):
 
 
 def test_a_rank_with_a_slow_or_broken_judge(tmp_path, launch, judge_url):
-    make_run(tmp_path)
+    make_run(tmp_path, epochs=1)
     done = launch(WORKER, str(tmp_path), judge_url, ranks=2)
     assert done.status == 0, done.output[-4000:]
     found = [json.loads((tmp_path / f"found.rank{r}.json").read_text()) for r in range(2)]
@@ -230,7 +230,7 @@ def test_a_drifting_probe_under_zero3(tmp_path, launch, drift):
     )  # fmt: skip
     probe = make_probe(model, "prompt", "last_prompt_token", 1)
     probe.save(tmp_path / "probe")
-    save_model(tmp_path / "other", tiny_model(seed=5, num_hidden_layers=4))
+    save_model(tmp_path / "other", tiny_model(seed=5, num_hidden_layers=3))
     done = launch(
         FINETUNE,
         tmp_path / "run.yaml",

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from stack_cases import RUNS, compared, expected, write_expected, write_models
+from support.extent import FULL
 
 WORKER = Path(__file__).with_name("stack_worker.py")
-STEPS = 3
+STEPS = 3 if FULL else 2
 # One run of each stack, on as few ranks as it has; accumulation alternates.
 STACKS = list(dict.fromkeys(run.stack for run in RUNS))
 EACH = {

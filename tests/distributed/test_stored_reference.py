@@ -32,9 +32,9 @@ MICRO_BATCH_SIZE, GRAD_ACCUM_STEPS = 3, 4
 def write_inputs(folder):
     """Policies and references of three families, rows, anchors and a configuration."""
     for family in ("llama", "falcon", "qwen"):
-        save_model(folder / family, tiny_model(family, seed=0))
-        save_model(folder / f"{family}-reference", tiny_model(family, seed=1))
-    dropping = tiny_model("llama", seed=0, attention_dropout=0.2)
+        save_model(folder / family, tiny_model(family, seed=0, num_hidden_layers=2))
+        save_model(folder / f"{family}-reference", tiny_model(family, seed=1, num_hidden_layers=2))
+    dropping = tiny_model("llama", seed=0, num_hidden_layers=2, attention_dropout=0.2)
     save_model(folder / "llama-dropout", dropping)
     write_jsonl(folder / "train.jsonl", random_rows(40))
     anchors = random_rows(7, seed=5, risk=False)

@@ -34,6 +34,7 @@ CLIPPED = ("optimizer.max_grad_norm=0.1", "optimizer.eps=0.01")
 
 def make_run(folder, family="llama", **model_changes):
     """Policy, another reference, data with risk, anchors; the configuration file."""
+    model_changes = {"num_hidden_layers": 2, **model_changes}
     save_model(folder / "policy", tiny_model(family, seed=0, **model_changes))
     # Frozen, so its dropout must never be on: the judge is the model in evaluation mode.
     dropping = tiny_model(family, seed=1, attention_dropout=0.5, **model_changes)

@@ -22,12 +22,12 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 from window_cases import (
     DEAL,
-    EQUAL,
     LOPSIDED,
     QUIET,
     RANDOM,
     RANDOM_STEPS,
     ROWS_PER_MICRO_BATCH,
+    equal_on,
     random_rows_of_rank,
     rows_of_rank,
 )
@@ -76,7 +76,7 @@ def test_a_window_equals_the_equations(world_size, folder, launch, tmp_path):
     done = launch(WORKER, str(tmp_path), ranks=world_size)
     assert done.status == 0, done.output[-4000:]
     models = whole_models(folder)
-    for case in EQUAL:
+    for case in equal_on(world_size):
         check_equal(case, Facts(tmp_path, case, world_size), models)
         check_always_on(case, Facts(tmp_path, case, world_size), folder)
     if world_size == 3:

@@ -25,6 +25,9 @@ SHARDS = {
     2: [(200, 101), (301, 0), (0, 301), (1, 300)],
     3: [(100, 101, 100), (150, 0, 151), (0, 0, 301)],
 }
+ALL = os.environ.get("SAFEREG_TESTS") == "full"
+"""Else Triton's path, which is interpreted, takes two directions on three ranks."""
+FEW_OF_THREE = ("forward", "jsd")
 fused.BLOCK_COLUMNS = 64
 quick_interpreter.install()
 
@@ -188,7 +191,8 @@ def main():
     for path, shards in cases:
         os.environ["SAFEREG_KERNELS"] = path
         columns, start = shards[rank], sum(shards[:rank])
-        for direction in oracles.DIRECTIONS:
+        is_short = path == "triton" and size == 3 and not ALL
+        for direction in FEW_OF_THREE if is_short else oracles.DIRECTIONS:
             for vocab_size, temperature in ((None, 1.0), (290, 0.7)):
                 check_masked_kl(columns, start, direction, vocab_size, temperature, collectives)
                 count += 1

@@ -1,10 +1,10 @@
 """The cases that windows of rows are tested on; read by the ranks and by the judge."""
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
 from step_cases import Case, micro_batch_rows
+from support.extent import FULL, cases
 
 from safereg_dist.types import Row
 
@@ -46,7 +46,18 @@ EQUAL = (
         "exchange-costs-4", grad_accum_steps=4, balance="exchange", pays=False, rows_per_pass=64
     ),
 )
+
+
+def equal_on(world_size: int) -> tuple[WindowCase, ...]:
+    """All cases on two ranks; on the others, unless in the full mode, one each."""
+    if FULL or world_size == 2:
+        return EQUAL
+    chosen = {1: "routed-4", 3: "exchanged-one-by-one-4", 4: "exchanged-4"}[world_size]
+    return tuple(case for case in EQUAL if case.name == chosen)
+
+
 DEAL = WindowCase("dealt-2", grad_accum_steps=2, balance="deal")
+RANDOM_KINDS = cases([("none", 1), ("exchange", 3)], [("none", 3), ("exchange", 1)])
 RANDOM = tuple(
     WindowCase(
         f"random-{balance}-{accum}",
@@ -55,11 +66,10 @@ RANDOM = tuple(
         is_small=True,
         rows_per_pass=4,
     )
-    for balance in ("none", "exchange")
-    for accum in (1, 3)
+    for balance, accum in RANDOM_KINDS
 )
-RANDOM_STEPS = {1: 80, 3: 20} if os.environ.get("SAFEREG_RANDOM_STEPS") == "all" else {1: 38, 3: 12}
-"""Optimizer steps by accumulation: 100 in all, or 200 with SAFEREG_RANDOM_STEPS=all."""
+RANDOM_STEPS = {1: 80, 3: 20} if FULL else {1: 16, 3: 12}
+"""Optimizer steps by accumulation, 28 in all, or 200 of twice as many cases in the full mode."""
 QUIET = (
     WindowCase("quiet-plain", objective="none", grad_accum_steps=3),
     WindowCase("quiet-none", grad_accum_steps=3),

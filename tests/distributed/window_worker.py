@@ -17,11 +17,11 @@ from step_worker import (  # before deepspeed is imported: it counts collectives
 )
 from window_cases import (
     DEAL,
-    EQUAL,
     LOPSIDED,
     QUIET,
     RANDOM,
     RANDOM_STEPS,
+    equal_on,
     lopsided_rows,
     quiet_rows,
     random_rows_of_rank,
@@ -197,7 +197,7 @@ def main() -> None:
     """All parts, in an order that is the same on every rank."""
     folder = Path(sys.argv[-1])
     backend = start_backend(load_config(folder / "base.yaml"))
-    for case in EQUAL:
+    for case in equal_on(backend.ranks.world_size):
         equal(folder, case, backend)
     if backend.ranks.world_size == 3:
         dealt(folder, backend)

@@ -4,8 +4,9 @@
 
 It answers as Llama Guard does, to conversations that name a pair: `pair 00017`. The last number in
 one decides the verdict (`risk_of`) and, in the mode `chaos`, what goes wrong before it comes
-(`plan_of`); both functions are the oracle of the tests. Any other mode is one behaviour for every
-request. It counts a verdict when a good answer has been sent to the last byte; GET /counts tells.
+(`plan_of`); both functions are the oracle of the tests. `hasty chaos` leaves out what takes half of
+a client's deadline. Any other mode is one behaviour for every request. It counts a verdict when a
+good answer has been sent to the last byte; GET /counts tells.
 Standard library.
 """
 
@@ -88,7 +89,9 @@ class Judge:
         request = json.loads(body)
         number = int(re.findall(r"pair (\d+)", json.dumps(request))[-1])
         self.requests[:] = [{"head": head, "body": request}]
-        plan = plan_of(number) if self.mode == "chaos" else [self.mode] * 99
+        plan = plan_of(number) if "chaos" in self.mode else [self.mode] * 99
+        if self.mode == "hasty chaos":
+            plan = [kind for kind in plan if kind != "drip"]
         attempt = self.attempts[number]
         self.attempts[number] += 1
         kind = plan[attempt] if attempt < len(plan) else "good"

@@ -19,6 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 FINETUNE = ROOT / "launch" / "finetune.py"
 RANK_SERVER = ROOT / "tests" / "support" / "rank_server.py"
+REAL = {"preloaded": "deepspeed", "forked": "python"}
+"""Launches through the rank server, and what they stand for."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Launcher:
 
         `preloaded` ranks have torch's variables and no launcher's process around them: see
         `rank_server`. `deepspeed`, `torchrun` and `python` (one process) are the real ones, for
-        what is claimed of them. Where there is a GPU all are real: CUDA does not survive a fork.
+        what is claimed of them. `forked` is one process without torch's variables, as `python` is,
+        from the same server. Where there is a GPU all are real: CUDA does not survive a fork.
         """
         self._count += 1
         log = self._folder / f"launch-{self._count}.log"
@@ -90,11 +93,13 @@ class Launcher:
             "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",  # ninja, deepspeed
             **(env or {}),
         }
-        if launcher == "preloaded" and torch.cuda.is_available():
-            launcher = "deepspeed"
-        if launcher == "preloaded":
+        if launcher in REAL and torch.cuda.is_available():
+            launcher = REAL[launcher]
+        if launcher in REAL:
             argv = [str(script), *map(str, arguments)]
-            return PreloadedRanks(argv, rank_environments(environment, ranks), log), log
+            alone = launcher == "forked"
+            each = [environment] if alone else rank_environments(environment, ranks)
+            return PreloadedRanks(argv, each, log), log
         with log.open("wb") as sink:
             process = subprocess.Popen(
                 self.command(script, *arguments, ranks=ranks, launcher=launcher),
@@ -122,11 +127,12 @@ class Launcher:
 
 
 def rank_environments(environment: dict[str, str], ranks: int) -> list[dict[str, str]]:
-    """What torchrun tells each of so many ranks on this machine, with a free port."""
+    """What a launcher tells each of so many ranks on this machine, with a free port."""
     alike = {
         **environment,
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),  # else deepspeed asks numactl at every gather
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }

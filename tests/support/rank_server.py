@@ -16,6 +16,7 @@ one is a launch that was killed.
 import faulthandler
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -36,7 +37,10 @@ LIBRARIES = (
     *("transformers.models.llama.modeling_llama", "transformers.models.falcon.modeling_falcon"),
     *("transformers.models.qwen2.modeling_qwen2", "transformers.models.mistral.modeling_mistral"),
     *("datasets", "matplotlib.figure", "safetensors.torch", "scipy.stats", "triton", "yaml"),
+    *("transformers.trainer", "torch.utils.flop_counter", "httpx", "tqdm"),
 )
+WHERE_INSTALLED = ("mlflow", "wandb", "peft", "trl.trainer.sft_trainer")
+"""Found by deepspeed and transformers; mlflow is most of the time of deepspeed's import."""
 GRACE_S = 1.0
 """Seconds that ranks have to end by themselves once one has failed (deepspeed's launcher: 1)."""
 KILL_AFTER_S = 10.0
@@ -50,13 +54,18 @@ def main() -> None:
     """Loads, listens, forks a supervisor for each connection."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    for name in WHERE_INSTALLED:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     # Deepspeed's first engine decorates a function with it, and that alone loads torch's compiler.
     torch.compile(abs)
+    _draw_once()
+    # What ranks load themselves they compile once, also where Python is told to leave no files.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, f"{sys.argv[1]}.pycache"
     # A collection, of which every engine of deepspeed makes one, goes through a rank's own objects.
     gc.freeze()
     assert not {"deepspeed", "safereg_dist", "safereg_kernels"} & sys.modules.keys()
     _require_one_thread()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps supervisors
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{sys.argv[1]}.new")
         listener.listen()
@@ -67,6 +76,25 @@ def main() -> None:
                 listener.close()
                 _supervise(connection)
             connection.close()
+            _reap()
+        _reap()
+
+
+def _draw_once() -> None:
+    """Loads fonts and back ends: every run ends with figures."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    figure.subplots().plot([0.0, 1.0], label="once")
+    for form in ("png", "svg"):
+        figure.savefig(io.BytesIO(), format=form)
+
+
+def _reap() -> None:
+    """Buries supervisors that have ended, so that their time counts as this process's."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _require_one_thread() -> None:
@@ -79,7 +107,6 @@ def _require_one_thread() -> None:
 def _supervise(connection: socket.socket) -> NoReturn:
     """Starts the ranks of one launch, waits for them, says how they ended."""
     os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with connection.makefile("r") as lines:
         request: Request = json.loads(lines.readline())
     running = set()

@@ -10,11 +10,12 @@ No time is asserted.
 from dataclasses import replace
 from functools import partial
 
+import bench_overhead
 import numpy as np
 import pytest
 import torch
 from always_on import build_always_on, full_logits_loss
-from bench_overhead import check, measure
+from bench_overhead import WORKER, check, measure
 from harness import write_csv
 from overhead_cases import place_rows, threshold_for
 from overhead_claims import claims_of
@@ -24,6 +25,8 @@ from plot_overhead import draw_all
 from real_shapes import RealModel
 from support import oracles
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.extent import FULL
+from support.launching import Launcher
 from tqdm import tqdm
 from transformers import LlamaConfig
 
@@ -172,7 +175,7 @@ def test_threshold_finds_as_many_rows_as_asked():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The table of one case on two ranks under the deepspeed launcher."""
+    """The table of one case on two ranks; in the full mode under the deepspeed launcher."""
     work = tmp_path_factory.mktemp("overhead")
     case = Case(
         name="tiny",
@@ -185,11 +188,21 @@ def measured(tmp_path_factory):
         arms=("sft", "routed", "always_on"),
     )
     launch = Launch(model="demo", ranks=2, cases=(case,))
-    with tqdm(disable=True) as bar:
+    with tqdm(disable=True) as bar, pytest.MonkeyPatch.context() as patch:
+        if not FULL:
+            patch.setattr(bench_overhead, "_run_ranks", run_preloaded)
         measure(launch, work, bar)
     rows = list(rows_of(launch, work))
     write_csv(rows, work / "overhead.csv", COLUMNS)
     return {row["arm"]: row for row in read_table(work / "overhead.csv")}
+
+
+def run_preloaded(launch, settings, results, bar):
+    """The same ranks without a launcher around them."""
+    log_level = {"DS_LOG_LEVEL": "error"}
+    done = Launcher(settings.parent)(WORKER, settings, ranks=launch.ranks, env=log_level)
+    assert done.status == 0, done.output[-4000:]
+    assert all(path.is_file() for path in results)
 
 
 @pytest.mark.deepspeed

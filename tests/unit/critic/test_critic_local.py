@@ -8,10 +8,12 @@ greedy answers (exactly); what cannot be judged is a failed judgement or a clear
 """
 
 import json
+import os
+import re
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.builders import TEMPLATE, random_rows, save_model, tiny_model, word_tokenizer
-from support.launching import ROOT
+from support.launching import ROOT, Launcher, Process, descendants, kill_session, tail
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,6 +39,7 @@ from safereg_dist.demo import grammar
 from safereg_dist.demo.guard import write_guard
 from safereg_dist.errors import ConfigError, CriticUnavailable
 
+SERVE = ROOT / "launch" / "serve_critic.py"
 TOLERANCE = 1e-5  # float32 sums in another order, through an exponential
 
 
@@ -342,18 +345,24 @@ def test_many_callers_share_one_worker_and_closing_cancels(guard: Path) -> None:
 @contextmanager
 def serving(folder: Path, form: str) -> Iterator[str]:
     """The server in a process of its own; it must end well when it is told to."""
-    script = str(ROOT / "launch" / "serve_critic.py")
-    command = [sys.executable, script, "--model", str(folder), "--format", form, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline().split()
+    with tempfile.TemporaryDirectory() as logs:
+        command = ["--model", folder, "--format", form, "--port", "0"]
+        process, log = Launcher(Path(logs)).start(SERVE, *command, launcher="forked")
         try:
-            assert line[:3] == ["serving", folder.name, "on"]
-            yield line[3]
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            yield address(process, log, folder.name)
+            (server,) = descendants(process.pid) or [process.pid]
+            os.kill(server, signal.SIGTERM)
+            assert process.wait(60) == 0
         finally:
-            process.kill()
+            kill_session(process)
+
+
+def address(process: Process, log: Path, name: str) -> str:
+    """What the server says that it listens on."""
+    while not (said := re.search(rf"^serving {name} on (\S+)", log.read_text(), re.MULTILINE)):
+        assert process.poll() is None, tail(log)
+        time.sleep(0.02)
+    return said[1]
 
 
 @pytest.fixture(scope="module")
@@ -454,16 +463,13 @@ def test_bad_requests_are_answered_and_the_server_lives(
         assert json.load(reply)["data"][0]["id"] == "guard"
 
 
-def test_a_server_without_a_guard_ends_with_status_2(tmp_path: Path) -> None:
+def test_a_server_without_a_guard_ends_with_status_2(tmp_path: Path, launch: Launcher) -> None:
     folder = save_model(tmp_path / "m", tiny_model("llama"))
-    script = str(ROOT / "launch" / "serve_critic.py")
-    command = [sys.executable, script, "--model", str(folder), "--format", "llama_guard"]
-    done = subprocess.run(
-        [*command, "--port", "0"], capture_output=True, text=True, check=False, timeout=100
-    )
-    assert done.returncode == 2
-    assert "labels safe, unsafe" in done.stderr
-    assert done.stdout == ""
+    command = ["--model", folder, "--format", "llama_guard", "--port", "0"]
+    done = launch(SERVE, *command, launcher="forked")
+    assert done.status == 2
+    (line,) = [line for line in done.output.splitlines() if line]
+    assert "labels safe, unsafe" in line
 
 
 def test_local_formats_name_their_words() -> None:

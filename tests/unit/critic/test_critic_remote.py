@@ -1,10 +1,10 @@
 """The client of a remote judge, against a real server that misbehaves on purpose.
 
-Claimed: of 10,000 conversations none is lost, none is judged twice (the server counts verdicts that
-it sent whole), exactly those fail that the server never answers, and each of them has risk 1 under
-`closed`; every other risk is the server's own, to 1e-12. Deadlines, rate limits, refused keys,
-outages and proxies behave as the docstrings say. All of it is exact; no time is asserted but that
-what must wait has waited.
+Claimed: of 2,000 conversations (10,000 in the full mode) none is lost, none is judged twice (the
+server counts verdicts that it sent whole), exactly those fail that the server never answers, and
+each of them has risk 1 under `closed`; every other risk is the server's own, to 1e-12. Deadlines,
+rate limits, refused keys, outages and proxies behave as the docstrings say. All of it is exact;
+no time is asserted but that what must wait has waited.
 """
 
 import http.server
@@ -19,9 +19,11 @@ from email.utils import formatdate
 
 import pytest
 from support import critic_server
-from support.critic_server import is_hopeless, plan_of, risk_of, running_server
+from support.critic_server import RETRIES, is_hopeless, plan_of, risk_of, running_server
+from support.extent import FULL
 
 from safereg_dist.config.risk import CriticConfig
+from safereg_dist.critic import remote
 from safereg_dist.critic.critic import build_critic, score_conversations
 from safereg_dist.critic.retrying import (
     BACKOFF_CAP_S,
@@ -36,7 +38,7 @@ from safereg_dist.critic.retrying import (
 from safereg_dist.critic.verdict import Messages, Verdict
 from safereg_dist.errors import ConfigError, CriticUnavailable
 
-PAIRS = 10_000
+PAIRS = 10_000 if FULL else 2_000
 SECRET = "sk-do-not-print-4711"
 
 
@@ -68,11 +70,15 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_ten_thousand_pairs_none_lost_none_scored_twice() -> None:
+def test_thousands_of_pairs_none_lost_none_scored_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A busy machine connects late: that is no failure of the judge's, nor one of the retries that
+    # the pairs need.
+    monkeypatch.setattr(remote, "_CONNECT_S", 60.0)
     kinds = Counter(kind for n in range(PAIRS) for kind in set(plan_of(n)))
     assert set(kinds) == {*critic_server.TRANSIENT, *critic_server.HOPELESS, "drip"}
     with running_server("chaos") as server:
-        verdicts = judge(server.url, range(PAIRS), concurrency=256, timeout_s=90.0)
+        patient = {"timeout_s": 60.0, "retries": 2 * RETRIES}
+        verdicts = judge(server.url, range(PAIRS), concurrency=256, **patient)
         counts = server.counts()
     assert len(verdicts) == PAIRS
     hopeless = {n for n in range(PAIRS) if is_hopeless(n)}
