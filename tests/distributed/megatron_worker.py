@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
 
 from megatron_cases import HIDDEN, LAGGED, LAGGED_STEPS, LAYERS, LENGTH, PROBES, ROWS, VOCAB
 from support import megatron_on_cpu
+from support.critic_server import risk_of as risk_of_number
 from support.slot_clock import SlotClock
 from support.step_cost import StepCost
 
@@ -46,6 +47,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file, save_file
 
 MICRO_BATCHES = 8
+PAIR = 11
+"""The pair of token n is 11 n, so that risks of tokens differ."""
 THRESHOLD, LR = 0.5, 0.05
 KINDS = ("mixed", "none", "all", "one", "documents")
 CAUSAL = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), 1)
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--bridge", action="store_true", help="as in Megatron-Bridge's loop")
     parser.add_argument("--risk", default="mixed")
     parser.add_argument("--probe", choices=[*PROBES, "both"])
+    parser.add_argument("--judge", help="URL of one that reads the texts of rows")
     parser.add_argument("--lag", action="store_true", help="the probe reads the policy")
     parser.add_argument("--always", action="store_true", help="the divergence on every row")
     parser.add_argument("--recompute", default="")
@@ -158,6 +162,17 @@ def data_iterator(args: argparse.Namespace):
     for step in range(args.resume_at, args.steps):
         each = MICRO_BATCHES // count
         yield from items(0 if args.repeat else step, args.risk)[rank * each : (rank + 1) * each]
+
+
+def tokenizer():
+    """Writes a token as the name of a pair, whose last one decides a judge's verdict."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"pair {PAIR * n:05d}": n for n in range(VOCAB)} | {"<unk>": VOCAB}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), unk_token="<unk>"
+    )
 
 
 # ---- the model
@@ -337,6 +352,9 @@ def train(args: argparse.Namespace) -> None:
         settings = {"risk": {"estimator": "column"}, "regularizer": {"threshold": THRESHOLD}}
         if args.probe:
             settings["risk"] = risk_of_probe(args)
+        if args.judge:
+            judge = {"endpoint": args.judge, "model": "guard", "format": "llama_guard"}
+            settings["risk"] = {"estimator": "critic", "critic": judge}
         if args.lag:
             settings["regularizer"] |= {"granularity": "batch", "schedule": "linear", "ema": 0.0}
         if args.always:
@@ -348,6 +366,7 @@ def train(args: argparse.Namespace) -> None:
         safety = MegatronSafety(
             settings,
             output_dir=args.out.with_suffix(""),
+            tokenizer=tokenizer() if args.judge else None,
             load_reference=None
             if args.stored_reference
             else lambda chunks: fill(chunks, load_file(args.folder / "reference.safetensors")),
@@ -581,6 +600,11 @@ def write_oracle(args: argparse.Namespace) -> None:
     def risky(name: str):
         return lambda item, step: (risk_of(probes[name], reference, item) >= THRESHOLD).double()
 
+    def judged(item, step):
+        pairs = zip(item["labels"], item["loss_mask"], strict=True)
+        last = [int(labels[mask > 0][-1]) for labels, mask in pairs]
+        return torch.tensor([[float(risk_of_number(PAIR * n) >= THRESHOLD)] for n in last])
+
     def largest(item, step):
         risks = [risk_of(probes[name], reference, item) for name in ("first", "middle")]
         return (torch.stack(risks).amax(0) >= THRESHOLD).double()
@@ -601,6 +625,7 @@ def write_oracle(args: argparse.Namespace) -> None:
         **{kind: (kind, given, args.steps if kind == "mixed" else 1) for kind in KINDS},
         **{f"probe-{name}": ("mixed", risky(name), 1) for name in PROBES},
         "probe-both": ("mixed", largest, 1),
+        "judged": ("mixed", judged, 1),
         "lag": ("mixed", lagged, LAGGED_STEPS),
     }
     for name, (kind, coefficient, steps) in coefficients.items():

@@ -31,6 +31,7 @@ from megatron_cases import (
     tensors,
 )
 from support.builders import write_jsonl
+from support.critic_server import running_server
 from support.launching import Launcher
 from support.step_cost import read_cost
 
@@ -158,6 +159,18 @@ def test_options_of_a_run(name, train, made):
     check(out, ranks, made(), *found, counts_tokens=counts_tokens, rtol=rtol)
     rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(row.get("risk_lag") == (1 if "--lag" in options else None) for row in rows)
+
+
+def test_a_judge_reads_the_rows_of_two_replicas(train, made):
+    """Each owner asks for its own rows, once: not every rank of a replica."""
+    with running_server("good") as server:
+        out = train("dp2-tp2", 4, "--judge", server.url)
+        asked = sum(server.counts()["verdicts"].values())
+    check(out, 4, made(), "judged", "means")
+    ledger = [json.loads(x) for x in (out / "ledger.jsonl").read_text().splitlines()]
+    rows = [row for row in ledger if "risk" in row]
+    assert asked == len(rows) == 16
+    assert {row["estimator"] for row in rows} == {"critic"}
 
 
 def test_tied_embeddings_over_a_pipeline(train, made):
