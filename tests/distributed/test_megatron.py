@@ -36,6 +36,7 @@ from support.launching import Launcher
 from support.step_cost import read_cost
 
 from safereg_dist import regions
+from safereg_dist.cli import main
 from safereg_dist.plan.pipeline import Pipeline
 from safereg_dist.run.ledger import verify_ledger
 
@@ -171,6 +172,8 @@ def test_a_judge_reads_the_rows_of_two_replicas(train, made):
     rows = [row for row in ledger if "risk" in row]
     assert asked == len(rows) == 16
     assert {row["estimator"] for row in rows} == {"critic"}
+    assert main(["report", str(out)]) == 0
+    assert "<html" in (out / "report.html").read_text()
 
 
 def test_tied_embeddings_over_a_pipeline(train, made):
