@@ -193,6 +193,7 @@ class Replica:
             owned = self.regularizer.open(self._batches, step=step)
             passes = owned.micro_batches[0].plan
             assert passes is not None
+            assert passes.passes.agreement is not None  # `AgreedReference` has begun one
             return owned, passes.passes.agreement
         size = numbers_of_step(data.count, has_store=self._has_store)
         read = data.read if self.failed is None else Result(error=self.failed)
