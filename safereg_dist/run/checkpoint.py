@@ -130,7 +130,10 @@ def save_checkpoint(
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             for old in complete_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
+                # Renamed first: what a kill leaves of it, the next start removes.
+                aside = old.with_name(f".{old.name}.partial")
+                os.replace(old, aside)
+                shutil.rmtree(aside)
 
 
 @contextmanager
