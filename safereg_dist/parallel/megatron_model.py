@@ -44,26 +44,24 @@ class CallRecorder:
         return self._plain(*args, **kwargs)
 
 
-def watch_layer(
-    chunks: Sequence[nn.Module], layer: int, read: Callable[[Tensor], None]
-) -> nn.Module | None:
+def watch_layer(chunks: Sequence[nn.Module], layer: int, read: Callable[[Tensor], None]) -> bool:
     """Has `read` called with the states behind a decoder layer, [S, B, H], in each forward.
 
-    Layers count from 1; of the last the states are those behind the final norm. Returns the chunk
-    that holds it, None if none of these does. Layers are found by their `layer_number`.
+    Layers count from 1; of the last the states are those behind the final norm. Returns
+    whether one of these chunks holds it. Layers are found by their `layer_number`.
     """
     for chunk in chunks:
         own: Any = innermost(chunk)
         if layer == own.config.num_layers:
             if getattr(own, "post_process", False):
                 own.output_layer.register_forward_pre_hook(lambda _, args: read(args[0].detach()))
-                return chunk
+                return True
             continue
         for module in own.decoder.layers:
             if module.layer_number == layer:
                 module.register_forward_hook(lambda _, __, found: read(_states(found)))
-                return chunk
-    return None
+                return True
+    return False
 
 
 def _states(found: Any) -> Tensor:

@@ -67,12 +67,7 @@ class Plan:
 
     def overhead(self, arm: str) -> dict[str, float]:
         """Extra FLOPs, bytes and time of an arm, as shares of plain fine-tuning's."""
-        own, base = self.arms[arm], self.arms["sft"]
-        return {
-            "flops": own.total_flops / base.total_flops - 1,
-            "bytes": own.total_bytes / base.total_bytes - 1 if base.total_bytes else 0.0,
-            "seconds": own.seconds / base.seconds - 1,
-        }
+        return overhead(self.arms[arm], self.arms["sft"])
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, in bytes, FLOPs and seconds."""
@@ -105,6 +100,15 @@ class Plan:
                 for arm, costs in self.arms.items()
             },
         }
+
+
+def overhead(own: Any, base: Any) -> dict[str, float]:
+    """Extra FLOPs, bytes and time, as shares of those of `base`; costs of two arms of one plan."""
+    return {
+        "flops": own.total_flops / base.total_flops - 1,
+        "bytes": own.total_bytes / base.total_bytes - 1 if base.total_bytes else 0.0,
+        "seconds": own.seconds / base.seconds - 1,
+    }
 
 
 def make_plan(shape: ModelShape, settings: Settings, gpu: Gpu) -> Plan:

@@ -113,7 +113,7 @@ def save_checkpoint(
     Collectives: the engine's own, and two gathers of texts.
     """
     final = folder / f"step-{state.step:08d}"
-    partial = folder / f".{final.name}.partial"
+    partial = _aside(final)
     with ranks.together():
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -131,9 +131,13 @@ def save_checkpoint(
             os.replace(partial, final)
             for old in complete_checkpoints(folder)[:-keep]:
                 # Renamed first: what a kill leaves of it, the next start removes.
-                aside = old.with_name(f".{old.name}.partial")
-                os.replace(old, aside)
-                shutil.rmtree(aside)
+                os.replace(old, _aside(old))
+                shutil.rmtree(_aside(old))
+
+
+def _aside(final: Path) -> Path:
+    """Where a checkpoint is while it is not whole; see `remove_partial`."""
+    return final.with_name(f".{final.name}.partial")
 
 
 @contextmanager

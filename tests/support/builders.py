@@ -148,3 +148,17 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     """Writes rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def config_fields(model_type, vocab, hidden, width, layers, heads, kv, **more):
+    """A config.json of the usual form."""
+    return {
+        "model_type": model_type,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        **more,
+    }

@@ -34,7 +34,7 @@ from safereg_dist.risk.probe_risk import (
     max_per_row,
     probed_turns,
 )
-from safereg_dist.types import MicroBatch, Row
+from safereg_dist.types import MicroBatch, Row, to_device
 
 
 class Span(NamedTuple):
@@ -72,7 +72,7 @@ class ProbeReader:
         self.probe = probe
         self._layout = layout
         self._is_spread = is_spread
-        self._is_here = watch_layer(chunks, probe.layer, self._read) is not None
+        self._is_here = watch_layer(chunks, probe.layer, self._read)
         own_stage = layout.pp_group.rank() if self._is_here else -1
         self._stage = layout.world.max_over_ranks(Result(own_stage + 1)) - 1
         if self._stage < 0:
@@ -81,7 +81,7 @@ class ProbeReader:
                 "model, or give decoder layers their `layer_number`"
             )
         self._current = current
-        self._length = 0
+        self._positions = torch.empty(0, dtype=torch.int64)
         self._by_micro_batch: dict[int, list[Span]] = {}
         self._shares: dict[int, Tensor] = {}
 
@@ -90,12 +90,14 @@ class ProbeReader:
 
         Collectives: broadcasts of 32 bytes a span within the replica, where there are any.
         """
-        self._length, self._shares = length, {}
+        layout, self._shares = self._layout, {}
+        positions = layout.positions(length, is_spread=self._is_spread)
+        self._positions = to_device(positions, layout.world.device)
         own = torch.zeros(count, len(Span._fields), dtype=torch.int64)
-        if self._layout.is_owner:
+        if layout.is_owner:
             own = torch.tensor(spans, dtype=torch.int64).reshape(own.shape)
         if count:
-            own = self._layout.from_owner(own.to(self._layout.world.device)).cpu()
+            own = layout.from_owner(own.to(layout.world.device)).cpu()
         self._by_micro_batch = defaultdict(list)
         for values in own.tolist():
             self._by_micro_batch[values[0]].append(Span(*values))
@@ -106,12 +108,10 @@ class ProbeReader:
         spans = None if current is None else self._by_micro_batch.get(current)
         if current is None or not spans:
             return
-        device = states.device
-        _, lines, first, last = torch.tensor(spans).T.to(device, non_blocking=True)
-        positions = self._layout.positions(self._length, is_spread=self._is_spread)
+        _, lines, first, last = to_device(torch.tensor(spans).T.contiguous(), states.device)
         self._shares[current] = pool_share(
             states.transpose(0, 1),
-            positions.to(device, non_blocking=True),
+            self._positions,
             rows=lines,
             first=first,
             last=last,
@@ -203,8 +203,9 @@ class Probes:
         for source, rows, probabilities in zip(self.sources, self._asked, found, strict=False):
             risks = max_per_row(len(self._rows), rows, probabilities)
             if isinstance(source, CachedProbeRisk):
-                keys = source.keys(self._rows)
-                source.learn({keys[row]: risks[row] for row in rows})
+                asked = sorted(set(rows))
+                keys = source.keys([self._rows[row] for row in asked])
+                source.learn(dict(zip(keys, (risks[row] for row in asked), strict=True)))
             else:
                 source.learn(risks)
 

@@ -210,9 +210,8 @@ class MegatronSafety:
         probes = [spec.probe for spec in specs if spec.probe is not None]
         if not probes:
             return
-        reads_policy = run.reads_policy = self.config.risk.source == "policy"
         assert run.reference is not None
-        chunks = run.chunks if reads_policy else run.reference.chunks
+        chunks = run.chunks if run.reads_policy else run.reference.chunks
         how: Any = innermost(chunks[0]).config
         readers = [
             ProbeReader(

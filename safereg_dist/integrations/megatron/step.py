@@ -123,7 +123,7 @@ class Replica:
         self.stored: StoredStates | None = None
         """On the last stage, where states are kept on disk."""
         self.probes: Probes | None = None
-        self.reads_policy = False
+        self.reads_policy = config.risk.source == "policy"
         """Whether the probes read the policy; else the reference."""
         self._plan: Plan | None = None
         self._next: list[int] = []

@@ -22,7 +22,7 @@ from safereg_dist.plan.megatron.stages import (
 )
 from safereg_dist.plan.megatron.traffic import forward_bytes, over, stage_traffic
 from safereg_dist.plan.pipeline import Pipeline, Work, bubble_room, timeline
-from safereg_dist.plan.plan import transfer_seconds
+from safereg_dist.plan.plan import overhead, transfer_seconds
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape
 from safereg_dist.plan.traffic import Traffic
@@ -149,12 +149,7 @@ class LayoutPlan:
 
     def overhead(self, arm: str) -> dict[str, float]:
         """Extra FLOPs, bytes and time of an arm, as shares of plain training's."""
-        own, base = self.arms[arm], self.arms["sft"]
-        return {
-            "flops": own.total_flops / base.total_flops - 1,
-            "bytes": own.total_bytes / base.total_bytes - 1 if base.total_bytes else 0.0,
-            "seconds": own.seconds / base.seconds - 1,
-        }
+        return overhead(self.arms[arm], self.arms["sft"])
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, in bytes, FLOPs, slots and seconds."""

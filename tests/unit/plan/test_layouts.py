@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.builders import config_fields
 
 from safereg_dist.cli import main
 from safereg_dist.errors import ConfigError
@@ -30,25 +31,11 @@ from safereg_dist.plan.shape import ModelShape, Module, shape_of
 COUNTS = Path(__file__).with_name("megatron_counts.py")
 
 
-def fields(model_type, vocab, hidden, width, layers, heads, kv, **more):
-    """A config.json of the usual form."""
-    return {
-        "model_type": model_type,
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        **more,
-    }
-
-
-LLAMA_70B = fields("llama", 128256, 8192, 28672, 80, 64, 8)
-LLAMA_405B = fields("llama", 128256, 16384, 53248, 126, 128, 8)
-SMALL = fields("llama", 96, 64, 160, 8, 4, 2)
-QWEN2 = fields("qwen2", 300, 64, 96, 4, 4, 2, tie_word_embeddings=True)
-QWEN3 = fields("qwen3", 96, 64, 96, 6, 8, 4, head_dim=16)
+LLAMA_70B = config_fields("llama", 128256, 8192, 28672, 80, 64, 8)
+LLAMA_405B = config_fields("llama", 128256, 16384, 53248, 126, 128, 8)
+SMALL = config_fields("llama", 96, 64, 160, 8, 4, 2)
+QWEN2 = config_fields("qwen2", 300, 64, 96, 4, 4, 2, tie_word_embeddings=True)
+QWEN3 = config_fields("qwen3", 96, 64, 96, 6, 8, 4, head_dim=16)
 CASES = [
     (SMALL, {"tp": 1, "pp": 1}),
     (SMALL, {"tp": 2, "pp": 4}),

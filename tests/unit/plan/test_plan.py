@@ -10,6 +10,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from support.builders import config_fields
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,21 +33,6 @@ from safereg_dist.plan.shape import shape_of
 from safereg_dist.plan.traffic import traffic
 from safereg_dist.reference.exchange import exchange_pays
 
-
-def fields(model_type, vocab, hidden, width, layers, heads, kv, **more):
-    """A config.json of the usual form."""
-    return {
-        "model_type": model_type,
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        **more,
-    }
-
-
 FALCON = {
     "model_type": "falcon",
     "vocab_size": 65024,
@@ -65,18 +51,18 @@ QWEN_MOE = {
     "num_experts_per_tok": 8,
 }
 REAL = {
-    "Llama-2-7B": fields("llama", 32000, 4096, 11008, 32, 32, 32),
-    "Llama-3.1-8B": fields("llama", 128256, 4096, 14336, 32, 32, 8),
-    "Llama-2-70B": fields("llama", 32000, 8192, 28672, 80, 64, 8),
-    "Llama-3.1-405B": fields("llama", 128256, 16384, 53248, 126, 128, 8),
-    "Mistral-7B": fields("mistral", 32000, 4096, 14336, 32, 32, 8),
-    "Mixtral-8x7B": fields("mixtral", 32000, 4096, 14336, 32, 32, 8, **EXPERTS),
-    "Qwen2.5-0.5B": fields("qwen2", 151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
-    "Qwen2-7B": fields("qwen2", 152064, 3584, 18944, 28, 28, 4),
-    "Qwen3-8B": fields("qwen3", 151936, 4096, 12288, 36, 32, 8, head_dim=128),
-    "Qwen3-30B-A3B": fields("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, **QWEN_MOE),
-    "Phi-3-mini": fields("phi3", 32064, 3072, 8192, 32, 32, 32),
-    "Gemma-2-9B": fields("gemma2", 256000, 3584, 14336, 42, 16, 8, head_dim=256),
+    "Llama-2-7B": config_fields("llama", 32000, 4096, 11008, 32, 32, 32),
+    "Llama-3.1-8B": config_fields("llama", 128256, 4096, 14336, 32, 32, 8),
+    "Llama-2-70B": config_fields("llama", 32000, 8192, 28672, 80, 64, 8),
+    "Llama-3.1-405B": config_fields("llama", 128256, 16384, 53248, 126, 128, 8),
+    "Mistral-7B": config_fields("mistral", 32000, 4096, 14336, 32, 32, 8),
+    "Mixtral-8x7B": config_fields("mixtral", 32000, 4096, 14336, 32, 32, 8, **EXPERTS),
+    "Qwen2.5-0.5B": config_fields("qwen2", 151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
+    "Qwen2-7B": config_fields("qwen2", 152064, 3584, 18944, 28, 28, 4),
+    "Qwen3-8B": config_fields("qwen3", 151936, 4096, 12288, 36, 32, 8, head_dim=128),
+    "Qwen3-30B-A3B": config_fields("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, **QWEN_MOE),
+    "Phi-3-mini": config_fields("phi3", 32064, 3072, 8192, 32, 32, 32),
+    "Gemma-2-9B": config_fields("gemma2", 256000, 3584, 14336, 42, 16, 8, head_dim=256),
     "Falcon-40B": FALCON,
 }
 PUBLISHED = {
@@ -138,12 +124,14 @@ def test_active_parameters_leave_idle_experts_out():
 
 
 SMALL = {
-    "llama": fields("llama", 96, 64, 160, 3, 4, 2),
-    "mistral": fields("mistral", 96, 64, 160, 3, 4, 2),
-    "qwen2": fields("qwen2", 96, 64, 160, 3, 4, 2),
-    "qwen3": fields("qwen3", 96, 64, 160, 3, 4, 2, head_dim=16),
-    "phi3": fields("phi3", 96, 64, 160, 3, 4, 4, pad_token_id=0, eos_token_id=2),
-    "mixtral": fields("mixtral", 96, 64, 160, 3, 4, 2, num_local_experts=4, num_experts_per_tok=2),
+    "llama": config_fields("llama", 96, 64, 160, 3, 4, 2),
+    "mistral": config_fields("mistral", 96, 64, 160, 3, 4, 2),
+    "qwen2": config_fields("qwen2", 96, 64, 160, 3, 4, 2),
+    "qwen3": config_fields("qwen3", 96, 64, 160, 3, 4, 2, head_dim=16),
+    "phi3": config_fields("phi3", 96, 64, 160, 3, 4, 4, pad_token_id=0, eos_token_id=2),
+    "mixtral": config_fields(
+        "mixtral", 96, 64, 160, 3, 4, 2, num_local_experts=4, num_experts_per_tok=2
+    ),
 }
 
 
