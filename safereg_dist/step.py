@@ -30,7 +30,7 @@ from safereg_dist.parallel.comm import Ranks, Result, capture
 from safereg_dist.policy import Policy
 from safereg_dist.reference import NoReference, Reference, ReferencePasses, ReferenceSchedule
 from safereg_dist.risk.stage import ProbedStates, RiskStage
-from safereg_dist.types import MicroBatch, MicroBatchResult, Row, RowRisks
+from safereg_dist.types import Loss, MicroBatch, MicroBatchResult, Row, RowRisks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +100,8 @@ class SafetyRegularizer:
         self.reference = reference
         self.objective = objective
         self.ranks = ranks
+        self.keeps_stack_loss = False
+        """True: where no row is active the loss is the stack's own (`is_free`)."""
 
     @property
     def policy(self) -> Policy:
@@ -273,6 +275,54 @@ class SafetyRegularizer:
         with self.policy.ending_in(loss):
             yield
         step.metrics.add(batch, *results)
+
+    # ---- the forward of a stack that has a loss of its own
+
+    def loss(
+        self,
+        model: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        planned: PlannedMicroBatch,
+        batch: MicroBatch,
+        step: StepPlan,
+    ) -> Tensor:
+        """This rank's share of L of a micro-batch that a stack has formed, as `loss_of` gives it.
+
+        Where the micro-batch is free it is the model's own loss, over N in place of its own count.
+        `inputs` are the arguments of the model's forward, `labels` among them.
+        Collectives: the engine's; those of `loss_of` where it is not free.
+        """
+        if self.is_free(planned):
+            loss = model(**inputs, num_items_in_batch=step.num_tokens.clamp_min(1)).loss
+            self.add_stack_loss(loss, planned, batch, step)
+            return loss
+        with self.loss_of(planned, batch, step):
+            return model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+
+    def is_free(self, planned: PlannedMicroBatch) -> bool:
+        """Whether a stack's own loss stands: no row of the micro-batch is active on any rank.
+
+        The same on all ranks, but where anchor rows have no reference.
+
+        Raises:
+            The first failed rank's error of `plan`, on all ranks.
+        Collectives: none, but the agreement is read. One host sync.
+        """
+        if not self.keeps_stack_loss or planned.plan is None:
+            return False
+        if self.reference.is_active(planned.plan.passes, planned.index):
+            return False
+        return not any(row.is_anchor for row in planned.rows)
+
+    def add_stack_loss(
+        self, loss: Tensor, planned: PlannedMicroBatch, batch: MicroBatch, step: StepPlan
+    ) -> None:
+        """Notes the stack's own loss of a free micro-batch, this rank's share of L."""
+        assert planned.plan is not None
+        own = loss.detach().float()
+        terms = Loss(own, own * step.num_tokens, own.new_zeros(batch.num_response_tokens))
+        plan = planned.plan
+        step.metrics.add(batch, MicroBatchResult(terms, plan.risk, plan.kl_coef, 0, 0))
 
     # ---- after it
 

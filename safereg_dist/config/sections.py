@@ -169,6 +169,9 @@ class TrainConfig(Section):
     """Bytes for the head's logits and their gradient, >= 1 MiB; null = 3 GiB on a GPU."""
     chunk_tokens: int | None = Field(default=None, ge=1)
     """Response tokens at a time in the head, >= 1, instead of `head_bytes`; null = by memory."""
+    stack_loss: bool = Field(default=True, json_schema_extra=NEWER)
+    """In another stack: its own loss stays where no rank has a row with b > 0 (without risk the
+    same bits as before); `false`: our head computes every loss, and no logits are made."""
     export_shard_bytes: int = Field(default=5_000_000_000, ge=1, json_schema_extra=ASIDE)
     """Largest safetensors shard of the exported model, in bytes."""
 

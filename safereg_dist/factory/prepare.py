@@ -133,9 +133,11 @@ def prepare(
             )
             if ranks.is_main:
                 warn_of_unscored_rows(overrides, config, stage)
-        return assemble(
+        made = assemble(
             config, policy, specs=specs, risk=stage, reference=built.reference, ranks=ranks
         )
+        made.keeps_stack_loss = config.train.stack_loss
+        return made
 
 
 def unwrapped(model: Any) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from safereg_dist.data.stacked import RowColumns, batch_of
+from safereg_dist.data.stacked import IGNORED, RowColumns, batch_of
 from safereg_dist.errors import DataError
 from safereg_dist.parallel.comm import capture
 from safereg_dist.types import MicroBatch
@@ -32,6 +32,12 @@ class RowCollator:
         inputs = self.collator([_without_ours(feature) for feature in features])
         found = capture(self._read, inputs, list(_flat(features)))
         inputs[KEY] = MicroBatch.failed(found.error) if found.error is not None else found.value
+        if found.error is None:
+            # Nothing predicts a row's first token: where rows are packed a stack's own loss might
+            # have the row before it do so.
+            width = inputs["labels"].shape[1]
+            for line, first in (divmod(place, width) for place in found.value.row_begins):
+                inputs["labels"][line, first] = IGNORED
         return inputs
 
     def _read(self, inputs: Any, features: Sequence[Any]) -> MicroBatch:

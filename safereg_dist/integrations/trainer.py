@@ -23,6 +23,7 @@ from safereg_dist.integrations.collator import COLUMNS, KEY, RowCollator
 from safereg_dist.integrations.recorder import Recorder, settings_of
 from safereg_dist.integrations.risk_column import check_risk_column
 from safereg_dist.parallel.distributed import current_ranks
+from safereg_dist.reference import NoReference
 from safereg_dist.step import SafetyRegularizer, StepPlan
 
 Settings = str | Path | Mapping[str, Any]
@@ -47,6 +48,8 @@ class SafeRegMixin(_Trainer):
     """The loss is divided by the tokens of the whole window, not by the number of batches."""
     safereg: SafetyRegularizer
     _recorder: Recorder
+    _keeps_loss: bool
+    """Where no row is active the Trainer's own loss stays."""
     _plan: StepPlan | None = None
     _next = 0
     _lr = _grad_norm = float("nan")
@@ -63,6 +66,7 @@ class SafeRegMixin(_Trainer):
         ranks = current_ranks()
         with ranks.together():
             check_trainer(self)
+        has_loss = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # else older Trainers divide by the batches again
         settings: Mapping[str, Any] = {}
         if not isinstance(safereg, SafetyRegularizer):
@@ -75,6 +79,7 @@ class SafeRegMixin(_Trainer):
             safereg = prepare(model, settings, tokenizer=tokenizer)
             self._mix_anchors(settings, tokenizer)
         self.safereg = safereg
+        self._keeps_loss = has_loss and self._loss_is_ours(settings)
         self._recorder = Recorder(safereg, Path(str(self.args.output_dir)), settings)
         self.data_collator = RowCollator(self.data_collator, needs_positions=self._packs_rows())
         if isinstance(self.train_dataset, IterableDataset):
@@ -84,6 +89,18 @@ class SafeRegMixin(_Trainer):
 
     def _packs_rows(self) -> bool:
         return bool(getattr(self.args, "packing", False))
+
+    def _loss_is_ours(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the Trainer's loss is the sum of CE over all ranks' N, and nothing else."""
+        text_config = self.safereg.policy.model.config.get_text_config()
+        has_anchors = (settings.get("data") or {}).get("anchor") is not None or "is_anchor" in (
+            getattr(self.train_dataset, "column_names", None) or []
+        )
+        return (
+            self.args.average_tokens_across_devices
+            and not getattr(text_config, "output_router_logits", False)
+            and not (has_anchors and isinstance(self.safereg.reference, NoReference))
+        )
 
     def _mix_anchors(self, settings: Mapping[str, Any], tokenizer: Any) -> None:
         data = settings.get("data") or {}
@@ -123,7 +140,10 @@ class SafeRegMixin(_Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This rank's share of L, times the ranks over which its engine averages gradients."""
+        """This rank's share of L, times the ranks over which its engine averages gradients.
+
+        Where no rank has an active row, the Trainer's own.
+        """
         batch = inputs.pop(KEY, None)
         if not model.training or batch is None:
             return super().compute_loss(
@@ -135,6 +155,16 @@ class SafeRegMixin(_Trainer):
         assert self._plan is not None
         planned = self._plan.micro_batches[self._next]
         self._next += 1
+        if self._keeps_loss and self.safereg.is_free(planned):
+            found = super().compute_loss(
+                model,
+                inputs,
+                return_outputs=return_outputs,
+                num_items_in_batch=self._plan.num_tokens.clamp_min(1),
+            )
+            own = (found[0] if return_outputs else found) / self.safereg.ranks.world_size
+            self.safereg.add_stack_loss(own, planned, batch, self._plan)
+            return found
         given = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
         with self.safereg.loss_of(planned, batch, self._plan):
             outputs = model(**given, use_cache=False)

@@ -72,8 +72,8 @@ class SafeRegSFTTrainer(SafeRegMixin, SFTTrainer):
             assert self._plan is not None
             batch, found = self._plan.metrics.results[-1]
             terms = found.loss
-            assert terms.entropy is not None
-            assert terms.accuracy is not None
+            if terms.entropy is None or terms.accuracy is None:
+                return result  # the loss is TRL's, and so are its metrics
             rows = zip(batch.rows, batch.tokens_of_row, strict=True)
             task = sum(count for row, count in rows if not row.is_anchor)
             counts = [batch.num_response_tokens, task, sum(len(r.input_ids) for r in batch.rows)]

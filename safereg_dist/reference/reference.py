@@ -80,6 +80,8 @@ class ReferencePasses:
     """The largest of the ranks' `counts`; it may still be in flight. None without a reference."""
     waiting: dict[int, Tensor] = field(default_factory=dict)
     """Place -> states computed but not yet used."""
+    end: int = 0
+    """Rows before this place need no pass any more."""
 
 
 class NoReference:
@@ -106,6 +108,10 @@ class NoReference:
     ) -> None:
         """Returns None; raises an error of this rank. Collectives: none."""
         assert schedule.value is not None
+
+    def is_active(self, passes: ReferencePasses, index: int) -> bool:
+        """False. Collectives: none."""
+        return False
 
     def hidden_states(
         self, passes: ReferencePasses, index: int, batch: MicroBatch
@@ -188,11 +194,25 @@ class Reference:
 
     # ---- after it
 
+    def is_active(self, passes: ReferencePasses, index: int) -> bool:
+        """Whether a row of micro-batch `index` is active on any rank; it reads the agreement.
+
+        Raises:
+            The first failed rank's error, on all ranks.
+        """
+        assert passes.agreement is not None
+        agreed, schedule = passes.agreement.result(), passes.schedule
+        if schedule.is_sorted:
+            return schedule.places(index).start < agreed[0]  # active rows come first, on every rank
+        return agreed[index] > 0
+
     @region(REFERENCE_TRUNK)
     def hidden_states(
         self, passes: ReferencePasses, index: int, batch: MicroBatch
     ) -> ReferenceStates:
         """The states of `batch`, micro-batch `index` of the window; call it in order of `index`.
+
+        Micro-batches that are not active may be left out.
 
         Raises:
             The first failed rank's error, on all ranks.
@@ -200,15 +220,16 @@ class Reference:
         engine's for the passes agreed on, and those of an exchange.
         """
         assert passes.agreement is not None
+        needs_head = self.is_active(passes, index)
         agreed, schedule = passes.agreement.result(), passes.schedule
         places = schedule.places(index)
         if schedule.is_sorted:
-            needs_head = places.start < agreed[0]  # active rows come first, on every rank
             group, most = self._sorted_group(schedule, index, agreed[-1])
         else:
-            needs_head = agreed[index] > 0
             group, most = self._formed_group(schedule, index, agreed)
-        rows_run = self._run(passes, group, most) if most and group.start == places.start else 0
+        is_first = group.start >= passes.end
+        passes.end = group.stop
+        rows_run = self._run(passes, group, most) if most and is_first else 0
         is_missing = [self.store is not None and p in schedule.to_run for p in places]
         return ReferenceStates(
             self._listed(passes, places, batch),

@@ -72,7 +72,8 @@ def settings(args: argparse.Namespace) -> dict:
         "reference": reference | {"engine": args.reference},
         "risk": {"estimator": "column", "max_held_back": 1.0},
         "regularizer": {"threshold": THRESHOLD},
-        "train": {"micro_batch_size": args.rows},
+        # What is counted is our head, in every micro-batch.
+        "train": {"micro_batch_size": args.rows, "stack_loss": not args.cost},
     }
 
 
@@ -367,9 +368,8 @@ def loop(args: argparse.Namespace):
         plan = regularizer.open([inputs[KEY] for inputs in windows], step=step)
         for planned, inputs in zip(plan.micro_batches, windows, strict=True):
             batch = inputs.pop(KEY)
-            inputs.pop("labels")
-            with regularizer.loss_of(planned, batch, plan):
-                loss = engine.forward(**inputs, use_cache=False).logits
+            given = inputs | {"use_cache": False}
+            loss = regularizer.loss(engine.forward, given, planned, batch, plan)
             engine.backward(loss * args.world, is_last=planned.is_last)
         if not gradients:
             gradients = engine.gradients()

@@ -30,8 +30,7 @@ for step, window in enumerate(windows(data, tokenizer, rank=rank, world=world, s
     batches = [batch_of(b, RowColumns(risk=b.pop("risk"))) for b in window]
     plan = regularizer.open(batches, step=step)
     for planned, batch, inputs in zip(plan.micro_batches, batches, window, strict=True):
-        with regularizer.loss_of(planned, batch, plan):
-            loss = model(**inputs | {"labels": None}).logits * world
+        loss = regularizer.loss(model, inputs, planned, batch, plan) * world
         loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -7,6 +7,7 @@ places are anchors'; an unreadable row becomes an error that the step raises.
 from itertools import pairwise
 
 import pytest
+import torch
 from support.builders import random_rows, tiny_model, word_tokenizer, write_jsonl
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorForSeq2Seq
@@ -65,6 +66,19 @@ def test_a_packed_line_and_an_anchor_in_one_batch():
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     batch = RowCollator(collator, needs_positions=True)([line, anchor])
     assert rows_in(batch) == [([5, 6], 0.1, False), ([7, 8], 0.9, False), ([4, 3], None, True)]
+
+
+def test_nothing_predicts_the_first_token_of_a_packed_row():
+    """A stack's own loss sees what is left of the labels."""
+    packed = {
+        "input_ids": torch.tensor([[5, 6, 7, 8]]),
+        "labels": torch.tensor([[5, 6, 7, 8]]),
+        "position_ids": torch.tensor([[0, 1, 0, 1]]),
+    }
+    collate = RowCollator(lambda _: packed, needs_positions=True)
+    batch = collate([{"input_ids": [5, 6, 7, 8], "risk": [0.1, 0.1, 0.9, 0.9]}])
+    assert batch["labels"].tolist() == [[-100, 6, -100, 8]]
+    assert batch[KEY].num_response_tokens == 2
 
 
 def test_an_unreadable_row_becomes_an_error_of_the_step():
