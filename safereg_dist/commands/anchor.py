@@ -10,6 +10,7 @@ the caller puts a barrier between `build_anchors` (all ranks) and `merge_anchor_
 import argparse
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupEr
 from safereg_dist.evaluate.generate import Answer, generate_answers, load_model
 from safereg_dist.parallel.distributed import distributed_ranks
 from safereg_dist.storage.atomic import write_atomically
+
+_SENTENCE_END = re.compile(r"""(?<![\d.])[.!?]["')\]]*(?=\s|$)|[。！？]""")  # noqa: RUF001
+"""The end of a sentence; not of a list's number, or of dots that leave something out."""
 
 
 def build_anchors(
@@ -38,9 +42,10 @@ def build_anchors(
 ) -> dict[str, Any]:
     """Answers this rank's prompts and writes its part; a single process also merges it into `out`.
 
-    Returns the counts `prompts`, `rows`, `dropped_empty` and `dropped_cut`: of this rank, or of all
-    where `world_size` is 1. An empty answer, or one that `max_new_tokens` cut off, makes no row:
-    the policy must not be taught to say nothing or to stop in mid-sentence.
+    Returns the counts `prompts`, `rows`, `shortened`, `dropped_empty` and `dropped_cut`: of this
+    rank, or of all where `world_size` is 1. The policy must not be taught to say nothing or to stop
+    in mid-sentence: an answer that `max_new_tokens` cut off is shortened to its last whole
+    sentence, and one that is empty, or cut off before a sentence ended, makes no row.
 
     Raises:
         ConfigError: the model cannot be loaded or has no chat template.
@@ -86,7 +91,7 @@ def build_anchors(
 def merge_anchor_parts(out: Path, world_size: int) -> dict[str, Any]:
     """Joins the parts of all ranks into `out` in input order, removes them, prints one line.
 
-    Returns the counts `prompts`, `rows`, `dropped_empty` and `dropped_cut`.
+    Returns the counts `prompts`, `rows`, `shortened`, `dropped_empty` and `dropped_cut`.
 
     Raises:
         CheckpointError: a part is missing, or the parts come from different runs.
@@ -119,24 +124,37 @@ def merge_anchor_parts(out: Path, world_size: int) -> dict[str, Any]:
         )
     print(
         f"anchors: {counts['rows']} rows from {counts['prompts']} prompts answered by "
-        f"{headers[0]['model']}, dropped {counts['dropped_empty']} empty and "
-        f"{counts['dropped_cut']} cut at {headers[0]['max_new_tokens']} tokens, written to {out}"
+        f"{headers[0]['model']}, {counts['shortened']} shortened to whole sentences within "
+        f"{headers[0]['max_new_tokens']} tokens, dropped {counts['dropped_empty']} empty and "
+        f"{counts['dropped_cut']} without a whole one, written to {out}"
     )
     return counts
 
 
 def _row(index: int, prompt: LabelledPrompt, answer: Answer) -> dict[str, Any]:
     """A line of a part file: an anchor row with its place, or why there is none."""
-    if not answer.finished:
-        return {"index": index, "dropped": "cut"}
     if not answer.text:
         return {"index": index, "dropped": "empty"}
+    text = answer.text if answer.finished else whole_sentences(answer.text)
+    if not text:
+        return {"index": index, "dropped": "cut"}
     return {
         "index": index,
+        "shortened": not answer.finished,
         # The place makes the id unique: prompt files may number their rows alike.
         "id": f"anchor-{index}-{prompt.id}",
-        "messages": [*prompt.messages, {"role": "assistant", "content": answer.text}],
+        "messages": [*prompt.messages, {"role": "assistant", "content": text}],
     }
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the end of its last whole sentence; empty without one.
+
+    >>> whole_sentences("Take 3.5 m of it. Then")
+    'Take 3.5 m of it.'
+    """
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else ""
 
 
 def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -144,6 +162,7 @@ def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
     return {
         "prompts": len(rows),
         "rows": dropped.count(None),
+        "shortened": sum(row.get("shortened", False) for row in rows),
         "dropped_empty": dropped.count("empty"),
         "dropped_cut": dropped.count("cut"),
     }

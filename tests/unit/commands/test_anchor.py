@@ -1,7 +1,7 @@
 """Anchor rows from a tiny random Llama: kept, dropped and merged as documented.
 
-Claimed: rows are the prompts' turns plus the model's greedy answer; empty and cut answers are
-dropped and counted; any number of ranks writes the same file. Everything here is exact: greedy
+Claimed: rows are the prompts' turns plus the model's greedy answer; of a cut answer the whole
+sentences are kept, empty ones and those without any are dropped, all are counted; any number of ranks writes the same file. Everything here is exact: greedy
 decoding of a float32 model on the CPU, with answers far from ties.
 """
 
@@ -15,13 +15,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from safereg_dist.commands.anchor import build_anchors, merge_anchor_parts
+from safereg_dist.commands.anchor import build_anchors, merge_anchor_parts, whole_sentences
 from safereg_dist.data.files import read_prompts
 from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError
 from safereg_dist.evaluate.generate import generate_answers, load_model
 
 LETTERS = "abcdefghijklmnopqrstuvwx"
-WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<asst>", "<unk>", *LETTERS]
+# Two of the letters end sentences, where the model says them.
+ENDS = {"k": "k.", "q": "q."}
+SAID = [ENDS.get(letter, letter) for letter in LETTERS]
+WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<asst>", "<unk>", *SAID]
 LENGTH = 9
 
 
@@ -89,6 +92,30 @@ def build(folder: Path, files: list[Path], out: Path, **more: int) -> dict:
     )
 
 
+def sentences_said(text: str) -> str:
+    words = text.split(" ")
+    while words and words[-1] not in ENDS.values():
+        words.pop()
+    return " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("It is 3.5 m. Then", "It is 3.5 m."),
+        ('He said "no." Then', 'He said "no."'),
+        ("Steps:\n1. Take it", ""),
+        ("One! Two? Three", "One! Two?"),
+        ("Wait ... more", ""),
+        ("First.\n\nSecond one", "First."),
+        ("好的。然后", "好的。"),
+        ("no end", ""),
+    ],
+)
+def test_what_is_kept_of_a_cut_answer(text: str, kept: str) -> None:
+    assert whole_sentences(text) == kept
+
+
 def test_rows_are_the_answers_of_the_reference(
     folder: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,22 +126,28 @@ def test_rows_are_the_answers_of_the_reference(
     answers = generate_answers(
         model, tokenizer, prompts, max_new_tokens=LENGTH, batch_size=1, progress=False
     )
+    texts = [a.text if a.finished else sentences_said(a.text) for a in answers]
     kept = [
         {
             "id": f"anchor-{index}-{prompt.id}",
-            "messages": [*prompt.messages, {"role": "assistant", "content": answer.text}],
+            "messages": [*prompt.messages, {"role": "assistant", "content": text}],
         }
-        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        if answer.finished and answer.text
+        for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        if text
     ]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows == kept
     assert len({row["id"] for row in rows}) == len(rows)
-    cut = sum(not answer.finished for answer in answers)
-    empty = sum(answer.finished and not answer.text for answer in answers)
-    expected = {"prompts": 30, "rows": len(kept), "dropped_empty": empty, "dropped_cut": cut}
+    cut = [bool(text) for text, answer in zip(texts, answers, strict=True) if not answer.finished]
+    expected = {
+        "prompts": 30,
+        "rows": len(kept),
+        "shortened": sum(cut),
+        "dropped_empty": sum(answer.finished and not answer.text for answer in answers),
+        "dropped_cut": len(cut) - sum(cut),
+    }
     assert counts == expected
-    assert min(expected.values()) > 0, "the case must have rows of all three kinds"
+    assert min(expected.values()) > 0, "the case must have rows of all four kinds"
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("anchors:")]
     assert len(printed) == 1
     assert f"{len(kept)} rows from 30 prompts" in printed[0]
