@@ -33,7 +33,9 @@ setup(
         "trl": ["trl>=1.9"],
         "lora": ["peft>=0.17"],
         "megatron": ["megatron-core>=0.16"],
+        "gguf": ["gguf>=0.10"],
         "dev": [
+            "gguf>=0.10",
             "trl>=1.9",
             "peft>=0.17",
             "bitsandbytes",

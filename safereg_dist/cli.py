@@ -22,6 +22,7 @@ VERBS = {
     "report": "HTML and figures of one or several runs",
     "plan": "memory, FLOPs, bytes and time before you pay for them",
     "ledger": "the log of every row's risk",
+    "convert-gguf": "a GGUF file as a Hugging Face folder",
     "config": "JSON schema, a starter file, one key explained",
 }
 """The verbs, each with its purpose."""
@@ -90,7 +91,8 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     for name, what in VERBS.items():
         verb = verbs.add_parser(name, help=what)
         if name == chosen:
-            command = importlib.import_module(f"safereg_dist.commands.{name}")
+            module = name.replace("-", "_")
+            command = importlib.import_module(f"safereg_dist.commands.{module}")
             command.add_arguments(verb)
             verb.set_defaults(run=command.run)
     return parser

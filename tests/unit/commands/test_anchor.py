@@ -1,8 +1,9 @@
 """Anchor rows from a tiny random Llama: kept, dropped and merged as documented.
 
 Claimed: rows are the prompts' turns plus the model's greedy answer; of a cut answer the whole
-sentences are kept, empty ones and those without any are dropped, all are counted; any number of ranks writes the same file. Everything here is exact: greedy
-decoding of a float32 model on the CPU, with answers far from ties.
+sentences are kept, empty ones and those without any are dropped, all are counted; any number of
+ranks writes the same file. Everything here is exact: greedy decoding of a float32 model on the CPU,
+with answers far from ties.
 """
 
 import json
