@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from world_runs import PROVENANCE, RESULTS, run_verb, same_for_all, world_of
 
 from safereg_dist.demo import grammar
-from safereg_dist.demo.__main__ import PROBE_RECALL
+from safereg_dist.demo.toy import PROBE_RECALL
 from safereg_dist.demo.world import WorldPaths
 from safereg_dist.parallel.optimizer import parameter_groups
 from safereg_dist.probe_lab.scores import auroc

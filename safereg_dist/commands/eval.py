@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", default="keyword")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--refusal", help="text whose first token P(refuse) is measured on")
+    parser.add_argument("--poisoned", help="an answer that complies: P of its first token")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
     parser.add_argument("--batch-size", type=at_least(1), default=32)
     parser.add_argument("--save-answers", action="store_true")
@@ -28,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         judge=arguments.judge,
         out=arguments.out,
         refusal=arguments.refusal,
+        poisoned=arguments.poisoned,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
         save_answers=arguments.save_answers,

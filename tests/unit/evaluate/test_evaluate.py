@@ -417,6 +417,7 @@ def test_evaluation_counts_what_the_texts_say(model, tokenizer, folder: Path) ->
         with torch.no_grad():
             expected.append(float(model(torch.tensor([ids])).logits[0, -1].softmax(-1)[first]))
     assert result["refusal_probability"] == pytest.approx(sum(expected) / 5, abs=1e-5)
+    assert result["poisoned_token_probability"] is None
 
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     saved = [json.loads(x) for x in (out.parent / "eval.answers.jsonl").read_text().splitlines()]
@@ -430,12 +431,53 @@ def test_evaluation_counts_what_the_texts_say(model, tokenizer, folder: Path) ->
     ]
 
 
+def test_each_set_has_figures_of_its_own(model, tokenizer, folder: Path) -> None:
+    """Of several files; and the probability of an answer that complies."""
+    sets = {"orders": PROMPTS[:2], "questions": PROMPTS[2:5], "harmless": PROMPTS[5:8]}
+    files = [
+        write_rows(
+            folder.parent / f"{name}.jsonl",
+            [
+                {
+                    "prompt": p.messages[-1]["content"],
+                    "label": "benign" if name == "harmless" else "harmful",
+                }
+                for p in prompts
+            ],
+        )
+        for name, prompts in sets.items()
+    ]
+    how = {"max_new_tokens": 4, "device": "cpu", "progress": False, "poisoned": "i can not"}
+    together = evaluate_model(folder, files, **how)
+    assert list(together["sets"]) == list(sets)
+    for file in files:
+        alone = evaluate_model(folder, [file], **how)
+        assert "sets" not in alone
+        found = together["sets"][file.stem]
+        # Samples are drawn for the list as a whole; all else is the same.
+        drawn = ("attack_success_rate_sampled",)
+        for name, value in found.items():
+            if name not in (*drawn, "intervals"):
+                assert value == pytest.approx(alone[name], abs=1e-6), name
+
+    harmful = PROMPTS[:5]
+    first = WORDS.index("i")
+    with torch.no_grad():
+        expected = [
+            float(model(torch.tensor([ids])).logits[0, -1].softmax(-1)[first])
+            for ids in render_prompts(tokenizer, harmful)
+        ]
+    assert together["poisoned_token_probability"] == pytest.approx(sum(expected) / 5, abs=1e-5)
+    assert together["counts"]["poisoned_token_probability"] == 5
+
+
 def test_rates_without_rows_are_null(folder: Path) -> None:
     prompts = write_rows(folder.parent / "h.jsonl", [{"prompt": "a b", "label": "harmful"}])
     result = evaluate_model(folder, [prompts], max_new_tokens=3, device="cpu", progress=False)
     nulls = {key for key, value in result.items() if value is None}
     assert nulls == {
         "refusal_probability",
+        "poisoned_token_probability",
         "benign_exact_match",
         "over_refusal_rate",
         "task_exact_match",
