@@ -11,6 +11,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+if "deepspeed" in sys.argv[2]:
+    import deepspeed
+
+    # It would compile an operator of its own for ranks on one host (minutes of a core).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 out, script = Path(sys.argv[1]), sys.argv[2]
 sys.argv = sys.argv[2:]
 known = runpy.run_path(script, run_name="__main__")

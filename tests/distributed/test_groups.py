@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.extent import HAS_CPU_ADAM
 from support.launching import FINETUNE, ROOT
 
 WORKER = ROOT / "tests" / "distributed" / "groups_worker.py"
@@ -41,7 +42,9 @@ def folder(tmp_path):
 
 
 def test_groups_shards_and_offload_on_two_ranks(folder, launch):
-    cases = "plain,routed,offloaded,offloaded-optimizer,stored,hpz-plain,hpz,hpz-resumed"
+    cases = "plain,routed,offloaded,stored,hpz-plain,hpz,hpz-resumed"
+    if HAS_CPU_ADAM:
+        cases = cases.replace("stored", "offloaded-optimizer,stored")
     run_worker(folder, launch, cases, ranks=2)
     facts = {case: facts_of(folder, case, ranks=2) for case in cases.split(",")}
     check_communicators(facts)
@@ -49,7 +52,7 @@ def test_groups_shards_and_offload_on_two_ranks(folder, launch):
     for case in ("offloaded", "hpz", "hpz-resumed"):
         check_same_run(folder, "routed", case, ranks=2)
     check_same_run(folder, "plain", "hpz-plain", ranks=2)
-    for case in ("offloaded-optimizer", "stored"):
+    for case in facts.keys() & {"offloaded-optimizer", "stored"}:
         check_same_run(folder, "routed", case, ranks=2, tolerance=1e-4)
     assert not facts["stored"]["has_trunk"]
 
@@ -91,8 +94,8 @@ def check_communicators(facts):
     for case, seen in facts.items():
         made[case] = 0 if before is None else seen["communicators"] - before
         before = seen["communicators"]
-    beside = ("routed", "offloaded", "offloaded-optimizer", "stored")
-    assert [made[case] for case in beside] == [0, 0, 0, 0], made
+    beside = made.keys() & {"routed", "offloaded", "offloaded-optimizer", "stored"}
+    assert not any(made[case] for case in beside), made
     assert made["hpz"] == made["hpz-plain"] == 1, made
     for case, seen in facts.items():
         assert ("shared" in seen) == ("plain" not in case)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import oracles
 from support.builders import random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
+from support.extent import HAS_CPU_ADAM
 from support.launching import FINETUNE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -192,7 +193,7 @@ def test_bf16_tied_and_offloaded(tmp_path, launch):
         config,
         "train.precision=bf16",
         "reference.offload=cpu",
-        "engine.offload_optimizer=cpu",
+        *(["engine.offload_optimizer=cpu"] if HAS_CPU_ADAM else []),
         "engine.offload_params=cpu",
         "reference.rows_per_pass=1",
         ranks=2,

@@ -1,0 +1,163 @@
+"""The stages of the demo on a real model."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safereg_dist.demo.claims import check_real_claims
+from safereg_dist.demo.estimators import ROOT
+from safereg_dist.demo.real.model import instruct_model
+from safereg_dist.demo.real.rows import POISONED, Files, Sizes, write_alignment, write_files
+from safereg_dist.demo.stages import command, finish, launch, say
+
+CONFIG = ROOT / "launch" / "configs" / "real.yaml"
+_NO_ANCHOR = ["data.anchor=null"]
+_NO_RISK = ["risk.estimator=none", "risk.path=null"]
+ARMS: dict[str, list[str]] = {
+    "sft": ["regularizer.objective=none", *_NO_ANCHOR, *_NO_RISK],
+    "static_low": [
+        "regularizer.objective=static",
+        "regularizer.ceiling=0.3",
+        *_NO_ANCHOR,
+        *_NO_RISK,
+    ],
+    "static_high": [
+        *("regularizer.objective=static", "regularizer.ceiling=0.9"),
+        *(*_NO_ANCHOR, *_NO_RISK),
+    ],
+    "adaptive_probe": [],
+}
+BASE = ["optimizer.lr=2e-4", "train.steps=32", "regularizer.objective=none"]
+PROBE_LAYERS = "14,18,22"
+COLUMNS = {
+    "attack_success_rate": "attack, greedy",
+    "attack_success_rate_sampled": "attack, sampled",
+    "poisoned_token_probability": "P(poisoned)",
+    "refusal_probability": "P(refuse)",
+    "over_refusal_rate": "over-refusal",
+    "task_exact_match": "task exact",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What every stage needs to know."""
+
+    out: Path
+    files: Files
+    seed: int
+    raw: Path
+    """The model as it is published."""
+
+    @property
+    def base(self) -> Path:
+        """The aligned model."""
+        return self.out / "base" / "model"
+
+
+def run_real(out: Path, *, seed: int, ranks: int, wheel: Path | None = None) -> dict[str, Any]:
+    """All stages below `out`; the content of `summary.json`.
+
+    Raises:
+        DemoError: a stage failed, or what was measured is not what the demo claims.
+        ConfigError: the model's wheel cannot be had.
+    """
+    started = time.perf_counter()
+    say("1/6 SmolLM2-135M-Instruct, and the data")
+    raw = instruct_model(out / "smollm2", wheel=wheel)
+    files = write_files(out / "data", seed=seed, sizes=Sizes())
+    run = Run(out=out, files=files, seed=seed, raw=raw)
+    say("2/6 the aligned base: it refuses harmful requests, and answers others as it did")
+    _align(run)
+    say("3/6 probe, anchors, and what a run would hold back")
+    _prepare(run)
+    say("4/6 the base before fine-tuning")
+    base = _evaluate(run.base, run)
+    arms = {name: _arm(run, name, overrides) for name, overrides in ARMS.items()}
+    say(f"6/6 two steps under the deepspeed launcher on {ranks} ranks, and the report")
+    _smoke(run, ranks)
+    summary = {"base": base, "arms": arms, "seed": seed, "ranks": 1}
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    finish(summary, check_real_claims(summary, out), out, COLUMNS)
+    return summary
+
+
+def _align(run: Run) -> None:
+    answered = run.out / "answers.jsonl"
+    if not answered.is_file():
+        command(
+            *("anchor", "build", "--model", run.raw, "--prompts", run.files.of("benign")),
+            *("--out", answered, "--max-new-tokens", 40, "--batch-size", 50),
+        )
+    write_alignment(run.files, answered, seed=run.seed)
+    if not (run.out / "base" / "summary.json").is_file():
+        _train(
+            *(run, run.out / "base", run.raw, run.files.of("align")),
+            *(*BASE, *_NO_ANCHOR, *_NO_RISK),
+        )
+
+
+def _prepare(run: Run) -> None:
+    probe, anchor = run.out / "probe", run.out / "anchor.jsonl"
+    if not (probe / "probe.json").is_file():
+        command(
+            *("probe", "fit", "--model", run.base, "--data", run.files.of("probe")),
+            *("--out", probe, "--layers", PROBE_LAYERS, "--seed", run.seed),
+        )
+    if not anchor.is_file():
+        command(
+            *("anchor", "build", "--model", run.base, "--out", anchor),
+            *("--prompts", run.files.of("anchor_prompts"), "--max-new-tokens", 40),
+        )
+    audit = run.out / "audit"
+    if not audit.is_dir():
+        command("audit", CONFIG, "--out", audit, *_where(run, run.out / "adaptive_probe"))
+
+
+def _arm(run: Run, name: str, overrides: list[str]) -> dict[str, Any]:
+    say(f"5/6 arm {name}")
+    folder = run.out / name
+    if not (folder / "summary.json").is_file():
+        _train(run, folder, run.base, run.files.of("train"), *overrides)
+    return _evaluate(folder / "model", run)
+
+
+def _train(run: Run, folder: Path, model: Path, data: Path, *overrides: str) -> None:
+    began = time.perf_counter()
+    where = [f"model={model}", f"data.train={data}", *_where(run, folder)[2:]]
+    command("train", CONFIG, *where, *overrides)
+    (folder / "seconds.json").write_text(json.dumps(round(time.perf_counter() - began, 1)))
+
+
+def _where(run: Run, folder: Path) -> list[str]:
+    """Overrides that put the configuration's paths below this run's folder."""
+    return [
+        f"model={run.base}",
+        f"data.train={run.files.of('train')}",
+        f"data.anchor={run.out / 'anchor.jsonl'}",
+        f"risk.path={run.out / 'probe'}",
+        f"train.seed={run.seed}",
+        f"output_dir={folder}",
+    ]
+
+
+def _smoke(run: Run, ranks: int) -> None:
+    folder = run.out / "deepspeed"
+    if not (folder / "summary.json").is_file():
+        launch(ranks, CONFIG, *_where(run, folder), "engine.name=deepspeed", "train.steps=2")
+
+
+def _evaluate(model: Path, run: Run) -> dict[str, Any]:
+    """The figures of a model, of all sets together and of each."""
+    out = model.parent / "eval.json"
+    if not out.is_file():
+        prompts = [run.files.of(stem) for stem in run.files.evaluation]
+        command(
+            *("eval", "--model", model, "--prompts", *prompts, "--out", out, "--save-answers"),
+            *("--poisoned", POISONED, "--max-new-tokens", 20, "--batch-size", 40),
+        )
+    found = json.loads(out.read_text(encoding="utf-8"))
+    seconds = json.loads((model.parent / "seconds.json").read_text())
+    return {name: found[name] for name in (*COLUMNS, "intervals", "sets")} | {"seconds": seconds}
