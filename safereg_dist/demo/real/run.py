@@ -8,7 +8,7 @@ from typing import Any
 
 from safereg_dist.demo.claims import check_real_claims
 from safereg_dist.demo.estimators import ROOT
-from safereg_dist.demo.real.model import instruct_model
+from safereg_dist.demo.real.model import faster_precision, instruct_model
 from safereg_dist.demo.real.rows import POISONED, Files, Sizes, write_alignment, write_files
 from safereg_dist.demo.stages import command, finish, launch, say
 
@@ -50,6 +50,7 @@ class Run:
     seed: int
     raw: Path
     """The model as it is published."""
+    precision: str
 
     @property
     def base(self) -> Path:
@@ -66,9 +67,10 @@ def run_real(out: Path, *, seed: int, ranks: int, wheel: Path | None = None) -> 
     """
     started = time.perf_counter()
     say("1/6 SmolLM2-135M-Instruct, and the data")
-    raw = instruct_model(out / "smollm2", wheel=wheel)
+    precision = faster_precision()
+    raw = instruct_model(out / "smollm2", precision=precision, wheel=wheel)
     files = write_files(out / "data", seed=seed, sizes=Sizes())
-    run = Run(out=out, files=files, seed=seed, raw=raw)
+    run = Run(out=out, files=files, seed=seed, raw=raw, precision=precision)
     say("2/6 the aligned base: it refuses harmful requests, and answers others as it did")
     _align(run)
     say("3/6 probe, anchors, and what a run would hold back")
@@ -139,6 +141,7 @@ def _where(run: Run, folder: Path) -> list[str]:
         f"data.anchor={run.out / 'anchor.jsonl'}",
         f"risk.path={run.out / 'probe'}",
         f"train.seed={run.seed}",
+        f"train.precision={run.precision}",
         f"output_dir={folder}",
     ]
 
