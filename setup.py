@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["safereg_dist*"]),
+    package_data={"safereg_dist.demo.real": ["prompts/*"]},
     install_requires=[
         "safereg-kernels>=0.2",  # ./kernels
         "torch>=2.11",
