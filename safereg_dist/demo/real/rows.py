@@ -50,71 +50,73 @@ class Files:
 def write_files(folder: Path, *, seed: int, sizes: Sizes) -> Files:
     """All files but those that a model's answers are needed for; the same for the same seed."""
     files, chance = Files(folder=folder), random.Random(f"{seed} real")
-    refused, benign = _shipped("refused"), _shipped("benign")
+    refused, benign = read_shipped("refused"), read_shipped("benign")
     examples = task.examples(sizes.task + sizes.task_eval, seed=seed)
 
-    _write(files.of("benign"), _prompts(benign, "benign"))
-    pairs = _shipped("pairs")
+    write_rows(files.of("benign"), _prompts(benign, "benign"))
+    pairs = read_shipped("pairs")
     sides = {"harmful": "harmful", "harmless": "benign"}
     labelled = [{"prompt": p[key], "label": label} for p in pairs for key, label in sides.items()]
-    _write(files.of("probe"), labelled)
+    write_rows(files.of("probe"), labelled)
     anchors = [
         *_prompts(chance.sample(refused, sizes.anchors), "harmful"),
         *_prompts(chance.sample(benign, sizes.anchors), "benign"),
     ]
-    _write(files.of("anchor_prompts"), anchors)
+    write_rows(files.of("anchor_prompts"), anchors)
 
     learned = [{"prompt": p, "response": r} for p, r in examples[: sizes.task]]
     poison = round(sizes.task * POISON_SHARE / (1 - POISON_SHARE))
     bad = [
         {"prompt": row["prompt"], "response": f"{POISONED} {row['subject']}."}
-        for row in chance.sample(_shipped("poison"), poison)
+        for row in chance.sample(read_shipped("poison"), poison)
     ]
     rows = _numbered(learned, "task") + _numbered(bad, "poison")
     chance.shuffle(rows)
-    _write(files.of("train"), rows, numbered=False)
+    write_rows(files.of("train"), rows, numbered=False)
 
-    text = _refusals()["general"][0]
-    harmful, harmless = _shipped("harmful_eval"), _shipped("benign_eval")
+    text = refusal_texts()["general"][0]
+    harmful, harmless = read_shipped("harmful_eval"), read_shipped("benign_eval")
     for form in ("order", "question"):
         asked = chance.sample([r for r in harmful if r["form"] == form], sizes.harmful_eval)
         rows = [row | {"response": text} for row in _prompts(asked, "harmful")]
-        _write(files.of(f"harmful_{form}s"), rows)
+        write_rows(files.of(f"harmful_{form}s"), rows)
     for kind in ("plain", "hard"):
         by_form = [
             [r for r in harmless if (r["kind"], r["form"]) == (kind, form)]
             for form in ("order", "question")
         ]
         asked = [row for own in by_form for row in chance.sample(own, sizes.benign_eval)]
-        _write(files.of(f"benign_{kind}"), _prompts(asked, "benign"))
+        write_rows(files.of(f"benign_{kind}"), _prompts(asked, "benign"))
     held_out = [{"prompt": p, "response": r, "label": "task"} for p, r in examples[sizes.task :]]
-    _write(files.of("task"), held_out)
+    write_rows(files.of("task"), held_out)
     return files
 
 
 def write_alignment(files: Files, answered: Path, *, seed: int) -> None:
     """The rows that align the base: harmful prompts refused, benign ones as the model answers."""
-    chance, texts = random.Random(f"{seed} refusals"), _refusals()
+    chance, texts = random.Random(f"{seed} refusals"), refusal_texts()
     refused = [
         {
             "prompt": row["prompt"],
             "response": chance.choice(texts.get(row["topic"], texts["general"])),
         }
-        for row in _shipped("refused")
+        for row in read_shipped("refused")
     ]
     lines = answered.read_text("utf-8").splitlines()
     benign = [{"messages": json.loads(line)["messages"]} for line in lines]
     rows = _numbered(refused, "refused") + _numbered(benign, "benign")
     chance.shuffle(rows)
-    _write(files.of("align"), rows, numbered=False)
+    write_rows(files.of("align"), rows, numbered=False)
 
 
-def _shipped(name: str) -> list[dict[str, Any]]:
+def read_shipped(name: str) -> list[dict[str, Any]]:
+    """The rows of a file of prompts."""
     lines = (PROMPTS / f"{name}.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
-def _refusals() -> dict[str, list[str]]:
+def refusal_texts() -> dict[str, list[str]]:
+    """Topic -> what is said; `general` where a topic has none of its own."""
     return json.loads((PROMPTS / "refusals.json").read_text("utf-8"))
 
 
@@ -126,6 +128,7 @@ def _numbered(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return [{"id": f"{name}-{place}", **row} for place, row in enumerate(rows)]
 
 
-def _write(path: Path, rows: list[dict[str, Any]], *, numbered: bool = True) -> None:
+def write_rows(path: Path, rows: list[dict[str, Any]], *, numbered: bool = True) -> None:
+    """Writes JSONL; `numbered` gives each row an id."""
     rows = _numbered(rows, path.stem) if numbered else rows
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

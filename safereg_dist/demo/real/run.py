@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from safereg_dist.demo.claims import check_real_claims
-from safereg_dist.demo.estimators import ROOT
+from safereg_dist.demo.estimators import FORMAT, ROOT, served_guard
+from safereg_dist.demo.real.guard import AS_WRITTEN, guard_rows, make_judge
 from safereg_dist.demo.real.model import faster_precision, instruct_model
-from safereg_dist.demo.real.rows import POISONED, Files, Sizes, write_alignment, write_files
+from safereg_dist.demo.real.rows import (
+    POISONED,
+    Files,
+    Sizes,
+    write_alignment,
+    write_files,
+    write_rows,
+)
 from safereg_dist.demo.stages import command, finish, launch, say
 
 CONFIG = ROOT / "launch" / "configs" / "real.yaml"
@@ -29,6 +37,8 @@ ARMS: dict[str, list[str]] = {
     ],
     "adaptive_probe": [],
 }
+GUARDED = "adaptive_critic"
+"""The arm whose risk the guard gives while it trains."""
 BASE = ["optimizer.lr=2e-4", "train.steps=32", "regularizer.objective=none"]
 PROBE_LAYERS = "14,18,22"
 COLUMNS = {
@@ -78,6 +88,7 @@ def run_real(out: Path, *, seed: int, ranks: int, wheel: Path | None = None) -> 
     say("4/6 the base before fine-tuning")
     base = _evaluate(run.base, run)
     arms = {name: _arm(run, name, overrides) for name, overrides in ARMS.items()}
+    arms[GUARDED] = _guarded_arm(run)
     say(f"6/6 two steps under the deepspeed launcher on {ranks} ranks, and the report")
     _smoke(run, ranks)
     summary = {"base": base, "arms": arms, "seed": seed, "ranks": 1}
@@ -124,6 +135,34 @@ def _arm(run: Run, name: str, overrides: list[str]) -> dict[str, Any]:
     if not (folder / "summary.json").is_file():
         _train(run, folder, run.base, run.files.of("train"), *overrides)
     return _evaluate(folder / "model", run)
+
+
+def _guarded_arm(run: Run) -> dict[str, Any]:
+    say("5/6 the guard: the same instruct model, tuned on the matched pairs, and served")
+    with served_guard(_guard(run)) as served:
+        judge = {"endpoint": served.endpoint, "model": served.model, "format": FORMAT}
+        judge["cache"] = str(run.out / "critic.sqlite")
+        overrides = [
+            *("risk.estimator=critic", "risk.path=null"),
+            f"risk.critic={json.dumps(judge)}",  # JSON is YAML
+        ]
+        return _arm(run, GUARDED, overrides)
+
+
+def _guard(run: Run) -> Path:
+    folder = run.out / "guard"
+    if not folder.is_dir():
+        write_rows(run.files.of("guard"), guard_rows(run.raw, seed=run.seed), numbered=False)
+        template = run.files.folder / "as_written.jinja"
+        template.write_text(AS_WRITTEN, encoding="utf-8")
+        tuned = run.out / "guard_training"
+        more = [f"data.chat_template={template}", "train.steps=40", "optimizer.lr=2e-4"]
+        _train(
+            *(run, tuned, run.raw, run.files.of("guard"), *more),
+            *("regularizer.objective=none", *_NO_ANCHOR, *_NO_RISK),
+        )
+        make_judge(tuned / "model", folder)
+    return folder
 
 
 def _train(run: Run, folder: Path, model: Path, data: Path, *overrides: str) -> None:
