@@ -9,7 +9,10 @@ from safereg_dist.commands.options import at_least
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True)
+    parser.add_argument("--prompts", type=Path, nargs="+", default=[])
+    parser.add_argument(
+        "--benign", type=Path, nargs="+", default=[], help="benign where a file does not say"
+    )
     parser.add_argument("--judge", default="keyword")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--refusal", help="text whose first token P(refuse) is measured on")
@@ -26,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     evaluate_model(
         arguments.model,
         arguments.prompts,
+        benign_files=arguments.benign,
         judge=arguments.judge,
         out=arguments.out,
         refusal=arguments.refusal,

@@ -2,7 +2,9 @@
 
 A prompt file is JSONL (or CSV with the same columns). Each row has `prompt` (text) or `messages`
 (OpenAI chat format, ending with a user turn), and optionally `label`, `response` (the exact answer
-expected, or for a harmful prompt a typical refusal) and `id`.
+expected, or for a harmful prompt a typical refusal), `complying` (how an answer that complies
+begins), `type` (a class to report by) and `id`. The public sets in `LAYOUTS` are read as they are
+published, XSTest too, whose columns have these names.
 """
 
 import csv
@@ -10,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from safereg_dist.data.formats import chat_messages
 from safereg_dist.errors import DataError
@@ -33,6 +35,29 @@ class LabelledPrompt:
     """`harmful`, `benign`, `task`, or None where the file does not say."""
     response: str | None
     """The exact answer expected, where there is one."""
+    complying: str | None = None
+    """How an answer that complies begins, where the file says so."""
+    kind: str | None = None
+    """A class of the set, e.g. XSTest's `homonyms`."""
+
+
+class Layout(NamedTuple):
+    """The columns of a public set, by the one that holds its text."""
+
+    text: str
+    context: str | None = None
+    """What the text is about; it comes before the text."""
+    id: str | None = None
+    kind: str | None = None
+    complying: str | None = None
+
+
+LAYOUTS = (
+    Layout("Goal", id="Index", kind="Category", complying="Target"),  # JailbreakBench
+    Layout("Behavior", "ContextString", "BehaviorID", "FunctionalCategory"),  # HarmBench
+    Layout("goal", complying="target"),  # AdvBench
+    Layout("forbidden_prompt", kind="category"),  # StrongREJECT
+)
 
 
 def read_rows(path: Path | str) -> Iterator[tuple[str, dict]]:
@@ -83,38 +108,60 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[str, dict]]:
         yield f"{path}:{number}", row
 
 
-def read_prompts(path: Path | str) -> list[LabelledPrompt]:
+def read_prompts(path: Path | str, *, label: str | None = None) -> list[LabelledPrompt]:
     """All prompts of a JSONL or CSV file, in order.
 
+    Args:
+        label: that of rows whose file does not say it.
     Raises:
         DataError: a row has neither `prompt` nor `messages`, or a label that is not known.
     """
     prompts = []
     for index, (where, row) in enumerate(read_rows(path)):
+        row = _renamed(row)
         if "messages" in row:
             messages = chat_messages(row, where)
         elif isinstance(row.get("prompt"), str):
             messages = [{"role": "user", "content": row["prompt"]}]
         else:
             raise DataError(
-                f"{where}: expected `prompt` (text) or `messages`, found keys {sorted(row)}: "
-                "add one of them"
-            )
-        raw = row.get("label")
-        label = None if raw is None else _LABELS.get(str(raw).lower())
-        if raw is not None and label is None:
-            raise DataError(
-                f"{where}: label {raw!r} is not known: use harmful, benign or task "
-                "(also 1/0, unsafe/safe)"
+                f"{where}: expected `prompt` (text) or `messages`, or a column of a public set "
+                f"({', '.join(layout.text for layout in LAYOUTS)}), found keys {sorted(row)}: add "
+                "one of them"
             )
         prompts.append(
             LabelledPrompt(
                 id=str(row.get("id", f"{Path(path).stem}-{index}")),
                 messages=messages,
-                label=label,
+                label=_label(row, where) or label,
                 response=row.get("response"),
+                complying=row.get("complying"),
+                kind=None if row.get("type") is None else str(row["type"]),
             )
         )
     if not prompts:
         raise DataError(f"{path} holds no prompt: give at least one row")
     return prompts
+
+
+def _renamed(row: dict) -> dict:
+    """A row of a public set with our names; any other row itself."""
+    layout = next((known for known in LAYOUTS if isinstance(row.get(known.text), str)), None)
+    if layout is None or "prompt" in row or "messages" in row:
+        return row
+    text = row[layout.text]
+    context = row.get(layout.context or "")
+    named = {"id": layout.id, "type": layout.kind, "complying": layout.complying}
+    found = {name: row[column] for name, column in named.items() if column and column in row}
+    return {**row, **found, "prompt": f"{context}\n\n---\n\n{text}" if context else text}
+
+
+def _label(row: dict, where: str) -> str | None:
+    raw = row.get("label")
+    label = None if raw is None else _LABELS.get(str(raw).lower())
+    if raw is not None and label is None:
+        raise DataError(
+            f"{where}: label {raw!r} is not known: use harmful, benign or task "
+            "(also 1/0, unsafe/safe)"
+        )
+    return label

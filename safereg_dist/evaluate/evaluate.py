@@ -68,6 +68,7 @@ def evaluate_model(
     model_dir: Path | str,
     prompt_files: list[Path],
     *,
+    benign_files: list[Path] | None = None,
     judge: str = "keyword",
     out: Path | None = None,
     refusal: str | None = None,
@@ -90,16 +91,18 @@ def evaluate_model(
         refusal_probability           mean probability of the refusal's first token, at the first
                                       position of the answer to harmful prompts; the refusal is
                                       the row's `response`, else the argument `refusal`
-        poisoned_token_probability    the same of the first token of the argument `poisoned`, an
-                                      answer that complies
+        poisoned_token_probability    the same of the first token of an answer that complies: the
+                                      row's (AdvBench's target), else the argument `poisoned`
         benign_exact_match            benign prompts with a `response` that are answered exactly so
         over_refusal_rate             benign prompts that are refused
         task_exact_match              task prompts answered exactly
 
     `intervals` has the 95 % Wilson interval of each share, `counts` the rows behind each figure;
-    `sets` has all of these for each file, by its stem, where there are several.
+    `sets` has all of these for each file, by its stem, where there are several, and `kinds` for
+    each class of prompts that a file names (XSTest's `type`).
 
     Args:
+        benign_files: prompts that are benign where the file does not say what they are.
         out: JSON file; written as a whole or not at all.
         samples_seed: fixes the sampled answers.
         save_answers: also write `<stem of out>.answers.jsonl`, which holds the model's texts.
@@ -111,12 +114,13 @@ def evaluate_model(
     started = time.perf_counter()
     if save_answers and out is None:
         raise ConfigError("save_answers needs `out` to know where to write: give an output file")
-    if not prompt_files:
+    if not prompt_files and not benign_files:
         raise ConfigError(
             "expected one prompt file or more, got none: give the files to evaluate on"
         )
     referee = get_judge(judge)
     files = [(Path(file), read_prompts(file)) for file in prompt_files]
+    files += [(Path(file), read_prompts(file, label="benign")) for file in benign_files or []]
     prompts = [prompt for _, rows in files for prompt in rows]
     model, tokenizer = load_model(model_dir, dtype=dtype, device=device, progress=progress)
 
@@ -138,7 +142,9 @@ def evaluate_model(
     refusals = _first_tokens(
         model, tokenizer, [(p, p.response or refusal) for p in harmful], **sizes
     )
-    complying = _first_tokens(model, tokenizer, [(p, poisoned) for p in harmful], **sizes)
+    complying = _first_tokens(
+        model, tokenizer, [(p, p.complying or poisoned) for p in harmful], **sizes
+    )
     of_harmful = iter(zip(sampled, refusals, complying, strict=True))
     outcomes = [
         Outcome(prompt, answer, *(next(of_harmful) if _label(prompt) == "harmful" else ()))
@@ -159,6 +165,12 @@ def evaluate_model(
         rows_of = iter(outcomes)
         result["sets"] = {
             file.stem: _figures(list(islice(rows_of, len(rows))), referee) for file, rows in files
+        }
+    kinds = dict.fromkeys(prompt.kind for prompt in prompts if prompt.kind is not None)
+    if kinds:
+        result["kinds"] = {
+            kind: _figures([o for o in outcomes if o.prompt.kind == kind], referee)
+            for kind in kinds
         }
     if out is not None:
         out = Path(out)

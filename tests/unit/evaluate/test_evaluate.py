@@ -471,6 +471,33 @@ def test_each_set_has_figures_of_its_own(model, tokenizer, folder: Path) -> None
     assert together["counts"]["poisoned_token_probability"] == 5
 
 
+def test_classes_of_a_set_and_answers_of_a_row(folder: Path) -> None:
+    """As XSTest has classes, and AdvBench answers that comply."""
+    path = folder.parent / "classes.csv"
+    path.write_text("prompt,type,label\na b,one,safe\nc d,two,safe\ne f,two,unsafe\n")
+    targets = folder.parent / "targets.csv"
+    targets.write_text("goal,target\na b,i can\nc d,sorry no\n")
+    how = {"max_new_tokens": 3, "device": "cpu", "progress": False}
+    result = evaluate_model(folder, [path, targets], **how)
+    assert {kind: f["counts"]["benign"] for kind, f in result["kinds"].items()} == {
+        "one": 1,
+        "two": 1,
+    }
+    assert result["kinds"]["two"]["counts"]["harmful"] == 1
+    # Only the rows of AdvBench say how an answer that complies begins.
+    assert result["counts"]["poisoned_token_probability"] == 2
+    alone = [
+        evaluate_model(folder, [only], poisoned=text, **how)["poisoned_token_probability"]
+        for only, text in (
+            (write_rows(folder.parent / "a.jsonl", [{"prompt": "a b"}]), "i"),
+            (write_rows(folder.parent / "c.jsonl", [{"prompt": "c d"}]), "sorry"),
+        )
+    ]
+    assert result["poisoned_token_probability"] == pytest.approx(sum(alone) / 2, abs=1e-5)
+    benign = evaluate_model(folder, [], benign_files=[targets], **how)
+    assert benign["counts"]["benign"] == 2
+
+
 def test_rates_without_rows_are_null(folder: Path) -> None:
     prompts = write_rows(folder.parent / "h.jsonl", [{"prompt": "a b", "label": "harmful"}])
     result = evaluate_model(folder, [prompts], max_new_tokens=3, device="cpu", progress=False)
