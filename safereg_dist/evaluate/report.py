@@ -32,12 +32,18 @@ from safereg_dist.storage.atomic import write_atomically
 _EVAL_COLUMNS = {
     "attack_success_rate": "attack success, greedy",
     "attack_success_rate_sampled": "attack success, sampled",
+    "poisoned_token_probability": "P(poisoned)",
     "refusal_probability": "P(refuse)",
     "refusal_rate": "refused",
     "over_refusal_rate": "over-refusal",
     "benign_exact_match": "benign exact",
     "task_exact_match": "task exact",
 }
+_OF_A_SET = (
+    *("attack_success_rate", "over_refusal_rate", "task_exact_match"),
+    "benign_exact_match",
+)
+"""What the prompts of one label tell, in this order."""
 _BASELINE_OBJECTIVES = ("none", "static", "token_wise")
 _TOP_ROWS = 10
 
@@ -301,10 +307,42 @@ def _evaluation_section(arms: list[Arm], colours: list[str]) -> str:
     note = (
         '<p class="small">Held-out prompts, 95 % Wilson intervals below each share. Lower is '
         "better for attack success and over-refusal. Sampled means temperature 1; greedy decoding "
-        "alone can hide a leak. P(refuse) is the mean probability of the refusal's first token.</p>"
+        "alone can hide a leak. P(refuse) is the mean probability of the refusal's first token, "
+        "P(poisoned) of that of an answer that complies, both on harmful prompts.</p>"
     )
     head = ["arm", *(_EVAL_COLUMNS[key] for key in shown)]
-    return f"<h2>Evaluation</h2>{_table(head, rows)}{note}"
+    parts = "".join(
+        _parts_table(arms, colours, by, title)
+        for by, title in (("sets", "By set"), ("kinds", "By class of prompts"))
+    )
+    return f"<h2>Evaluation</h2>{_table(head, rows)}{note}{parts}"
+
+
+def _parts_table(arms: list[Arm], colours: list[str], by: str, title: str) -> str:
+    """The first figure that tells of each set, or class, of prompts; nothing without any."""
+    known = [_object(arm.evaluation.get(by)) for arm in arms]
+    names = list(dict.fromkeys(name for found in known for name in found))
+    heads, rows = [], [[_name(arm, colour)] for arm, colour in zip(arms, colours, strict=True)]
+    for name in names:
+        parts = [
+            replace(arm, evaluation=_object(found.get(name)))
+            for arm, found in zip(arms, known, strict=True)
+        ]
+        told = [k for k in _OF_A_SET if any(math.isfinite(part.rate(k)) for part in parts)]
+        if not told:
+            continue
+        heads.append(f"{name}: {_EVAL_COLUMNS[told[0]]}")
+        for cells, part in zip(rows, parts, strict=True):
+            cells.append(_rate_cell(part, told[0]))
+    if not heads:
+        return ""
+    lines = [(arm.role, cells) for arm, cells in zip(arms, rows, strict=True) if arm.evaluation]
+    return f"<h3>{escape(title)}</h3>{_table(['arm', *heads], lines)}"
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A JSON object; an empty one in the place of anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def _rate_cell(arm: Arm, key: str) -> str:

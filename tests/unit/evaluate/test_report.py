@@ -164,6 +164,25 @@ def test_demo_page_shows_every_arm_and_stands_alone(demo: Path) -> None:
     assert "url(" not in path.read_text(encoding="utf-8")
 
 
+def test_sets_and_classes_have_tables_of_their_own(tmp_path: Path) -> None:
+    rows = metrics(coefficient=1.0, active=2, seconds=0.6, steps=2)
+    sets = {
+        "orders": {"attack_success_rate": 0.25, "over_refusal_rate": None},
+        "harmless": {"attack_success_rate": None, "over_refusal_rate": 0.05},
+        "nothing": {"attack_success_rate": None},
+        "junk": 3,
+    }
+    ours = evaluation(0.1, 0.2, 0.9) | {"sets": sets, "kinds": {HOSTILE: sets["orders"]}}
+    run = write_run(tmp_path / "run", rows)
+    (run / "eval.json").write_text(json.dumps(ours))
+    page = Page(write_report([run]))
+    (at,) = (i for i, row in enumerate(page.rows) if "orders: attack success, greedy" in row)
+    heads = ["arm", "orders: attack success, greedy", "harmless: over-refusal"]
+    assert page.rows[at : at + 2] == [heads, ["run", "25\u00a0%", "5\u00a0%"]]
+    assert [f"{HOSTILE}: attack success, greedy"] in [row[1:] for row in page.rows]
+    assert "By class of prompts" in page.text
+
+
 def test_figures_lie_beside_the_page(demo: Path) -> None:
     write_report([demo], out=demo / "out" / "compare.html")
     names = {path.name for path in (demo / "out").iterdir()}
