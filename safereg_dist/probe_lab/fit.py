@@ -9,11 +9,17 @@ from typing import Any
 from tqdm import tqdm
 
 from safereg_dist.probe_lab.comparison import compare_with_labels
+from safereg_dist.probe_lab.control import bag_of_words
 from safereg_dist.probe_lab.figures import draw_reliability, draw_roc, draw_sweep
 from safereg_dist.probe_lab.job import Collected, alone, collect
 from safereg_dist.probe_lab.layer_fit import LayerFit, LayerReport, Recipe, fit_layer
 from safereg_dist.probe_lab.options import LabOptions
-from safereg_dist.probe_lab.tables import print_chosen, print_comparison, print_sweep
+from safereg_dist.probe_lab.tables import (
+    print_chosen,
+    print_comparison,
+    print_control,
+    print_sweep,
+)
 from safereg_dist.risk.probe import Probe
 
 
@@ -59,6 +65,13 @@ def fit_collected(collected: Collected) -> FitReport:
     facts = collected.facts()
     if options.self_supervised:
         facts["comparison"] = compare_with_labels(collected, fit)
+    else:
+        facts["control"] = bag_of_words(
+            collected.sources.examples,
+            collected.rows,
+            position=options.position,
+            seed=options.seed,
+        )
     facts |= {"metrics": asdict(chosen), "guarantee": _guarantee(facts, options)}
     facts["layers"] = [asdict(report) for report in reports]
     probe = replace(
@@ -72,6 +85,8 @@ def fit_collected(collected: Collected) -> FitReport:
     print_chosen(probe)
     if options.self_supervised:
         print_comparison(facts["comparison"])
+    else:
+        print_control(facts["control"], asdict(chosen))
     collected.clean_up()
     return FitReport(probe=probe, layers=reports, chosen=chosen)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from safereg_dist.probe_lab.control import is_as_good
 from safereg_dist.probe_lab.layer_fit import LayerReport
 from safereg_dist.risk.probe import Probe
 
@@ -57,6 +58,24 @@ def print_guarantee(probe: Probe) -> None:
         f"({promise['method']}); holds for {promise['holds_for']}",
         flush=True,
     )
+
+
+def print_control(control: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """What a bag of words reaches on the same hold-out, and a warning where that is as much."""
+    low, high = control["intervals"]["auroc"]
+    print(
+        f"control, a bag of words: AUROC {control['auroc']:.3f} [{low:.3f}, {high:.3f}], the probe "
+        f"{metrics['auroc']:.3f}",
+        flush=True,
+    )
+    if is_as_good(control, metrics):
+        print(
+            "warning: your labels are separable by form: counted words tell the classes apart "
+            "about as well as the model's states, so these figures do not show that the probe "
+            "reads the wish; add matched pairs (the same words, a harmful and a harmless wish) to "
+            "--data",
+            flush=True,
+        )
 
 
 def print_comparison(found: dict[str, float] | None) -> None:

@@ -1,0 +1,51 @@
+"""The control of a probe: what a bag of words makes of the same rows.
+
+Harmful orders beside benign questions can be told apart by their form alone. A probe that is no
+better than counted words may have learnt that, and no harm.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from safereg_dist.data.files import LabelledPrompt
+from safereg_dist.probe_lab.layer_fit import figures_with_intervals
+from safereg_dist.probe_lab.split import SplitRows
+
+AS_GOOD = 0.02
+"""AUROC by which a probe has to beat the bag of words."""
+
+
+def bag_of_words(
+    examples: Sequence[LabelledPrompt], rows: SplitRows, *, position: str, seed: int
+) -> dict[str, Any]:
+    """Figures of a logistic regression on TF-IDF of words and pairs of words, with intervals.
+
+    It is fitted on the fit part and measured on the hold-out, both without background rows, as the
+    figures of a probe are. `examples` are the rows' texts, background rows apart.
+    """
+    texts = np.array([_text(example, position) for example in examples])
+    real = np.arange(len(texts))
+    fit, held = (real[rows.where(part)[: len(texts)]] for part in ("fit", "hold_out"))
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\S+")
+    model = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
+    model.fit(texts[fit], rows.harmful[fit])
+    probability = model.predict_proba(texts[held])[:, 1]
+    return figures_with_intervals(
+        probability, rows.harmful[held], rows.group[held], threshold=0.5, seed=seed
+    )
+
+
+def is_as_good(control: dict[str, Any], metrics: dict[str, Any]) -> bool:
+    """Whether the bag of words does about as well as a probe of these figures."""
+    return control["auroc"] >= metrics["auroc"] - AS_GOOD
+
+
+def _text(example: LabelledPrompt, position: str) -> str:
+    turns = [message["content"] for message in example.messages]
+    answer = [example.response] if position == "response" and example.response else []
+    return " ".join([*turns, *answer])

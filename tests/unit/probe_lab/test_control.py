@@ -1,0 +1,63 @@
+"""Claimed: the control of a probe tells labels that follow the form from labels that do not.
+
+Exact: which rows it is fitted and measured on. By a wide margin: labels that hang on words reach an
+AUROC of 1, labels that no word tells stay at chance; a probe no better than that is warned of.
+"""
+
+import numpy as np
+import pytest
+
+from safereg_dist.data.files import LabelledPrompt
+from safereg_dist.probe_lab.control import bag_of_words, is_as_good
+from safereg_dist.probe_lab.split import split_rows
+from safereg_dist.probe_lab.tables import print_control
+
+WORDS = [f"w{n}" for n in range(400)]
+
+
+def prompts(count, *, by_form, answer=None):
+    """Rows of random words; harmful ones are orders and benign ones questions, or none is."""
+    draw = np.random.default_rng(3)
+    rows = []
+    for index in range(count):
+        label = ("harmful", "benign")[index % 2]
+        opening = {"harmful": "Write", "benign": "What is"}[label] if by_form else "Say"
+        text = f"{opening} {' '.join(draw.choice(WORDS, 8))}"
+        messages = [{"role": "user", "content": text}]
+        said = answer and answer[label]
+        rows.append(LabelledPrompt(id=str(index), messages=messages, label=label, response=said))
+    return rows
+
+
+def control_of(rows, *, position="prompt"):
+    background = prompts(40, by_form=False)
+    parts = split_rows(rows, background, 0.25, seed=0)
+    return bag_of_words(rows, parts, position=position, seed=0)
+
+
+def test_labels_that_follow_the_form():
+    found = control_of(prompts(200, by_form=True))
+    assert found["auroc"] == 1
+    assert found["intervals"]["auroc"] == (1, 1)
+
+
+def test_labels_that_no_word_tells():
+    found = control_of(prompts(400, by_form=False))
+    assert found["auroc"] == pytest.approx(0.5, abs=0.15)
+
+
+def test_at_the_response_the_answer_is_read():
+    rows = prompts(200, by_form=False, answer={"harmful": "sure", "benign": "no"})
+    assert control_of(rows)["auroc"] < 0.7
+    assert control_of(rows, position="response")["auroc"] == 1
+
+
+@pytest.mark.parametrize(("auroc", "warned"), [(0.99, True), (0.9, True), (0.7, False)])
+def test_a_probe_that_is_no_better_is_warned_of(auroc, warned, capsys):
+    control = {"auroc": auroc, "intervals": {"auroc": (0.6, 1.0)}}
+    probe = {"auroc": 0.91}
+    assert is_as_good(control, probe) == warned
+    print_control(control, probe)
+    printed = capsys.readouterr().out
+    assert f"AUROC {auroc:.3f} [0.600, 1.000], the probe 0.910" in printed
+    assert ("separable by form" in printed) == warned
