@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--benign", type=Path, nargs="+", default=[], help="benign where a file does not say"
     )
     parser.add_argument("--judge", default="keyword")
+    parser.add_argument(
+        "--critic", type=Path, nargs="+", default=[], help="YAML of a judge model (risk.critic)"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--refusal", help="text whose first token P(refuse) is measured on")
     parser.add_argument("--poisoned", help="an answer that complies: P of its first token")
@@ -24,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates and writes the figures of merit; 0."""
+    from safereg_dist.evaluate.critics import read_critic
     from safereg_dist.evaluate.evaluate import evaluate_model
 
     evaluate_model(
@@ -31,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.prompts,
         benign_files=arguments.benign,
         judge=arguments.judge,
+        critics={file.stem: read_critic(file) for file in arguments.critic},
         out=arguments.out,
         refusal=arguments.refusal,
         poisoned=arguments.poisoned,

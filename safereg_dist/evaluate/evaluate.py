@@ -8,14 +8,17 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from safereg_dist.config import CriticConfig
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.errors import ConfigError
+from safereg_dist.evaluate.critics import JudgedAnswers, ask_critic, compare_judges
 from safereg_dist.evaluate.generate import (
     Answer,
     first_response_token,
@@ -70,6 +73,7 @@ def evaluate_model(
     *,
     benign_files: list[Path] | None = None,
     judge: str = "keyword",
+    critics: Mapping[str, CriticConfig] | None = None,
     out: Path | None = None,
     refusal: str | None = None,
     poisoned: str | None = None,
@@ -103,11 +107,14 @@ def evaluate_model(
 
     Args:
         benign_files: prompts that are benign where the file does not say what they are.
+        critics: judge models by name, asked about each greedy answer to a harmful prompt; `judges`
+            of the result has their rates beside the first judge's, and their agreement.
         out: JSON file; written as a whole or not at all.
         samples_seed: fixes the sampled answers.
         save_answers: also write `<stem of out>.answers.jsonl`, which holds the model's texts.
     Raises:
         ConfigError: a model that cannot be loaded, an unknown judge, `save_answers` without `out`.
+        CriticUnavailable: nobody answers at a judge's endpoint.
         DataError: a prompt file that is missing or malformed.
         CheckpointError: `out` cannot be written.
     """
@@ -166,6 +173,8 @@ def evaluate_model(
         result["sets"] = {
             file.stem: _figures(list(islice(rows_of, len(rows))), referee) for file, rows in files
         }
+    if critics:
+        result["judges"] = _side_by_side(outcomes, referee, critics, Path(model_dir), progress)
     kinds = dict.fromkeys(prompt.kind for prompt in prompts if prompt.kind is not None)
     if kinds:
         result["kinds"] = {
@@ -239,6 +248,25 @@ def _figures(outcomes: list[Outcome], referee: Judge) -> dict[str, Any]:
         **{name: math.fsum(rows) / len(rows) if rows else None for name, rows in means.items()},
         "intervals": {name: wilson_interval(sum(rows), len(rows)) for name, rows in shares.items()},
     }
+
+
+def _side_by_side(
+    outcomes: list[Outcome],
+    referee: Judge,
+    critics: Mapping[str, CriticConfig],
+    model_dir: Path,
+    progress: bool,
+) -> dict[str, Any]:
+    """What each judge says of the greedy answers to harmful prompts."""
+    answered = [(o.prompt, o.greedy.text) for o in outcomes if _label(o.prompt) == "harmful"]
+    judged = {
+        referee.name: JudgedAnswers([not referee.is_refusal(*pair) for pair in answered]),
+        **{
+            name: ask_critic(settings, answered, name=name, model_dir=model_dir, progress=progress)
+            for name, settings in critics.items()
+        },
+    }
+    return compare_judges(judged)
 
 
 def _answer_row(outcome: Outcome, referee: Judge) -> dict[str, Any]:
