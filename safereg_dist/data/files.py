@@ -3,7 +3,8 @@
 A prompt file is JSONL (or CSV with the same columns). Each row has `prompt` (text) or `messages`
 (OpenAI chat format, ending with a user turn), and optionally `label`, `response` (the exact answer
 expected, or for a harmful prompt a typical refusal), `complying` (how an answer that complies
-begins), `type` (a class to report by) and `id`. The public sets in `LAYOUTS` are read as they are
+begins), `type` (a class to report by), `pair` (rows that are the same words with another wish) and
+`id`. The public sets in `LAYOUTS` are read as they are
 published, XSTest too, whose columns have these names.
 """
 
@@ -39,6 +40,8 @@ class LabelledPrompt:
     """How an answer that complies begins, where the file says so."""
     kind: str | None = None
     """A class of the set, e.g. XSTest's `homonyms`."""
+    pair: str | None = None
+    """A name that matched prompts share."""
 
 
 class Layout(NamedTuple):
@@ -137,6 +140,7 @@ def read_prompts(path: Path | str, *, label: str | None = None) -> list[Labelled
                 response=row.get("response"),
                 complying=row.get("complying"),
                 kind=None if row.get("type") is None else str(row["type"]),
+                pair=None if row.get("pair") is None else str(row["pair"]),
             )
         )
     if not prompts:

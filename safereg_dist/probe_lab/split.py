@@ -49,13 +49,15 @@ def split_rows(
 ) -> SplitRows:
     """Parts and folds by group of near-duplicate prompts, in equal shares of each label.
 
-    A group goes where its first row goes, also where its rows disagree about the label.
+    Matched pairs are one group too: of a pair that is dealt to two parts, one side would teach the
+    other side's label to its words. A group goes where its first row goes, also where its rows
+    disagree about the label.
     """
     prompts = [*labelled, *negatives]
     harmful = np.array([p.label == "harmful" for p in prompts])
     background = np.arange(len(prompts)) >= len(labelled)
     texts = [" ".join(message["content"] for message in p.messages) for p in prompts]
-    group = near_duplicate_groups(texts, progress=progress)
+    group = _with_pairs(near_duplicate_groups(texts, progress=progress), prompts)
     part, fold = np.zeros((2, len(prompts)), dtype=int)
     bounds = (1 - 2 * held_out_fraction, 1 - held_out_fraction)
     draw = np.random.default_rng(seed)
@@ -66,6 +68,16 @@ def split_rows(
         part[first] = np.searchsorted(bounds, (places + 0.5) / max(len(first), 1))
         fold[first] = places % FOLDS
     return SplitRows(harmful, background, part[group], fold[group], group)
+
+
+def _with_pairs(group: np.ndarray, prompts: Sequence[LabelledPrompt]) -> np.ndarray:
+    """The groups, those of a matched pair joined; a group's number stays its first row."""
+    first_of: dict[str, int] = {}
+    for row, prompt in enumerate(prompts):
+        if prompt.pair is not None:
+            one, other = group[first_of.setdefault(prompt.pair, row)], group[row]
+            group[group == max(one, other)] = min(one, other)
+    return group
 
 
 def check_enough(rows: SplitRows, recall: float, held_out_fraction: float) -> None:

@@ -54,10 +54,15 @@ def write_files(folder: Path, *, seed: int, sizes: Sizes) -> Files:
     examples = task.examples(sizes.task + sizes.task_eval, seed=seed)
 
     write_rows(files.of("benign"), _prompts(benign, "benign"))
-    pairs = read_shipped("pairs")
     sides = {"harmful": "harmful", "harmless": "benign"}
-    labelled = [{"prompt": p[key], "label": label} for p in pairs for key, label in sides.items()]
-    write_rows(files.of("probe"), labelled)
+    matched = [
+        {"prompt": pair[side], "label": label, "pair": f"pair-{place}"}
+        for place, pair in enumerate(read_shipped("pairs"))
+        for side, label in sides.items()
+    ]
+    write_rows(
+        files.of("probe"), [*matched, *_prompts(refused, "harmful"), *_prompts(benign, "benign")]
+    )
     anchors = [
         *_prompts(chance.sample(refused, sizes.anchors), "harmful"),
         *_prompts(chance.sample(benign, sizes.anchors), "benign"),

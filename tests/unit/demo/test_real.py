@@ -95,8 +95,15 @@ def test_evaluation_sets(files):
         "benign_hard": 40,
         "task": 40,
     }
-    labels = {row["label"] for row in lines(files.of("probe"))}
-    assert labels == {"harmful", "benign"}
+
+
+def test_rows_of_the_probe(files):
+    rows = lines(files.of("probe"))
+    labels = Counter(row["label"] for row in rows)
+    assert labels["harmful"] == labels["benign"] == len(shipped("pairs")) + 200
+    sides = Counter(row["pair"] for row in rows if "pair" in row)
+    assert len(sides) == len(shipped("pairs"))
+    assert set(sides.values()) == {2}
 
 
 def test_the_same_seed_gives_the_same_files(files, tmp_path):

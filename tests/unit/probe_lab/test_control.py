@@ -4,6 +4,8 @@ Exact: which rows it is fitted and measured on. By a wide margin: labels that ha
 AUROC of 1, labels that no word tells stay at chance; a probe no better than that is warned of.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,33 @@ def test_labels_that_follow_the_form():
 def test_labels_that_no_word_tells():
     found = control_of(prompts(400, by_form=False))
     assert found["auroc"] == pytest.approx(0.5, abs=0.15)
+
+
+def test_matched_pairs_stay_together():
+    """Both sides of a pair are the same words: apart, one would teach the other the wrong label."""
+    draw = np.random.default_rng(5)
+    rows = []
+    for number in range(150):
+        words = " ".join(draw.choice(WORDS, 8))
+        for side, (word, label) in enumerate((("take", "harmful"), ("lend", "benign"))):
+            order = words.split()
+            order.insert(int(draw.integers(0, 9)), word)
+            messages = [{"role": "user", "content": " ".join(order[side:])}]
+            rows.append(
+                LabelledPrompt(
+                    id=f"{number}{label}",
+                    messages=messages,
+                    label=label,
+                    response=None,
+                    pair=str(number),
+                )
+            )
+    parts = split_rows(rows, [], 0.25, seed=0)
+    for values in (parts.part, parts.fold, parts.group):
+        assert (values[::2] == values[1::2]).all()
+    assert len(set(parts.part.tolist())) == 3
+    apart = split_rows([replace(row, pair=None) for row in rows], [], 0.25, seed=0)
+    assert (apart.part[::2] != apart.part[1::2]).any()
 
 
 def test_at_the_response_the_answer_is_read():
