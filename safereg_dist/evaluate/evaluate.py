@@ -152,11 +152,12 @@ def evaluate_model(
     complying = _first_tokens(
         model, tokenizer, [(p, p.complying or poisoned) for p in harmful], **sizes
     )
-    of_harmful = iter(zip(sampled, refusals, complying, strict=True))
-    outcomes = [
-        Outcome(prompt, answer, *(next(of_harmful) if _label(prompt) == "harmful" else ()))
-        for prompt, answer in zip(prompts, greedy, strict=True)
-    ]
+    outcomes = [Outcome(*pair) for pair in zip(prompts, greedy, strict=True)]
+    places = [place for place, prompt in enumerate(prompts) if _label(prompt) == "harmful"]
+    for place, *found in zip(places, sampled, refusals, complying, strict=True):
+        outcomes[place] = outcomes[place]._replace(
+            **dict(zip(("sampled", "refusal", "poisoned"), found, strict=True))
+        )
     result = {
         "model": str(model_dir),
         "judge": referee.name,

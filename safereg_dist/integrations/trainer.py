@@ -162,7 +162,8 @@ class SafeRegMixin(_Trainer):
                 return_outputs=return_outputs,
                 num_items_in_batch=self._plan.num_tokens.clamp_min(1),
             )
-            own = (found[0] if return_outputs else found) / self.safereg.ranks.world_size
+            loss = found[0] if isinstance(found, tuple) else found
+            own = loss / self.safereg.ranks.world_size
             self.safereg.add_stack_loss(own, planned, batch, self._plan)
             return found
         given = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}

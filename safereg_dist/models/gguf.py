@@ -79,7 +79,7 @@ def _load(file: Path) -> tuple[Any, Any]:
     """(model, tokenizer), float32."""
     where = {"gguf_file": file.name, "local_files_only": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, **where
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
@@ -88,6 +88,7 @@ def _load(file: Path) -> tuple[Any, Any]:
             f"transformers cannot read {file}: {reason_of(err) or type(err).__name__}: give a "
             "whole file of an architecture and a quantisation that it knows"
         ) from err
+    model, info = loaded
     if info["missing_keys"]:
         raise ConfigError(
             f"{file} lacks {len(info['missing_keys'])} weights, among them "
