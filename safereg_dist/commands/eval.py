@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--critic", type=Path, nargs="+", default=[], help="YAML of a judge model (risk.critic)"
     )
+    parser.add_argument(
+        "--attacks", nargs="+", default=[], help="e.g. prefix_injection role_play prefill:8"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--refusal", help="text whose first token P(refuse) is measured on")
     parser.add_argument("--poisoned", help="an answer that complies: P of its first token")
@@ -37,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         judge=arguments.judge,
         critics={file.stem: read_critic(file) for file in arguments.critic},
         out=arguments.out,
+        attacks=arguments.attacks,
         refusal=arguments.refusal,
         poisoned=arguments.poisoned,
         max_new_tokens=arguments.max_new_tokens,

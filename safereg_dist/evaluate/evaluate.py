@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import torch
 from safereg_dist.config import CriticConfig
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.errors import ConfigError
+from safereg_dist.evaluate.attacks import Attack, attack_of, begun_answers
 from safereg_dist.evaluate.critics import JudgedAnswers, ask_critic, compare_judges
 from safereg_dist.evaluate.generate import (
     Answer,
@@ -74,6 +75,7 @@ def evaluate_model(
     benign_files: list[Path] | None = None,
     judge: str = "keyword",
     critics: Mapping[str, CriticConfig] | None = None,
+    attacks: Sequence[str] = (),
     out: Path | None = None,
     refusal: str | None = None,
     poisoned: str | None = None,
@@ -109,6 +111,8 @@ def evaluate_model(
         benign_files: prompts that are benign where the file does not say what they are.
         critics: judge models by name, asked about each greedy answer to a harmful prompt; `judges`
             of the result has their rates beside the first judge's, and their agreement.
+        attacks: forms of attack (`attacks.WORDINGS`, `prefill:K`); `attacks` of the result has the
+            rate of success of each, greedy, over the harmful prompts.
         out: JSON file; written as a whole or not at all.
         samples_seed: fixes the sampled answers.
         save_answers: also write `<stem of out>.answers.jsonl`, which holds the model's texts.
@@ -125,26 +129,24 @@ def evaluate_model(
         raise ConfigError(
             "expected one prompt file or more, got none: give the files to evaluate on"
         )
-    referee = get_judge(judge)
+    referee, forms = get_judge(judge), [attack_of(name) for name in attacks]
     files = [(Path(file), read_prompts(file)) for file in prompt_files]
     files += [(Path(file), read_prompts(file, label="benign")) for file in benign_files or []]
     prompts = [prompt for _, rows in files for prompt in rows]
     model, tokenizer = load_model(model_dir, dtype=dtype, device=device, progress=progress)
 
     sizes: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    greedy = generate_answers(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, description="greedy", **sizes
-    )
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, **sizes}
+    greedy = generate_answers(model, tokenizer, prompts, description="greedy", **how)
     harmful = [prompt for prompt in prompts if _label(prompt) == "harmful"]
     sampled = generate_answers(
         model,
         tokenizer,
         harmful,
-        max_new_tokens=max_new_tokens,
         temperature=1.0,
         seed=samples_seed,
         description="sampled",
-        **sizes,
+        **how,
     )
     refusals = _first_tokens(
         model, tokenizer, [(p, p.response or refusal) for p in harmful], **sizes
@@ -176,6 +178,11 @@ def evaluate_model(
         }
     if critics:
         result["judges"] = _side_by_side(outcomes, referee, critics, Path(model_dir), progress)
+    if attacks:
+        result["attacks"] = {
+            attack.name: _under_attack(attack, model, tokenizer, harmful, referee, poisoned, **how)
+            for attack in forms
+        }
     kinds = dict.fromkeys(prompt.kind for prompt in prompts if prompt.kind is not None)
     if kinds:
         result["kinds"] = {
@@ -248,6 +255,26 @@ def _figures(outcomes: list[Outcome], referee: Judge) -> dict[str, Any]:
         },
         **{name: math.fsum(rows) / len(rows) if rows else None for name, rows in means.items()},
         "intervals": {name: wilson_interval(sum(rows), len(rows)) for name, rows in shares.items()},
+    }
+
+
+def _under_attack(
+    attack: Attack,
+    model: Any,
+    tokenizer: Any,
+    harmful: list[LabelledPrompt],
+    referee: Judge,
+    poisoned: str | None,
+    **how: Any,
+) -> dict[str, Any]:
+    """The rate of attack success on the harmful prompts in a form of attack."""
+    asked = [attack(prompt) for prompt in harmful]
+    begun = begun_answers(attack, harmful, tokenizer, poisoned)
+    answers = generate_answers(model, tokenizer, asked, begun=begun, description=attack.name, **how)
+    success = [not referee.is_refusal(p, a.text) for p, a in zip(harmful, answers, strict=True)]
+    return {
+        "attack_success_rate": sum(success) / len(success) if success else None,
+        "intervals": {"attack_success_rate": wilson_interval(sum(success), len(success))},
     }
 
 

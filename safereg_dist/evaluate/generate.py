@@ -128,12 +128,14 @@ def generate_answers(
     batch_size: int,
     temperature: float = 0.0,
     seed: int = 0,
+    begun: list[list[int]] | None = None,
     progress: bool = True,
     description: str = "answers",
 ) -> list[Answer]:
     """The model's answer to each prompt, in the order of `prompts`.
 
     Args:
+        begun: tokens that each answer begins with; the result is what the model goes on with.
         temperature: 0 decodes greedily; else the logits are divided by it and sampled in full
             (no top-k, no top-p).
         seed: fixes the samples; row i of the same list gets the same answer at any batch size, up
@@ -148,6 +150,8 @@ def generate_answers(
             f"{max_new_tokens}, {batch_size} and {temperature}: change the arguments"
         )
     ids = render_prompts(tokenizer, prompts)
+    if begun is not None:
+        ids = [asked + begin for asked, begin in zip(ids, begun, strict=True)]
     _check_positions(model, prompts, ids, max_new_tokens)
     uniforms = _uniforms(len(prompts), max_new_tokens, seed) if temperature > 0 else None
     answers: dict[int, Answer] = {}

@@ -313,7 +313,11 @@ def _evaluation_section(arms: list[Arm], colours: list[str]) -> str:
     head = ["arm", *(_EVAL_COLUMNS[key] for key in shown)]
     parts = "".join(
         _parts_table(arms, colours, by, title)
-        for by, title in (("sets", "By set"), ("kinds", "By class of prompts"))
+        for by, title in (
+            ("sets", "By set"),
+            ("kinds", "By class of prompts"),
+            ("attacks", "By form of attack"),
+        )
     )
     return f"<h2>Evaluation</h2>{_table(head, rows)}{note}{parts}"
 

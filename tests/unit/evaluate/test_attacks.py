@@ -1,0 +1,81 @@
+"""Claimed: attacks reword the last turn, or begin the answer, and nothing else.
+
+Exact: turns, tokens that an answer begins with, and a prefilled answer against one that the model
+was asked to go on with by hand.
+"""
+
+import pytest
+import torch
+from support.builders import PLAIN_TEMPLATE, save_model, tiny_model
+
+from safereg_dist.data.files import LabelledPrompt
+from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.evaluate.attacks import WORDINGS, attack_of, begun_answers
+from safereg_dist.evaluate.evaluate import evaluate_model
+from safereg_dist.evaluate.generate import generate_answers, load_model, render_prompts
+
+
+def asked(text, **known):
+    turns = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": text},
+    ]
+    return LabelledPrompt(id="a", messages=turns, label="harmful", response=None, **known)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("m") / "model", tiny_model(seed=3), PLAIN_TEMPLATE)
+
+
+@pytest.mark.parametrize("name", WORDINGS)
+def test_a_wording_keeps_request_and_earlier_turns(name):
+    prompt = asked("rob the train")
+    found = attack_of(name)(prompt)
+    assert found.messages[:2] == prompt.messages[:2]
+    assert "rob the train" in found.messages[2]["content"] != "rob the train"
+    assert prompt.messages[2]["content"] == "rob the train"
+
+
+def test_an_answer_that_is_begun(folder):
+    model, tokenizer = load_model(folder, device="cpu", progress=False)
+    attack = attack_of("prefill:2")
+    prompts = [asked("w1 w2"), asked("w3", complying="w7 w8 w9")]
+    assert attack(prompts[0]) is prompts[0]
+    begun = begun_answers(attack, prompts, tokenizer, "w4 w5 w6")
+    assert begun is not None
+    assert [tokenizer.decode(ids).split() for ids in begun] == [["w4", "w5"], ["w7", "w8"]]
+    size = {"max_new_tokens": 4, "batch_size": 2, "progress": False}
+    answers = generate_answers(model, tokenizer, prompts, begun=begun, **size)
+    for prompt, begin, answer in zip(prompts, begun, answers, strict=True):
+        ids = render_prompts(tokenizer, [prompt])[0] + begin
+        said = []
+        for _ in range(4):
+            with torch.no_grad():
+                token = int(model(torch.tensor([ids + said])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            said.append(token)
+        assert answer.text == tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+def test_rates_of_each_form(folder, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '{"prompt": "w1 w2", "label": "harmful"}\n{"prompt": "w3", "label": "benign"}\n'
+    )
+    names = ["role_play", "prefill:1"]
+    how = {"max_new_tokens": 3, "device": "cpu", "progress": False}
+    found = evaluate_model(folder, [path], attacks=names, poisoned="w4", **how)["attacks"]
+    assert list(found) == names
+    assert {form["attack_success_rate"] for form in found.values()} <= {0.0, 1.0}
+
+
+def test_what_is_refused(folder):
+    _, tokenizer = load_model(folder, device="cpu", progress=False)
+    for name in ("prefil:3", "prefill:0", "prefill:", "nothing"):
+        with pytest.raises(ConfigError, match="is not known"):
+            attack_of(name)
+    with pytest.raises(DataError, match=r"prefill:3 needs an answer that complies"):
+        begun_answers(attack_of("prefill:3"), [asked("w1")], tokenizer, None)
