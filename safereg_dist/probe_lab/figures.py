@@ -40,7 +40,7 @@ def draw_sweep(reports: Sequence[LayerReport], chosen: LayerReport, path: Path) 
     _layer_axis(axes)
     axes.set(ylabel="share of held-out rows", ylim=(-0.03, 1.03))
     axes.set_title(f"Layer {chosen.layer} is the earliest that separates as well as the best")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center right")
     _write(figure, path)
 
 
@@ -64,7 +64,7 @@ def draw_comparison(reports: Sequence[LayerReport], chosen: LayerReport, path: P
     _layer_axis(axes)
     axes.set_ylabel("AUROC on held-out rows")
     axes.set_title(f"The {chosen.kind} probe on {chosen.pooling} of layer {chosen.layer} is enough")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     _write(figure, path)
 
 
@@ -83,7 +83,7 @@ def draw_roc(probability: np.ndarray, labels: np.ndarray, threshold: float, path
         f"AUROC {auroc(probability, labels):.3f}; the threshold finds {at[1]:.0%} at {at[0]:.0%} "
         "false positives"
     )
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     _write(figure, path)
 
 
@@ -101,7 +101,7 @@ def draw_reliability(probability: np.ndarray, labels: np.ndarray, path: Path) ->
     axes.set(xlabel="claimed probability of harm", ylabel="observed share of harmful rows")
     error = float(calibration_error(probability, labels)[0])
     axes.set_title(f"Claimed and observed differ by {error:.3f} on average (area: rows)")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
     _write(figure, path)
 
 

@@ -628,6 +628,8 @@ def write_oracle(args: argparse.Namespace) -> None:
         "judged": ("mixed", judged, 1),
         "lag": ("mixed", lagged, LAGGED_STEPS),
     }
+    if args.tied or args.experts:  # these are compared on one kind of rows
+        coefficients = {"mixed": coefficients["mixed"]}
     for name, (kind, coefficient, steps) in coefficients.items():
         for normaliser in ("per-token", "means"):
             policy.load_state_dict(start, strict=False)

@@ -5,6 +5,8 @@ events and generators become the CPU's or nothing; a `device="cuda"` given to an
 means the CPU, and nothing is pinned; a tensor says that its type is a CUDA one's; torch's norms are
 built as without sequence parallelism, and their weights are marked; `typing.override` is there on
 Python 3.11; a router finds Transformer Engine's product missing; sizes of an all-to-all are lists.
+Nothing is compiled (a router would be, by a C++ compiler); the queue of a checkpoint's writers is
+forked, since a spawned process would load every library again.
 Interleaved schedules need `batch_p2p_comm=False`. `ContextAttention` stands in for Transformer
 Engine's attention, which alone knows context parallelism: it gathers keys and values over the
 group.
@@ -12,6 +14,8 @@ group.
 
 import contextlib
 import copy
+import functools
+import multiprocessing
 import os
 import sys
 import typing
@@ -20,6 +24,7 @@ from multiprocessing import util
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.overrides import TorchFunctionMode
@@ -65,6 +70,7 @@ class _OnCpu(TorchFunctionMode):
 def patch() -> None:
     """From now on, in this process."""
     warnings.filterwarnings("ignore")
+    torch._dynamo.config.disable = True
     if not hasattr(typing, "override"):
         from typing_extensions import override
 
@@ -108,7 +114,15 @@ def patch() -> None:
         return norm
 
     torch_norm.WrappedTorchNorm.__new__ = marked
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._get_write_results_queue = _forked_queue
     _OnCpu().__enter__()
+
+
+@functools.cache
+def _forked_queue() -> Any:
+    return multiprocessing.get_context("fork").Manager().Queue()
 
 
 def leave() -> None:

@@ -101,7 +101,7 @@ def _finish(axes: Any, plans: list[LayoutPlan]) -> None:
     axes.minorticks_off()
     axes.grid(axis="y")
     axes.set_xlabel("GPUs, and tensor x pipeline x context")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def _gpus(plans: list[LayoutPlan]) -> list[int]:
