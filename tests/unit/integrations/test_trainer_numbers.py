@@ -34,12 +34,12 @@ def reference(tmp_path_factory):
     return write_reference(tmp_path_factory.mktemp("reference"))
 
 
-def run(folder, rows, *, cls=SafeRegTrainer, args=None, callbacks=(), **how):
+def run(folder, rows, *, cls=SafeRegTrainer, args=None, callbacks=(), layers=2, **how):
     seen = Losses()
     made = trainer(
         folder,
         cls=cls,
-        model=tiny_model(**SMALL),
+        model=tiny_model(**SMALL | {"num_hidden_layers": layers}),
         train_dataset=rows,
         callbacks=[seen, *callbacks],
         args=args or {},
@@ -123,12 +123,11 @@ class Graphs(TrainerCallback):
 def test_compiled(reference, tmp_path):
     rows, graphs = features(40), Graphs()
     args = SEQUENTIAL | {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    eager, _ = run(tmp_path / "eager", rows, args=SEQUENTIAL, safereg=settings(reference))
+    how = {"layers": 1, "safereg": settings(reference)}
+    eager, _ = run(tmp_path / "eager", rows, args=SEQUENTIAL, **how)
     torch._dynamo.reset()
     counters.clear()
-    compiled, _ = run(
-        tmp_path / "own", rows, args=args, callbacks=[graphs], safereg=settings(reference)
-    )
+    compiled, _ = run(tmp_path / "own", rows, args=args, callbacks=[graphs], **how)
     assert compiled == pytest.approx(eager, rel=1e-5)
     assert graphs.made[0] >= 1
     # Shapes became dynamic, and both losses were seen, in the first three steps.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.trainer_runs import (
     Losses,
+    dataset,
     metrics_rows,
     same_weights,
     settings,
@@ -19,21 +20,26 @@ from support.trainer_runs import (
     weights,
     write_reference,
 )
+from transformers import AutoModelForCausalLM
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.evaluate.report import write_report
+from safereg_dist.models.fingerprint import model_fingerprint
+from safereg_dist.reference import EngineModel
+from safereg_dist.risk.probe import Probe
 from safereg_dist.run.ledger import verify_ledger
 
 ADAPTIVE = {"regularizer": {"granularity": "batch", "ema": 0.7, "schedule": "linear"}}
 
 
-def run(folder, reference, *, resume=False, **watch):
+def run(folder, reference, *, resume=False, chosen=ADAPTIVE, data=None, **watch):
     seen = Losses(**watch)
     made = trainer(
         folder,
-        safereg=settings(reference, **ADAPTIVE),
+        safereg=settings(reference, **chosen),
         callbacks=[seen],
         args={"save_strategy": "steps", "save_steps": 3},
+        **({} if data is None else {"train_dataset": data}),
     )
     try:
         made.train(resume_from_checkpoint=resume)
@@ -60,6 +66,47 @@ def test_resumed_run_has_the_same_bits(tmp_path, end):
     assert summary["steps"] == 6
     assert verify_ledger(tmp_path / "again").rows == 24
     assert "Ledger" in write_report([tmp_path / "again"]).read_text()
+
+
+def test_risks_of_a_probe_are_kept_over_a_resume(tmp_path, monkeypatch):
+    """Twelve rows, four a step: after the checkpoint at step 3 each has been probed."""
+    reference = write_reference(tmp_path / "reference")
+    model = AutoModelForCausalLM.from_pretrained(reference)
+    torch.manual_seed(1)
+    size = model.config.hidden_size
+    Probe(
+        layer=1,
+        pooling="last_prompt_token",
+        mean=torch.zeros(size),
+        scale=torch.ones(size),
+        weight=torch.randn(size),
+        bias=0.0,
+        threshold=0.5,
+        fingerprint=model_fingerprint(model),
+    ).save(tmp_path / "probe")
+    how = {
+        "chosen": {"risk": {"estimator": "probe", "path": str(tmp_path / "probe")}},
+        "data": dataset(12, risk=False),
+    }
+    probed = []
+    plain = EngineModel.prefix_states
+
+    def counted(self, *args, **kwargs):
+        probed.append(args)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(EngineModel, "prefix_states", counted)
+    losses, trained, _ = run(tmp_path / "whole", reference, **how)
+    before, _, _ = run(tmp_path / "again", reference, stop=3, **how)
+    assert probed
+    probed.clear()
+    after, resumed, _ = run(tmp_path / "again", reference, resume=True, **how)
+    assert before + after == losses
+    assert same_weights(resumed, trained)
+    assert not probed
+    rows = metrics_rows(tmp_path / "again")
+    assert rows == metrics_rows(tmp_path / "whole")
+    assert 0 < sum(row["active_rows"] for row in rows) < sum(row["rows"] for row in rows)
 
 
 def test_a_checkpoint_without_our_state_is_refused(tmp_path):
