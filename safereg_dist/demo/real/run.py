@@ -39,7 +39,7 @@ ARMS: dict[str, list[str]] = {
 }
 GUARDED = "adaptive_critic"
 """The arm whose risk the guard gives while it trains."""
-BASE = ["optimizer.lr=2e-4", "train.steps=32", "regularizer.objective=none"]
+BASE = ["optimizer.lr=2e-4", "train.steps=64", "regularizer.objective=none"]
 PROBE_LAYERS = "14,18,22"
 COLUMNS = {
     "attack_success_rate": "attack, greedy",
