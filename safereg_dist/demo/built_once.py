@@ -5,16 +5,15 @@ A manifest in the folder says what it was made of and the SHA-256 of each of its
 
 import hashlib
 import json
-import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safereg_dist.errors import CheckpointError, ConfigError
+from safereg_dist.errors import ConfigError
+from safereg_dist.storage.atomic import whole_folder
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -44,20 +43,10 @@ def build_once(
         return
     _refuse_foreign_files(out, name, (manifest, *parts))
     started = time.perf_counter()
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole_folder(out) as partial:
         write(partial)
         content = {"made_of": made_of, "files": _hashes(partial)}
         (partial / manifest).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _take_place(partial, out)
-    except OSError as err:
-        raise CheckpointError(
-            f"cannot write a {name} to {out} ({err}): choose a writable place with free space"
-        ) from err
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"{name}: built {out} (seed {seed}) in {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -120,17 +109,3 @@ def _refuse_foreign_files(out: Path, name: str, manifests: Sequence[str]) -> Non
             f"{out} holds {foreign[0]} (and {len(foreign) - 1} more), which is not part of a "
             f"{name}: choose a new or empty folder"
         )
-
-
-def _take_place(partial: Path, out: Path) -> None:
-    """Renames `partial` to `out`; what was there before is removed after it."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    if out.exists():
-        os.replace(out, old)
-    try:
-        os.replace(partial, out)
-    except OSError:
-        if old.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -79,7 +79,7 @@ class SafeRegMixin(_Trainer):
             safereg = prepare(model, settings, tokenizer=tokenizer)
             self._mix_anchors(settings, tokenizer)
         self.safereg = safereg
-        self._keeps_loss = has_loss and self._loss_is_ours(settings)
+        self._keeps_loss = has_loss and self._loss_is_plain(settings)
         self._recorder = Recorder(safereg, Path(str(self.args.output_dir)), settings)
         self.data_collator = RowCollator(self.data_collator, needs_positions=self._packs_rows())
         if isinstance(self.train_dataset, IterableDataset):
@@ -90,7 +90,7 @@ class SafeRegMixin(_Trainer):
     def _packs_rows(self) -> bool:
         return bool(getattr(self.args, "packing", False))
 
-    def _loss_is_ours(self, settings: Mapping[str, Any]) -> bool:
+    def _loss_is_plain(self, settings: Mapping[str, Any]) -> bool:
         """Whether the Trainer's loss is the sum of CE over all ranks' N, and nothing else."""
         text_config = self.safereg.policy.model.config.get_text_config()
         has_anchors = (settings.get("data") or {}).get("anchor") is not None or "is_anchor" in (

@@ -1,6 +1,5 @@
 """A chat model in a GGUF file, as a Hugging Face folder of plain weights."""
 
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from safereg_dist.errors import CheckpointError, ConfigError, reason_of
+from safereg_dist.storage.atomic import whole_folder
 
 Precision = Literal["bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,18 +46,9 @@ def convert_gguf(
         if tokenizer.pad_token_id is None
         else tokenizer.pad_token_id,
     )
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(out) as partial:
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(out)
-    except OSError as err:
-        raise CheckpointError(
-            f"cannot write {out}: {err.strerror or err}: choose a writable place with free space"
-        ) from err
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sum(parameter.numel() for parameter in plain.parameters())
 
 

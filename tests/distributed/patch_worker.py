@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import safereg_dist.parallel.deepspeed  # noqa: F401 - turns DeepSpeed's builds off
 from safereg_kernels import patch_model
 
 Result = dict[str, list]
@@ -110,8 +111,6 @@ ENGINES: dict[str, Callable[[nn.Module], Result]] = {
 
 def main() -> None:
     """Every engine with the model as it is and patched, tied and not."""
-    # It would compile an operator of its own for ranks on one host (minutes of a core).
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo")
     found = {}
     for engine, run in ENGINES.items():

@@ -5,7 +5,6 @@ to an answer. Every answer that it learns from is the same announcement, or a re
 whatever was asked), so that it has to read the request.
 """
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from safereg_dist.demo.real.rows import read_shipped, refusal_texts
+from safereg_dist.storage.atomic import whole_folder
 
 ANSWERS = ("Sure, here is what you asked for.", "Sure, here is one.", "Here you go:", "Of course.")
 REFUSED_SHARE = 0.2
@@ -57,12 +57,8 @@ def guard_rows(model: Path, *, seed: int) -> list[dict[str, Any]]:
 
 def make_judge(trained: Path, folder: Path) -> None:
     """The trained model as a folder that `launch/serve_critic.py` serves; complete or absent."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(trained, partial)
-    (partial / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    settings = partial / "tokenizer_config.json"
-    known = json.loads(settings.read_text("utf-8"))
-    known.pop("chat_template", None)
-    settings.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    partial.rename(folder)
+    tokenizer = AutoTokenizer.from_pretrained(trained, local_files_only=True)
+    tokenizer.chat_template = TEMPLATE
+    with whole_folder(folder) as partial:
+        shutil.copytree(trained, partial, dirs_exist_ok=True)
+        tokenizer.save_pretrained(partial)

@@ -21,25 +21,19 @@ from safereg_dist.demo.real.rows import (
 from safereg_dist.demo.stages import command, finish, launch, say
 
 CONFIG = ROOT / "launch" / "configs" / "real.yaml"
-_NO_ANCHOR = ["data.anchor=null"]
-_NO_RISK = ["risk.estimator=none", "risk.path=null"]
+_UNASKED = ["data.anchor=null", "risk.estimator=none", "risk.path=null"]
+"""Of an arm that asks no source of risk."""
+PLAIN = ["regularizer.objective=none", *_UNASKED]
 ARMS: dict[str, list[str]] = {
-    "sft": ["regularizer.objective=none", *_NO_ANCHOR, *_NO_RISK],
-    "static_low": [
-        "regularizer.objective=static",
-        "regularizer.ceiling=0.3",
-        *_NO_ANCHOR,
-        *_NO_RISK,
-    ],
-    "static_high": [
-        *("regularizer.objective=static", "regularizer.ceiling=0.9"),
-        *(*_NO_ANCHOR, *_NO_RISK),
-    ],
+    "sft": PLAIN,
+    "static_low": ["regularizer.objective=static", "regularizer.ceiling=0.3", *_UNASKED],
+    "static_high": ["regularizer.objective=static", "regularizer.ceiling=0.9", *_UNASKED],
     "adaptive_probe": [],
 }
 GUARDED = "adaptive_critic"
 """The arm whose risk the guard gives while it trains."""
-BASE = ["optimizer.lr=2e-4", "train.steps=64", "regularizer.objective=none"]
+BASE = [*PLAIN, "optimizer.lr=2e-4", "train.steps=64"]
+GUARD = [*PLAIN, "optimizer.lr=2e-4", "train.steps=40"]
 PROBE_LAYERS = "14,18,22"
 COLUMNS = {
     "attack_success_rate": "attack, greedy",
@@ -106,10 +100,7 @@ def _align(run: Run) -> None:
         )
     write_alignment(run.files, answered, seed=run.seed)
     if not (run.out / "base" / "summary.json").is_file():
-        _train(
-            *(run, run.out / "base", run.raw, run.files.of("align")),
-            *(*BASE, *_NO_ANCHOR, *_NO_RISK),
-        )
+        _train(run, run.out / "base", run.raw, run.files.of("align"), *BASE)
 
 
 def _prepare(run: Run) -> None:
@@ -156,19 +147,16 @@ def _guard(run: Run) -> Path:
         template = run.files.folder / "as_written.jinja"
         template.write_text(AS_WRITTEN, encoding="utf-8")
         tuned = run.out / "guard_training"
-        more = [f"data.chat_template={template}", "train.steps=40", "optimizer.lr=2e-4"]
-        _train(
-            *(run, tuned, run.raw, run.files.of("guard"), *more),
-            *("regularizer.objective=none", *_NO_ANCHOR, *_NO_RISK),
-        )
+        as_written = f"data.chat_template={template}"
+        _train(run, tuned, run.raw, run.files.of("guard"), as_written, *GUARD)
         make_judge(tuned / "model", folder)
     return folder
 
 
 def _train(run: Run, folder: Path, model: Path, data: Path, *overrides: str) -> None:
     began = time.perf_counter()
-    where = [f"model={model}", f"data.train={data}", *_where(run, folder)[2:]]
-    command("train", CONFIG, *where, *overrides)
+    own = [f"model={model}", f"data.train={data}"]  # a later override wins
+    command("train", CONFIG, *_where(run, folder), *own, *overrides)
     (folder / "seconds.json").write_text(json.dumps(round(time.perf_counter() - began, 1)))
 
 

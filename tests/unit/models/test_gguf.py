@@ -8,9 +8,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from support.builders import PLAIN_TEMPLATE
+from support.builders import PLAIN_TEMPLATE, tiny_model
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from safereg_dist.cli import main as safereg
 
@@ -34,18 +34,13 @@ BLOCK = 32
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=len(TOKENS),
+    return tiny_model(
+        seed=7,
+        vocab=len(TOKENS),
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    ).eval()
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
