@@ -4,21 +4,21 @@
 #   bash benchmarks/gpu_check.sh [OUT] [--cpu] [--only STAGE[,STAGE]...]
 #
 # OUT (default benchmarks/results/kernels) gets cuda.csv, to which every row is added the moment it
-# is measured, and the figures drawn from it. Nothing is timed unless the gate, the kernels' own test
-# at production shapes, passes. A stage that runs out of time leaves its rows. Exit status: 0 all
-# stages passed, 1 one failed, 2 no GPU or a wrong argument.
+# is measured, the figures drawn from it, and stacks.csv (one rank of every stack). Nothing is timed
+# unless the gate, the kernels' own test at production shapes, passes. A stage that runs out of time
+# leaves its rows. Exit status: 0 all stages passed, 1 one failed, 2 no GPU or a wrong argument.
 #
 #   --cpu     the same stages at small sizes on the CPU, into OUT/cpu.csv (default runs/gpu_check):
 #             a test of this script; none of its figures is one of a GPU
 #   --only    some stages, added to what OUT holds: versions gate parts linear masked_kl chunks step
-#             zero3 peers compiled figures
+#             zero3 stacks peers compiled figures
 #
 # Environment: PYTHON, the interpreter (default .venv/bin/python where there is one, else python3);
 # SAFEREG_GATE, another command for the gate. Packages that are compared with (liger_kernel,
 # cut_cross_entropy, quack) are used where they can be imported.
 set -uo pipefail
 
-stages=" versions gate parts linear masked_kl chunks step zero3 peers compiled figures "
+stages=" versions gate parts linear masked_kl chunks step zero3 stacks peers compiled figures "
 device=cuda out="" only=""
 
 refuse() {
@@ -107,6 +107,10 @@ kernels chunks 45
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
   stage step 80 "$python" benchmarks/bench_step.py --device "$device" --out "$csv"
 stage zero3 80 "$python" benchmarks/bench_zero3.py --device "$device" --out "$csv"
+# Every stack of the plugin on this GPU against float64, several at once; on a CPU one of them.
+stacks=(--out "$out/stacks.csv")
+[[ "$device" == cpu ]] && stacks+=(--only lora-single)
+stage stacks 130 "$python" benchmarks/bench_stacks.py --check "${stacks[@]}"
 kernels peers 75
 kernels compiled 100
 stage figures 20 "$python" benchmarks/plot.py "$out"

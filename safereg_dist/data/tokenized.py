@@ -185,9 +185,12 @@ def _fill_cache(
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
     try:
         _write_rows(path, tokenizer, config, partial, progress=progress)
-        if not (folder / "counts.json").is_file():  # else another node was faster
-            shutil.rmtree(folder, ignore_errors=True)
+        try:
             partial.rename(folder)
+        except OSError:
+            if not (folder / "counts.json").is_file():  # else another run was faster
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -29,7 +29,12 @@ from support.slot_clock import SlotClock
 from support.step_cost import StepCost
 
 megatron_on_cpu.unpacked(os.environ.get("MEGATRON_CORE", ""))
-megatron_on_cpu.patch()
+# The judge computes in float64, on the CPU everywhere.
+ON_GPU = torch.cuda.is_available() and sys.argv[1:2] != ["oracle"]
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+BACKEND = "nccl" if ON_GPU else "gloo"
+if not ON_GPU:
+    megatron_on_cpu.patch()
 
 # ruff: noqa: E402 - the patch comes first
 import megatron.core
@@ -51,7 +56,7 @@ PAIR = 11
 """The pair of token n is 11 n, so that risks of tokens differ."""
 THRESHOLD, LR = 0.5, 0.05
 KINDS = ("mixed", "none", "all", "one", "documents")
-CAUSAL = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), 1)
+CAUSAL = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=DEVICE), 1)
 
 
 def main() -> None:
@@ -90,9 +95,9 @@ def main() -> None:
     size = {k: int(v or 1) for k, v in re.findall(r"(tp|sp|vpp|pp|cp|dp|ep)(\d*)", args.layout)}
     args.size = size
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group(BACKEND)
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
     virtual = {"virtual_pipeline_model_parallel_size": size["vpp"]} if "vpp" in size else {}
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=size.get("tp", 1),
@@ -161,7 +166,8 @@ def data_iterator(args: argparse.Namespace):
     )
     for step in range(args.resume_at, args.steps):
         each = MICRO_BATCHES // count
-        yield from items(0 if args.repeat else step, args.risk)[rank * each : (rank + 1) * each]
+        for item in items(0 if args.repeat else step, args.risk)[rank * each : (rank + 1) * each]:
+            yield {name: tensor.to(DEVICE) for name, tensor in item.items()}
 
 
 def tokenizer():
@@ -257,7 +263,7 @@ def chunks_of(args: argparse.Namespace, provider) -> list[GPTModel]:
         vp = {"vp_stage": stage} if "vpp" in args.size else {}
         first = state.is_pipeline_first_stage(ignore_virtual=False, **vp)
         last = state.is_pipeline_last_stage(ignore_virtual=False, **vp)
-        chunks.append(provider(first, last, **vp))
+        chunks.append(provider(first, last, **vp).to(DEVICE))
     return chunks
 
 
@@ -456,7 +462,7 @@ def train(args: argparse.Namespace) -> None:
         for name, parameter in chunk.named_parameters()
     }
     save_file(
-        {k: v.contiguous() for k, v in {**found, **weights}.items()},
+        {k: v.cpu().contiguous() for k, v in {**found, **weights}.items()},
         args.out.with_suffix(f".{dist.get_rank()}"),
     )
     args.out.with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(facts))

@@ -31,6 +31,10 @@ from stack_cases import (
 from support.step_cost import StepCost
 from torch import nn
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where every stack trains: this rank's GPU, or the CPU."""
+BACKEND = "nccl" if DEVICE.type == "cuda" else "gloo"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -58,7 +62,7 @@ def main() -> None:
     if args.rank == 0:
         from safetensors.torch import save_file
 
-        tensors = {name: value.float().contiguous() for name, value in gradients.items()}
+        tensors = {name: value.float().cpu().contiguous() for name, value in gradients.items()}
         save_file({"losses": torch.tensor(losses, dtype=torch.float64), **tensors}, args.out)
         args.out.with_suffix(".json").write_text(json.dumps(facts))
     if args.cost:
@@ -104,7 +108,7 @@ def trainer_arguments(args: argparse.Namespace) -> dict:
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        "use_cpu": not is_patched,
+        "use_cpu": DEVICE.type == "cpu" and not is_patched,
         "bf16": args.precision == "bf16",
         "train_sampling_strategy": "sequential",
     }
@@ -134,7 +138,7 @@ def trainer_arguments(args: argparse.Namespace) -> dict:
 def trainer(args: argparse.Namespace):
     """(losses, first gradients, facts) of a Trainer's run."""
     if "zero" in args.stack:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_ACCELERATOR", DEVICE.type)
         import safereg_dist.parallel.deepspeed  # noqa: F401 - turns DeepSpeed's builds off
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainingArguments
@@ -391,7 +395,7 @@ def padded(features: list[dict]) -> dict[str, torch.Tensor]:
     width = max(len(feature["input_ids"]) for feature in features)
     fills = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     return {
-        key: torch.tensor([f[key] + [fill] * (width - len(f[key])) for f in features])
+        key: torch.tensor([f[key] + [fill] * (width - len(f[key])) for f in features]).to(DEVICE)
         for key, fill in fills.items()
     }
 
@@ -406,6 +410,7 @@ class Plain:
         self.model = AutoModelForCausalLM.from_pretrained(
             args.folder / "policy", dtype=torch.float32
         ).train()
+        self.model.to(DEVICE)
 
     def wrap(self) -> None:
         self.forward = self.model
@@ -423,10 +428,10 @@ class Plain:
 
 
 class DistributedDataParallel(Plain):
-    """torch's DDP over gloo."""
+    """torch's DDP."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group(BACKEND)
         super().__init__(args)
 
     def wrap(self) -> None:
@@ -450,12 +455,12 @@ class Zero(Plain):
     """deepspeed.initialize at the stage that ends the stack's name; 3 without one."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_ACCELERATOR", DEVICE.type)
         import deepspeed
 
         import safereg_dist.parallel.deepspeed  # noqa: F401 - turns DeepSpeed's builds off
 
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(BACKEND, auto_mpi_discovery=False, verbose=False)
         super().__init__(args)
         self.stage = int(args.stack[-1]) if args.stack[-1].isdigit() else 3
 
@@ -499,7 +504,7 @@ class Accelerate(Plain):
     def __init__(self, args: argparse.Namespace) -> None:
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(cpu=True)
+        self.accelerator = Accelerator(cpu=DEVICE.type == "cpu")
         super().__init__(args)
 
     def backward(self, loss, *, is_last: bool) -> None:

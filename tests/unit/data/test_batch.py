@@ -27,6 +27,7 @@ from safereg_dist.data import (
     load_tokenizer,
     steps_for,
     tokenize_row,
+    tokenized,
 )
 from safereg_dist.data.collate import padded
 from safereg_dist.errors import ConfigError, DataError
@@ -429,6 +430,20 @@ def test_an_unfinished_cache_entry_is_made_again(cache, tmp_path):
     (cache / key / "counts.json").unlink()
     (cache / key / "rows.arrow").write_bytes(b"torn")
     assert len(load(path)) == 5
+
+
+def test_another_run_may_fill_the_cache_first(cache, tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "t.jsonl", random_rows(5))
+    plain = tokenized._write_rows
+
+    def slow(*given, **how):
+        monkeypatch.setattr(tokenized, "_write_rows", plain)
+        load(path)  # the other run, from begin to end
+        plain(*given, **how)
+
+    monkeypatch.setattr(tokenized, "_write_rows", slow)
+    assert len(load(path)) == 5
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):

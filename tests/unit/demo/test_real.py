@@ -100,7 +100,8 @@ def test_evaluation_sets(files):
 def test_rows_of_the_probe(files):
     rows = lines(files.of("probe"))
     labels = Counter(row["label"] for row in rows)
-    assert labels["harmful"] == labels["benign"] == len(shipped("pairs")) + 200
+    assert labels["harmful"] == len(shipped("pairs")) + len(shipped("refused"))
+    assert labels["benign"] == len(shipped("pairs")) + len(shipped("benign"))
     sides = Counter(row["pair"] for row in rows if "pair" in row)
     assert len(sides) == len(shipped("pairs"))
     assert set(sides.values()) == {2}
@@ -121,7 +122,7 @@ def test_the_base_learns_refusals_and_its_own_answers(files, tmp_path):
     files = write_files(tmp_path / "data", seed=0, sizes=Sizes())
     write_alignment(files, tmp_path / "answers.jsonl", seed=0)
     rows = lines(files.of("align"))
-    assert len(rows) == 201
+    assert len(rows) == len(shipped("refused")) + 1
     assert [row["messages"] for row in rows if "messages" in row] == [asked]
     answers = {row["prompt"]: row["response"] for row in rows if "prompt" in row}
     in_pain = {row["prompt"] for row in shipped("refused") if row["topic"] == "self_harm"}
