@@ -19,6 +19,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -42,7 +43,12 @@ from stack_cases import (  # noqa: E402
     write_expected,
     write_models,
 )
-from support.launching import Launcher, rank_environments  # noqa: E402
+from support.launching import (  # noqa: E402
+    Launcher,
+    descendants,
+    rank_environments,
+    with_ignored_missing,
+)
 from tqdm import tqdm  # noqa: E402
 
 WORKER = ROOT / "tests" / "distributed" / "stack_worker.py"
@@ -66,7 +72,7 @@ KEY = ("stack", "device", "ranks", "accumulation", "precision")
 MEGATRON_KEY = ("stack", "library_version", "device", "precision")
 GPU = torch.cuda.is_available()
 DEVICE = torch.cuda.get_device_name() if GPU else "cpu"
-AT_ONCE = 8 if GPU else 1
+AT_ONCE = max(1, (os.cpu_count() or 1) - 1) if GPU else 1
 """Runs at the same time: a GPU's are one rank each, and mostly imports."""
 
 
@@ -94,6 +100,13 @@ def main() -> int:
     for row in bad:
         print("above the limits:", *row.values())
     return int(table.has_failed or (args.check and bool(bad)))
+
+
+def end_with_all_runs(*_: object) -> None:
+    """At SIGTERM: what was started would go on, and take the device from whoever comes next."""
+    for process in descendants(os.getpid()):
+        with_ignored_missing(os.kill, process, signal.SIGKILL)
+    os._exit(143)
 
 
 class RunError(Exception):
@@ -237,4 +250,5 @@ def row_of(run: StackRun, precision: str, errors: Errors, facts: dict) -> dict:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, end_with_all_runs)
     sys.exit(main())

@@ -4,7 +4,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safereg_dist.errors import CheckpointError
 from safereg_dist.factory.prepare import read_settings
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
+from safereg_dist.run.versions import versions_of
 from safereg_dist.step import SafetyRegularizer, StepPlan
 from safereg_dist.storage.atomic import write_atomically
 
@@ -182,9 +182,7 @@ class Recorder:
                     "world_size": self._ranks.world_size,
                     "threshold": self._regularizer.coefficient.threshold,
                     "ledger": {"head": head.head, "rows": head.rows},
-                    "versions": {
-                        name: version(name) for name in ("safereg_dist", "torch", "transformers")
-                    },
+                    "versions": versions_of("safereg_dist", "torch", "transformers"),
                 }
                 write_atomically(
                     self._folder / "summary.json", json.dumps(summary, indent=2) + "\n"

@@ -1,7 +1,6 @@
 """The folder of a run: which run it belongs to, whether that has ended, and its facts."""
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.factory import Run
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.run.checkpoint import config_hash, differences
+from safereg_dist.run.versions import versions_of
 from safereg_dist.storage.atomic import write_atomically
 
 
@@ -85,8 +85,5 @@ def describe_run(run: Run) -> dict[str, Any]:
             for name, s in stores.items()
             if s is not None
         },
-        "versions": {
-            name: version(name)
-            for name in ("safereg_dist", "torch", "transformers", "deepspeed", "datasets")
-        },
+        "versions": versions_of("safereg_dist", "torch", "transformers", "deepspeed", "datasets"),
     }
