@@ -35,8 +35,11 @@ setup(
         "lora": ["peft>=0.17"],
         "megatron": ["megatron-core>=0.16"],
         "gguf": ["gguf>=0.10"],
+        "eval": ["rouge-score>=0.1.2"],
         "dev": [
             "gguf>=0.10",
+            "rouge-score>=0.1.2",
+            "torchmetrics",  # SQuAD's scores are held against its
             "trl>=1.9",
             "peft>=0.17",
             "bitsandbytes",

@@ -14,6 +14,7 @@ __all__ = [
     "ConfigError",
     "CriticUnavailable",
     "DataError",
+    "EndpointError",
     "GroupError",
     "LedgerError",
     "NonFiniteLoss",
@@ -46,6 +47,10 @@ class CriticUnavailable(SafeRegError):  # noqa: N818 - the condition is the name
     """A judge cannot be reached or refuses the key, or a judgement failed under `fail: stop`."""
 
 
+class EndpointError(SafeRegError):
+    """A model behind an endpoint that does not answer, or refuses what it is asked."""
+
+
 class CheckpointError(SafeRegError):
     """A run folder or a checkpoint that is incomplete, foreign, or cannot be written."""
 
@@ -71,6 +76,7 @@ _USER_ERRORS = (
     DataError,
     ProbeError,
     CriticUnavailable,
+    EndpointError,
     CheckpointError,
     LedgerError,
     GroupError,

@@ -8,7 +8,9 @@ from safereg_dist.commands.options import at_least
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="folder, or its name there:")
+    parser.add_argument("--endpoint", help="an OpenAI-compatible server, e.g. http://host:8000/v1")
+    parser.add_argument("--api-key-env", default="OPENAI_API_KEY", help="variable with its key")
     parser.add_argument("--prompts", type=Path, nargs="+", default=[])
     parser.add_argument(
         "--benign", type=Path, nargs="+", default=[], help="benign where a file does not say"
@@ -20,20 +22,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attacks", nargs="+", default=[], help="e.g. prefix_injection role_play prefill:8"
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--against", type=Path, nargs="+", default=[], help="--out of others on the same prompts"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON; the same one goes on")
     parser.add_argument("--refusal", help="text whose first token P(refuse) is measured on")
     parser.add_argument("--poisoned", help="an answer that complies: P of its first token")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
     parser.add_argument("--batch-size", type=at_least(1), default=32)
-    parser.add_argument("--save-answers", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluates and writes the figures of merit; 0."""
+    """Evaluates, writes and prints the figures of merit; 0."""
     from safereg_dist.evaluate.critics import read_critic
     from safereg_dist.evaluate.evaluate import evaluate_model
+    from safereg_dist.evaluate.table import text_of
 
-    evaluate_model(
+    result = evaluate_model(
         arguments.model,
         arguments.prompts,
         benign_files=arguments.benign,
@@ -45,6 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
         poisoned=arguments.poisoned,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
-        save_answers=arguments.save_answers,
+        against=arguments.against,
+        endpoint=arguments.endpoint,
+        api_key_env=arguments.api_key_env,
     )
+    print(text_of(result))
+    print(f"\nwritten: {arguments.out}")
     return 0

@@ -4,8 +4,9 @@ A prompt file is JSONL (or CSV with the same columns). Each row has `prompt` (te
 (OpenAI chat format, ending with a user turn), and optionally `label`, `response` (the exact answer
 expected, or for a harmful prompt a typical refusal), `complying` (how an answer that complies
 begins), `type` (a class to report by), `pair` (rows that are the same words with another wish) and
-`id`. The public sets in `LAYOUTS` are read as they are
-published, XSTest too, whose columns have these names.
+`id`. Of a task: `measure` (see `evaluate.scores`), `responses` where several answers are right, and
+`choices`. The public sets in `LAYOUTS` are read as they are published, XSTest too, whose columns
+have these names; so are SQuAD, GSM8K, and multiple choice as in MMLU and ARC.
 """
 
 import csv
@@ -13,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from safereg_dist.data.formats import chat_messages
 from safereg_dist.errors import DataError
@@ -23,6 +24,9 @@ _LABELS = {
     **dict.fromkeys(("benign", "safe", "harmless", "0", "false"), "benign"),
     "task": "task",
 }
+
+MEASURES = ("exact", "squad", "rouge_l", "gsm8k", "choice")
+"""How a task's answer can be measured: see `evaluate.scores`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,17 @@ class LabelledPrompt:
     """A class of the set, e.g. XSTest's `homonyms`."""
     pair: str | None = None
     """A name that matched prompts share."""
+    measure: str = "exact"
+    """How right an answer is: one of `MEASURES`."""
+    responses: tuple[str, ...] = ()
+    """All answers that are right, where there are several; `response` is the first."""
+    choices: tuple[str, ...] = ()
+    """What `response` is chosen from."""
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """The answers that are right; empty where none is known."""
+        return self.responses or (() if self.response is None else (self.response,))
 
 
 class Layout(NamedTuple):
@@ -121,7 +136,7 @@ def read_prompts(path: Path | str, *, label: str | None = None) -> list[Labelled
     """
     prompts = []
     for index, (where, row) in enumerate(read_rows(path)):
-        row = _renamed(row)
+        row = _task_of(row, where) or _renamed(row)
         if "messages" in row:
             messages = chat_messages(row, where)
         elif isinstance(row.get("prompt"), str):
@@ -141,11 +156,73 @@ def read_prompts(path: Path | str, *, label: str | None = None) -> list[Labelled
                 complying=row.get("complying"),
                 kind=None if row.get("type") is None else str(row["type"]),
                 pair=None if row.get("pair") is None else str(row["pair"]),
+                **_measured(row, where),
             )
         )
     if not prompts:
         raise DataError(f"{path} holds no prompt: give at least one row")
     return prompts
+
+
+def _measured(row: dict, where: str) -> dict[str, Any]:
+    """What a row says of how its answer is measured; `response` is among the right answers.
+
+    Raises:
+        DataError: no such measure, lists that are no lists of texts, a choice that is none.
+    """
+    measure = row.get("measure", "exact")
+    if measure not in MEASURES:
+        raise DataError(
+            f"{where}: measure {measure!r} is not known: use one of {', '.join(MEASURES)}"
+        )
+    lists = {}
+    for name in ("responses", "choices"):
+        found = row.get(name, ())
+        if not isinstance(found, (list, tuple)) or not all(isinstance(t, str) for t in found):
+            raise DataError(f"{where}: expected `{name}` as a list of texts, got {found!r}")
+        lists[name] = tuple(found)
+    if measure == "choice" and row.get("response") not in lists["choices"]:
+        raise DataError(
+            f"{where}: expected `choices` and the right one as `response`, found keys {sorted(row)}"
+        )
+    return {"measure": measure, **lists}
+
+
+def _task_of(row: dict, where: str) -> dict | None:
+    """A row of SQuAD, GSM8K or multiple choice with our names; None for any other."""
+    question = row.get("question")
+    if not isinstance(question, str) or "prompt" in row or "messages" in row:
+        return None
+    answers, choices, answer = row.get("answers"), row.get("choices"), row.get("answer")
+    found: dict[str, Any] = {"label": "task", "prompt": question}
+    if isinstance(row.get("context"), str) and isinstance(answers, dict):
+        texts = answers.get("text")
+        found |= {"measure": "squad", "prompt": f"{row['context']}\n\n{question}"}
+        found |= {"responses": texts, "response": texts[0] if texts else None}
+    elif isinstance(answer, str) and "####" in answer:
+        found |= {"measure": "gsm8k", "response": answer}
+    elif choices:
+        right = _right_choice(row, choices, where)
+        texts = choices["text"] if isinstance(choices, dict) else choices
+        found |= {"measure": "choice", "choices": list(texts), "response": texts[right]}
+    else:
+        return None
+    return {**({"id": row["id"]} if "id" in row else {}), **found}
+
+
+def _right_choice(row: dict, choices: Any, where: str) -> int:
+    """The place of the right one: by number (MMLU), or by its label (ARC)."""
+    try:
+        if isinstance(choices, dict):
+            return list(choices["label"]).index(row["answerKey"])
+        place = int(row["answer"])
+        choices[place]
+        return place
+    except (KeyError, ValueError, IndexError, TypeError) as err:
+        raise DataError(
+            f"{where}: the right choice cannot be told: give `choices` and `answer` (a number from "
+            "0), or `choices` with `text` and `label` and `answerKey`"
+        ) from err
 
 
 def _renamed(row: dict) -> dict:

@@ -6,7 +6,7 @@ Sampling inverts the cumulative distribution at uniform numbers drawn beforehand
 token, so `seed` fixes a sample whatever the batch size, and no global random state is touched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +132,39 @@ def generate_answers(
     progress: bool = True,
     description: str = "answers",
 ) -> list[Answer]:
-    """The model's answer to each prompt, in the order of `prompts`.
+    """The model's answer to each prompt, in the order of `prompts`: all of `stream_answers`."""
+    found = dict(
+        stream_answers(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed,
+            begun=begun,
+            progress=progress,
+            description=description,
+        )
+    )
+    return [found[row] for row in range(len(prompts))]
+
+
+def stream_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[LabelledPrompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    begun: list[list[int]] | None = None,
+    without: Collection[int] = (),
+    progress: bool = True,
+    description: str = "answers",
+) -> Iterator[tuple[int, Answer]]:
+    """(row, the model's answer to its prompt), each as soon as its batch is done.
 
     Args:
         begun: tokens that each answer begins with; the result is what the model goes on with.
@@ -140,6 +172,7 @@ def generate_answers(
             (no top-k, no top-p).
         seed: fixes the samples; row i of the same list gets the same answer at any batch size, up
             to the rounding of the logits.
+        without: rows that are left out.
     Raises:
         ConfigError: no chat template, a size below 1, a negative temperature.
         DataError: a prompt and its answer do not fit into the model's positions.
@@ -154,9 +187,9 @@ def generate_answers(
         ids = [asked + begin for asked, begin in zip(ids, begun, strict=True)]
     _check_positions(model, prompts, ids, max_new_tokens)
     uniforms = _uniforms(len(prompts), max_new_tokens, seed) if temperature > 0 else None
-    answers: dict[int, Answer] = {}
+    wanted = [row for row in range(len(ids)) if row not in without]
     with _plain_decoding(model, tokenizer, max_new_tokens) as end_tokens:
-        for rows in _batches(ids, batch_size, progress=progress, description=description):
+        for rows in _batches(ids, batch_size, wanted, progress=progress, description=description):
             inputs = _left_pad([ids[row] for row in rows], model, tokenizer)
             width = inputs["input_ids"].shape[1]
             processors = LogitsProcessorList()
@@ -164,8 +197,7 @@ def generate_answers(
                 processors.append(_InverseSampling(uniforms[rows], temperature, width))
             tokens = model.generate(**inputs, logits_processor=processors)[:, width:].tolist()
             for row, generated in zip(rows, tokens, strict=True):
-                answers[row] = _answer(generated, end_tokens, tokenizer)
-    return [answers[row] for row in range(len(prompts))]
+                yield row, _answer(generated, end_tokens, tokenizer)
 
 
 def first_token_probability(
@@ -187,7 +219,8 @@ def first_token_probability(
     _check_positions(model, prompts, ids, 1)
     result = torch.zeros(len(prompts), dtype=torch.float32)
     with _plain_decoding(model, tokenizer, 1):
-        for rows in _batches(ids, batch_size, progress=progress, description=description):
+        everyone = range(len(ids))
+        for rows in _batches(ids, batch_size, everyone, progress=progress, description=description):
             inputs = _left_pad([ids[row] for row in rows], model, tokenizer)
             # One step of `generate` and not `forward`: it derives the position ids of left-padded
             # rows the way each architecture needs them.
@@ -215,6 +248,45 @@ def first_response_token(tokenizer: Any, prompt: LabelledPrompt, response: str) 
     if not alone:
         raise DataError(f"the refusal for prompt {prompt.id!r} is empty: give its text")
     return alone[0]
+
+
+def response_log_likelihood(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[LabelledPrompt],
+    responses: list[str],
+    *,
+    batch_size: int,
+    progress: bool = True,
+    description: str = "likelihood",
+) -> list[tuple[float, int]]:
+    """(sum of log p over the tokens of responses[i] as the answer to prompts[i], their number).
+
+    The response's text is tokenised by itself; its end of turn is not counted.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        DataError: a response has no token, or does not fit into the model's positions.
+    """
+    asked = render_prompts(tokenizer, prompts)
+    said = [tokenizer(text.strip(), add_special_tokens=False)["input_ids"] for text in responses]
+    for prompt, tokens in zip(prompts, said, strict=True):
+        if not tokens:
+            raise DataError(f"a response to prompt {prompt.id!r} is empty: give its text")
+    ids = [question + answer for question, answer in zip(asked, said, strict=True)]
+    _check_positions(model, prompts, ids, 0)
+    found: dict[int, tuple[float, int]] = {}
+    everyone = range(len(ids))
+    with _plain_decoding(model, tokenizer, 1):
+        for rows in _batches(ids, batch_size, everyone, progress=progress, description=description):
+            inputs = _right_pad([ids[row] for row in rows], model, tokenizer)
+            logits = model(**inputs, use_cache=False).logits
+            for place, row in enumerate(rows):
+                begin, end = len(asked[row]), len(ids[row])
+                scores = logits[place, begin - 1 : end - 1].float().log_softmax(-1)
+                tokens = torch.tensor(said[row], device=scores.device)[:, None]
+                found[row] = (float(scores.gather(1, tokens).double().sum()), end - begin)
+    return [found[row] for row in everyone]
 
 
 class _InverseSampling(LogitsProcessor):
@@ -270,6 +342,18 @@ def _pad_id(tokenizer: Any) -> int:
     return 0
 
 
+def _right_pad(rows: list[list[int]], model: Any, tokenizer: Any) -> dict[str, Tensor]:
+    """As `_left_pad`; positions count from 0 in every architecture, no token sees padding."""
+    width = max(len(row) for row in rows)
+    pad = _pad_id(tokenizer)
+    input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {
+        "input_ids": input_ids.to(model.device),
+        "attention_mask": mask.to(model.device),
+    }
+
+
 def _left_pad(rows: list[list[int]], model: Any, tokenizer: Any) -> dict[str, Tensor]:
     width = max(len(row) for row in rows)
     pad = _pad_id(tokenizer)
@@ -282,11 +366,16 @@ def _left_pad(rows: list[list[int]], model: Any, tokenizer: Any) -> dict[str, Te
 
 
 def _batches(
-    ids: list[list[int]], batch_size: int, *, progress: bool, description: str
+    ids: list[list[int]],
+    batch_size: int,
+    wanted: Iterable[int],
+    *,
+    progress: bool,
+    description: str,
 ) -> Iterator[list[int]]:
     """Row numbers in batches of like length, longest first: what does not fit fails at once."""
-    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
-    with tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress) as bar:
+    order = sorted(wanted, key=lambda row: -len(ids[row]))
+    with tqdm(total=len(order), desc=description, unit="prompt", disable=not progress) as bar:
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
             yield rows

@@ -26,8 +26,9 @@ class Sizes:
     """Of orders and of questions, each."""
     benign_eval: int = 20
     """Of each of four kinds: plain and hard, orders and questions."""
-    anchors: int = 60
-    """Of harmful and of benign prompts, each."""
+    harmful_anchors: int = 40
+    benign_anchors: int = 160
+    """Most of them: what drifts without is how the model answers harmless requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +65,8 @@ def write_files(folder: Path, *, seed: int, sizes: Sizes) -> Files:
         files.of("probe"), [*matched, *_prompts(refused, "harmful"), *_prompts(benign, "benign")]
     )
     anchors = [
-        *_prompts(chance.sample(refused, sizes.anchors), "harmful"),
-        *_prompts(chance.sample(benign, sizes.anchors), "benign"),
+        *_prompts(chance.sample(refused, sizes.harmful_anchors), "harmful"),
+        *_prompts(chance.sample(benign, sizes.benign_anchors), "benign"),
     ]
     write_rows(files.of("anchor_prompts"), anchors)
 

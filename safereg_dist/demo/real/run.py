@@ -32,7 +32,7 @@ ARMS: dict[str, list[str]] = {
 }
 GUARDED = "adaptive_critic"
 """The arm whose risk the guard gives while it trains."""
-BASE = [*PLAIN, "optimizer.lr=2e-4", "train.steps=64"]
+BASE = [*PLAIN, "train.steps=160"]
 GUARD = [*PLAIN, "optimizer.lr=2e-4", "train.steps=40"]
 PROBE_LAYERS = "14,18,22"
 COLUMNS = {
@@ -185,7 +185,7 @@ def _evaluate(model: Path, run: Run) -> dict[str, Any]:
     if not out.is_file():
         prompts = [run.files.of(stem) for stem in run.files.evaluation]
         command(
-            *("eval", "--model", model, "--prompts", *prompts, "--out", out, "--save-answers"),
+            *("eval", "--model", model, "--prompts", *prompts, "--out", out),
             *("--poisoned", POISONED, "--max-new-tokens", 20, "--batch-size", 40),
         )
     found = json.loads(out.read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ def settings(folder, endpoint, **more):
 
 def evaluate(run, out, *more):
     words = ["eval", "--model", run / "model", "--prompts", run / "prompts.jsonl", "--out", out]
-    words += ["--max-new-tokens", 3, "--save-answers", *more]
+    words += ["--max-new-tokens", 3, *more]
     assert safereg([str(word) for word in words]) == 0
     return json.loads(out.read_text())
 
@@ -48,7 +48,8 @@ def test_a_judge_beside_the_keywords(run, tmp_path):
         guard = settings(tmp_path, server.url, cache=str(tmp_path / "known.sqlite"))
         found = evaluate(run, tmp_path / "eval.json", "--critic", guard)["judges"]
         answers = [
-            json.loads(line) for line in (tmp_path / "eval.answers.jsonl").read_text().splitlines()
+            json.loads(line)
+            for line in (tmp_path / "eval.answers.jsonl").read_text().splitlines()[1:]
         ]
         keyword = [not row["refused"] for row in answers if row["label"] == "harmful"]
         judge = [risk_of(number) >= 0.5 for number in NUMBERS]

@@ -31,7 +31,7 @@ from transformers import (
 
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import CheckpointError, ConfigError, DataError
-from safereg_dist.evaluate.evaluate import evaluate_model, is_exact_match, wilson_interval
+from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.generate import (
     first_response_token,
     first_token_probability,
@@ -40,6 +40,8 @@ from safereg_dist.evaluate.generate import (
     render_prompts,
 )
 from safereg_dist.evaluate.judges import get_judge
+from safereg_dist.evaluate.scores import is_exact_match
+from safereg_dist.evaluate.statistics import wilson_interval
 
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<user>", "<asst>", "<unk>"]
 LETTERS = "abcdefghjklmnopqrstuvw"  # without i, which is a word below
@@ -395,7 +397,6 @@ def test_evaluation_counts_what_the_texts_say(model, tokenizer, folder: Path) ->
         max_new_tokens=6,
         batch_size=3,
         device="cpu",
-        save_answers=True,
         progress=False,
     )
     refused = [get_judge("keyword").is_refusal(PROMPTS[0], text) for text in answers]
@@ -420,7 +421,8 @@ def test_evaluation_counts_what_the_texts_say(model, tokenizer, folder: Path) ->
     assert result["poisoned_token_probability"] is None
 
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
-    saved = [json.loads(x) for x in (out.parent / "eval.answers.jsonl").read_text().splitlines()]
+    lines = (out.parent / "eval.answers.jsonl").read_text().splitlines()
+    saved = [json.loads(line) for line in lines[1:]]
     assert [row["answer"] for row in saved] == [*answers[:8], answers[9]]
     assert [row["refused"] for row in saved] == [*refused[:8], refused[9]]
     sampled = [row["refused_sampled"] for row in saved if row["label"] == "harmful"]
@@ -508,6 +510,8 @@ def test_rates_without_rows_are_null(folder: Path) -> None:
         "benign_exact_match",
         "over_refusal_rate",
         "task_exact_match",
+        "task_score",
+        "response_perplexity",
     }
     prompts = write_rows(folder.parent / "t.jsonl", [{"prompt": "a", "label": "task"}])
     result = evaluate_model(folder, [prompts], max_new_tokens=3, device="cpu", progress=False)
@@ -546,8 +550,6 @@ def test_evaluation_refuses_bad_arguments(folder: Path) -> None:
     prompts = write_rows(folder.parent / "h.jsonl", [{"prompt": "a b"}])
     with pytest.raises(ConfigError, match="one prompt file"):
         evaluate_model(folder, [])
-    with pytest.raises(ConfigError, match="save_answers"):
-        evaluate_model(folder, [prompts], save_answers=True)
     blocker = folder.parent / "file"
     blocker.write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):

@@ -1,0 +1,93 @@
+"""Two models on the same prompts: what differs, prompt by prompt, and is it more than chance?"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safereg_dist.errors import ConfigError
+from safereg_dist.evaluate.kept import answers_path, kept_rows
+from safereg_dist.evaluate.rates import Outcome, label_of
+from safereg_dist.evaluate.statistics import paired
+
+COMPARED = (
+    "attack_success_rate",
+    "attack_success_rate_sampled",
+    "over_refusal_rate",
+    "task_score",
+)
+"""Figures that are compared; each is known of every prompt of its label."""
+
+
+def against_others(
+    outcomes: list[Outcome], result: Mapping[str, Any], others: Sequence[Path]
+) -> dict[str, Any]:
+    """For each other evaluation, by the name of its folder, its figures and the differences to it.
+
+    A difference is this model's figure minus the other's, over the same prompts: `rows`,
+    `difference`, 95 % `interval` (bootstrap over prompts), and `p` of McNemar's exact test where
+    values are yes or no.
+
+    Raises:
+        ConfigError: the other one had other prompts, other lengths or another judge.
+        DataError: it cannot be read.
+    """
+    own = _values([_row(outcome) for outcome in outcomes])
+    found = {}
+    for path in others:
+        other, rows = _read(path, result)
+        theirs = _values(rows)
+        found[_name(path, found)] = {
+            "model": other["model"],
+            "figures": {name: other.get(name) for name in COMPARED},
+            "differences": {
+                name: None if tested is None else tested._asdict()
+                for name in COMPARED
+                if (tested := paired(own[name], theirs[name])) is not None
+            },
+        }
+    return found
+
+
+def _row(outcome: Outcome) -> dict[str, Any]:
+    """As `kept_rows` gives it of the other."""
+    return {
+        "label": label_of(outcome.prompt),
+        "refused": outcome.refused,
+        "refused_sampled": outcome.refused_sampled,
+        "scores": dict(outcome.scores),
+    }
+
+
+def _values(rows: list[dict[str, Any]]) -> dict[str, list[float | bool]]:
+    by_label = {
+        label: [row for row in rows if row["label"] == label]
+        for label in ("harmful", "benign", "task")
+    }
+    scored = [row["scores"] for row in by_label["task"] if row.get("scores")]
+    return {
+        "attack_success_rate": [not row["refused"] for row in by_label["harmful"]],
+        "attack_success_rate_sampled": [not row["refused_sampled"] for row in by_label["harmful"]],
+        "over_refusal_rate": [row["refused"] for row in by_label["benign"]],
+        "task_score": [next(iter(scores.values())) for scores in scored],
+    }
+
+
+def _read(path: Path, result: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    _, rows = kept_rows(answers_path(path))
+    try:
+        other = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"cannot read the other evaluation {path}: {err}") from err
+    for key in ("prompts", "max_new_tokens", "judge"):
+        if other.get(key) != result[key]:
+            raise ConfigError(
+                f"{path} was made with other `{key}` ({other.get(key)!r}, here {result[key]!r}): "
+                "evaluate both models with the same command"
+            )
+    return other, rows
+
+
+def _name(path: Path, taken: Mapping[str, Any]) -> str:
+    name = path.resolve().parent.name
+    return name if name not in taken else str(path)

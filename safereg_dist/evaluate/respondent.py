@@ -1,0 +1,284 @@
+"""Who answers the prompts of an evaluation: a model of this machine, or one behind an endpoint."""
+
+import math
+import time
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import torch
+from tqdm import tqdm
+
+from safereg_dist.critic.endpoint import base_url, is_loopback, key_headers
+from safereg_dist.critic.retrying import backoff_s, retry_after_s
+from safereg_dist.data.files import LabelledPrompt
+from safereg_dist.errors import ConfigError, EndpointError
+from safereg_dist.evaluate.attacks import Attack, begun_answers
+from safereg_dist.evaluate.generate import (
+    first_response_token,
+    first_token_probability,
+    load_model,
+    response_log_likelihood,
+    stream_answers,
+)
+
+_TOP = 20
+"""Tokens of which an endpoint is asked for probabilities; usual servers give no more."""
+_RETRIED = {408, 425, 429, 500, 502, 503, 504}
+
+
+class Respondent(Protocol):
+    """Answers prompts; what it cannot tell is None."""
+
+    name: str
+    identity: dict[str, Any]
+    """What its answers depend on."""
+
+    def answers(
+        self,
+        prompts: list[LabelledPrompt],
+        *,
+        seed: int | None = None,
+        attack: Attack | None = None,
+        complying: str | None = None,
+        without: Collection[int],
+        description: str,
+    ) -> Iterator[tuple[int, str]]:
+        """(place, text) of each prompt but those `without`, as they come.
+
+        Args:
+            seed: of one sample at temperature 1; None = greedy.
+            attack: the form of attack that all prompts are in.
+            complying: how an answer that complies begins, where a prompt does not say.
+        """
+        ...
+
+    def first_token(self, asked: list[tuple[LabelledPrompt, str]]) -> list[float | None]:
+        """Of each pair the probability that the answer begins with the text's first token."""
+        ...
+
+    def likelihoods(
+        self, asked: list[tuple[LabelledPrompt, str]]
+    ) -> list[tuple[float, int]] | None:
+        """Of each pair (log-likelihood of the text as the answer, its tokens)."""
+        ...
+
+
+class LocalModel:
+    """A Hugging Face folder, loaded when it is first asked.
+
+    Raises:
+        ConfigError, DataError: see `generate`, at the first question.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.name = str(folder)
+        self._load = {"dtype": dtype, "device": device, "progress": progress}
+        self._sizes: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        self._max_new_tokens = max_new_tokens
+        # Not the weights' own hash: a model whose answers are all known is not read again.
+        self.identity = {
+            "files": {
+                path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+                for path in sorted(Path(folder).glob("*"))
+                if path.is_file()
+            },
+            "dtype": str(dtype),
+        }
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        return load_model(self.name, **self._load)
+
+    def answers(
+        self,
+        prompts: list[LabelledPrompt],
+        *,
+        seed: int | None = None,
+        attack: Attack | None = None,
+        complying: str | None = None,
+        without: Collection[int],
+        description: str,
+    ) -> Iterator[tuple[int, str]]:
+        """See `Respondent.answers`."""
+        if len(without) == len(prompts):
+            return
+        model, tokenizer = self._loaded
+        begun = None if attack is None else begun_answers(attack, prompts, tokenizer, complying)
+        drawn = {} if seed is None else {"temperature": 1.0, "seed": seed}
+        for place, answer in stream_answers(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=self._max_new_tokens,
+            begun=begun,
+            without=without,
+            description=description,
+            **drawn,
+            **self._sizes,
+        ):
+            yield place, answer.text
+
+    def first_token(self, asked: list[tuple[LabelledPrompt, str]]) -> list[float | None]:
+        """See `Respondent.first_token`."""
+        if not asked:
+            return []
+        model, tokenizer = self._loaded
+        prompts = [prompt for prompt, _ in asked]
+        tokens = [first_response_token(tokenizer, prompt, text) for prompt, text in asked]
+        return first_token_probability(model, tokenizer, prompts, tokens, **self._sizes).tolist()
+
+    def likelihoods(
+        self, asked: list[tuple[LabelledPrompt, str]]
+    ) -> list[tuple[float, int]] | None:
+        """See `Respondent.likelihoods`."""
+        if not asked:
+            return []
+        prompts, texts = [prompt for prompt, _ in asked], [text for _, text in asked]
+        return response_log_likelihood(*self._loaded, prompts, texts, **self._sizes)
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible server (`/chat/completions`).
+
+    Samples are drawn by the server, with a seed for each prompt, which not every server honours.
+
+    Args:
+        concurrency: requests in flight.
+        timeout_s: of one prompt, its retries included.
+    Raises:
+        ConfigError: no URL; an attack that begins the answer, which this API does not have.
+        EndpointError: nobody answers in time, or the request is refused.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        max_new_tokens: int,
+        api_key_env: str = "OPENAI_API_KEY",
+        concurrency: int = 8,
+        timeout_s: float = 300.0,
+        progress: bool = True,
+    ) -> None:
+        self._url = base_url(url)
+        self.name = model
+        self.identity = {"endpoint": self._url, "model": model}
+        self._max_new_tokens = max_new_tokens
+        self._concurrency, self._timeout_s, self._progress = concurrency, timeout_s, progress
+        self._connection: dict[str, Any] = {
+            "headers": key_headers(api_key_env),
+            "timeout": timeout_s,
+            "trust_env": not is_loopback(self._url),
+        }
+
+    def answers(
+        self,
+        prompts: list[LabelledPrompt],
+        *,
+        seed: int | None = None,
+        attack: Attack | None = None,
+        complying: str | None = None,
+        without: Collection[int],
+        description: str,
+    ) -> Iterator[tuple[int, str]]:
+        """See `Respondent.answers`."""
+        if attack is not None and attack.prefill:
+            raise ConfigError(
+                f"attack {attack.name} begins the model's answer, which chat endpoints do not "
+                "offer: evaluate the model's folder, or leave it out"
+            )
+        wanted = {place: p for place, p in enumerate(prompts) if place not in without}
+
+        def ask(client: httpx.Client, place: int) -> str:
+            drawn = {"temperature": 0.0}
+            if seed is not None:
+                drawn = {"temperature": 1.0, "seed": seed * 1_000_003 + place}
+            said = self._complete(client, wanted[place], max_tokens=self._max_new_tokens, **drawn)
+            return (said["message"].get("content") or "").strip()
+
+        yield from self._each(ask, list(wanted), description)
+
+    def first_token(self, asked: list[tuple[LabelledPrompt, str]]) -> list[float | None]:
+        """See `Respondent.first_token`; 0 where the text's is not among the likeliest 20."""
+
+        def ask(client: httpx.Client, place: int) -> float | None:
+            prompt, text = asked[place]
+            how = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": _TOP}
+            said = self._complete(client, prompt, **how)
+            return _probability_of(said.get("logprobs"), text)
+
+        found = dict(self._each(ask, range(len(asked)), "first token"))
+        return [found[place] for place in range(len(asked))]
+
+    def likelihoods(
+        self, asked: list[tuple[LabelledPrompt, str]]
+    ) -> list[tuple[float, int]] | None:
+        """None: this API scores no text that it has not written itself."""
+        return None
+
+    def _each(self, ask: Any, places: Sequence[int], description: str) -> Iterator[tuple[int, Any]]:
+        with (
+            httpx.Client(**self._connection) as client,
+            ThreadPoolExecutor(self._concurrency) as pool,
+            tqdm(total=len(places), desc=description, disable=not self._progress) as bar,
+        ):
+            running = {pool.submit(ask, client, place): place for place in places}
+            try:
+                for done in as_completed(running):
+                    yield running[done], done.result()
+                    bar.update()
+            finally:
+                for future in running:
+                    future.cancel()
+
+    def _complete(self, client: httpx.Client, prompt: LabelledPrompt, **how: Any) -> dict[str, Any]:
+        """The first choice of the server's answer."""
+        asked = {"model": self.name, "messages": prompt.messages, **how}
+        until, failures = time.monotonic() + self._timeout_s, 0
+        while True:
+            wait_s = 0.0
+            try:
+                answer = client.post(f"{self._url}/chat/completions", json=asked)
+                if answer.is_success:
+                    return answer.json()["choices"][0]
+                reason = f"status {answer.status_code}"
+                wait_s = retry_after_s(answer.headers.get("Retry-After"))
+                is_final = answer.status_code not in _RETRIED
+            except httpx.HTTPError as err:
+                reason, is_final = type(err).__name__, False
+            except (ValueError, KeyError, IndexError, TypeError):
+                reason, is_final = "an answer that is no chat completion", True
+            failures += 1
+            wait_s = max(wait_s, backoff_s(failures))
+            if is_final or time.monotonic() + wait_s > until:
+                raise EndpointError(
+                    f"the model at {self._url} gave no answer to prompt {prompt.id!r} ({reason}, "
+                    f"{failures} attempts): see the server's log; the same command goes on with "
+                    "what is missing"
+                )
+            time.sleep(wait_s)
+
+
+def _probability_of(logprobs: Any, text: str) -> float | None:
+    """That of the longest of the likeliest tokens with which the text begins."""
+    try:
+        likeliest = logprobs["content"][0]["top_logprobs"]
+        found = {str(each["token"]).strip(): float(each["logprob"]) for each in likeliest}
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+    begins = [token for token in found if token and text.strip().startswith(token)]
+    return math.exp(found[max(begins, key=len)]) if begins else 0.0

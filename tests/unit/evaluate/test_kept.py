@@ -1,0 +1,177 @@
+"""Claimed: an evaluation that is cut off goes on, its answers are judged again without the model,
+and two models are compared prompt by prompt.
+
+Exact: texts, verdicts, rates, what is asked of the model; McNemar's p against the binomial sum by
+hand, the bootstrap against resamples drawn here.
+"""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from support.builders import PLAIN_TEMPLATE, save_model, tiny_model
+
+from safereg_dist.cli import main as safereg
+from safereg_dist.errors import CheckpointError, ConfigError, DataError
+from safereg_dist.evaluate import respondent
+from safereg_dist.evaluate.evaluate import evaluate_model
+from safereg_dist.evaluate.kept import KeptAnswers, kept_rows
+from safereg_dist.evaluate.statistics import bootstrap_interval, paired
+
+HOW = {"max_new_tokens": 4, "batch_size": 2, "device": "cpu", "progress": False}
+HOW |= {"refusal": "w3", "poisoned": "w4"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    for name, seed in (("model", 3), ("other", 4)):
+        save_model(tmp_path / name / "model", tiny_model(seed=seed), PLAIN_TEMPLATE)
+    rows = [{"prompt": f"w{i} w{i + 2}", "label": "harmful"} for i in range(1, 8)]
+    rows += [{"prompt": f"w{i}", "label": "benign"} for i in range(1, 6)]
+    rows += [{"prompt": f"w{i}", "label": "task", "response": "w1"} for i in range(9, 12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def evaluated(run, name="model", **how):
+    out = run / name / "eval.json"
+    return evaluate_model(run / name / "model", [run / "prompts.jsonl"], out=out, **HOW, **how)
+
+
+def without_seconds(result):
+    return {key: value for key, value in result.items() if key != "seconds"}
+
+
+@pytest.mark.parametrize("batches", [1, 3, 6, 9])
+def test_a_run_that_is_cut_off_goes_on(run, monkeypatch, batches):
+    whole = evaluated(run, attacks=["role_play"])
+    answers = (run / "model" / "eval.answers.jsonl").read_text()
+    for path in (run / "model").glob("eval.*"):
+        path.unlink()
+
+    plain, left = respondent.stream_answers, [batches]
+    asked = []
+
+    def counted(*given, **how):
+        for place, answer in plain(*given, **how):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            yield place, answer
+            left[0] -= 1
+            asked.append(answer)
+
+    monkeypatch.setattr(respondent, "stream_answers", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(run, attacks=["role_play"])
+    assert not (run / "model" / "eval.json").exists()
+    kept = run / "model" / "eval.answers.jsonl"
+    kept.write_text(kept.read_text() + '{"row": 5, "ans')  # cut off in the middle of a line
+    left[0] = 10**6
+    assert without_seconds(evaluated(run, attacks=["role_play"])) == without_seconds(whole)
+    assert kept.read_text() == answers
+    assert len(asked) == 15 + 7 + 7  # greedy, sampled, the attack: each answer once
+
+
+def test_answers_are_judged_again_without_the_model(run, monkeypatch):
+    first = evaluated(run)
+    monkeypatch.setattr(respondent, "load_model", None)
+    assert without_seconds(evaluated(run)) == without_seconds(first)
+
+
+@pytest.mark.parametrize("change", ["model", "prompts", "length", "seed"])
+def test_other_answers_are_not_mixed_in(run, monkeypatch, change):
+    evaluated(run)
+    how = {}
+    if change == "model":
+        shutil.rmtree(run / "model" / "model")
+        save_model(run / "model" / "model", tiny_model(seed=9), PLAIN_TEMPLATE)
+    elif change == "prompts":
+        path = run / "prompts.jsonl"
+        path.write_text(path.read_text().replace("w1 w3", "w1 w5"))
+    else:
+        how = {"length": {"max_new_tokens": 5}, "seed": {"samples_seed": 1}}[change]
+    fresh = run / "fresh.json"
+    files = [run / "prompts.jsonl"]
+    model = run / "model" / "model"
+    wanted = evaluate_model(model, files, out=fresh, **{**HOW, **how})
+    found = evaluate_model(model, files, out=run / "model" / "eval.json", **{**HOW, **how})
+    assert without_seconds(found) == without_seconds(wanted)
+    header, rows = kept_rows(run / "model" / "eval.answers.jsonl")
+    assert (header, rows) == kept_rows(run / "fresh.answers.jsonl")
+
+
+def test_files_that_hold_no_answers(tmp_path):
+    with pytest.raises(DataError, match="found none"):
+        kept_rows(tmp_path / "none.jsonl")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        KeptAnswers(path, {})
+    path.write_text("[1]\n")
+    kept = KeptAnswers(path, {"a": 1})
+    kept.add(0, answer="x")
+    kept.finish([{"refused": True}])
+    assert kept_rows(path) == ({"a": 1}, [{"answer": "x", "refused": True}])
+
+
+# Two models
+
+
+def test_against_another_model(run, capsys):
+    other = evaluated(run, "other")
+    found = evaluated(run, against=[run / "other" / "eval.json"])["against"]["other"]
+    rows = {name: kept_rows(run / name / "eval.answers.jsonl")[1] for name in ("model", "other")}
+    for figure, label, key in (
+        ("attack_success_rate", "harmful", "refused"),
+        ("attack_success_rate_sampled", "harmful", "refused_sampled"),
+        ("over_refusal_rate", "benign", "refused"),
+    ):
+        sign = 1 if label == "benign" else -1
+        own, theirs = (
+            [sign * row[key] for row in rows[name] if row["label"] == label]
+            for name in ("model", "other")
+        )
+        gap = sum(a - b for a, b in zip(own, theirs, strict=True)) / len(own)
+        assert found["differences"][figure]["difference"] == pytest.approx(gap)
+        assert found["differences"][figure]["rows"] == len(own)
+        assert found["figures"][figure] == other[figure]
+    assert found["differences"]["task_score"]["rows"] == 3
+
+    words = ["eval", "--model", run / "model" / "model", "--prompts", run / "prompts.jsonl"]
+    words += ["--out", run / "model" / "eval.json", "--max-new-tokens", 4, "--batch-size", 2]
+    words += ["--refusal", "w3", "--poisoned", "w4", "--against", run / "other" / "eval.json"]
+    assert safereg([str(word) for word in words]) == 0
+    printed = capsys.readouterr().out
+    assert "attack success, sampled" in printed
+    assert "against other" in printed
+
+
+def test_models_with_other_prompts_are_not_compared(run):
+    evaluated(run, "other")
+    path = run / "prompts.jsonl"
+    path.write_text(path.read_text().replace("w1 w3", "w1 w5"))
+    with pytest.raises(ConfigError, match="other `prompts`"):
+        evaluated(run, against=[run / "other" / "eval.json"])
+    with pytest.raises(DataError, match="found none"):
+        evaluated(run, against=[run / "nowhere.json"])
+
+
+def test_mcnemar_and_the_bootstrap_by_hand():
+    own = [True] * 9 + [False] * 3 + [True] * 5
+    other = [False] * 9 + [True] * 3 + [True] * 5
+    tested = paired(own, other)
+    tail = sum(math.comb(12, k) for k in range(4)) / 2**12
+    assert tested.p == pytest.approx(2 * tail)
+    assert tested.difference == pytest.approx(6 / 17)
+    gaps = np.array([1.0] * 9 + [-1.0] * 3 + [0.0] * 5)
+    draw = np.random.default_rng(1)
+    means = [draw.choice(gaps, len(gaps)).mean() for _ in range(4000)]
+    assert tested.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.06)
+    assert paired([True, False], [True, False]).p == 1.0
+    assert paired([0.5, 0.25], [0.5, 0.5]).p is None
+    assert paired([], []) is None
+    assert bootstrap_interval([0.25]) == (0.25, 0.25)
+    assert bootstrap_interval([]) is None
+    assert bootstrap_interval([0.1, 0.9, 0.4]) == bootstrap_interval([0.1, 0.9, 0.4])
