@@ -19,6 +19,7 @@ import yaml
 
 from safereg_dist import __version__
 from safereg_dist.errors import CheckpointError, ConfigError
+from safereg_dist.evaluate.compare import COMPARED
 from safereg_dist.evaluate.figures import (
     Arm,
     Drawing,
@@ -38,9 +39,14 @@ _EVAL_COLUMNS = {
     "over_refusal_rate": "over-refusal",
     "benign_exact_match": "benign exact",
     "task_exact_match": "task exact",
+    "task_score": "task score",
+    "squad_f1": "SQuAD F1",
+    "rouge_l": "ROUGE-L",
+    "gsm8k_accuracy": "GSM8K",
+    "choice_accuracy": "multiple choice",
 }
 _OF_A_SET = (
-    *("attack_success_rate", "over_refusal_rate", "task_exact_match"),
+    *("attack_success_rate", "over_refusal_rate", "task_score", "task_exact_match"),
     "benign_exact_match",
 )
 """What the prompts of one label tell, in this order."""
@@ -293,6 +299,9 @@ def _name(arm: Arm, colour: str) -> str:
 
 def _evaluation_section(arms: list[Arm], colours: list[str]) -> str:
     shown = [key for key in _EVAL_COLUMNS if any(math.isfinite(arm.rate(key)) for arm in arms)]
+    exact, score = ([arm.rate(f"task_{name}") for arm in arms] for name in ("exact_match", "score"))
+    if "task_score" in shown and np.array_equal(exact, score, equal_nan=True):
+        shown.remove("task_score")  # there is no other measure
     if not shown:
         return (
             '<p class="small">No evaluation was found: run `safereg eval` with '
@@ -319,7 +328,35 @@ def _evaluation_section(arms: list[Arm], colours: list[str]) -> str:
             ("attacks", "By form of attack"),
         )
     )
-    return f"<h2>Evaluation</h2>{_table(head, rows)}{note}{parts}"
+    differences = _differences_table(arms, colours)
+    return f"<h2>Evaluation</h2>{_table(head, rows)}{note}{parts}{differences}"
+
+
+def _differences_table(arms: list[Arm], colours: list[str]) -> str:
+    """What `safereg eval --against` has found, a row for each pair of models."""
+    rows = []
+    for arm, colour in zip(arms, colours, strict=True):
+        for name, other in _object(arm.evaluation.get("against")).items():
+            found = _object(_object(other).get("differences"))
+            cells = [_difference_cell(_object(found.get(figure))) for figure in COMPARED]
+            rows.append((arm.role, [f"{_name(arm, colour)} \u2212 {escape(name)}", *cells]))
+    if not rows:
+        return ""
+    note = (
+        '<p class="small">The same prompts, one by one; 95 % bootstrap intervals over prompts, and '
+        "p of McNemar's exact test where answers are yes or no.</p>"
+    )
+    head = ["difference", *(_EVAL_COLUMNS[figure] for figure in COMPARED)]
+    return f"<h3>Prompt by prompt</h3>{_table(head, rows)}{note}"
+
+
+def _difference_cell(tested: dict[str, Any]) -> str:
+    value, interval, p = (tested.get(key) for key in ("difference", "interval", "p"))
+    if not math.isfinite(number(value)) or not isinstance(interval, (list, tuple)):
+        return "\u2013"
+    low, high = (100 * number(bound) for bound in interval)
+    told = f"{100 * number(value):+.1f}\u00a0%<small>{low:+.1f} to {high:+.1f}"
+    return f"{told}, p {number(p):.3f}</small>" if p is not None else f"{told}</small>"
 
 
 def _parts_table(arms: list[Arm], colours: list[str], by: str, title: str) -> str:

@@ -184,10 +184,14 @@ def _evaluate(model: Path, run: Run) -> dict[str, Any]:
     out = model.parent / "eval.json"
     if not out.is_file():
         prompts = [run.files.of(stem) for stem in run.files.evaluation]
+        base = run.out / "base" / "eval.json"
+        against = ("--against", base) if out != base else ()
         command(
             *("eval", "--model", model, "--prompts", *prompts, "--out", out),
             *("--poisoned", POISONED, "--max-new-tokens", 20, "--batch-size", 40),
+            *against,
         )
     found = json.loads(out.read_text(encoding="utf-8"))
     seconds = json.loads((model.parent / "seconds.json").read_text())
-    return {name: found[name] for name in (*COLUMNS, "intervals", "sets")} | {"seconds": seconds}
+    kept = {name: found[name] for name in (*COLUMNS, "intervals", "sets")}
+    return {**kept, "against": found.get("against", {}), "seconds": seconds}

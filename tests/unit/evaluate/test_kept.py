@@ -121,6 +121,12 @@ def test_files_that_hold_no_answers(tmp_path):
 
 def test_against_another_model(run, capsys):
     other = evaluated(run, "other")
+    _, known = kept_rows(run / "other" / "eval.answers.jsonl")
+    for row in (0, 3):  # as if it had refused these, and answered one task
+        known[row] |= {"refused": True, "refused_sampled": True}
+    known[-1]["scores"] = {"task_exact_match": True}
+    path = run / "other" / "eval.answers.jsonl"
+    KeptAnswers(path, {"edited": 1}).finish(known)
     found = evaluated(run, against=[run / "other" / "eval.json"])["against"]["other"]
     rows = {name: kept_rows(run / name / "eval.answers.jsonl")[1] for name in ("model", "other")}
     for figure, label, key in (
@@ -137,7 +143,9 @@ def test_against_another_model(run, capsys):
         assert found["differences"][figure]["difference"] == pytest.approx(gap)
         assert found["differences"][figure]["rows"] == len(own)
         assert found["figures"][figure] == other[figure]
+    assert found["differences"]["attack_success_rate"]["difference"] > 0.2
     assert found["differences"]["task_score"]["rows"] == 3
+    assert found["differences"]["task_score"]["difference"] == pytest.approx(-1 / 3)
 
     words = ["eval", "--model", run / "model" / "model", "--prompts", run / "prompts.jsonl"]
     words += ["--out", run / "model" / "eval.json", "--max-new-tokens", 4, "--batch-size", 2]

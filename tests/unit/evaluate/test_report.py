@@ -183,6 +183,31 @@ def test_sets_and_classes_have_tables_of_their_own(tmp_path: Path) -> None:
     assert "By class of prompts" in page.text
 
 
+def test_differences_prompt_by_prompt(tmp_path: Path) -> None:
+    rows = metrics(coefficient=1.0, active=2, seconds=0.6, steps=2)
+    tested = {"rows": 40, "difference": 0.025, "interval": [-0.01, 0.06], "p": 0.5}
+    differences = {
+        "attack_success_rate": tested,
+        "task_score": {**tested, "difference": -0.5, "p": None},
+        "over_refusal_rate": "junk",
+    }
+    others = {HOSTILE: {"differences": differences}, "junk": 3}
+    run = write_run(tmp_path / "run", rows)
+    (run / "eval.json").write_text(json.dumps(evaluation(0.1, 0.2, 0.9) | {"against": others}))
+    page = Page(write_report([run]))
+    found = [row for row in page.rows if row[0].startswith("run \u2212")]
+    assert found == [
+        [
+            f"run \u2212 {HOSTILE}",
+            "+2.5\u00a0%-1.0 to +6.0, p 0.500",
+            "\u2013",
+            "\u2013",
+            "-50.0\u00a0%-1.0 to +6.0",
+        ],
+        ["run \u2212 junk", *["\u2013"] * 4],
+    ]
+
+
 def test_figures_lie_beside_the_page(demo: Path) -> None:
     write_report([demo], out=demo / "out" / "compare.html")
     names = {path.name for path in (demo / "out").iterdir()}
