@@ -5,11 +5,10 @@
 Writes benchmarks/results/stacks.csv, and goes on where it was stopped: runs whose row is there are
 left out (delete the file to measure again). With a GPU every stack runs on one rank (NCCL), several
 at once, in float32 and bf16; a run that fails has its reason on the screen, and the others go on.
-Columns: the stack, its library's version, device, ranks,
-accumulation, precision; relative errors of the first loss, of the worst gradient (in a parameter's
-own norm) and of the loss after 20 steps, against whole logits in float64; what runs the reference;
-bytes of parameters of policy and reference on a rank, over the share of what that stack shards
-(Megatron: over twice the policy's). `--megatron`: an unpacked wheel of megatron-core, whose rows
+Columns: the stack, its library's version, ranks, accumulation, precision; relative errors of the
+first loss, of the worst gradient (in a parameter's own norm) and of the loss after 20 steps, against
+whole logits in float64; what runs the reference; bytes of parameters of policy and reference on a
+rank, over the share of what that stack shards (Megatron: over twice the policy's); the device. `--megatron`: an unpacked wheel of megatron-core, whose rows
 come beside those of the installed one.
 `--check` exits with 1 where an error is above 1e-5 (loss) or 1e-4 (gradient), or where one of four
 ranks that shard their weights holds over 5 % more than its share.
@@ -56,7 +55,6 @@ OUT = ROOT / "benchmarks" / "results" / "stacks.csv"
 COLUMNS = (
     "stack",
     "library_version",
-    "device",
     "ranks",
     "accumulation",
     "precision",
@@ -65,6 +63,7 @@ COLUMNS = (
     "loss_after_20_relative_error",
     "reference",
     "parameter_bytes_over_ideal",
+    "device",
 )
 TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 0.2)}
 """By precision, largest error of the first loss and of a gradient."""
@@ -236,7 +235,6 @@ def row_of(run: StackRun, precision: str, errors: Errors, facts: dict) -> dict:
     return {
         "stack": run.stack,
         "library_version": f"{run.library} {version(run.library)}",
-        "device": DEVICE,
         "ranks": run.ranks,
         "accumulation": run.accumulation,
         "precision": precision,
@@ -245,6 +243,7 @@ def row_of(run: StackRun, precision: str, errors: Errors, facts: dict) -> dict:
         "loss_after_20_relative_error": f"{errors.last_loss:.1e}",
         "reference": run.reference,
         "parameter_bytes_over_ideal": f"{own / (whole / run.ranks):.3f}",
+        "device": DEVICE,
     }
 
 

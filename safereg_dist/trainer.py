@@ -270,14 +270,16 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
 
 def _finish(run: Run, progress: Progress, folder: Path, last_row: dict[str, float | int]) -> None:
     """Exports the model, merges the ledger, writes `summary.json` last: it marks the end."""
-    export_model(
-        run.model,
-        run.tokenizer,
-        folder / "model",
-        backend=run.backend,
-        shard_bytes=run.config.train.export_shard_bytes,
-    )
-    if run.config.lora is not None:
+    lora = run.config.lora
+    if lora is None or lora.quantize == "none":  # merged into 4 bits it would be rounded
+        export_model(
+            run.model,
+            run.tokenizer,
+            folder / "model",
+            backend=run.backend,
+            shard_bytes=run.config.train.export_shard_bytes,
+        )
+    if lora is not None:
         export_adapters(run.model, folder / "adapter", backend=run.backend)
     with run.ranks.together():
         if run.ranks.is_main:

@@ -61,7 +61,7 @@ def _expected(error: ErrorDetails, field: FieldInfo) -> str:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         text = f"{range_of(field)}, got {value}"
         return f"{text}: {extra['remedy']}" if "remedy" in extra else text
-    if choices := choices_of(field.annotation):
+    if choices := [str(choice) for choice in choices_of(field.annotation)]:
         allowed = f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
         return f"be {allowed}, got {value!r}{hint(value, choices)}"
     return f"be {type_name(field.annotation)}, got {value!r}"

@@ -186,10 +186,11 @@ class EngineConfig(Section):
     """What shards and steps the model."""
 
     name: Literal["deepspeed", "fsdp2", "single"] = "deepspeed"
-    """`deepspeed` (ZeRO-3) or `fsdp2` (torch's `fully_shard`), both on any number of ranks, or
+    """`deepspeed` (ZeRO) or `fsdp2` (torch's `fully_shard`), both on any number of ranks, or
     `single` (plain torch, one process)."""
-    zero_stage: Literal[3] = 3
-    """ZeRO stage of the deepspeed engine; 3 in this version."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """ZeRO stage of the deepspeed engine. 3 shards weights, gradients and optimizer state, 2 the
+    last two, 1 the last alone: each rank holds the policy whole then, the reference its shard."""
     offload_optimizer: Offload = "none"
     """`none` or `cpu`: where optimizer state and master weights live."""
     offload_params: Offload = "none"
@@ -211,12 +212,23 @@ class EngineConfig(Section):
                 f"{self.hpz_partition_size} and {self.offload_optimizer} with engine.name=fsdp2: "
                 "set them to 1 and none (engine.offload_params=cpu takes the optimizer along)"
             )
+        if self.is_replicated and (self.hpz_partition_size != 1 or self.offload_params != "none"):
+            raise ConfigError(
+                "engine.hpz_partition_size and engine.offload_params are for sharded weights, got "
+                f"{self.hpz_partition_size} and {self.offload_params} with engine.zero_stage="
+                f"{self.zero_stage}: set them to 1 and none, or zero_stage=3"
+            )
         if self.name == "single" and self.hpz_partition_size != 1:
             raise ConfigError(
                 f"engine.hpz_partition_size must be 1 with engine.name=single, got "
                 f"{self.hpz_partition_size}: one process has nobody to share weights with"
             )
         return self
+
+    @property
+    def is_replicated(self) -> bool:
+        """True where several ranks each hold the policy whole."""
+        return self.name == "deepspeed" and self.zero_stage < 3
 
 
 class LoraConfig(Section):
@@ -232,6 +244,12 @@ class LoraConfig(Section):
     """Names of the linear layers that get one, e.g. q_proj; empty = all but the head."""
     path: str | None = None
     """Folder of a trained adapter (PEFT) to go on from; null = new ones."""
+    modules_to_save: tuple[str, ...] = Field(default=(), json_schema_extra=NEWER)
+    """Modules that are trained whole beside the adapters, e.g. lm_head; where each rank holds the
+    weights whole (engine single, or engine.zero_stage 1 or 2)."""
+    quantize: Literal["none", "nf4", "int8"] = Field(default="none", json_schema_extra=NEWER)
+    """How bitsandbytes keeps the frozen weights (QLoRA): `none`, `nf4` (4 bits) or `int8`; on the
+    same engines. Only the adapter is exported then."""
 
 
 class Config(Section):
@@ -313,6 +331,14 @@ class Config(Section):
                 )
 
     def _check_adapters(self) -> None:
+        lora = self.lora
+        if lora is not None and (lora.modules_to_save or lora.quantize != "none"):
+            if self.engine.name != "single" and not self.engine.is_replicated:
+                raise ConfigError(
+                    "lora.modules_to_save and lora.quantize need the weights whole on each rank, "
+                    f"and engine.name={self.engine.name} shards them: set engine.name=single, or "
+                    "engine.name=deepspeed with engine.zero_stage=2"
+                )
         if not self.has_adapters_off:
             return
         if self.needs_risk and self.risk.estimator == "probe" and self.risk.source == "policy":

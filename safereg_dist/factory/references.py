@@ -87,6 +87,8 @@ def build_reference(
         return _adapters_off(config, backend, policy)
     if settings.engine in ("fsdp2", "zero3", "whole"):
         backend = reference_backend(settings.engine, ranks)
+    elif config.engine.is_replicated and ranks.world_size > 1:
+        backend = reference_backend("fsdp2", ranks)  # nobody needs a second whole model
     is_same = policy is not None and folder.resolve() == policy.folder.resolve()
     if settings.cache is not None and policy is not None:
         fingerprint = policy.fingerprint if is_same else weights_fingerprint(folder, ranks)

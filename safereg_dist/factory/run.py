@@ -56,9 +56,10 @@ def start_backend(config: Config) -> Backend:
         from safereg_dist.parallel import fsdp2
 
         return fsdp2.Fsdp2Backend(fsdp2.start_ranks(config.engine))
-    from safereg_dist.parallel.deepspeed import DeepSpeedBackend, start_ranks
+    from safereg_dist.parallel.deepspeed import DeepSpeedBackend, ReplicatedBackend, start_ranks
 
-    return DeepSpeedBackend(start_ranks(config.engine))
+    kind = ReplicatedBackend if config.engine.is_replicated else DeepSpeedBackend
+    return kind(start_ranks(config.engine))
 
 
 def build_run(config: Config, backend: Backend) -> Run:
@@ -78,6 +79,7 @@ def build_run(config: Config, backend: Backend) -> Run:
         precision=config.train.precision,
         offload=config.engine.offload_params,
         hpz_partition_size=config.engine.hpz_partition_size,
+        quantize="none" if config.lora is None else config.lora.quantize,
         adapt=None if config.lora is None else partial(adapted, config=config),
     )
     with ranks.together():

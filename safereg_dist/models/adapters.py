@@ -21,6 +21,8 @@ from safereg_dist.errors import ConfigError
 
 _NAME = "default"
 """PEFT's own name of the only adapter."""
+_SAVED = f".modules_to_save.{_NAME}."
+"""In the name of a parameter that is trained whole beside the adapters."""
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -42,8 +44,11 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
         lora_dropout=config.dropout,
         target_modules=list(config.targets) or "all-linear",
         init_lora_weights=False,
+        modules_to_save=list(config.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
+    _check_tied_head(model, config)
+    keep_gradients(model)
     try:
         return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as err:
@@ -52,11 +57,21 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
         ) from err
 
 
+def _check_tied_head(model: PreTrainedModel, config: LoraConfig) -> None:
+    head, ends = model.get_output_embeddings(), tuple(f".{n}" for n in config.modules_to_save)
+    whole = [name for name, m in model.named_modules() if m is head and f".{name}".endswith(ends)]
+    if ends and whole and model.config.get_text_config().tie_word_embeddings:
+        raise ConfigError(
+            f"lora.modules_to_save names {whole[0]}, whose weight is the embedding's too: trained "
+            "alone, a plain model could not hold both; leave it out, or untie the model first"
+        )
+
+
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names (without the adapter's own) and parameters of the adapters in a model."""
+    """Names (as PEFT saves them) and parameters of the adapters, and of what is trained whole."""
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            yield name.replace(f".{_NAME}.", "."), parameter
+        if ".lora_" in name or _SAVED in name:
+            yield name.replace(_SAVED, ".").replace(f".{_NAME}.", "."), parameter
 
 
 class AdapterValues:
@@ -70,8 +85,8 @@ class AdapterValues:
         if config.path is not None:
             self._stored = _read_adapter(Path(config.path))
 
-    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """float32 values of one adapter weight.
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """float32 values of one adapter weight; None of one that begins as the model's own.
 
         Raises:
             ConfigError: `lora.path` lacks it, or holds another shape.
@@ -85,6 +100,8 @@ class AdapterValues:
                     f"{has}: set lora.rank and lora.targets as that adapter was trained"
                 )
             return found.float()
+        if ".lora_" not in name:
+            return None
         if ".lora_B." in name:
             return torch.zeros(shape)
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
@@ -101,6 +118,29 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
         raise ConfigError(
             f"lora.path={folder} holds no adapter that can be read ({err}): expected {ADAPTER_FILE}"
         ) from err
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights on a CPU, which it does in eval mode.
+
+    It does so in place, at the first forward without gradients where the CPU has AVX512-BF16;
+    products with repacked weights give no gradient (bitsandbytes 0.50).
+
+    Raises:
+        ConfigError: it has repacked them already.
+    """
+    for name, module in model.named_modules():
+        layer: Any = module
+        if not hasattr(layer, "support_avx512bf16_for_cpu"):
+            continue
+        layer.support_avx512bf16_for_cpu = False
+        state = getattr(layer.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ConfigError(
+                f"bitsandbytes has repacked {name} for inference, since the model ran in eval mode "
+                "on the CPU: it would get no gradient; load the model again, and evaluate it after "
+                "safety is prepared"
+            )
 
 
 def adapted_layers(model: nn.Module) -> list[Any]:
@@ -149,6 +189,9 @@ def merged_parameters(model: nn.Module) -> dict[str, Merged]:
             weight = found[f"{name}.weight"].parameters[0]
             pair = [layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight]
             found[f"{name}.weight"] = Merged([weight, *pair], layer.scaling[_NAME])
+    for name, parameter in model.named_parameters():
+        if _SAVED in name:
+            found[name.replace(_SAVED, ".")] = Merged([parameter], 0.0)
     return found
 
 

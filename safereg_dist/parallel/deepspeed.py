@@ -45,6 +45,7 @@ from safereg_dist.parallel.shards import (
     stored_head,
     whole_shard,
 )
+from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.parallel.zero_config import hidden_size_of, policy_config, zero_config
 from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
 from safereg_dist.types import Head
@@ -119,6 +120,7 @@ class DeepSpeedBackend:
         precision: str,
         offload: str,
         hpz_partition_size: int = 1,
+        quantize: str = "none",
         adapt: Adapt | None = None,
     ) -> PreTrainedModel:
         """A model built under `zero.Init`, each rank reading just its own shard of every tensor.
@@ -172,11 +174,7 @@ class DeepSpeedBackend:
 
     def wrap_policy(self, model: PreTrainedModel, *, config: Config) -> "DeepSpeedPolicy":
         """The ZeRO-3 training engine of `model`."""
-        optimizer = _build_optimizer(model, config)
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=policy_config(model, config)
-        )
-        return DeepSpeedPolicy(engine, world_size=self.ranks.world_size)
+        return _policy(model, config, self.ranks)
 
     def wrap_reference(self, trunk: nn.Module, *, offload: str, rows: int) -> "DeepSpeedReference":
         """The ZeRO-3 inference engine of the frozen `trunk`: no optimizer, no new groups."""
@@ -216,6 +214,22 @@ class DeepSpeedBackend:
         return Shard(first, parameter.ds_tensor.view(-1)[:length])  # type: ignore[attr-defined]
 
 
+class ReplicatedBackend(SingleBackend):
+    """ZeRO-1 and 2: whole weights on every rank, gradients or optimizer state in shards."""
+
+    def wrap_policy(self, model: PreTrainedModel, *, config: Config) -> "DeepSpeedPolicy":
+        """The ZeRO training engine of `model`."""
+        return _policy(model, config, self.ranks)
+
+
+def _policy(model: PreTrainedModel, config: Config, ranks: Ranks) -> "DeepSpeedPolicy":
+    optimizer = _build_optimizer(model, config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=policy_config(model, config)
+    )
+    return DeepSpeedPolicy(engine, world_size=ranks.world_size)
+
+
 class _FrozenHead(nn.Module):
     """The module that `zero.Init` shards in place of a whole model; it is never run."""
 
@@ -237,7 +251,7 @@ class DeepSpeedPolicy:
 
     @region(POLICY_FORWARD)
     def __call__(self, input_ids: Tensor, **positions: Tensor) -> Tensor:
-        """Forward of one micro-batch under ZeRO-3's hooks."""
+        """Forward of one micro-batch under ZeRO's hooks."""
         # Rows are padded on the right, so under a causal mask no real token sees padding. A mask of
         # its own would rule out attention's fastest kernel and need a host synchronisation.
         return self.engine(input_ids=input_ids, use_cache=False, **positions).logits

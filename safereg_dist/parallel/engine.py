@@ -85,12 +85,14 @@ class Backend(Protocol):
         precision: str,
         offload: str,
         hpz_partition_size: int = 1,
+        quantize: str = "none",
         adapt: Adapt | None = None,
     ) -> PreTrainedModel:
         """A causal language model whose weights come from a local Hugging Face folder.
 
         `hpz_partition_size` ranks share a second shard of it; 1 = none. `adapt` puts adapters into
-        the model and returns their first values.
+        the model and returns their first values. `quantize` is how the frozen weights are kept; the
+        configuration lets it through where they are whole (`lora.quantize`).
         """
         ...
 

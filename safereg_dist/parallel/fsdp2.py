@@ -93,6 +93,7 @@ class Fsdp2Backend:
         precision: str,
         offload: str,
         hpz_partition_size: int = 1,
+        quantize: str = "none",
         adapt: Adapt | None = None,
     ) -> PreTrainedModel:
         """A model built without memory, each rank reading just its own rows of every tensor.

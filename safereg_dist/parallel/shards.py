@@ -208,9 +208,11 @@ def fill_adapters(model: nn.Module, values: AdapterValues, shard_of: ShardOf) ->
         ConfigError: as `AdapterValues`.
     """
     for name, parameter in adapter_parameters(model):
-        shard = shard_of(parameter)
-        whole = values(name, whole_shape(parameter)).reshape(-1)
-        shard.values.copy_(whole[shard.first : shard.first + shard.values.numel()])
+        whole = values(name, whole_shape(parameter))
+        if whole is not None:
+            shard = shard_of(parameter)
+            own = slice(shard.first, shard.first + shard.values.numel())
+            shard.values.copy_(whole.reshape(-1)[own])
 
 
 def whole_shard(parameter: nn.Parameter) -> Shard:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from safereg_dist.config import Config
 from safereg_dist.errors import CheckpointError, ConfigError, GroupError, reason_of
@@ -67,22 +67,40 @@ class SingleBackend:
         precision: str,
         offload: str,
         hpz_partition_size: int = 1,
+        quantize: str = "none",
         adapt: Adapt | None = None,
     ) -> PreTrainedModel:
         """The model, whole, on this process's device; there is nothing to offload or to share."""
         read_architecture(folder)
-        files = weight_files(folder)
+        files, packed = weight_files(folder), self._packed(quantize, precision)
         model: Any
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(precision))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as err:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype_of(precision), **packed
+            )
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as err:
             raise ConfigError(
                 f"the model in {folder} cannot be loaded: {reason_of(err)}: check its files"
             ) from err
-        match_names(model, files, folder)
+        if not packed:  # else a weight's shape is not its file's
+            match_names(model, files, folder)
         if adapt is not None:
             fill_adapters(model, adapt(model), whole_shard)
-        return model.to(self.ranks.device)
+        return model if packed else model.to(self.ranks.device)
+
+    def _packed(self, quantize: str, precision: str) -> dict[str, Any]:
+        """What transformers must know to keep weights in fewer bits, on this process's device."""
+        kinds = {
+            "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "int8": {"load_in_8bit": True},
+        }
+        if quantize == "none":
+            return {}
+        how = {**kinds[quantize], "bnb_4bit_compute_dtype": dtype_of(precision)}
+        return {
+            "quantization_config": BitsAndBytesConfig(**how),
+            "device_map": {"": self.ranks.device},
+        }
 
     def load_head(self, folder: Path, *, precision: str) -> Head:
         """The frozen head, whole, on this process's device."""
@@ -99,8 +117,7 @@ class SingleBackend:
 
     def wrap_policy(self, model: PreTrainedModel, *, config: Config) -> "SinglePolicy":
         """AdamW over float32 master weights."""
-        moved: Any = model  # as `to` is typed in transformers 5.23, it takes no device
-        return SinglePolicy(moved.to(self.ranks.device), config)
+        return SinglePolicy(model, config)
 
     def wrap_reference(self, trunk: nn.Module, *, offload: str, rows: int) -> "SingleReference":
         """The frozen trunk in eval mode."""

@@ -55,7 +55,7 @@ def zero_config(
 
 
 def policy_config(model: PreTrainedModel, config: Config) -> dict[str, Any]:
-    """ZeRO-3 with an optimizer: for the trained model."""
+    """ZeRO with an optimizer: for the trained model."""
     hidden_size = hidden_size_of(model)
     ds = zero_config(
         precision=config.train.precision,
@@ -69,6 +69,11 @@ def policy_config(model: PreTrainedModel, config: Config) -> dict[str, Any]:
     # The head of a model of 70B and more exceeds the bound alone.
     head = sum(getattr(p, "ds_numel", p.numel()) for p in head_of(model).parameters)
     zero["stage3_max_live_parameters"] = MAX_LIVE_PARAMETERS + head
+    if config.engine.is_replicated:
+        ds["zero_optimization"] = zero = {
+            "stage": config.engine.zero_stage,
+            "reduce_bucket_size": zero["reduce_bucket_size"],
+        }
     if config.engine.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {
             "device": "cpu",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safereg_dist.errors import ConfigError
-from safereg_dist.models.adapters import adapted_layers, adapters_disabled
+from safereg_dist.models.adapters import adapted_layers, adapters_disabled, keep_gradients
 from safereg_dist.models.architecture import decoder_layers
 from safereg_dist.policy import Policy
 from safereg_dist.reference.trunk import without_router_logits
@@ -36,7 +36,7 @@ class AdaptersOff:
         `gathered(parameters)` is a block with whole ones: `Backend.gathered`.
 
         Raises:
-            ConfigError: the model has no adapters, or none of that name.
+            ConfigError: the model has no adapters, or none of that name; see `keep_gradients`.
         """
         known = list(getattr(model, "peft_config", {}))
         if not known:
@@ -49,6 +49,7 @@ class AdaptersOff:
             raise ConfigError(
                 f"reference.adapter={adapter!r}: the model has the adapters {', '.join(known)}"
             )
+        keep_gradients(model)
         self._model: Any = model
         self._policy = policy
         self._adapter = adapter

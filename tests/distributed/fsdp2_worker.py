@@ -38,14 +38,47 @@ def moved(folder: Path) -> dict:
     losses = losses_of(run, 2)
     state = run.engine._optimizer.state.values()
     aside = {_storage(t) for each in state for t in each.values()}
-    models = (run.model, run.regularizer.reference.model.engine.module.model)
+    models = (run.model, reference_of(run))
     whole = [sum(p.numel() * p.element_size() for p in model.parameters()) for model in models]
     found = {"losses": losses, "live": live_bytes(aside), "whole": sum(whole)}
+    return found | {"skipped": skips(run)}
+
+
+def skips(run) -> bool:
+    """Whether a gradient that is not finite on one rank moves no weight."""
     before = run.backend.fingerprint(run.model)
     scale = float("inf") if run.ranks.rank == 1 else 1.0
     run.engine.backward(run.engine(torch.arange(6, 16)[None]).sum() * scale, is_last=True)
     applied = run.engine.update(1.0).applied
-    return found | {"skipped": not applied and run.backend.fingerprint(run.model) == before}
+    return not applied and run.backend.fingerprint(run.model) == before
+
+
+def stages(folder: Path) -> dict:
+    """ZeRO-1 and 2 in both precisions: a step, one that is skipped, and a step; the weights."""
+    config = load_config(folder / "run.yaml", ["engine.name=deepspeed"])
+    backend, found = None, {}
+    for stage in (1, 2):
+        for precision in ("fp32", "bf16"):
+            own = [f"engine.zero_stage={stage}", f"train.precision={precision}"]
+            config = load_config(folder / "run.yaml", ["engine.name=deepspeed", *own])
+            backend = backend or start_backend(config)
+            run = build_run(config, backend)
+            first = losses_of(run, 1)
+            skipped = skips(run)
+            after = losses_of(run, 2)
+            found[f"{stage} {precision}"] = {
+                "skipped": skipped,
+                "losses": [*first, *after],
+                "fingerprint": backend.fingerprint(run.model),
+                "sharded": sum(isinstance(p, DTensor) for p in reference_of(run).parameters()),
+            }
+            run.engine.engine.destroy()
+    return found
+
+
+def reference_of(run) -> torch.nn.Module:
+    """The reference's own model."""
+    return run.regularizer.reference.model.engine.module.model
 
 
 def _storage(tensor: torch.Tensor) -> tuple[int, int]:
@@ -105,7 +138,7 @@ def passes(reference: EngineModel) -> list[list[float]]:
 def main() -> None:
     """Writes what this rank found."""
     folder, work = Path(sys.argv[-2]), sys.argv[-1]
-    found = {"moved": moved, "beside": beside}[work](folder)
+    found = {"moved": moved, "beside": beside, "stages": stages}[work](folder)
     (folder / f"{work}.rank{os.environ['RANK']}.json").write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)  # as `safereg_dist.cli.entry` does

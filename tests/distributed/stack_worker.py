@@ -280,7 +280,10 @@ OWN_ENGINES = {
     "single": "single",
     "deepspeed-zero-3": "deepspeed",
     "fsdp2": "fsdp2",
+    "train-zero-1": "deepspeed",
+    "train-zero-2": "deepspeed",
     "train-lora-single": "single",
+    "train-lora-zero-2": "deepspeed",
     "train-lora-zero-3": "deepspeed",
     "train-lora-fsdp2": "fsdp2",
 }
@@ -307,7 +310,7 @@ def own_engine(args: argparse.Namespace):
                 "grad_accum_steps": args.accumulation,
                 "precision": args.precision,
             },
-            "engine": {"name": engine},
+            "engine": {"name": engine, "zero_stage": stage_of(args.stack)},
             "lora": lora,
         }
     )
@@ -334,6 +337,11 @@ def own_engine(args: argparse.Namespace):
         args.counter.end(step)
         losses.append(result.totals.sums["loss"])
     return losses, gradients, {"parameter_bytes": parameter_bytes(run.model, run.regularizer)}
+
+
+def stage_of(stack: str) -> int:
+    """The number that ends a stack's name; 3 without one."""
+    return int(stack[-1]) if stack[-1].isdigit() and "fsdp" not in stack else 3
 
 
 def masters(run) -> nn.Module:
@@ -462,7 +470,7 @@ class Zero(Plain):
 
         deepspeed.init_distributed(BACKEND, auto_mpi_discovery=False, verbose=False)
         super().__init__(args)
-        self.stage = int(args.stack[-1]) if args.stack[-1].isdigit() else 3
+        self.stage = stage_of(args.stack)
 
     def wrap(self) -> None:
         import deepspeed

@@ -236,3 +236,41 @@ def check(found: Outcome, wanted: Outcome, where: str) -> None:
         scale = max(float(gradient.abs().max()), 1e-6)
         worst = float((found.gradients[name].double() - gradient).abs().max()) / scale
         assert worst < 1e-4, f"{where}: gradient of {name} is off by {worst:.1e}"
+
+
+def quantised(folder, **how):
+    """A tiny model that bitsandbytes has quantised, and the float32 model of what it holds."""
+    import bitsandbytes
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    small = {"hidden_size": 64, "intermediate_size": 128}
+    tiny_model(**small).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=BitsAndBytesConfig(**how),
+        device_map="cpu",
+        dtype=torch.float32,
+    )
+    whole = tiny_model(**small)
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(
+                module.weight.data, module.weight.quant_state
+            )
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            weight = module.weight.data * module.weight.SCB[:, None] / 127
+        else:
+            continue
+        whole.get_submodule(name).weight.data.copy_(weight)
+    return model, whole
+
+
+QUANTISED = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
+    "int8": {"load_in_8bit": True},
+}
+"""How bitsandbytes is asked for each kind."""

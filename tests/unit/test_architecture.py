@@ -41,7 +41,7 @@ DOOR = "safereg_dist"
 """The package itself: it loads what it names on first use, so nothing is below it."""
 ONE_DOOR = {
     "deepspeed": {"parallel/deepspeed.py"},
-    "httpx": {"critic/remote.py"},
+    "httpx": {"critic/remote.py", "evaluate/respondent.py"},
     "megatron": {"parallel/megatron.py", "parallel/megatron_model.py"},
 }
 

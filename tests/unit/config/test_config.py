@@ -248,7 +248,7 @@ NAN, INF = float("nan"), float("inf")
         ("train", "chunk_tokens", [0]),
         ("train", "export_shard_bytes", [0]),
         ("engine", "name", ["fsdp", "deepseed"]),
-        ("engine", "zero_stage", [2]),
+        ("engine", "zero_stage", [0, 4]),
         ("engine", "offload_optimizer", ["nvme"]),
         ("engine", "offload_params", ["nvme"]),
         ("engine", "timeout_s", [0, -1, NAN, INF]),
@@ -698,7 +698,12 @@ def test_a_section_alone_names_where_it_belongs():
         ),
         (with_("train", steps=2.5), "train.steps must be int | null, got 2.5"),
         (with_("train", seed=None), "train.seed must not be null: give a int"),
-        (with_("engine", zero_stage=2), "engine.zero_stage must be 3, got 2"),
+        (with_("engine", zero_stage=4), "engine.zero_stage must be one of 1, 2, 3, got 4"),
+        (
+            with_("engine", zero_stage=2, offload_params="cpu"),
+            "engine.hpz_partition_size and engine.offload_params are for sharded weights, got 1 "
+            "and cpu with engine.zero_stage=2: set them to 1 and none, or zero_stage=3",
+        ),
         (with_(lora=3), "lora must be a section of keys, got 3"),
         (with_(train=3), "train must be a section of keys, got 3"),
         (with_("risk", parts=3), "risk.parts must be a list of sections, got 3"),

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from support.adapted import (
     CASES,
     IDS,
+    QUANTISED,
     STEPS,
     Alone,
     Case,
     adapted,
     check,
     expected,
+    quantised,
     rows_of,
     settings_of,
     train,
@@ -122,43 +124,6 @@ def test_a_probe_reads_the_base_model_and_knows_it(saved):
 # ---- a base in four or eight bits (QLoRA), which bitsandbytes runs on a CPU too
 
 
-def quantised(folder, **how):
-    """A tiny model that bitsandbytes has quantised, and the float32 model of what it holds."""
-    import bitsandbytes
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    small = {"hidden_size": 64, "intermediate_size": 128}
-    tiny_model(**small).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        quantization_config=BitsAndBytesConfig(**how),
-        device_map="cpu",
-        dtype=torch.float32,
-    )
-    whole = tiny_model(**small)
-    for name, module in model.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            weight = bitsandbytes.functional.dequantize_4bit(
-                module.weight.data, module.weight.quant_state
-            )
-        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            weight = module.weight.data * module.weight.SCB[:, None] / 127
-        else:
-            continue
-        whole.get_submodule(name).weight.data.copy_(weight)
-    return model, whole
-
-
-QUANTISED = {
-    "nf4": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_compute_dtype": torch.float32,
-    },
-    "int8": {"load_in_8bit": True},
-}
-
-
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_a_quantised_base_is_the_reference(kind, tmp_path):
@@ -167,6 +132,7 @@ def test_a_quantised_base_is_the_reference(kind, tmp_path):
     from peft import prepare_model_for_kbit_training
 
     base, whole = quantised(tmp_path, **QUANTISED[kind])
+    base.train(kind == "nf4")  # in eval mode 4 bits may be repacked for inference
     with torch.no_grad():
         states = base.model(input_ids=IDS).last_hidden_state
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
@@ -180,6 +146,23 @@ def test_a_quantised_base_is_the_reference(kind, tmp_path):
         check(found, wanted, kind)
     else:
         assert found.losses == pytest.approx(wanted.losses, rel=2e-2)
+
+
+def test_weights_that_are_packed_for_inference_are_refused(tmp_path):
+    """As bitsandbytes leaves them after a forward in eval mode, on CPUs with AVX512-BF16."""
+    pytest.importorskip("bitsandbytes")
+    base, _ = quantised(tmp_path, **QUANTISED["nf4"])
+    model = adapted(PLAIN, base=base)
+    prepare(model, settings_of(PLAIN))
+    layer = base.model.layers[0].self_attn.k_proj
+    assert not layer.support_avx512bf16_for_cpu
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ConfigError, match=r"repacked .*k_proj for inference"):
+        prepare(model, settings_of(PLAIN))
 
 
 # ---- what is refused
