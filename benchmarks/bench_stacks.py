@@ -6,10 +6,10 @@ Writes benchmarks/results/stacks.csv, and goes on where it was stopped: runs who
 left out (delete the file to measure again). With a GPU every stack runs on one rank (NCCL), several
 at once, in float32 and bf16; a run that fails has its reason on the screen, and the others go on.
 Columns: the stack, its library's version, ranks, accumulation, precision; relative errors of the
-first loss, of the worst gradient (in a parameter's own norm) and of the loss after 20 steps, against
+first loss, of the worst gradient (in a parameter's own norm) and of the loss after 20 steps, over
 whole logits in float64; what runs the reference; bytes of parameters of policy and reference on a
-rank, over the share of what that stack shards (Megatron: over twice the policy's); the device. `--megatron`: an unpacked wheel of megatron-core, whose rows
-come beside those of the installed one.
+rank, over the share of what that stack shards (Megatron: over twice the policy's); the device.
+`--megatron`: an unpacked wheel of megatron-core, whose rows come beside those of the installed one.
 `--check` exits with 1 where an error is above 1e-5 (loss) or 1e-4 (gradient), or where one of four
 ranks that shard their weights holds over 5 % more than its share.
 """
