@@ -2,7 +2,7 @@
 
     python benchmarks/record_demo.py RUN_DIR [NAME]
 
-NAME is the folder below results/, by default `demo`; `real` for the real model's. Each row is one arm,
+NAME is the folder below results/: `demo` by default, `real` for the real model. A row is one arm,
 of all prompts (`set` empty) or of one set, and carries what it was measured with (processor, cores,
 versions, commit).
 """
