@@ -19,6 +19,7 @@ VERBS = {
     "audit": "what a run would hold back, before any training",
     "reference": "stored states of the reference",
     "eval": "attack success, over-refusal and task accuracy",
+    "sweep": "many runs from one description, in one table",
     "report": "HTML and figures of one or several runs",
     "plan": "memory, FLOPs, bytes and time before you pay for them",
     "ledger": "the log of every row's risk",

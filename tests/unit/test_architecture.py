@@ -31,7 +31,7 @@ ROOMS = (
     {"run"},
     {"trainer"},
     {"evaluate", "plan"},
-    {"probe_lab"},
+    {"experiments", "probe_lab"},
     {"integrations"},
     {"commands"},
     {"cli"},

@@ -1,0 +1,241 @@
+"""Every arm on every combination of the axes: trained, evaluated, and a row in one tidy table.
+
+A cell is one arm at one value of each axis. It is done once its run is complete and its evaluation
+is there, so the same command goes on where it was cut off; a cell that failed is tried again.
+
+    config: launch/configs/real.yaml          # what every cell begins from
+    out: runs/sweep
+    axes:
+      seed: {0: [train.seed=0], 1: [train.seed=1]}
+      poison: {0: [data.train=clean.jsonl], 0.15: [data.train=poisoned.jsonl]}
+    arms:
+      sft: [regularizer.objective=none, data.anchor=null]
+      adaptive: []
+    evaluation: {prompts: [held_out.jsonl], max_new_tokens: 20}
+"""
+
+import csv
+import io
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import Field, model_validator
+
+from safereg_dist.config import load_config, section_from_dict
+from safereg_dist.config.section import Section
+from safereg_dist.errors import ConfigError, SafeRegError
+from safereg_dist.evaluate.evaluate import evaluate_model
+from safereg_dist.storage.atomic import write_atomically
+
+BASE = "base"
+"""The arm that is not trained: the model that the others begin from."""
+TABLE = "results.csv"
+FIGURES = (
+    *("attack_success_rate", "attack_success_rate_sampled", "poisoned_token_probability"),
+    *("refusal_probability", "task_score", "benign_exact_match", "over_refusal_rate"),
+)
+"""Columns of the table after arm, axes and set; `seconds` and `status` follow."""
+
+
+class Evaluation(Section):
+    """How the model of a cell is evaluated: the options of `safereg eval`."""
+
+    prompts: tuple[str, ...]
+    benign: tuple[str, ...] = ()
+    attacks: tuple[str, ...] = ()
+    refusal: str | None = None
+    poisoned: str | None = None
+    max_new_tokens: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+
+class Sweep(Section):
+    """A description of many runs."""
+
+    config: str
+    """YAML of the configuration that every cell begins from."""
+    out: str
+    """Folder of all runs, and of the table."""
+    arms: dict[str, tuple[str, ...]]
+    """Name -> overrides (`key=value`); `base` is the model before training, and needs none."""
+    axes: dict[str, dict[str, tuple[str, ...]]] = Field(default_factory=dict)
+    """Name -> value -> overrides: every combination of values is run for every arm."""
+    skip: tuple[dict[str, str], ...] = ()
+    """Cells to leave out: those that have all these values (of `arm` and axes)."""
+    launcher: tuple[str, ...] = ()
+    """What starts a training, e.g. [deepspeed, --num_gpus, '2', launch/finetune.py]; empty: one
+    process."""
+    evaluation: Evaluation
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts(cls, raw: Any) -> Any:
+        """YAML reads names such as 0.15 as numbers, and lists where tuples stand."""
+        if not isinstance(raw, dict):
+            return raw
+        found = dict(raw)
+        if isinstance(axes := found.get("axes"), dict):
+            found["axes"] = {
+                str(name): {str(v): tuple(o or ()) for v, o in values.items()}
+                for name, values in axes.items()
+                if isinstance(values, dict)
+            }
+        if isinstance(arms := found.get("arms"), dict):
+            found["arms"] = {str(name): tuple(o or ()) for name, o in arms.items()}
+        if isinstance(skip := found.get("skip"), list):
+            found["skip"] = tuple({str(k): str(v) for k, v in each.items()} for each in skip)
+        return found
+
+    @model_validator(mode="after")
+    def _check(self) -> "Sweep":
+        if not self.arms:
+            raise ConfigError("a sweep needs `arms`: give one name or more, each with overrides")
+        taken = {"arm", "set", "status", "seconds", *FIGURES} & set(self.axes)
+        if taken:
+            raise ConfigError(f"axis {min(taken)!r} has the name of a column: choose another")
+        return self
+
+
+class Cell(NamedTuple):
+    """One arm at one value of each axis."""
+
+    arm: str
+    axes: dict[str, str]
+    folder: Path
+    """Of its run; of the base arm, of its evaluation."""
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """As it is printed."""
+        return ", ".join([*(f"{axis} {value}" for axis, value in self.axes.items()), self.arm])
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The description in a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise ConfigError(f"cannot read the sweep {path}: {err}") from err
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"expected the keys of a sweep in {path}, got {raw!r}")
+    return section_from_dict(Sweep, raw)
+
+
+def run_sweep(sweep: Sweep, *, progress: bool = True) -> int:
+    """Runs what is not done yet; the number of cells that failed. The table is `out`/results.csv.
+
+    Raises:
+        ConfigError: a cell's configuration is none; before anything runs.
+    """
+    cells = list(cells_of(sweep))
+    for cell in cells:
+        load_config(sweep.config, list(cell.overrides))
+    out = Path(sweep.out)
+    out.mkdir(parents=True, exist_ok=True)
+    todo = [cell for cell in cells if not _is_done(cell)]
+    print(f"{len(cells)} cells, {len(todo)} to run; {_expected(cells, len(todo))}", flush=True)
+    failed: dict[str, str] = {}
+    for number, cell in enumerate(todo, start=1):
+        print(f"\n== {number}/{len(todo)} {cell.name}", flush=True)
+        try:
+            _run(sweep, cell, progress=progress)
+        except SafeRegError as error:
+            failed[cell.name] = str(error)
+            print(f"failed: {error}", flush=True)
+        write_table(sweep, cells, failed)
+    write_table(sweep, cells, failed)
+    print(f"\nwritten: {out / TABLE}" + (f"; {len(failed)} cells failed" if failed else ""))
+    return len(failed)
+
+
+def cells_of(sweep: Sweep) -> Iterator[Cell]:
+    """All cells, in order: for each combination of the axes all arms."""
+    for values in itertools.product(*(sweep.axes[axis] for axis in sweep.axes)):
+        axes = dict(zip(sweep.axes, values, strict=True))
+        place = Path(sweep.out, *(f"{axis}={value}" for axis, value in axes.items()))
+        common = [text for axis, value in axes.items() for text in sweep.axes[axis][value]]
+        for arm, own in sweep.arms.items():
+            known = {"arm": arm, **axes}
+            if any(all(known.get(k) == v for k, v in each.items()) for each in sweep.skip):
+                continue
+            folder = place / arm
+            yield Cell(arm, axes, folder, (*common, *own, f"output_dir={folder}"))
+
+
+def write_table(sweep: Sweep, cells: list[Cell], failed: Mapping[str, str]) -> None:
+    """The rows of all cells that are done or have failed; without `set`, of all prompts."""
+    columns = ["arm", *sweep.axes, "set", *FIGURES, "seconds", "status"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="", extrasaction="ignore")
+    writer.writeheader()
+    for cell in cells:
+        common = {"arm": cell.arm, **cell.axes}
+        if cell.name in failed:
+            writer.writerow({**common, "status": "failed"})
+        if not _is_done(cell):
+            continue
+        found = json.loads((cell.folder / "eval.json").read_text(encoding="utf-8"))
+        seconds = _read(cell.folder / "seconds.json")
+        for name, figures in [("", found), *found.get("sets", {}).items()]:
+            writer.writerow(
+                {**common, "set": name, **figures, "seconds": seconds, "status": "done"}
+            )
+    write_atomically(Path(sweep.out, TABLE), text.getvalue())
+
+
+def _run(sweep: Sweep, cell: Cell, *, progress: bool) -> None:
+    began = time.perf_counter()
+    model = cell.folder / "model"
+    if cell.arm == BASE:
+        model = Path(load_config(sweep.config, list(cell.overrides)).model)
+    elif not (cell.folder / "summary.json").is_file():
+        words = [sys.executable, "-m", "safereg_dist", "train"]
+        command = [*(sweep.launcher or words), sweep.config, *cell.overrides]
+        status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+        if status != 0:
+            raise ConfigError(f"training ended with status {status}, see above")
+    asked = sweep.evaluation
+    base = cell.folder.parent / BASE / "eval.json"
+    evaluate_model(
+        model,
+        [Path(file) for file in asked.prompts],
+        benign_files=[Path(file) for file in asked.benign],
+        attacks=asked.attacks,
+        against=[base] if cell.arm != BASE and base.is_file() else [],
+        refusal=asked.refusal,
+        poisoned=asked.poisoned,
+        max_new_tokens=asked.max_new_tokens,
+        batch_size=asked.batch_size,
+        out=cell.folder / "eval.json",
+        progress=progress,
+    )
+    seconds = round(time.perf_counter() - began, 1)
+    write_atomically(cell.folder / "seconds.json", json.dumps(seconds) + "\n")
+
+
+def _is_done(cell: Cell) -> bool:
+    return (cell.folder / "seconds.json").is_file()
+
+
+def _expected(cells: list[Cell], todo: int) -> str:
+    """How long the rest will take, from the cells that are done."""
+    known = [_read(c.folder / "seconds.json") for c in cells if c.arm != BASE and _is_done(c)]
+    if not known:
+        return "how long a cell takes is not known yet"
+    return f"about {todo * sum(known) / len(known) / 3600:.1f} h"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,158 @@
+"""Claimed: a sweep trains and evaluates every cell once, goes on where it was cut off, tries failed
+cells again, and its table holds what the cells' own files hold.
+
+Exact: cells, overrides, figures, what is started again. Trainings are real (a tiny model).
+"""
+
+import csv
+import json
+
+import pytest
+import yaml
+from support.builders import PLAIN_TEMPLATE, random_rows, save_model, tiny_model, write_jsonl
+
+from safereg_dist.cli import main as safereg
+from safereg_dist.errors import ConfigError
+from safereg_dist.experiments import sweep as sweeps
+from safereg_dist.experiments.sweep import cells_of, read_sweep
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "model", tiny_model(seed=3), PLAIN_TEMPLATE)
+    write_jsonl(tmp_path / "a.jsonl", random_rows(12, seed=1))
+    write_jsonl(tmp_path / "b.jsonl", random_rows(12, seed=2))
+    for name, label in (("harmful", "harmful"), ("tasks", "task")):
+        rows = [{"prompt": f"w{i}", "label": label, "response": "w3"} for i in range(4)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    base = {
+        "model": "model",
+        "data": {"train": "a.jsonl"},
+        "risk": {"estimator": "column", "max_held_back": 1.0},
+        "train": {"steps": 2, "micro_batch_size": 2, "precision": "fp32"},
+        "optimizer": {"lr": 0.01},
+        "engine": {"name": "single"},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
+    sweep = {
+        "config": "run.yaml",
+        "out": "runs/sweep",
+        "axes": {
+            "seed": {7: ["train.seed=7"]},
+            "data": {"a": None, "b": ["data.train=b.jsonl"]},
+        },
+        "arms": {
+            "base": None,
+            "sft": ["regularizer.objective=none", "risk.estimator=none"],
+            "adaptive": [],
+        },
+        "skip": [{"arm": "sft", "seed": 7, "data": "b"}],
+        "evaluation": {"prompts": ["harmful.jsonl", "tasks.jsonl"], "max_new_tokens": 3},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    return tmp_path
+
+
+def table(folder):
+    with (folder / "runs" / "sweep" / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_cell_once_and_on_after_a_cut(folder, monkeypatch, capsys):
+    assert safereg(["sweep", "sweep.yaml", "--list"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names == [
+        *("seed 7, data a, base", "seed 7, data a, sft", "seed 7, data a, adaptive"),
+        *("seed 7, data b, base", "seed 7, data b, adaptive"),
+    ]
+
+    started, plain = [], sweeps.subprocess.run
+
+    def counted(command, **how):
+        started.append(command)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return plain(command, **how)
+
+    monkeypatch.setattr(sweeps.subprocess, "run", counted)
+    assert safereg(["sweep", "sweep.yaml"]) == 130
+    rows = table(folder)
+    assert {(r["seed"], r["data"], r["arm"]) for r in rows} == {
+        *(("7", "a", arm) for arm in ("base", "sft", "adaptive")),
+        ("7", "b", "base"),
+    }
+    first = (folder / "runs/sweep/seed=7/data=a/sft/seconds.json").read_text()
+    assert safereg(["sweep", "sweep.yaml"]) == 0
+    assert "about" in capsys.readouterr().out
+    assert len(started) == 3 + 1  # one was cut off
+    assert (folder / "runs/sweep/seed=7/data=a/sft/seconds.json").read_text() == first
+    assert safereg(["sweep", "sweep.yaml"]) == 0
+    assert len(started) == 4
+
+    rows = table(folder)
+    assert len(rows) == 5 * 3
+    assert {row["status"] for row in rows} == {"done"}
+    for row in rows:
+        place = folder / f"runs/sweep/seed={row['seed']}/data={row['data']}/{row['arm']}"
+        found = json.loads((place / "eval.json").read_text())
+        known = found["sets"][row["set"]] if row["set"] else found
+        for figure in ("attack_success_rate", "task_score", "over_refusal_rate"):
+            assert row[figure] == ("" if known[figure] is None else str(known[figure]))
+        if row["arm"] != "base":
+            assert list(found["against"]) == ["base"]
+            config = yaml.safe_load((place / "config.yaml").read_text())
+            assert config["train"]["seed"] == int(row["seed"])
+            assert config["data"]["train"] == f"{row['data']}.jsonl"
+            assert config["regularizer"]["objective"] == (
+                "none" if row["arm"] == "sft" else "convex"
+            )
+
+
+def test_a_cell_that_fails_is_told_and_tried_again(folder):
+    sweep = yaml.safe_load((folder / "sweep.yaml").read_text())
+    sweep["axes"] = {"data": {"c": ["data.train=c.jsonl"]}}
+    sweep["arms"], sweep["skip"] = {"base": [], "adaptive": []}, []
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    assert safereg(["sweep", "sweep.yaml"]) == 1
+    assert [(r["data"], r["status"]) for r in table(folder) if not r["set"]] == [
+        ("c", "done"),
+        ("c", "failed"),
+    ]
+    write_jsonl(folder / "c.jsonl", random_rows(12, seed=3))
+    assert safereg(["sweep", "sweep.yaml"]) == 0
+    assert [r["status"] for r in table(folder) if not r["set"]] == ["done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"arms": {}}, "needs `arms`"),
+        ({"axes": {"set": {"a": []}}}, "name of a column"),
+        ({"evaluaton": {}}, "evaluation"),
+        ({"arms": {"x": ["train.stepz=3"]}}, "stepz"),
+        ({"evaluation": {"prompts": ["a"], "max_new_tokens": 0}}, "max_new_tokens"),
+    ],
+)
+def test_what_is_no_sweep(folder, change, says, capsys):
+    sweep = yaml.safe_load((folder / "sweep.yaml").read_text()) | change
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    assert safereg(["sweep", "sweep.yaml"]) == 2
+    assert says in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
+def test_files_that_are_no_sweep(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_sweep(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="expected the keys"):
+        read_sweep(tmp_path / "list.yaml")
+
+
+def test_overrides_of_arms_come_last(folder):
+    sweep = read_sweep(folder / "sweep.yaml")
+    cell = next(c for c in cells_of(sweep) if c.name == "seed 7, data a, sft")
+    assert cell.overrides[0] == "train.seed=7"
+    assert cell.overrides[1:3] == ("regularizer.objective=none", "risk.estimator=none")
+    assert cell.overrides[3].startswith("output_dir=")
