@@ -96,8 +96,9 @@ class SafeRegMixin(_Trainer):
         has_anchors = (settings.get("data") or {}).get("anchor") is not None or "is_anchor" in (
             getattr(self.train_dataset, "column_names", None) or []
         )
+        is_over_all_ranks = self.args.average_tokens_across_devices or self.args.world_size == 1
         return (
-            self.args.average_tokens_across_devices
+            is_over_all_ranks
             and not getattr(text_config, "output_router_logits", False)
             and not (has_anchors and isinstance(self.safereg.reference, NoReference))
         )
