@@ -54,6 +54,7 @@ def run(folder, rows, *, cls=SafeRegTrainer, args=None, callbacks=(), layers=2, 
 def test_without_risk_it_is_the_plain_trainer(reference, tmp_path, optim, stack_loss):
     rows = [row | {"risk": 0.0} for row in features(60)]
     args = {"optim": optim, "max_steps": 12, "max_grad_norm": 0.0}
+    args["average_tokens_across_devices"] = optim != "sgd"  # alone there is nothing to average
     given = settings(reference, train={"stack_loss": stack_loss})
     ours, own = run(tmp_path / "own", rows, args=args, safereg=given)
     theirs, plain = run(tmp_path / "plain", rows, args=args, cls=Trainer)
