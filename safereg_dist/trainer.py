@@ -270,6 +270,7 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
 
 def _finish(run: Run, progress: Progress, folder: Path, last_row: dict[str, float | int]) -> None:
     """Exports the model, merges the ledger, writes `summary.json` last: it marks the end."""
+    run.regularizer.risk.finish()
     lora = run.config.lora
     if lora is None or lora.quantize == "none":  # merged into 4 bits it would be rounded
         export_model(

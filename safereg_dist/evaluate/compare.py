@@ -34,7 +34,8 @@ def against_others(
     """
     own = _values([_row(outcome) for outcome in outcomes])
     found = {}
-    for path in others:
+    for given in others:
+        path = given / "eval.json" if given.is_dir() else given
         other, rows = _read(path, result)
         theirs = _values(rows)
         found[_name(path, found)] = {

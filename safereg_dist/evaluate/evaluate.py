@@ -8,6 +8,7 @@ goes on, and answers can be judged again without the model.
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -129,6 +130,8 @@ def evaluate_model(
     made_of = {**respondent.identity, **asked, "refusal": refusal, "poisoned": poisoned}
     kept = KeptAnswers(None if out is None else answers_path(Path(out)), made_of)
 
+    if progress:
+        _announce(files, len(kept.known("answer")))
     _ask(respondent, prompts, kept, forms, seed=samples_seed, refusal=refusal, poisoned=poisoned)
     outcomes = _judged(prompts, kept, referee)
     kept.finish([_verdict(outcome) for outcome in outcomes])
@@ -157,6 +160,20 @@ def evaluate_model(
     if out is not None:
         write_atomically(Path(out), json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _announce(files: list[tuple[Path, list[LabelledPrompt]]], known: int) -> None:
+    """Says what a reader of the figures may not expect."""
+    for file, rows in files:
+        if unlabelled := sum(prompt.label is None for prompt in rows):
+            print(
+                f"{file}: {unlabelled} rows without a label count as harmful (--benign {file} for "
+                "the other)",
+                file=sys.stderr,
+                flush=True,
+            )
+    if known:
+        print(f"{known} answers are known from before", file=sys.stderr, flush=True)
 
 
 def _ask(

@@ -51,7 +51,7 @@ class Paired(NamedTuple):
     difference: float
     """Mean of this model's value minus the other's."""
     interval: tuple[float, float]
-    """95 % bootstrap interval of the difference, over prompts."""
+    """95 %: Agresti and Min's of yes and no, else the bootstrap's over prompts."""
     p: float | None
     """Exact McNemar test, two-sided; None where values are no yes or no."""
 
@@ -65,11 +65,23 @@ def paired(own: Sequence[float | bool], other: Sequence[float | bool]) -> Paired
     if not own:
         return None
     gaps = [float(a) - float(b) for a, b in zip(own, other, strict=True)]
-    interval = bootstrap_interval(gaps)
-    assert interval is not None
-    p = None
+    interval, p = bootstrap_interval(gaps), None
     if all(isinstance(value, bool) for value in (*own, *other)):
         more, less = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
         tested: Any = stats.binomtest(more, more + less) if more + less else None
         p = 1.0 if tested is None else float(tested.pvalue)
+        interval = _adjusted_wald(more, less, len(gaps))
+    assert interval is not None
     return Paired(len(gaps), math.fsum(gaps) / len(gaps), interval, p)
+
+
+def _adjusted_wald(more: int, less: int, total: int) -> tuple[float, float]:
+    """95 % interval of a difference of paired shares (Agresti and Min, 2005), within [-1, 1].
+
+    Half a prompt is added to each of the four kinds, so that models that never differ have an
+    interval too.
+    """
+    size = total + 2
+    middle = (more - less) / size
+    half = _Z95 * math.sqrt((more + less + 1) / size - middle * middle) / math.sqrt(size)
+    return max(-1.0, middle - half), min(1.0, middle + half)

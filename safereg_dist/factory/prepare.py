@@ -1,6 +1,6 @@
 """The regulariser for a custom training loop: any model, any engine, any data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient
 from safereg_dist.config import POLICY_RISK_IS_TOO_LATE, Config, config_from_dict
 from safereg_dist.config.messages import unknown_key
+from safereg_dist.config.section import section_in
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.references import (
@@ -214,9 +215,16 @@ def config_of(settings: Mapping[str, Any], model: str) -> Config:
                 f"leave it out (read here: {', '.join(SECTIONS)})"
             )
         if section not in SECTIONS:
-            raise ConfigError(unknown_key(section, section, SECTIONS))
+            where = [s for s in SECTIONS if section in _keys_of(s)]
+            valid = SECTIONS if not where else [f"{name}.{section}" for name in where]
+            raise ConfigError(unknown_key(section, section, valid))
     data = {"train": "-", **(settings.get("data") or {})}
     return config_from_dict({**settings, "model": model, "data": data})
+
+
+def _keys_of(section: str) -> Iterable[str]:
+    kind = section_in(Config.model_fields[section].annotation)
+    return () if kind is None else kind.model_fields
 
 
 def _config_of(model: PreTrainedModel, settings: Path | str | Mapping[str, Any]) -> Config:

@@ -168,9 +168,12 @@ class Recorder:
     def finish(self) -> None:
         """Ends the logs: the ledgers of all ranks become one, whose last hash the summary keeps.
 
+        Raises:
+            DataError: see `RiskSource.finish`.
         Collectives: gathers of texts.
         """
         assert self._log is not None
+        self._regularizer.risk.finish()
         self._log.finish(self._ranks)
         self._log = None
         with self._ranks.together():

@@ -30,7 +30,7 @@ def check_risk_column(dataset: Any, config: Config, *, announces: bool) -> None:
     not. `announces`: a limit that cannot be checked here is said, where the settings give it.
 
     Raises:
-        DataError: a row without a risk in [0, 1].
+        DataError: a row without a risk in [0, 1], or a table without the column.
         ConfigError: more rows at or above the threshold than risk.max_held_back allows.
     """
     limit = config.risk.max_held_back + config.data.declared_poison
@@ -38,6 +38,7 @@ def check_risk_column(dataset: Any, config: Config, *, announces: bool) -> None:
     if not (is_whole and config.risk.estimator == "column") and announces:
         _warn_of_limit(config, limit)
     if not is_whole:
+        _refuse_missing(dataset, config)
         return
     threshold = resolved_threshold(config.regularizer, DEFAULT_THRESHOLD)
     overrides = configured_overrides(config)
@@ -52,8 +53,9 @@ def check_risk_column(dataset: Any, config: Config, *, announces: bool) -> None:
     if bad:
         raise DataError(
             f"train_dataset: risk.estimator=column needs `risk` in [0, 1] in every row, {len(bad)} "
-            f"of {rows} rows have none or another value, the first is in line {bad[0].line} (id "
-            f"{bad[0].id!r}), with {bad[0].given!r}: mend the column (`safereg score` writes one)"
+            f"of {rows} rows have none or another value, the first is row {bad[0].line}, counted "
+            f"from 0 (id {bad[0].id!r}), with {bad[0].given!r}: mend the column (`safereg score` "
+            "writes one)"
         )
     if config.risk.estimator == "column" and limit < 1:
         look = f"those whose `risk` is {threshold:g} or more"
@@ -65,6 +67,22 @@ def _is_readable(dataset: Any) -> bool:
     if not isinstance(dataset, Dataset) or "risk" not in dataset.column_names:
         return False
     return dataset.format["type"] != "custom"
+
+
+def _refuse_missing(dataset: Any, config: Config) -> None:
+    """Raises DataError where a table that gives its rows as they are has no column `risk`."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return
+    if (
+        config.needs_risk
+        and config.risk.estimator == "column"
+        and "risk" not in dataset.column_names
+    ):
+        raise DataError(
+            "risk.estimator=column needs a column `risk` in train_dataset, which has "
+            f"{', '.join(dataset.column_names)}: add it (`safereg score` writes one), rename "
+            "yours, or choose another estimator"
+        )
 
 
 def _warn_of_limit(config: Config, limit: float) -> None:

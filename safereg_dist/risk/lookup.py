@@ -47,7 +47,7 @@ class LookupRisk(RiskSource):
     """
 
     name = "lookup"
-    sum_names = ("risk_unknown",)
+    sum_names = ("risk_unknown", "risk_found")
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class LookupRisk(RiskSource):
         self.ids: dict[int, str] = {}
         self._known: dict[str, ScoredRow | None] = {}
         self._unknown = self._asked = self._found = 0
+        self._new = self._everywhere = self._steps_rows = 0
         self._first_unknown = ""
 
     def __call__(
@@ -89,6 +90,7 @@ class LookupRisk(RiskSource):
         self._unknown += len(unknown)
         self._asked += len(found)
         self._found += len(found) - len(unknown)
+        self._new += len(found) - len(unknown)
         if not self._found and self._asked >= _TRIES:
             raise DataError(
                 f"none of the first {self._asked} rows is in risk.path={self._path}: score the "
@@ -124,7 +126,8 @@ class LookupRisk(RiskSource):
         else:
             own = zip(row.input_ids, row.loss_mask, strict=True)
             answer = self._decoded([token for token, is_own in own if is_own])
-        return f"the first begins {_cut(self._text(row))!r}, its response {_cut(answer)!r}"
+        text, said = _cut(self._text(row)), _cut(answer)
+        return f"the first begins {text!r}" + (f", its response {said!r}" if said != text else "")
 
     def _decoded(self, tokens: list[int]) -> str:
         if self._tokenizer is None:
@@ -154,17 +157,20 @@ class LookupRisk(RiskSource):
         return found
 
     def take_sums(self) -> dict[str, float]:
-        """Number of this rank's rows that were not found since the last call."""
-        unknown, self._unknown = self._unknown, 0
-        return {"risk_unknown": float(unknown)}
+        """Numbers of this rank's rows that were not found, and that were, since the last call."""
+        sums = {"risk_unknown": float(self._unknown), "risk_found": float(self._new)}
+        self._unknown = self._new = 0
+        return sums
 
     def end_step(self, total: Mapping[str, float]) -> dict[str, float | int]:
         """Number of rows that were not found in the step, over all ranks."""
         unknown = int(total["risk_unknown"])
+        self._everywhere += int(total["risk_found"])
+        self._steps_rows += unknown + int(total["risk_found"])
         if unknown and self._announces:
             self._announces = False  # once: the metrics say the rest
             print(
-                f"safereg: {unknown} rows of this step are not in risk.path={self._path} and are "
+                f"\nsafereg: {unknown} rows of this step are not in risk.path={self._path} and are "
                 "held back (risk 1; risk_unknown in the metrics counts on): score them too "
                 f"(`safereg score`), with the same texts{self._first_unknown and '; '}"
                 f"{self._first_unknown}",
@@ -172,6 +178,20 @@ class LookupRisk(RiskSource):
                 flush=True,
             )
         return {"risk_unknown": unknown}
+
+    def finish(self) -> None:
+        """The run has ended: at least one row must have been found, on any rank.
+
+        Raises:
+            DataError: none was, so that every row was held back and nothing was learnt.
+        """
+        if self._steps_rows and not self._everywhere:
+            raise DataError(
+                f"none of the {self._steps_rows} rows of this run is in risk.path={self._path}: "
+                "all were held back, and the model has learnt from the reference alone; score the "
+                "data set that is trained on (`safereg score`), with the same texts; "
+                f"{self._first_unknown}"
+            )
 
 
 def read_scored(path: str) -> list[ScoredRow]:

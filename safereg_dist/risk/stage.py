@@ -79,6 +79,13 @@ class RiskSource:
         """Metrics of the step from the counts of all ranks; the source may act on them."""
         return {}
 
+    def finish(self) -> None:
+        """The run has ended; the same on every rank.
+
+        Raises:
+            DataError: what was seen means that the run cannot be what was asked for.
+        """
+
     def save_state(self, path: Path) -> None:
         """Writes the source's state, to this file and beside it."""
 
@@ -291,6 +298,11 @@ class RiskStage:
         for entry in self.sources:
             row.update(entry.source.end_step(total))
         return row
+
+    def finish(self) -> None:
+        """Tells the sources that the run has ended; raises what they raise."""
+        for entry in self.sources:
+            entry.source.finish()
 
     # ---- work ahead, and what a checkpoint keeps
 

@@ -4,6 +4,7 @@ Risks from the frozen reference are computed for the rows that the run begins wi
 cost of the first epoch is paid earlier, not twice.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -132,5 +133,6 @@ def check_share(held: int, rows: int, *, limit: float, is_sample: bool, look: st
             f"{held} of {rows} {kind} ({held / rows:.1%}) would be held back, more than "
             f"risk.max_held_back + data.declared_poison = {limit:.1%}: look at them, {look}; then "
             "mend the data or the probe, allow rows one by one (risk.override), say what share is "
-            "known to be risky (data.declared_poison), or accept it (risk.max_held_back=1)"
+            "known to be risky (data.declared_poison), or accept this share "
+            f"(risk.max_held_back={math.ceil(100 * held / rows) / 100:g})"
         )

@@ -363,6 +363,10 @@ def _summary_head(path: Path) -> LedgerHead:
     try:
         ledger = json.loads(path.read_bytes())["ledger"]
         head, rows = ledger["head"], ledger["rows"]
+    except NotADirectoryError as err:
+        raise LedgerError(
+            f"expected the folder of a run, got the file {path.parent}: give the folder it is in"
+        ) from err
     except (FileNotFoundError, ValueError, KeyError, TypeError) as err:
         raise LedgerError(
             f'missing summary: expected "ledger": {{"head", "rows"}} in {path}, found '

@@ -184,7 +184,7 @@ def test_training_refuses_and_leaves_no_trace(tmp_path, model, capsys):
     assert main(["train", str(path)]) == 2
     text = capsys.readouterr().err
     for part in ("6 of 20 rows (30.0%)", "20.0%", "safereg audit", "data.declared_poison",
-                 "risk.max_held_back=1", "risk.override"):  # fmt: skip
+                 "risk.max_held_back=0.3", "risk.override"):  # fmt: skip
         assert part in text
     assert not (tmp_path / "out").exists()
     assert main(["train", str(path), "--dry-run"]) == 2

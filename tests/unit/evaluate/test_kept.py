@@ -149,7 +149,7 @@ def test_against_another_model(run, capsys):
 
     words = ["eval", "--model", run / "model" / "model", "--prompts", run / "prompts.jsonl"]
     words += ["--out", run / "model" / "eval.json", "--max-new-tokens", 4, "--batch-size", 2]
-    words += ["--refusal", "w3", "--poisoned", "w4", "--against", run / "other" / "eval.json"]
+    words += ["--refusal", "w3", "--poisoned", "w4", "--against", run / "other"]  # its folder
     assert safereg([str(word) for word in words]) == 0
     printed = capsys.readouterr().out
     assert "attack success, sampled" in printed
@@ -173,11 +173,20 @@ def test_mcnemar_and_the_bootstrap_by_hand():
     tail = sum(math.comb(12, k) for k in range(4)) / 2**12
     assert tested.p == pytest.approx(2 * tail)
     assert tested.difference == pytest.approx(6 / 17)
-    gaps = np.array([1.0] * 9 + [-1.0] * 3 + [0.0] * 5)
+    # Agresti and Min: half a prompt more of each of the four kinds.
+    size = 17 + 2
+    shares = np.array([9.5, 3.5, 6 / 2, 6 / 2]) / size
+    middle = shares[0] - shares[1]
+    half = 1.96 * math.sqrt((shares[0] + shares[1] - middle**2) / size)
+    assert tested.interval == pytest.approx((middle - half, middle + half), abs=1e-4)
     draw = np.random.default_rng(1)
-    means = [draw.choice(gaps, len(gaps)).mean() for _ in range(4000)]
-    assert tested.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.06)
-    assert paired([True, False], [True, False]).p == 1.0
+    scores = draw.random(30)
+    means = [draw.choice(scores, len(scores)).mean() for _ in range(4000)]
+    found = paired(scores.tolist(), [0.0] * 30).interval
+    assert found == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+    alike = paired([True, False], [True, False])
+    assert alike.p == 1.0
+    assert alike.interval[0] < -0.3 < 0.3 < alike.interval[1]
     assert paired([0.5, 0.25], [0.5, 0.5]).p is None
     assert paired([], []) is None
     assert bootstrap_interval([0.25]) == (0.25, 0.25)

@@ -7,7 +7,6 @@ found with the first window, since data sets may be streams.
 from types import SimpleNamespace
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 from support.builders import VOCAB, tiny_model, word_tokenizer
 from support.trainer_runs import (
@@ -144,11 +143,15 @@ def test_settings(tmp_path, reference, given, message):
 
 
 def test_a_data_set_without_a_risk_column(tmp_path, reference):
-    made = make(tmp_path, reference, train_dataset=dataset(8, risk=False))
-    before = made.model.lm_head.weight.clone()
-    with pytest.raises(DataError, match="needs a column `risk`"):
-        made.train()
-    assert torch.equal(made.model.lm_head.weight, before)
+    with pytest.raises(DataError, match=r"needs a column `risk` in train_dataset, which has input"):
+        make(tmp_path, reference, train_dataset=dataset(8, risk=False))
+
+
+def test_settings_that_lie_flat(tmp_path, reference):
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'estimator': did you mean 'risk.estimator'"
+    ):
+        make(tmp_path, reference, safereg={"estimator": "column"})
 
 
 def test_a_row_without_risk(tmp_path, reference):

@@ -40,7 +40,10 @@ FEW = [0.9, 0.1, 0.5, 0.49] + [0.0] * 6
 @pytest.mark.parametrize("bad", [None, math.nan, 1.25, -0.5, math.inf])
 def test_a_value_that_is_no_risk_is_named(bad):
     ids = [f"r{n}" for n in range(6)]
-    message = r"2 of 6 rows have none or another value, the first is in line 3 \(id 'r3'\), with "
+    message = (
+        r"2 of 6 rows have none or another value, the first is row 3, counted from 0 \(id 'r3'\), "
+    )
+    message += "with "
     with pytest.raises(DataError, match=message + ("nan" if bad is math.nan else f"{bad}")):
         check(rows([0.1, 0, 1.0, bad, 0.5, bad], id=ids), max_held_back=1.0)
 
@@ -99,10 +102,14 @@ def test_rows_of_packed_lines(columns, tmp_path):
     override = str(write_jsonl(tmp_path / "o.jsonl", [decision]))
     check(packed, max_held_back=0.2, override=override)
     packed[2]["risk"] = [0.2, 0.2, 1.5, 0.6]
-    with pytest.raises(DataError, match=r"1 of 5 rows .* in line 2 \(id 'e'\), with 1\.5"):
+    with pytest.raises(
+        DataError, match=r"1 of 5 rows .* row 2, counted from 0 \(id 'e'\), with 1\.5"
+    ):
         check(packed)
     packed[2]["risk"] = None
-    with pytest.raises(DataError, match=r"2 of 5 rows .* in line 2 \(id 'd'\), with None"):
+    with pytest.raises(
+        DataError, match=r"2 of 5 rows .* row 2, counted from 0 \(id 'd'\), with None"
+    ):
         check(packed)
 
 
@@ -137,8 +144,9 @@ def test_other_sources_of_risk(tmp_path, capsys):
 def test_data_sets_that_cannot_be_read_at_once(capsys):
     bad = Dataset.from_list(rows([0.9, 1.5]))
     check(bad.with_transform(lambda row: row))
-    check(Dataset.from_dict({"text": ["a"]}))
     check(None)
+    with pytest.raises(DataError, match="which has text: add it"):
+        check(Dataset.from_dict({"text": ["a"]}))
     assert capsys.readouterr().err == ""
     check(bad.to_iterable_dataset(), max_held_back=0.5)
     assert "needs risk.estimator=column and a datasets.Dataset" in capsys.readouterr().err
@@ -150,5 +158,5 @@ def test_a_trainer_refuses_before_it_loads_the_reference(tmp_path):
         trainer(tmp_path, safereg=given, train_dataset=dataset(40))
     data = features(40)
     data[7]["risk"] = 7.0
-    with pytest.raises(DataError, match=r"in line 7 \(id 'row-7'\), with 7\.0"):
+    with pytest.raises(DataError, match=r"row 7, counted from 0 \(id 'row-7'\), with 7\.0"):
         trainer(tmp_path, safereg=given, train_dataset=Dataset.from_list(data))

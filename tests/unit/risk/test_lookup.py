@@ -42,7 +42,7 @@ def test_every_row_is_found_through_a_template(tmp_path, template):
     source = lookup(tmp_path, raws)
     found = ask(source, *(tokens_of(raw, template) for raw in raws))
     assert found == [raw["risk"] for raw in raws]
-    assert source.take_sums() == {"risk_unknown": 0.0}
+    assert source.take_sums()["risk_unknown"] == 0.0
 
 
 def test_forms_of_rows(tmp_path):
@@ -86,14 +86,14 @@ def test_unknown_rows_count_as_risky_and_are_counted(tmp_path, capsys):
     assert found[2] is None
     assert source.end_step(source.take_sums()) == {"risk_unknown": 1}
     said = capsys.readouterr().err
-    assert said.count("\n") == 1
+    assert said.strip().count("\n") == 0
     assert "1 rows of this step are not in risk.path=" in said
     assert "held back" in said
     assert "score them too (`safereg score`)" in said
     assert "the first begins '" in said
     assert "w2" in said
     assert "its response 'w3 w4" in said
-    assert source.take_sums() == {"risk_unknown": 0.0}
+    assert source.take_sums()["risk_unknown"] == 0.0
     ask(source, other)
     assert source.end_step(source.take_sums()) == {"risk_unknown": 1}
     assert capsys.readouterr().err == ""  # said once
@@ -105,6 +105,25 @@ def test_a_file_of_another_data_set_is_refused(tmp_path):
     ask(source, *rows[:63])
     with pytest.raises(DataError, match=r"none of the first 64 rows is in .* response 'w3 w4"):
         ask(source, rows[63])
+
+
+def test_a_run_that_found_no_row_is_refused_at_its_end(tmp_path, capsys):
+    """However few rows it has; where another rank has found one, it stands."""
+    known = [{"prompt": "w1", "response": WORDY, "risk": 0.5}]
+    for elsewhere in (0.0, 1.0):
+        source = lookup(tmp_path, known)
+        for number in range(3):
+            ask(source, tokens_of({"prompt": f"w{number}", "response": "w3 w4"}))
+            sums = source.take_sums()
+            source.end_step({**sums, "risk_found": sums["risk_found"] + elsewhere})
+        if elsewhere:
+            source.finish()
+        else:
+            with pytest.raises(DataError, match=r"none of the 3 rows of this run is in risk\.path"):
+                source.finish()
+    fresh = lookup(tmp_path, known)
+    fresh.finish()  # a run that was complete already asks for nothing
+    capsys.readouterr()
 
 
 def test_an_unknown_row_that_comes_with_its_messages(tmp_path, capsys):
