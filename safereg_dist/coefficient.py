@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -10,6 +11,8 @@ from safereg_dist.parallel.comm import Ranks, Result
 from safereg_dist.regions import COEFFICIENT, region
 from safereg_dist.types import Row, RowRisks, known_risk
 
+_LEAST = 0.01
+"""Share of the span that a budget's coefficient never falls below."""
 DEFAULT_THRESHOLD = 0.5
 """The threshold if neither the configuration nor a probe gives one."""
 
@@ -29,10 +32,11 @@ def scheduled(risk: float, config: RegularizerConfig, threshold: float) -> float
     linear     f + (c - f) r
     clamp      clip((4 r - 1) / 3, f, c): the official code's clip((s - 2) / 3), s = 1 + 4 r
     sigmoid    f + (c - f) / (1 + exp(-slope (r - t)))
+    budget     as step, at its start; see `BudgetController`
     """
     low, span = config.floor, config.ceiling - config.floor
     match config.schedule:
-        case "step":
+        case "step" | "budget":
             return config.ceiling if risk >= threshold else low
         case "threshold":
             if risk < threshold:
@@ -46,6 +50,55 @@ def scheduled(risk: float, config: RegularizerConfig, threshold: float) -> float
             # tanh does not overflow, however steep: 1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2
             return low + span * (1 + math.tanh(config.slope * (risk - threshold) / 2)) / 2
     raise AssertionError(config.schedule)
+
+
+class BudgetController:
+    """The coefficient of risky rows that keeps the divergence D_t of a step's tokens at a budget.
+
+    A PID controller of the Lagrange multiplier of D <= budget (Stooke et al., 2007.03964), whose
+    error is relative:
+
+        e_t = (D_t - budget) / budget
+        I_t = clip(I_{t-1} + k_i e_t, 0, c - f)
+        b   = f + clip(k_p e_t + I_t + k_d max(0, e_t - e_{t-1}), (c - f) / 100, c - f)
+
+    for floor f and ceiling c; b begins at c, and I_0 = c - f. Never 0: a row without a coefficient
+    needs no reference, and then nobody would see D rise. Every rank sees the same D, so all have
+    the same b; no collectives.
+    """
+
+    def __init__(self, config: RegularizerConfig) -> None:
+        assert config.budget is not None
+        self._budget = config.budget
+        self._gains = config.budget_gains
+        self._floor, self._span = config.floor, config.ceiling - config.floor
+        self._integral, self._error = self._span, 0.0
+        self.coefficient = config.ceiling
+
+    def observe(self, divergence: float) -> None:
+        """Takes the divergence of a step's active tokens, nats a token; nan changes nothing."""
+        if not math.isfinite(divergence):
+            return
+        proportional, integral, derivative = self._gains
+        error = (divergence - self._budget) / self._budget
+        self._integral = min(max(self._integral + integral * error, 0.0), self._span)
+        rise = max(0.0, error - self._error)
+        wanted = proportional * error + self._integral + derivative * rise
+        self._error = error
+        self.coefficient = self._floor + min(max(wanted, _LEAST * self._span), self._span)
+
+    def state_dict(self) -> dict[str, float]:
+        """Its state, for the checkpoint."""
+        return {
+            "integral": self._integral,
+            "error": self._error,
+            "coefficient": self.coefficient,
+        }
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restores it."""
+        self._integral, self._error = state["integral"], state["error"]
+        self.coefficient = state["coefficient"]
 
 
 class Coefficient:
@@ -68,6 +121,7 @@ class Coefficient:
             for category, ceiling in (ceilings or {}).items()
         }
         self._ema: float | None = None
+        self._controller = None if config.budget is None else BudgetController(config)
 
     @region(COEFFICIENT)
     def __call__(
@@ -114,6 +168,9 @@ class Coefficient:
             return 0.0
         if common is not None:
             return common
+        if self._controller is not None:
+            is_risky = known_risk(risk.values[index]) >= self.threshold
+            return self._controller.coefficient if is_risky else self._config.floor
         if not self._by_category:
             return scheduled(known_risk(risk.values[index]), self._config, self.threshold)
         return max(
@@ -147,10 +204,24 @@ class Coefficient:
         total = self._ranks.sum_(own).tolist()
         return total[0], total[1]
 
-    def state_dict(self) -> dict[str, float | None]:
-        """The moving average, for the checkpoint."""
-        return {"ema": self._ema}
+    def observe(self, divergence: float) -> dict[str, float]:
+        """Takes the divergence of a step's active tokens; metrics, where a budget is kept.
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Restores the moving average."""
+        The same value on every rank. Collectives: none.
+        """
+        if self._controller is None:
+            return {}
+        used = self._controller.coefficient
+        self._controller.observe(divergence)
+        return {"budget_coef": used}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moving average and the controller's state, for the checkpoint."""
+        kept = {} if self._controller is None else {"budget": self._controller.state_dict()}
+        return {"ema": self._ema, **kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores them."""
         self._ema = state["ema"]
+        if self._controller is not None:
+            self._controller.load_state_dict(state["budget"])

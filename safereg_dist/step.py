@@ -335,7 +335,11 @@ class SafetyRegularizer:
         totals = step.metrics.reduce(
             self.ranks, step=step.step, flags=flags or {}, risk_sums=self.risk.take_sums()
         )
-        return totals._replace(risk_metrics=self.risk.end_step(totals.sums))
+        sums = totals.sums
+        found = self.risk.end_step(sums)
+        if sums["active_tokens"]:
+            found |= self.coefficient.observe(sums["divergence_sum"] / sums["active_tokens"])
+        return totals._replace(risk_metrics=found)
 
     # ---- validation
 
@@ -364,12 +368,12 @@ class SafetyRegularizer:
 
     # ---- what a checkpoint keeps
 
-    def save_state(self, path: Path) -> dict[str, float | None]:
+    def save_state(self, path: Path) -> dict[str, Any]:
         """Writes the sources' state beside `path`; returns the coefficient's."""
         self.risk.save_state(path)
         return self.coefficient.state_dict()
 
-    def load_state(self, path: Path, state: dict[str, float | None]) -> None:
+    def load_state(self, path: Path, state: Mapping[str, Any]) -> None:
         """Restores what `save_state` wrote and returned.
 
         Raises:

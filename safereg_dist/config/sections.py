@@ -74,14 +74,22 @@ class RegularizerConfig(Section):
     """`convex` (1-b)*CE + b*D, `additive` CE + b*D, `static` convex with b = ceiling, or `none`."""
     divergence: Literal["kl_forward", "kl_reverse", "l2_logits"] = "kl_forward"
     """`kl_forward` KL(ref||policy), `kl_reverse` KL(policy||ref), or `l2_logits`."""
-    schedule: Literal["step", "threshold", "linear", "clamp", "sigmoid"] = "step"
-    """`step`, `threshold`, `linear`, `clamp` or `sigmoid` (see `coefficient`)."""
+    schedule: Literal["step", "threshold", "linear", "clamp", "sigmoid", "budget"] = "step"
+    """`step`, `threshold`, `linear`, `clamp` or `sigmoid` (see `coefficient`), or `budget`: risky
+    rows get what keeps the divergence at `budget`, at most the ceiling."""
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)
     """Risk at which regularisation sets in, in [0, 1]; null = the probe's own, else 0.5."""
     floor: float = Field(default=0.0, ge=0.0)
     """Coefficient of a harmless row, >= 0."""
     ceiling: float = Field(default=1.0, ge=0.0)
     """Coefficient of a risky row, >= floor; at most 1 unless the objective is `additive`."""
+    budget: float | None = Field(default=None, gt=0, json_schema_extra=NEWER)
+    """Divergence of active tokens to aim at, nats a token, > 0; needed with schedule `budget`."""
+    budget_gains: tuple[float, float, float] = Field(
+        default=(0.1, 0.05, 0.0), json_schema_extra=NEWER
+    )
+    """Proportional, integral and derivative gain of the controller of schedule `budget`, >= 0; an
+    error is (divergence - budget) / budget."""
     slope: float = Field(default=12.0, gt=0)
     """Steepness of `sigmoid` per unit of risk, > 0."""
     ema: float = Field(default=0.0, ge=0, lt=1)
@@ -109,12 +117,32 @@ class RegularizerConfig(Section):
                 f"regularizer.ceiling must be at most 1 with objective {self.objective}, got "
                 f"{self.ceiling}: (1 - b) would be negative; use objective=additive for larger ones"
             )
+        self._check_budget()
         if self.ema > 0 and self.granularity != "batch":
             raise ConfigError(
                 "regularizer.ema smooths the risk of a batch: set regularizer.granularity=batch, "
                 "or ema=0"
             )
         return self
+
+    def _check_budget(self) -> None:
+        if (self.budget is not None) != (self.schedule == "budget"):
+            raise ConfigError(
+                "regularizer.budget and regularizer.schedule=budget go together, got "
+                f"{self.budget} and {self.schedule}: give both or neither"
+            )
+        if min(self.budget_gains) < 0:
+            raise ConfigError(
+                f"regularizer.budget_gains must be >= 0, got {list(self.budget_gains)}"
+            )
+        if self.budget is not None and (
+            self.objective not in ("convex", "additive") or self.granularity == "batch"
+        ):
+            raise ConfigError(
+                "regularizer.schedule=budget moves the coefficient of risky rows: it needs "
+                "objective=convex or additive and granularity=sequence, got "
+                f"{self.objective} and {self.granularity}"
+            )
 
 
 class OptimizerConfig(Section):
@@ -304,6 +332,11 @@ class Config(Section):
                 f"column, objective convex or additive), got estimator {self.risk.estimator} and "
                 f"objective {rule.objective}: write it with `safereg score`, or use exchange"
             )
+        if rule.schedule == "budget":
+            raise ConfigError(
+                "reference.balance=deal needs every row's coefficient beforehand, and "
+                "regularizer.schedule=budget changes it with every step: set balance=none, exchange"
+            )
         if rule.granularity == "batch":
             raise ConfigError(
                 "reference.balance=deal needs regularizer.granularity=sequence: with batch a row's "
@@ -358,6 +391,10 @@ class Config(Section):
             if part.ceiling is None:
                 continue
             where = f"risk.parts[{part.category}].ceiling"
+            if rule.schedule == "budget":
+                raise ConfigError(
+                    f"{where} cannot be used: schedule=budget has one ceiling for all"
+                )
             if rule.granularity == "batch":
                 raise ConfigError(f"{where} needs regularizer.granularity=sequence, not batch")
             highest = math.inf if rule.objective == "additive" else 1.0

