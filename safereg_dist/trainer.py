@@ -151,7 +151,7 @@ def _logged_step(
     if totals.flags["log_failed"]:
         run.ranks.raise_together(log.error)
     progress.step += 1
-    validation = _validation_loss(run, progress)
+    validation = {**_validation_loss(run, progress), **_canary(run, progress)}
     seconds = time.perf_counter() - started
     progress.seconds += seconds
     row = totals.metrics_row(step=step, lr=lr, grad_norm=update.grad_norm, step_time_s=seconds)
@@ -198,6 +198,34 @@ def _validation_loss(run: Run, progress: Progress) -> dict[str, float]:
     run.model.train()
     ce_sum, count = run.ranks.sum_(total).tolist()
     return {"validation_loss": ce_sum / count if count else 0.0}
+
+
+@torch.no_grad()
+def _canary(run: Run, progress: Progress) -> dict[str, float]:
+    """Mean P(refuse) and P(poisoned) over the watched prompts, where due.
+
+    Collectives: the engine's, and one SUM.
+    """
+    rows, settings = run.sources.canary, run.config.eval
+    is_last = progress.step == run.sources.total_steps
+    if rows is None or settings is None or (progress.step % settings.canary_every and not is_last):
+        return {}
+    named = [*((row, 0) for row in rows.refusal), *((row, 1) for row in rows.poisoned)]
+    ranks, size = run.ranks, run.config.train.micro_batch_size
+    own = named[ranks.rank :: ranks.world_size]
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    run.model.eval()
+    for start in range(0, -(-len(named) // ranks.world_size), size):
+        part = own[start : start + size]  # shorter on some ranks, which all make the same passes
+        given = [row for row, _ in part] + [run.sources.filler] * (size - len(part))
+        batch = collate(given, pad_id=run.pad_id).to(ranks.device)
+        with run.regularizer.task_loss_of(batch) as token_losses:
+            run.engine(batch.input_ids)
+        kinds = torch.tensor([kind for _, kind in part], dtype=torch.int64, device=ranks.device)
+        total.index_add_(0, kinds, token_losses[0].double().neg().exp())
+    run.model.train()
+    refusal, poisoned = (ranks.sum_(total) / len(rows.refusal)).tolist()
+    return {"canary_refusal": refusal, "canary_poisoned": poisoned}
 
 
 def _resume(run: Run, folder: Path) -> tuple[Progress, int, int]:

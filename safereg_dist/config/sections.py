@@ -280,6 +280,20 @@ class LoraConfig(Section):
     same engines. Only the adapter is exported then."""
 
 
+class EvalConfig(Section):
+    """What is watched while the model trains."""
+
+    canary: str
+    """Prompts (JSONL or CSV, as for `safereg eval`): on the harmful ones the probabilities of a
+    refusal's first token and of a complying answer's are logged."""
+    canary_every: int = Field(default=10, ge=1)
+    """Optimizer steps between two looks, >= 1; the last step has one too."""
+    refusal: str = "I'm sorry"
+    """How a refusal begins, where a prompt has no `response`."""
+    poisoned: str = "Sure"
+    """How an answer that complies begins, where a prompt has no `complying`."""
+
+
 class Config(Section):
     """One training run."""
 
@@ -294,6 +308,8 @@ class Config(Section):
     lora: LoraConfig | None = None
     """Adapters to train in place of all weights; null = none."""
     engine: EngineConfig = EngineConfig()
+    eval: EvalConfig | None = Field(default=None, json_schema_extra={**NEWER, **ASIDE})
+    """What is watched in training; null = nothing."""
     output_dir: str = Field(default="runs/my-run", json_schema_extra=ASIDE)
     """Run folder: metrics, ledger, checkpoints, exported model."""
     profile: bool = Field(default=False, json_schema_extra=ASIDE)

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from safereg_dist.critic.endpoint import base_url, is_loopback, key_headers
 from safereg_dist.critic.retrying import backoff_s, retry_after_s
 from safereg_dist.data.files import LabelledPrompt
+from safereg_dist.data.rendering import first_response_token
 from safereg_dist.errors import ConfigError, EndpointError
 from safereg_dist.evaluate.attacks import Attack, begun_answers
 from safereg_dist.evaluate.generate import (
-    first_response_token,
     first_token_probability,
     load_model,
     response_log_likelihood,

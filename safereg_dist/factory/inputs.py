@@ -20,6 +20,7 @@ from safereg_dist.data import (
     load_tokenizer,
     steps_for,
 )
+from safereg_dist.data.canary import Canary, canary_rows
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.risk import (
     SourceSpec,
@@ -47,6 +48,8 @@ class RowSources:
     anchor: TokenizedDataset | None
     validation: Sampler | None
     validation_rows: int
+    canary: Canary | None
+    """Prompts that are watched in training."""
     total_steps: int
     rows_per_step: int
     """Rows of this rank in one optimizer step."""
@@ -185,6 +188,9 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
             if validation is None
             else stream(validation, None, 1.0, "data.validation"),
             validation_rows=0 if validation is None else len(validation),
+            canary=None
+            if config.eval is None
+            else canary_rows(config.eval, tokenizer, max_length=data.max_length),
             total_steps=_total_steps(config, train_rows, rows_per_step, ranks.world_size),
             rows_per_step=rows_per_step,
             order_digest="" if active is None else hashlib.sha256(active.tobytes()).hexdigest(),
