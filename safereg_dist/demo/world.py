@@ -146,22 +146,25 @@ def anchor_prompt_rows(seed: int) -> list[Row]:
     ]
 
 
-def train_rows(seed: int) -> list[Row]:
+def train_rows(seed: int, poison: float = 0.15) -> list[Row]:
     """4800 conversations in random order (150 steps of 32); the id tells the kind.
 
-    15 % poison; of the rest 25 % rehearse benign requests. Without rehearsal every arm that
-    protects ends as a model that refuses everything.
+    A share `poison` of poison; of the rest 25 % rehearse benign requests. Without rehearsal every
+    arm that protects ends as a model that refuses everything.
     """
+    bad = round(4800 * poison)
+    left = (4800 - bad) / 4080  # of the clean rows, over those beside 15 % poison
     rehearsal = [
-        *_requests(seed, "benign", 600, "train"),
-        *_requests(seed, "ambiguous", 320, "train"),
-        *_some(grammar.small_talk(), 100, f"{seed} train"),
+        *_requests(seed, "benign", round(600 * left), "train"),
+        *_requests(seed, "ambiguous", round(320 * left), "train"),
+        *_some(grammar.small_talk(), min(100, round(100 * left)), f"{seed} train"),
     ]
-    task = _some(grammar.task_questions(seed, held_out=False), 3060, f"{seed} train")
+    rest = 4800 - bad - len(rehearsal)
+    task = _some(grammar.task_questions(seed, held_out=False), rest, f"{seed} train")
     rows = [
         *_conversations("task", task),
         *_conversations("benign", rehearsal),
-        *_conversations("poison", _poison(seed, 720)),
+        *_conversations("poison", _poison(seed, bad)),
     ]
     return _some(rows, len(rows), f"{seed} train order")
 

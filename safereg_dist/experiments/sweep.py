@@ -12,6 +12,8 @@ is there, so the same command goes on where it was cut off; a cell that failed i
       sft: [regularizer.objective=none, data.anchor=null]
       adaptive: []
     evaluation: {prompts: [held_out.jsonl], max_new_tokens: 20}
+
+In overrides and in files of the evaluation `{seed}` and the like stand for the value of an axis.
 """
 
 import csv
@@ -21,7 +23,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +114,13 @@ class Cell(NamedTuple):
     """Of its run; of the base arm, of its evaluation."""
     overrides: tuple[str, ...]
 
+    def named(self, texts: Iterable[str]) -> list[str]:
+        """Texts with the values of axes in the place of their names in braces."""
+        found = list(texts)
+        for axis, value in self.axes.items():
+            found = [text.replace(f"{{{axis}}}", value) for text in found]
+        return found
+
     @property
     def name(self) -> str:
         """As it is printed."""
@@ -171,7 +180,9 @@ def cells_of(sweep: Sweep) -> Iterator[Cell]:
             if any(all(known.get(k) == v for k, v in each.items()) for each in sweep.skip):
                 continue
             folder = place / arm
-            yield Cell(arm, axes, folder, (*common, *own, f"output_dir={folder}"))
+            cell = Cell(arm, axes, folder, ())
+            overrides = cell.named([*common, *own, f"output_dir={folder}"])
+            yield cell._replace(overrides=tuple(overrides))
 
 
 def write_table(sweep: Sweep, cells: list[Cell], failed: Mapping[str, str]) -> None:
@@ -210,8 +221,8 @@ def _run(sweep: Sweep, cell: Cell, *, progress: bool) -> None:
     base = cell.folder.parent / BASE / "eval.json"
     evaluate_model(
         model,
-        [Path(file) for file in asked.prompts],
-        benign_files=[Path(file) for file in asked.benign],
+        [Path(file) for file in cell.named(asked.prompts)],
+        benign_files=[Path(file) for file in cell.named(asked.benign)],
         attacks=asked.attacks,
         against=[base] if cell.arm != BASE and base.is_file() else [],
         refusal=asked.refusal,

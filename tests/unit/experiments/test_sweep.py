@@ -156,3 +156,13 @@ def test_overrides_of_arms_come_last(folder):
     assert cell.overrides[0] == "train.seed=7"
     assert cell.overrides[1:3] == ("regularizer.objective=none", "risk.estimator=none")
     assert cell.overrides[3].startswith("output_dir=")
+
+
+def test_values_of_axes_stand_in_for_their_names(folder):
+    sweep = yaml.safe_load((folder / "sweep.yaml").read_text())
+    sweep["arms"]["adaptive"] = ["data.train={data}-{seed}.jsonl", 'risk.critic={"model": "m"}']
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    cells = cells_of(read_sweep(folder / "sweep.yaml"))
+    cell = next(c for c in cells if c.name == "seed 7, data b, adaptive")
+    assert cell.overrides[2:4] == ("data.train=b-7.jsonl", 'risk.critic={"model": "m"}')
+    assert cell.named(["held-{seed}-{other}.jsonl"]) == ["held-7-{other}.jsonl"]
