@@ -89,14 +89,12 @@ class LocalModel:
         self._sizes: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         self._max_new_tokens = max_new_tokens
         # Not the weights' own hash: a model whose answers are all known is not read again.
-        self.identity = {
-            "files": {
-                path.name: [path.stat().st_size, path.stat().st_mtime_ns]
-                for path in sorted(Path(folder).glob("*"))
-                if path.is_file()
-            },
-            "dtype": str(dtype),
+        files = {
+            path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+            for path in sorted(Path(folder).glob("*"))
+            if path.is_file()
         }
+        self.identity = {"files": files or self.name, "dtype": str(dtype)}
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
