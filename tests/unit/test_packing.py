@@ -60,7 +60,7 @@ def test_a_run_of_packed_rows_is_that_of_padded_ones(attention, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", random_rows(24, seed=4))
     losses, weights = losses_and_weights(tmp_path, packing=True)
     wanted, wanted_weights = losses_and_weights(tmp_path)
-    # 1.4e-6 after two updates on a CPU with AVX-512, 5e-7 without
+    # 1.4e-6 after two updates, measured on a CPU with AVX-512
     assert losses == pytest.approx(wanted, rel=1e-5)
     for own, want in zip(weights, wanted_weights, strict=True):
         torch.testing.assert_close(own, want, rtol=1e-4, atol=1e-5)
