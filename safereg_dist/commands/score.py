@@ -163,15 +163,19 @@ def _conversations(data: Path) -> Iterator[tuple[dict, Messages]]:
 
 
 def _write(out: Path, data: Path, verdicts: Iterable[Verdict]) -> Counter[str]:
-    """Writes the rows with their verdicts; how many failed, by reason."""
+    """Writes the rows with their verdicts; how many failed, by reason. Says what it replaces."""
     failures: Counter[str] = Counter()
+    replaced = 0
     with whole_file(out) as file:
         for (_, row), verdict in zip(read_rows(data), verdicts, strict=True):
+            replaced += row.get("risk") is not None
             row = {k: v for k, v in row.items() if k != "risk_failed"} | {"risk": verdict.score}
             if verdict.failed:
                 row["risk_failed"] = True
                 failures[verdict.reason or "unknown"] += 1
             file.write((json.dumps(row) + "\n").encode())
+    if replaced:
+        print(f"score: {replaced} rows had a risk of their own, which the new one replaces")
     return failures
 
 

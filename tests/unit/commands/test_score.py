@@ -77,6 +77,15 @@ def check(result: list[dict], given: list[dict]) -> None:
         assert mine.keys() - {"risk_failed"} == row.keys() - {"risk_failed"} | {"risk"}
 
 
+def test_a_risk_that_is_there_is_replaced_aloud(tmp_path: Path, capsys) -> None:
+    given = [row | {"risk": 0.25} if n < 2 else row for n, row in enumerate(rows(4)[1:])]
+    data, out = write_jsonl(tmp_path / "in.jsonl", given), tmp_path / "out.jsonl"
+    with running_server("good") as server:
+        assert main(arguments(server.url, data, out, *cache(tmp_path))) == 0
+    assert "2 rows had a risk of their own" in capsys.readouterr().out
+    assert all(row["risk"] != 0.25 for row in written(out))
+
+
 def test_rows_come_out_in_order_with_all_fields(tmp_path: Path, capsys) -> None:
     given = rows(180)  # 0, 89 and 178 get no verdict
     data, out = write_jsonl(tmp_path / "in.jsonl", given), tmp_path / "deep" / "out.jsonl"
