@@ -78,7 +78,7 @@ def check(result: list[dict], given: list[dict]) -> None:
 
 
 def test_a_risk_that_is_there_is_replaced_aloud(tmp_path: Path, capsys) -> None:
-    given = [row | {"risk": 0.25} if n < 2 else row for n, row in enumerate(rows(4)[1:])]
+    given = [row | {"risk": 0.25 if n < 2 else None} for n, row in enumerate(rows(4)[1:])]
     data, out = write_jsonl(tmp_path / "in.jsonl", given), tmp_path / "out.jsonl"
     with running_server("good") as server:
         assert main(arguments(server.url, data, out, *cache(tmp_path))) == 0
