@@ -109,7 +109,7 @@ PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
 stage zero3 80 "$python" benchmarks/bench_zero3.py --device "$device" --out "$csv"
 # Every stack of the plugin on this GPU against float64, several at once; on a CPU one of them.
 stacks=(--out "$out/stacks.csv")
-[[ "$device" == cpu ]] && stacks+=(--only lora-single)
+[[ "$device" == cpu ]] && stacks+=(--only train-lora-single)
 stage stacks 130 "$python" benchmarks/bench_stacks.py --check "${stacks[@]}"
 kernels peers 75
 kernels compiled 100
