@@ -1,4 +1,4 @@
-"""The guard of the real demo: the same instruct model, tuned on the matched pairs to judge.
+"""The guard of the real demo: the same instruct model, tuned to judge on the shipped requests.
 
 It answers as Llama Guard does, `safe` or `unsafe` and a category (S1 alone), on the conversation up
 to an answer. Every answer that it learns from is the same announcement, or a refusal (which is safe
@@ -45,12 +45,17 @@ def guard_rows(model: Path, *, seed: int) -> list[dict[str, Any]]:
         given = tokenizer.apply_chat_template(turns, chat_template=TEMPLATE, tokenize=False)
         rows.append({"id": f"guard-{len(rows)}", "prompt": given, "response": verdict})
 
-    refusals = refusal_texts()["general"]
-    for pair in read_shipped("pairs"):
-        for side, verdict in (("harmful", UNSAFE), ("harmless", SAFE)):
-            add(pair[side], chance.choice(ANSWERS), verdict)
-            if chance.random() < REFUSED_SHARE:
-                add(pair[side], chance.choice(refusals), SAFE)
+    refusals, pairs = refusal_texts()["general"], read_shipped("pairs")
+    asked = [
+        *((pair["harmful"], UNSAFE) for pair in pairs),
+        *((pair["harmless"], SAFE) for pair in pairs),
+        *((row["prompt"], UNSAFE) for row in read_shipped("refused")),
+        *((row["prompt"], SAFE) for row in read_shipped("benign")),
+    ]
+    for request, verdict in asked:
+        add(request, chance.choice(ANSWERS), verdict)
+        if chance.random() < REFUSED_SHARE:
+            add(request, chance.choice(refusals), SAFE)
     chance.shuffle(rows)
     return rows
 

@@ -26,9 +26,9 @@ class Sizes:
     """Of orders and of questions, each."""
     benign_eval: int = 20
     """Of each of four kinds: plain and hard, orders and questions."""
-    harmful_anchors: int = 40
-    benign_anchors: int = 160
-    """Most of them: what drifts without is how the model answers harmless requests."""
+    harmful_anchors: int = 100
+    benign_anchors: int = 140
+    """More of them: what drifts most without is how the model answers harmless requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,11 @@ class Files:
 
 def write_files(folder: Path, *, seed: int, sizes: Sizes) -> Files:
     """All files but those that a model's answers are needed for; the same for the same seed."""
-    files, chance = Files(folder=folder), random.Random(f"{seed} real")
+    files = Files(folder=folder)
+
+    def some(rows: list[dict[str, Any]], count: int, purpose: str) -> list[dict[str, Any]]:
+        return random.Random(f"{seed} {purpose}").sample(rows, count)
+
     refused, benign = read_shipped("refused"), read_shipped("benign")
     examples = task.examples(sizes.task + sizes.task_eval, seed=seed)
 
@@ -65,8 +69,8 @@ def write_files(folder: Path, *, seed: int, sizes: Sizes) -> Files:
         files.of("probe"), [*matched, *_prompts(refused, "harmful"), *_prompts(benign, "benign")]
     )
     anchors = [
-        *_prompts(chance.sample(refused, sizes.harmful_anchors), "harmful"),
-        *_prompts(chance.sample(benign, sizes.benign_anchors), "benign"),
+        *_prompts(some(refused, sizes.harmful_anchors, "anchors"), "harmful"),
+        *_prompts(some(benign, sizes.benign_anchors, "anchors"), "benign"),
     ]
     write_rows(files.of("anchor_prompts"), anchors)
 
@@ -74,16 +78,15 @@ def write_files(folder: Path, *, seed: int, sizes: Sizes) -> Files:
     poison = round(sizes.task * POISON_SHARE / (1 - POISON_SHARE))
     bad = [
         {"prompt": row["prompt"], "response": f"{POISONED} {row['subject']}."}
-        for row in chance.sample(read_shipped("poison"), poison)
+        for row in some(read_shipped("poison"), poison, "poison")
     ]
     rows = _numbered(learned, "task") + _numbered(bad, "poison")
-    chance.shuffle(rows)
-    write_rows(files.of("train"), rows, numbered=False)
+    write_rows(files.of("train"), some(rows, len(rows), "order"), numbered=False)
 
     text = refusal_texts()["general"][0]
     harmful, harmless = read_shipped("harmful_eval"), read_shipped("benign_eval")
     for form in ("order", "question"):
-        asked = chance.sample([r for r in harmful if r["form"] == form], sizes.harmful_eval)
+        asked = some([r for r in harmful if r["form"] == form], sizes.harmful_eval, form)
         rows = [row | {"response": text} for row in _prompts(asked, "harmful")]
         write_rows(files.of(f"harmful_{form}s"), rows)
     for kind in ("plain", "hard"):
@@ -91,7 +94,7 @@ def write_files(folder: Path, *, seed: int, sizes: Sizes) -> Files:
             [r for r in harmless if (r["kind"], r["form"]) == (kind, form)]
             for form in ("order", "question")
         ]
-        asked = [row for own in by_form for row in chance.sample(own, sizes.benign_eval)]
+        asked = [row for own in by_form for row in some(own, sizes.benign_eval, kind)]
         write_rows(files.of(f"benign_{kind}"), _prompts(asked, "benign"))
     held_out = [{"prompt": p, "response": r, "label": "task"} for p, r in examples[sizes.task :]]
     write_rows(files.of("task"), held_out)

@@ -33,8 +33,9 @@ ARMS: dict[str, list[str]] = {
 GUARDED = "adaptive_critic"
 """The arm whose risk the guard gives while it trains."""
 BASE = [*PLAIN, "train.steps=200"]
-GUARD = [*PLAIN, "optimizer.lr=2e-4", "train.steps=40"]
+GUARD = [*PLAIN, "train.steps=160"]
 PROBE_LAYERS = "14,18,22"
+PROBE_RECALL = 0.98  # every row that is missed teaches its attack
 COLUMNS = {
     "attack_success_rate": "attack, greedy",
     "attack_success_rate_sampled": "attack, sampled",
@@ -109,6 +110,7 @@ def _prepare(run: Run) -> None:
         command(
             *("probe", "fit", "--model", run.base, "--data", run.files.of("probe")),
             *("--out", probe, "--layers", PROBE_LAYERS, "--seed", run.seed),
+            *("--recall", PROBE_RECALL),
         )
     if not anchor.is_file():
         command(
@@ -129,7 +131,7 @@ def _arm(run: Run, name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def _guarded_arm(run: Run) -> dict[str, Any]:
-    say("5/6 the guard: the same instruct model, tuned on the matched pairs, and served")
+    say("5/6 the guard: the same instruct model, tuned to judge requests, and served")
     with served_guard(_guard(run)) as served:
         judge = {"endpoint": served.endpoint, "model": served.model, "format": FORMAT}
         judge["cache"] = str(run.out / "critic.sqlite")

@@ -1,4 +1,4 @@
-"""Claimed: the real demo's guard learns to read the request: every pair gives both verdicts under
+"""Claimed: the real demo's guard learns to read the request: harmful and harmless ones come under
 the same answers, a refusal is safe whatever was asked, and its folder asks in its own format.
 
 Exact: rows against the shipped pairs, rendered texts, the files of the judge.
@@ -30,8 +30,12 @@ def folder(tmp_path_factory):
 
 def test_rows_of_the_guard(folder):
     rows, pairs = guard_rows(folder, seed=0), read_shipped("pairs")
-    sides = {pair[side]: verdict for pair in pairs for side, verdict in
-             (("harmful", UNSAFE), ("harmless", SAFE))}  # fmt: skip
+    asked = {
+        **{pair["harmful"]: UNSAFE for pair in pairs},
+        **{pair["harmless"]: SAFE for pair in pairs},
+        **{row["prompt"]: UNSAFE for row in read_shipped("refused")},
+        **{row["prompt"]: SAFE for row in read_shipped("benign")},
+    }
     refusals, answered = refusal_texts()["general"], {}
     for row in rows:
         begin, *rest = row["prompt"].split("<|im_start|>")
@@ -45,8 +49,8 @@ def test_rows_of_the_guard(folder):
         else:
             assert answer in ANSWERS
             answered[request] = row["response"]
-    assert answered == sides
-    assert len(rows) == pytest.approx(1.2 * len(sides), rel=0.1)
+    assert answered == asked
+    assert len(rows) == pytest.approx(1.2 * len(asked), rel=0.1)
     assert len({row["id"] for row in rows}) == len(rows)
     assert guard_rows(folder, seed=0) == rows != guard_rows(folder, seed=1)
 
