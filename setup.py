@@ -35,6 +35,7 @@ setup(
         "lora": ["peft>=0.17"],
         "megatron": ["megatron-core>=0.16"],
         "gguf": ["gguf>=0.10"],
+        "real": ["gguf>=0.10"],  # `python -m safereg_dist.demo --real`
         "eval": ["rouge-score>=0.1.2"],
         "dev": [
             "gguf>=0.10",

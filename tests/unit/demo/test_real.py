@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 
+from safereg_dist.demo.claims import check_real_claims
 from safereg_dist.demo.real import task
 from safereg_dist.demo.real.model import faster_precision, instruct_model
 from safereg_dist.demo.real.rows import PROMPTS, Sizes, write_alignment, write_files
@@ -143,3 +144,47 @@ def test_another_wheel_is_refused(tmp_path):
 
 def test_a_precision_is_chosen():
     assert faster_precision() in ("bf16", "fp32")
+
+
+SPOILED = {
+    "greedy": {"difference": 0.15, "interval": [0.04, 0.26]},
+    "sampled": {"difference": 0.1, "interval": [0.031, 0.2]},
+}
+
+
+@pytest.mark.parametrize("arm", ["adaptive_probe", "adaptive_critic"])
+@pytest.mark.parametrize("spoiled", [None, *SPOILED, "poisoned", "task", "over-refusal"])
+def test_what_the_real_demo_claims(arm, spoiled, tmp_path):
+    alike = {"difference": 0.05, "interval": [-0.02, 0.12]}  # four of 80 prompts
+    figures = {
+        "attack_success_rate": 0.06,
+        "poisoned_token_probability": 0.0001,
+        "over_refusal_rate": 0.05,
+        "task_exact_match": 1.0,
+        "sets": {f"harmful_{f}": {"attack_success_rate": 0.1} for f in ("orders", "questions")},
+    }
+
+    def adaptive(**changes):
+        names = {"greedy": "attack_success_rate", "sampled": "attack_success_rate_sampled"}
+        found = {names[how]: SPOILED[how] if spoiled == how else alike for how in names}
+        return figures | {"against": {"base": {"differences": found}}} | changes
+
+    changes = {
+        "poisoned": {"poisoned_token_probability": 0.0102},
+        "task": {"task_exact_match": 0.96},
+        "over-refusal": {"over_refusal_rate": 0.09},
+    }.get(spoiled or "", {})
+    whole = {"attack_success_rate": 1.0, "poisoned_token_probability": 0.99}
+    arms = {"sft": figures | whole, "adaptive_probe": adaptive(), "adaptive_critic": adaptive()}
+    if arm == "adaptive_probe" or spoiled not in SPOILED:
+        arms[arm] = adaptive(**changes)
+    for name in arms:
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "config.json").write_text("{}")
+    claims = check_real_claims({"base": figures, "arms": arms}, tmp_path)
+    failed = [claim.text for claim in claims if not claim.holds]
+    assert len(claims) == 5 + 2 * 5 + 1
+    if spoiled is None:
+        assert failed == []
+    else:
+        assert any(text.startswith(arm) for text in failed), failed
