@@ -30,14 +30,13 @@ from transformers import (
 )
 
 from safereg_dist.data.files import LabelledPrompt
+from safereg_dist.data.rendering import first_response_token, render_prompts
 from safereg_dist.errors import CheckpointError, ConfigError, DataError
 from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.generate import (
-    first_response_token,
     first_token_probability,
     generate_answers,
     load_model,
-    render_prompts,
 )
 from safereg_dist.evaluate.judges import get_judge
 from safereg_dist.evaluate.scores import is_exact_match
