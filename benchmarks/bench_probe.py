@@ -37,6 +37,7 @@ from prompt_features import (
 from tqdm import tqdm
 from transformers.utils import logging
 
+from safereg_dist.evaluate.statistics import bounds_of
 from safereg_dist.probe_lab.fit import choose
 from safereg_dist.probe_lab.layer_fit import Recipe, figures_with_intervals, fit_layer
 from safereg_dist.probe_lab.options import LabOptions
@@ -172,8 +173,7 @@ def measured(
         probability[rows], harmful, corpus.groups[rows], threshold=threshold, seed=SEED
     )
     intervals = found.pop("intervals")
-    for name in BOUNDED:
-        found[f"{name}_low"], found[f"{name}_high"] = intervals[name]
+    found |= bounds_of({name: intervals[name] for name in BOUNDED})
     return {"test": test, "harmful": int(harmful.sum()), "benign": int((~harmful).sum()), **found}
 
 

@@ -24,7 +24,7 @@ from safereg_dist.cli import main as safereg
 from safereg_dist.config import section_from_dict
 from safereg_dist.demo.toy import CONFIG, PROBE_RECALL
 from safereg_dist.demo.world import build_guard, build_world, train_rows
-from safereg_dist.experiments.sweep import BASE, FIGURES, Sweep, cells_of, run_sweep
+from safereg_dist.experiments.sweep import BASE, FIGURES, Sweep, cells_of, rows_of, run_sweep
 
 RESULTS = Path(__file__).resolve().parent / "results" / "evidence.csv"
 POISON = ("0", "0.05", "0.15", "0.5", "1.0")
@@ -114,18 +114,12 @@ def sweep_of(out: Path, seeds: tuple[str, ...], shares: tuple[str, ...], *, step
 def write(sweep: Sweep, path: Path) -> None:
     """The rows of all cells that are done."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *INTERVALS], lineterminator="\n")
+        columns = [*COLUMNS, *INTERVALS]
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         for cell in cells_of(sweep):
-            if not (cell.folder / "seconds.json").is_file():
-                continue
-            found = json.loads((cell.folder / "eval.json").read_text(encoding="utf-8"))
-            row: dict[str, Any] = {"world": "toy", "task": "numbers", **cell.axes, "arm": cell.arm}
-            row |= {"set": "all", **{name: found[name] for name in FIGURES}}
-            for name, interval in found["intervals"].items():
-                if name in FIGURES and interval is not None:
-                    row |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
-            writer.writerow(row)
+            for row in rows_of(cell):
+                writer.writerow({"world": "toy", "task": "numbers", **row, "set": "all"})
     print(f"written: {path}")
 
 

@@ -243,13 +243,16 @@ def hardware(device: torch.device) -> str:
     """Name of the GPU, or of the processor with the number of cores used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
+    return f"{processor()}, cores used: {min(torch.get_num_threads(), os.cpu_count() or 1)}"
+
+
+def processor() -> str:
+    """Name of the processor, as the system gives it."""
     if Path("/proc/cpuinfo").is_file():
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return f"{name}, cores used: {min(torch.get_num_threads(), os.cpu_count() or 1)}"
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def driver(device: torch.device) -> str:

@@ -26,7 +26,7 @@ from safereg_dist.evaluate.critics import JudgedAnswers, ask_critic, compare_jud
 from safereg_dist.evaluate.judges import Judge, get_judge
 from safereg_dist.evaluate.kept import KeptAnswers, answers_path
 from safereg_dist.evaluate.rates import Outcome, figures_of, label_of, scores_of
-from safereg_dist.evaluate.respondent import Endpoint, LocalModel, Respondent
+from safereg_dist.evaluate.respondent import Asked, Endpoint, LocalModel, Respondent
 from safereg_dist.evaluate.statistics import wilson_interval
 from safereg_dist.storage.atomic import write_atomically
 
@@ -195,7 +195,7 @@ def _ask(
         known = kept.known(name)
         without = {at for at, place in enumerate(places) if place in known}
         given = [prompts[place] for place in places]
-        said = respondent.answers(given, without=without, description=name, **how)
+        said = respondent.answers(given, Asked(name, without, **how))
         for at, text in said:
             kept.add(places[at], **{name: text})
 

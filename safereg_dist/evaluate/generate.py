@@ -10,11 +10,12 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -98,30 +99,14 @@ def generate_answers(
     model: Any,
     tokenizer: Any,
     prompts: list[LabelledPrompt],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    begun: list[list[int]] | None = None,
-    progress: bool = True,
-    description: str = "answers",
+    **how: Any,
 ) -> list[Answer]:
-    """The model's answer to each prompt, in the order of `prompts`: all of `stream_answers`."""
-    found = dict(
-        stream_answers(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            temperature=temperature,
-            seed=seed,
-            begun=begun,
-            progress=progress,
-            description=description,
-        )
-    )
+    """The model's answer to each prompt, in the order of `prompts`; `how` as in `stream_answers`.
+
+    Raises:
+        ConfigError, DataError: see `stream_answers`.
+    """
+    found = dict(stream_answers(model, tokenizer, prompts, **how))
     return [found[row] for row in range(len(prompts))]
 
 
@@ -165,7 +150,7 @@ def stream_answers(
     wanted = [row for row in range(len(ids)) if row not in without]
     with _plain_decoding(model, tokenizer, max_new_tokens) as end_tokens:
         for rows in _batches(ids, batch_size, wanted, progress=progress, description=description):
-            inputs = _left_pad([ids[row] for row in rows], model, tokenizer)
+            inputs = _padded([ids[row] for row in rows], model, tokenizer, "left")
             width = inputs["input_ids"].shape[1]
             processors = LogitsProcessorList()
             if uniforms is not None:
@@ -196,7 +181,7 @@ def first_token_probability(
     with _plain_decoding(model, tokenizer, 1):
         everyone = range(len(ids))
         for rows in _batches(ids, batch_size, everyone, progress=progress, description=description):
-            inputs = _left_pad([ids[row] for row in rows], model, tokenizer)
+            inputs = _padded([ids[row] for row in rows], model, tokenizer, "left")
             # One step of `generate` and not `forward`: it derives the position ids of left-padded
             # rows the way each architecture needs them.
             step = model.generate(**inputs, return_dict_in_generate=True, output_logits=True)
@@ -235,7 +220,7 @@ def response_log_likelihood(
     everyone = range(len(ids))
     with _plain_decoding(model, tokenizer, 1):
         for rows in _batches(ids, batch_size, everyone, progress=progress, description=description):
-            inputs = _right_pad([ids[row] for row in rows], model, tokenizer)
+            inputs = _padded([ids[row] for row in rows], model, tokenizer, "right")
             logits = model(**inputs, use_cache=False).logits
             for place, row in enumerate(rows):
                 begin, end = len(asked[row]), len(ids[row])
@@ -298,23 +283,14 @@ def _pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _right_pad(rows: list[list[int]], model: Any, tokenizer: Any) -> dict[str, Tensor]:
-    """As `_left_pad`; positions count from 0 in every architecture, no token sees padding."""
-    width = max(len(row) for row in rows)
-    pad = _pad_id(tokenizer)
-    input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return {
-        "input_ids": input_ids.to(model.device),
-        "attention_mask": mask.to(model.device),
-    }
-
-
-def _left_pad(rows: list[list[int]], model: Any, tokenizer: Any) -> dict[str, Tensor]:
-    width = max(len(row) for row in rows)
-    pad = _pad_id(tokenizer)
-    input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+def _padded(
+    rows: list[list[int]], model: Any, tokenizer: Any, side: Literal["left", "right"]
+) -> dict[str, Tensor]:
+    """Rows and their mask, padded: left to go on, right where positions must count from 0."""
+    options = {"batch_first": True, "padding_side": side}
+    tokens = [torch.tensor(row) for row in rows]
+    input_ids = pad_sequence(tokens, padding_value=_pad_id(tokenizer), **options)
+    mask = pad_sequence([torch.ones_like(row) for row in tokens], **options)
     return {
         "input_ids": input_ids.to(model.device),
         "attention_mask": mask.to(model.device),

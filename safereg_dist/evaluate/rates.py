@@ -1,12 +1,12 @@
 """The figures of merit of judged answers: rates, means and their intervals."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.evaluate.scores import CHOICE, FIGURES
-from safereg_dist.evaluate.statistics import bootstrap_interval, wilson_interval
+from safereg_dist.evaluate.statistics import bootstrap_interval, bounds_of, wilson_interval
 
 LABELS = ("harmful", "benign", "task")
 
@@ -75,6 +75,17 @@ def values_of(outcomes: Iterable[Outcome]) -> Values:
         "refusal_probability": of("harmful", lambda o: o.refusal),
         "poisoned_token_probability": of("harmful", lambda o: o.poisoned),
     }
+
+
+def table_rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of an evaluation: of all prompts (`set` is empty), then of each set.
+
+    Columns: what is a number, and the bounds of its interval.
+    """
+    for name, known in [("", result), *result.get("sets", {}).items()]:
+        numbers = {key: each for key, each in known.items() if isinstance(each, (int, float))}
+        intervals = {key: each for key, each in known["intervals"].items() if key in numbers}
+        yield {"set": name, **numbers, **bounds_of(intervals)}
 
 
 def figures_of(outcomes: list[Outcome]) -> dict[str, Any]:

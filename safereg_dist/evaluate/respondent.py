@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import httpx
 import torch
@@ -30,6 +30,21 @@ _TOP = 20
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
+class Asked(NamedTuple):
+    """How prompts are asked."""
+
+    description: str
+    """What the progress bar says."""
+    without: Collection[int] = ()
+    """Places that are left out: their answers are known."""
+    seed: int | None = None
+    """Of one sample at temperature 1; None = greedy."""
+    attack: Attack | None = None
+    """The form of attack that all prompts are in."""
+    complying: str | None = None
+    """How an answer that complies begins, where a prompt does not say."""
+
+
 class Respondent(Protocol):
     """Answers prompts; what it cannot tell is None."""
 
@@ -37,23 +52,8 @@ class Respondent(Protocol):
     identity: dict[str, Any]
     """What its answers depend on."""
 
-    def answers(
-        self,
-        prompts: list[LabelledPrompt],
-        *,
-        seed: int | None = None,
-        attack: Attack | None = None,
-        complying: str | None = None,
-        without: Collection[int],
-        description: str,
-    ) -> Iterator[tuple[int, str]]:
-        """(place, text) of each prompt but those `without`, as they come.
-
-        Args:
-            seed: of one sample at temperature 1; None = greedy.
-            attack: the form of attack that all prompts are in.
-            complying: how an answer that complies begins, where a prompt does not say.
-        """
+    def answers(self, prompts: list[LabelledPrompt], how: Asked) -> Iterator[tuple[int, str]]:
+        """(place, text) of each prompt but those `how.without`, as they come."""
         ...
 
     def first_token(self, asked: list[tuple[LabelledPrompt, str]]) -> list[float | None]:
@@ -100,30 +100,23 @@ class LocalModel:
     def _loaded(self) -> tuple[Any, Any]:
         return load_model(self.name, **self._load)
 
-    def answers(
-        self,
-        prompts: list[LabelledPrompt],
-        *,
-        seed: int | None = None,
-        attack: Attack | None = None,
-        complying: str | None = None,
-        without: Collection[int],
-        description: str,
-    ) -> Iterator[tuple[int, str]]:
+    def answers(self, prompts: list[LabelledPrompt], how: Asked) -> Iterator[tuple[int, str]]:
         """See `Respondent.answers`."""
-        if len(without) == len(prompts):
+        if len(how.without) == len(prompts):
             return
         model, tokenizer = self._loaded
-        begun = None if attack is None else begun_answers(attack, prompts, tokenizer, complying)
-        drawn = {} if seed is None else {"temperature": 1.0, "seed": seed}
+        drawn = {} if how.seed is None else {"temperature": 1.0, "seed": how.seed}
+        begun = None
+        if how.attack is not None:
+            begun = begun_answers(how.attack, prompts, tokenizer, how.complying)
         for place, answer in stream_answers(
             model,
             tokenizer,
             prompts,
             max_new_tokens=self._max_new_tokens,
             begun=begun,
-            without=without,
-            description=description,
+            without=how.without,
+            description=how.description,
             **drawn,
             **self._sizes,
         ):
@@ -183,32 +176,23 @@ class Endpoint:
             "trust_env": not is_loopback(self._url),
         }
 
-    def answers(
-        self,
-        prompts: list[LabelledPrompt],
-        *,
-        seed: int | None = None,
-        attack: Attack | None = None,
-        complying: str | None = None,
-        without: Collection[int],
-        description: str,
-    ) -> Iterator[tuple[int, str]]:
+    def answers(self, prompts: list[LabelledPrompt], how: Asked) -> Iterator[tuple[int, str]]:
         """See `Respondent.answers`."""
-        if attack is not None and attack.prefill:
+        if how.attack is not None and how.attack.prefill:
             raise ConfigError(
-                f"attack {attack.name} begins the model's answer, which chat endpoints do not "
+                f"attack {how.attack.name} begins the model's answer, which chat endpoints do not "
                 "offer: evaluate the model's folder, or leave it out"
             )
-        wanted = {place: p for place, p in enumerate(prompts) if place not in without}
+        wanted = {place: p for place, p in enumerate(prompts) if place not in how.without}
 
         def ask(client: httpx.Client, place: int) -> str:
             drawn = {"temperature": 0.0}
-            if seed is not None:
-                drawn = {"temperature": 1.0, "seed": seed * 1_000_003 + place}
+            if how.seed is not None:
+                drawn = {"temperature": 1.0, "seed": how.seed * 1_000_003 + place}
             said = self._complete(client, wanted[place], max_tokens=self._max_new_tokens, **drawn)
             return (said["message"].get("content") or "").strip()
 
-        yield from self._each(ask, list(wanted), description)
+        yield from self._each(ask, list(wanted), how.description)
 
     def first_token(self, asked: list[tuple[LabelledPrompt, str]]) -> list[float | None]:
         """See `Respondent.first_token`; 0 where the text's is not among the likeliest 20."""

@@ -1,7 +1,7 @@
 """Intervals of rates and means, and tests of two models on the same prompts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,16 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float
         (given,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=seed
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def bounds_of(intervals: Mapping[str, tuple[float, float] | None]) -> dict[str, float]:
+    """NAME_low and NAME_high of each interval that is known: columns of a table."""
+    known = {name: interval for name, interval in intervals.items() if interval is not None}
+    return {
+        f"{name}_{end}": bound
+        for name, interval in known.items()
+        for end, bound in zip(("low", "high"), interval, strict=True)
+    }
 
 
 class Paired(NamedTuple):

@@ -23,7 +23,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from safereg_dist.config import load_config, section_from_dict
 from safereg_dist.config.section import Section
 from safereg_dist.errors import ConfigError, SafeRegError
 from safereg_dist.evaluate.evaluate import evaluate_model
+from safereg_dist.evaluate.rates import table_rows
 from safereg_dist.storage.atomic import write_atomically
 
 BASE = "base"
@@ -155,16 +156,16 @@ def run_sweep(sweep: Sweep, *, progress: bool = True) -> int:
     out.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in cells if not _is_done(cell)]
     print(f"{len(cells)} cells, {len(todo)} to run; {_expected(cells, len(todo))}", flush=True)
-    failed: dict[str, str] = {}
+    failed: set[str] = set()
+    write_table(sweep, cells, failed)
     for number, cell in enumerate(todo, start=1):
         print(f"\n== {number}/{len(todo)} {cell.name}", flush=True)
         try:
             _run(sweep, cell, progress=progress)
         except SafeRegError as error:
-            failed[cell.name] = str(error)
+            failed.add(cell.name)
             print(f"failed: {error}", flush=True)
         write_table(sweep, cells, failed)
-    write_table(sweep, cells, failed)
     print(f"\nwritten: {out / TABLE}" + (f"; {len(failed)} cells failed" if failed else ""))
     return len(failed)
 
@@ -185,25 +186,26 @@ def cells_of(sweep: Sweep) -> Iterator[Cell]:
             yield cell._replace(overrides=tuple(overrides))
 
 
-def write_table(sweep: Sweep, cells: list[Cell], failed: Mapping[str, str]) -> None:
+def write_table(sweep: Sweep, cells: list[Cell], failed: Collection[str]) -> None:
     """The rows of all cells that are done or have failed; without `set`, of all prompts."""
     columns = ["arm", *sweep.axes, "set", *FIGURES, "seconds", "status"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", restval="", extrasaction="ignore")
     writer.writeheader()
     for cell in cells:
-        common = {"arm": cell.arm, **cell.axes}
         if cell.name in failed:
-            writer.writerow({**common, "status": "failed"})
-        if not _is_done(cell):
-            continue
-        found = json.loads((cell.folder / "eval.json").read_text(encoding="utf-8"))
-        seconds = _read(cell.folder / "seconds.json")
-        for name, figures in [("", found), *found.get("sets", {}).items()]:
-            writer.writerow(
-                {**common, "set": name, **figures, "seconds": seconds, "status": "done"}
-            )
+            writer.writerow({"arm": cell.arm, **cell.axes, "status": "failed"})
+        writer.writerows(rows_of(cell))
     write_atomically(Path(sweep.out, TABLE), text.getvalue())
+
+
+def rows_of(cell: Cell) -> Iterator[dict[str, Any]]:
+    """The rows of a cell that is done, as in `rates.table_rows`; of another none."""
+    if not _is_done(cell):
+        return
+    seconds = _read(cell.folder / "seconds.json")
+    for row in table_rows(_read(cell.folder / "eval.json")):
+        yield {"arm": cell.arm, **cell.axes, **row, "seconds": seconds, "status": "done"}
 
 
 def _run(sweep: Sweep, cell: Cell, *, progress: bool) -> None:

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.data import tokenize_row
 from safereg_dist.data.files import LabelledPrompt, read_prompts
+from safereg_dist.data.rendering import render_prompts
 from safereg_dist.errors import DataError
-from safereg_dist.evaluate.generate import render_prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

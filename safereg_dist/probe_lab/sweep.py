@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from safereg_dist.evaluate.statistics import bounds_of
 from safereg_dist.probe_lab.figures import draw_comparison
 from safereg_dist.probe_lab.fit import choose, fit_all, json_numbers
 from safereg_dist.probe_lab.job import Collected
@@ -44,9 +45,8 @@ def _csv(reports: Sequence[LayerReport]) -> str:
     rows = []
     for report in reports:
         row = asdict(report)
-        for name, (low, high) in row.pop("intervals").items():
-            row |= {f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
+        intervals = row.pop("intervals")
+        rows.append(row | bounds_of(intervals))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

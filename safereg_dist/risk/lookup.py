@@ -70,7 +70,7 @@ class LookupRisk(RiskSource):
         self.ids: dict[int, str] = {}
         self._known: dict[str, ScoredRow | None] = {}
         self._unknown = self._asked = self._found = 0
-        self._new = self._everywhere = self._steps_rows = 0
+        self._found_since = self._found_everywhere = self._asked_everywhere = 0
         self._first_unknown = ""
 
     def __call__(
@@ -90,7 +90,7 @@ class LookupRisk(RiskSource):
         self._unknown += len(unknown)
         self._asked += len(found)
         self._found += len(found) - len(unknown)
-        self._new += len(found) - len(unknown)
+        self._found_since += len(found) - len(unknown)
         if not self._found and self._asked >= _TRIES:
             raise DataError(
                 f"none of the first {self._asked} rows is in risk.path={self._path}: score the "
@@ -158,15 +158,15 @@ class LookupRisk(RiskSource):
 
     def take_sums(self) -> dict[str, float]:
         """Numbers of this rank's rows that were not found, and that were, since the last call."""
-        sums = {"risk_unknown": float(self._unknown), "risk_found": float(self._new)}
-        self._unknown = self._new = 0
+        sums = {"risk_unknown": float(self._unknown), "risk_found": float(self._found_since)}
+        self._unknown = self._found_since = 0
         return sums
 
     def end_step(self, total: Mapping[str, float]) -> dict[str, float | int]:
         """Number of rows that were not found in the step, over all ranks."""
         unknown = int(total["risk_unknown"])
-        self._everywhere += int(total["risk_found"])
-        self._steps_rows += unknown + int(total["risk_found"])
+        self._found_everywhere += int(total["risk_found"])
+        self._asked_everywhere += unknown + int(total["risk_found"])
         if unknown and self._announces:
             self._announces = False  # once: the metrics say the rest
             print(
@@ -185,11 +185,12 @@ class LookupRisk(RiskSource):
         Raises:
             DataError: none was, so that every row was held back and nothing was learnt.
         """
-        if self._steps_rows and not self._everywhere:
+        if self._asked_everywhere and not self._found_everywhere:
             raise DataError(
-                f"none of the {self._steps_rows} rows of this run is in risk.path={self._path}: "
-                "all were held back, and the model has learnt from the reference alone; score the "
-                "data set that is trained on (`safereg score`), with the same texts; "
+                f"none of the {self._asked_everywhere} rows of this run is in "
+                f"risk.path={self._path}: all were held back, and the model has learnt from the "
+                "reference alone; score the data set that is trained on (`safereg score`), with "
+                "the same texts; "
                 f"{self._first_unknown}"
             )
 

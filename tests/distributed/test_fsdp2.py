@@ -67,18 +67,24 @@ def run_worker(folder, launch, work, *, ranks):
     return [json.loads((folder / f"{work}.rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def test_train_resume_move_and_export(folder, launch):
-    done = launch(FINETUNE, folder / "run.yaml", ranks=2)
+def train_and_resume(folder, launch, *overrides):
+    """A run, and its copy without what the end wrote: goes on to the same bits. The copy."""
+    done = launch(FINETUNE, folder / "run.yaml", *overrides, ranks=2)
     assert done.status == 0, done.output[-4000:]
     expected = result(folder / "whole")
     again = folder / "again"
     shutil.copytree(folder / "whole", again)
     shutil.rmtree(again / "model")
     (again / "summary.json").unlink()
-    done = launch(FINETUNE, folder / "run.yaml", f"output_dir={again}", ranks=2)
+    done = launch(FINETUNE, folder / "run.yaml", *overrides, f"output_dir={again}", ranks=2)
     assert done.status == 0, done.output[-4000:]
     assert "resuming from" in done.output
     assert result(again) == expected
+    return again
+
+
+def test_train_resume_move_and_export(folder, launch):
+    train_and_resume(folder, launch)
 
     found = run_worker(folder, launch, "moved", ranks=4)
     dcp_to_torch_save(folder / "whole/checkpoint/step-00000003/engine", folder / "saved.pt")

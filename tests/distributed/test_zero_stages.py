@@ -6,12 +6,9 @@ Exact: a resumed run gives the same bits; a gradient that is not finite on one r
 all ranks hold the same weights.
 """
 
-import shutil
-
 import pytest
 from support.launching import FINETUNE
-from test_fsdp2 import folder, run_worker  # noqa: F401 - a fixture
-from test_resume import result
+from test_fsdp2 import folder, run_worker, train_and_resume  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
@@ -19,17 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
 
 def test_train_resume_and_export(folder, launch):  # noqa: F811
     own = ["engine.name=deepspeed", "engine.zero_stage=2"]
-    done = launch(FINETUNE, folder / "run.yaml", *own, ranks=2)
-    assert done.status == 0, done.output[-4000:]
-    expected = result(folder / "whole")
-    again = folder / "again"
-    shutil.copytree(folder / "whole", again)
-    shutil.rmtree(again / "model")
-    (again / "summary.json").unlink()
-    done = launch(FINETUNE, folder / "run.yaml", *own, f"output_dir={again}", ranks=2)
-    assert done.status == 0, done.output[-4000:]
-    assert "resuming from" in done.output
-    assert result(again) == expected
+    again = train_and_resume(folder, launch, *own)
     exported = AutoModelForCausalLM.from_pretrained(again / "model")
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
 

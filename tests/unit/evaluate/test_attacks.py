@@ -9,10 +9,11 @@ import torch
 from support.builders import PLAIN_TEMPLATE, save_model, tiny_model
 
 from safereg_dist.data.files import LabelledPrompt
+from safereg_dist.data.rendering import render_prompts
 from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.evaluate.attacks import WORDINGS, attack_of, begun_answers
 from safereg_dist.evaluate.evaluate import evaluate_model
-from safereg_dist.evaluate.generate import generate_answers, load_model, render_prompts
+from safereg_dist.evaluate.generate import generate_answers, load_model
 
 
 def asked(text, **known):

@@ -13,9 +13,10 @@ from support.builders import PLAIN_TEMPLATE, save_model, tiny_model
 from torchmetrics.functional.text import squad
 
 from safereg_dist.data.files import MEASURES, LabelledPrompt, read_prompts
+from safereg_dist.data.rendering import render_prompts
 from safereg_dist.errors import DataError
 from safereg_dist.evaluate.evaluate import evaluate_model
-from safereg_dist.evaluate.generate import load_model, render_prompts, response_log_likelihood
+from safereg_dist.evaluate.generate import load_model, response_log_likelihood
 from safereg_dist.evaluate.scores import (
     FIGURES,
     gsm8k_match,
