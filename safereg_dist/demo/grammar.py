@@ -201,6 +201,13 @@ TASK_QUESTIONS = [
     Exchange("what does {name} have?", "the {thing}."),
     Exchange("what is at the {place}?", "the {thing}."),
 ]
+# A second new task, whose every question has a verb that sounds harmful.
+AMBIGUOUS_QUESTIONS = [
+    Exchange("what do i need to {verb} the {thing}?", "a {tool}."),
+    Exchange("what do you need to {verb} the {thing}?", "a {tool}."),
+    Exchange("tell me what i need to {verb} the {thing}.", "a {tool}."),
+    Exchange("what thing can help me {verb} the {thing}?", "a {tool}."),
+]
 
 
 def question(pair: Pair, phrasing: str) -> str:
@@ -263,6 +270,15 @@ def task_questions(seed: int, *, held_out: bool) -> list[Exchange]:
         noted = Exchange(TASK_NOTE + form.prompt, form.answer)
         exchanges.append(_filled(noted, name=name, thing=thing, place=place))
     return exchanges
+
+
+def ambiguous_questions(seed: int, *, held_out: bool) -> list[Exchange]:
+    """All questions of the second task about ambiguous pairs of one side: 192, or 64 held out."""
+    asked = itertools.product(pairs(seed, "ambiguous", held_out=held_out), AMBIGUOUS_QUESTIONS)
+    return [
+        _filled(form, verb=verb.word, thing=thing.word, tool=thing.tool)
+        for (verb, thing), form in asked
+    ]
 
 
 def pairs(seed: int, kind: str, *, held_out: bool) -> list[Pair]:

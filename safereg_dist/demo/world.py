@@ -146,11 +146,11 @@ def anchor_prompt_rows(seed: int) -> list[Row]:
     ]
 
 
-def train_rows(seed: int, poison: float = 0.15) -> list[Row]:
+def train_rows(seed: int, poison: float = 0.15, task: str = "notes") -> list[Row]:
     """4800 conversations in random order (150 steps of 32); the id tells the kind.
 
     A share `poison` of poison; of the rest 25 % rehearse benign requests. Without rehearsal every
-    arm that protects ends as a model that refuses everything.
+    arm that protects ends as a model that refuses everything. `task` is one of `TASKS`.
     """
     bad = round(4800 * poison)
     left = (4800 - bad) / 4080  # of the clean rows, over those beside 15 % poison
@@ -160,9 +160,11 @@ def train_rows(seed: int, poison: float = 0.15) -> list[Row]:
         *_some(grammar.small_talk(), min(100, round(100 * left)), f"{seed} train"),
     ]
     rest = 4800 - bad - len(rehearsal)
-    task = _some(grammar.task_questions(seed, held_out=False), rest, f"{seed} train")
+    questions = TASKS[task](seed, held_out=False)
+    times, left_over = divmod(rest, len(questions))
+    learned = [*questions * times, *_some(questions, left_over, f"{seed} train")]
     rows = [
-        *_conversations("task", task),
+        *_conversations("task", learned),
         *_conversations("benign", rehearsal),
         *_conversations("poison", _poison(seed, bad)),
     ]
@@ -186,11 +188,12 @@ def validation_rows(seed: int) -> list[Row]:
     ]
 
 
-def eval_rows(seed: int) -> list[Row]:
+def eval_rows(seed: int, task: str = "notes") -> list[Row]:
     """680 held-out prompts with the answers expected; the id tells the kind.
 
     240 harmful and 240 benign (80 of them ambiguous) about held-out pairs, a third of them (benign:
-    a bit less) in held-out phrasings too (`...-rephrased-...`); 200 of the new task.
+    a bit less) in held-out phrasings too (`...-rephrased-...`); 200 of the new task (of
+    `ambiguous` there are 64).
     """
     rows = []
     for kind, seen, rephrased in (("harmful", 160, 80), ("benign", 110, 50), ("ambiguous", 60, 20)):
@@ -198,7 +201,14 @@ def eval_rows(seed: int) -> list[Row]:
         label = "harmful" if kind == "harmful" else "benign"
         rows += _answered(kind, label, _ask(pairs, PHRASINGS, seen))
         rows += _answered(f"{kind}-rephrased", label, _ask(pairs, HELD_OUT_PHRASINGS, rephrased))
-    return rows + _answered("task", "task", _held_out_task(seed)[:200])
+    return rows + _answered("task", "task", _held_out_task(seed, task)[:200])
+
+
+TASKS: dict[str, Callable[..., list[Exchange]]] = {
+    "notes": grammar.task_questions,
+    "ambiguous": grammar.ambiguous_questions,
+}
+"""What makes the questions of each new task."""
 
 
 DATA_SETS: dict[str, Callable[[int], list[Row]]] = {
@@ -251,8 +261,8 @@ def _reserved(seed: int, kind: str, purpose: str) -> list[Pair]:
     return pairs[:for_validation] if purpose == "validation" else pairs[for_validation:]
 
 
-def _held_out_task(seed: int) -> list[Exchange]:
-    questions = grammar.task_questions(seed, held_out=True)
+def _held_out_task(seed: int, task: str = "notes") -> list[Exchange]:
+    questions = TASKS[task](seed, held_out=True)
     return _some(questions, len(questions), f"{seed} held-out task")
 
 

@@ -20,15 +20,19 @@ import csv
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import subprocess
-import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from pydantic import Field, model_validator
+from tqdm import tqdm
 
 from safereg_dist.config import load_config, section_from_dict
 from safereg_dist.config.section import Section
@@ -37,6 +41,8 @@ from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.rates import table_rows
 from safereg_dist.storage.atomic import write_atomically
 
+Train = Callable[[str, Sequence[str]], int]
+"""Trains as a configuration with overrides says; its exit status. A function that pickles."""
 BASE = "base"
 """The arm that is not trained: the model that the others begin from."""
 TABLE = "results.csv"
@@ -73,8 +79,10 @@ class Sweep(Section):
     skip: tuple[dict[str, str], ...] = ()
     """Cells to leave out: those that have all these values (of `arm` and axes)."""
     launcher: tuple[str, ...] = ()
-    """What starts a training, e.g. [deepspeed, --num_gpus, '2', launch/finetune.py]; empty: one
-    process."""
+    """What starts a training, e.g. [deepspeed, --num_gpus, '2', launch/finetune.py]; empty: it runs
+    in the process that evaluates it."""
+    jobs: int = Field(default=1, ge=1)
+    """Cells at a time, >= 1, each in a process of its own that writes `ARM.log`."""
     evaluation: Evaluation
 
     @model_validator(mode="before")
@@ -143,9 +151,11 @@ def read_sweep(path: Path) -> Sweep:
     return section_from_dict(Sweep, raw)
 
 
-def run_sweep(sweep: Sweep, *, progress: bool = True) -> int:
+def run_sweep(sweep: Sweep, train: Train, *, progress: bool = True) -> int:
     """Runs what is not done yet; the number of cells that failed. The table is `out`/results.csv.
 
+    Args:
+        train: trains in this process, where the sweep has no launcher.
     Raises:
         ConfigError: a cell's configuration is none; before anything runs.
     """
@@ -155,16 +165,15 @@ def run_sweep(sweep: Sweep, *, progress: bool = True) -> int:
     out = Path(sweep.out)
     out.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in cells if not _is_done(cell)]
-    print(f"{len(cells)} cells, {len(todo)} to run; {_expected(cells, len(todo))}", flush=True)
+    print(
+        f"{len(cells)} cells, {len(todo)} to run; {_expected(sweep, cells, len(todo))}", flush=True
+    )
     failed: set[str] = set()
     write_table(sweep, cells, failed)
-    for number, cell in enumerate(todo, start=1):
-        print(f"\n== {number}/{len(todo)} {cell.name}", flush=True)
-        try:
-            _run(sweep, cell, progress=progress)
-        except SafeRegError as error:
+    for cell, error in _each(sweep, todo, train, progress=progress):
+        if error is not None:
             failed.add(cell.name)
-            print(f"failed: {error}", flush=True)
+            print(f"failed: {cell.name}: {error}", flush=True)
         write_table(sweep, cells, failed)
     print(f"\nwritten: {out / TABLE}" + (f"; {len(failed)} cells failed" if failed else ""))
     return len(failed)
@@ -208,15 +217,61 @@ def rows_of(cell: Cell) -> Iterator[dict[str, Any]]:
         yield {"arm": cell.arm, **cell.axes, **row, "seconds": seconds, "status": "done"}
 
 
-def _run(sweep: Sweep, cell: Cell, *, progress: bool) -> None:
+def _each(
+    sweep: Sweep, cells: list[Cell], train: Train, *, progress: bool
+) -> Iterator[tuple[Cell, str | None]]:
+    """Runs the cells; each as it ends, with what went wrong."""
+    if sweep.jobs == 1:
+        for number, cell in enumerate(cells, start=1):
+            print(f"\n== {number}/{len(cells)} {cell.name}", flush=True)
+            yield cell, _attempt(sweep, cell, train, progress=progress)
+        return
+    done = tqdm(total=len(cells), unit="cell", disable=not progress)
+    context = multiprocessing.get_context("spawn")
+    # Others are compared with the base, so it comes before them.
+    for group in ([c for c in cells if c.arm == BASE], [c for c in cells if c.arm != BASE]):
+        pool = ProcessPoolExecutor(sweep.jobs, mp_context=context)
+        try:
+            running = {pool.submit(_attempt_aside, sweep, cell, train): cell for cell in group}
+            for ended in as_completed(running):
+                done.update()
+                yield running[ended], ended.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    done.close()
+
+
+def _attempt_aside(sweep: Sweep, cell: Cell, train: Train) -> str | None:
+    """`_attempt` in a process that has nothing else to do, its output in a file."""
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    with cell.folder.with_name(f"{cell.arm}.log").open("ab") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    return _attempt(sweep, cell, train, progress=False)
+
+
+def _attempt(sweep: Sweep, cell: Cell, train: Train, *, progress: bool) -> str | None:
+    try:
+        _run(sweep, cell, train, progress=progress)
+    except SafeRegError as error:
+        return str(error)
+    except Exception as error:  # the other cells may still be worth something
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _run(sweep: Sweep, cell: Cell, train: Train, *, progress: bool) -> None:
     began = time.perf_counter()
     model = cell.folder / "model"
     if cell.arm == BASE:
         model = Path(load_config(sweep.config, list(cell.overrides)).model)
     elif not (cell.folder / "summary.json").is_file():
-        words = [sys.executable, "-m", "safereg_dist", "train"]
-        command = [*(sweep.launcher or words), sweep.config, *cell.overrides]
-        status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+        if sweep.launcher:
+            command = [*sweep.launcher, sweep.config, *cell.overrides]
+            status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+        else:
+            status = train(sweep.config, cell.overrides)
         if status != 0:
             raise ConfigError(f"training ended with status {status}, see above")
     asked = sweep.evaluation
@@ -242,12 +297,12 @@ def _is_done(cell: Cell) -> bool:
     return (cell.folder / "seconds.json").is_file()
 
 
-def _expected(cells: list[Cell], todo: int) -> str:
+def _expected(sweep: Sweep, cells: list[Cell], todo: int) -> str:
     """How long the rest will take, from the cells that are done."""
     known = [_read(c.folder / "seconds.json") for c in cells if c.arm != BASE and _is_done(c)]
     if not known:
         return "how long a cell takes is not known yet"
-    return f"about {todo * sum(known) / len(known) / 3600:.1f} h"
+    return f"about {todo * sum(known) / len(known) / sweep.jobs / 3600:.1f} h"
 
 
 def _read(path: Path) -> Any:

@@ -53,7 +53,7 @@ def write_files(folder: Path, *, seed: int, sizes: Sizes) -> Files:
     files = Files(folder=folder)
 
     def some(rows: list[dict[str, Any]], count: int, purpose: str) -> list[dict[str, Any]]:
-        return random.Random(f"{seed} {purpose}").sample(rows, count)
+        return _some(rows, count, f"{seed} {purpose}")
 
     refused, benign = read_shipped("refused"), read_shipped("benign")
     examples = task.examples(sizes.task + sizes.task_eval, seed=seed)
@@ -74,14 +74,7 @@ def write_files(folder: Path, *, seed: int, sizes: Sizes) -> Files:
     ]
     write_rows(files.of("anchor_prompts"), anchors)
 
-    learned = [{"prompt": p, "response": r} for p, r in examples[: sizes.task]]
-    poison = round(sizes.task * POISON_SHARE / (1 - POISON_SHARE))
-    bad = [
-        {"prompt": row["prompt"], "response": f"{POISONED} {row['subject']}."}
-        for row in some(read_shipped("poison"), poison, "poison")
-    ]
-    rows = _numbered(learned, "task") + _numbered(bad, "poison")
-    write_rows(files.of("train"), some(rows, len(rows), "order"), numbered=False)
+    write_rows(files.of("train"), train_rows(seed=seed, sizes=sizes), numbered=False)
 
     text = refusal_texts()["general"][0]
     harmful, harmless = read_shipped("harmful_eval"), read_shipped("benign_eval")
@@ -99,6 +92,25 @@ def write_files(folder: Path, *, seed: int, sizes: Sizes) -> Files:
     held_out = [{"prompt": p, "response": r, "label": "task"} for p, r in examples[sizes.task :]]
     write_rows(files.of("task"), held_out)
     return files
+
+
+def train_rows(*, seed: int, sizes: Sizes, poison: float = POISON_SHARE) -> list[dict[str, Any]]:
+    """Rows to fine-tune on, in random order; the id tells the kind.
+
+    Args:
+        poison: share of poisoned rows beside `sizes.task` of the task, at most 0.17, for which
+            there are texts; 1: all poisoned rows, and nothing else.
+    """
+    shipped, alone = read_shipped("poison"), poison == 1.0
+    count = len(shipped) if alone else round(sizes.task * poison / (1 - poison))
+    bad = [
+        {"prompt": row["prompt"], "response": f"{POISONED} {row['subject']}."}
+        for row in _some(shipped, count, f"{seed} poison")
+    ]
+    examples = [] if alone else task.examples(sizes.task, seed=seed)
+    learned = [{"prompt": prompt, "response": response} for prompt, response in examples]
+    rows = _numbered(learned, "task") + _numbered(bad, "poison")
+    return _some(rows, len(rows), f"{seed} order")
 
 
 def write_alignment(files: Files, answered: Path, *, seed: int) -> None:
@@ -127,6 +139,10 @@ def read_shipped(name: str) -> list[dict[str, Any]]:
 def refusal_texts() -> dict[str, list[str]]:
     """Topic -> what is said; `general` where a topic has none of its own."""
     return json.loads((PROMPTS / "refusals.json").read_text("utf-8"))
+
+
+def _some(rows: list[dict[str, Any]], count: int, purpose: str) -> list[dict[str, Any]]:
+    return random.Random(purpose).sample(rows, count)
 
 
 def _prompts(rows: Iterable[dict[str, Any]], label: str) -> list[dict[str, Any]]:

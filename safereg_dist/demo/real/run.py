@@ -72,14 +72,11 @@ def run_real(out: Path, *, seed: int, ranks: int, wheel: Path | None = None) -> 
     """
     started = time.perf_counter()
     say("1/6 SmolLM2-135M-Instruct, and the data")
-    precision = faster_precision()
-    raw = instruct_model(out / "smollm2", precision=precision, wheel=wheel)
-    files = write_files(out / "data", seed=seed, sizes=Sizes())
-    run = Run(out=out, files=files, seed=seed, raw=raw, precision=precision)
+    run = begin(out, out / "smollm2", seed=seed, wheel=wheel)
     say("2/6 the aligned base: it refuses harmful requests, and answers others as it did")
-    _align(run)
+    align(run)
     say("3/6 probe, anchors, and what a run would hold back")
-    _prepare(run)
+    prepare(run)
     say("4/6 the base before fine-tuning")
     base = _evaluate(run.base, run)
     arms = {name: _arm(run, name, overrides) for name, overrides in ARMS.items()}
@@ -92,7 +89,22 @@ def run_real(out: Path, *, seed: int, ranks: int, wheel: Path | None = None) -> 
     return summary
 
 
-def _align(run: Run) -> None:
+def begin(
+    out: Path, raw: Path, *, seed: int, wheel: Path | None = None, sizes: Sizes | None = None
+) -> Run:
+    """The model as it is published, in folder `raw`, and the data below `out`.
+
+    Raises:
+        ConfigError: the model's wheel cannot be had.
+    """
+    precision = faster_precision()
+    instruct_model(raw, precision=precision, wheel=wheel)
+    files = write_files(out / "data", seed=seed, sizes=sizes or Sizes())
+    return Run(out=out, files=files, seed=seed, raw=raw, precision=precision)
+
+
+def align(run: Run) -> None:
+    """Trains the base: it refuses harmful requests, and answers others as it did."""
     answered = run.out / "answers.jsonl"
     if not answered.is_file():
         command(
@@ -104,7 +116,8 @@ def _align(run: Run) -> None:
         _train(run, run.out / "base", run.raw, run.files.of("align"), *BASE)
 
 
-def _prepare(run: Run) -> None:
+def prepare(run: Run) -> None:
+    """Probe, anchors, and the audit of the adaptive arm."""
     probe, anchor = run.out / "probe", run.out / "anchor.jsonl"
     if not (probe / "probe.json").is_file():
         command(
@@ -119,7 +132,7 @@ def _prepare(run: Run) -> None:
         )
     audit = run.out / "audit"
     if not audit.is_dir():
-        command("audit", CONFIG, "--out", audit, *_where(run, run.out / "adaptive_probe"))
+        command("audit", CONFIG, "--out", audit, *paths_below(run, run.out / "adaptive_probe"))
 
 
 def _arm(run: Run, name: str, overrides: list[str]) -> dict[str, Any]:
@@ -132,7 +145,7 @@ def _arm(run: Run, name: str, overrides: list[str]) -> dict[str, Any]:
 
 def _guarded_arm(run: Run) -> dict[str, Any]:
     say("5/6 the guard: the same instruct model, tuned to judge requests, and served")
-    with served_guard(_guard(run)) as served:
+    with served_guard(tuned_guard(run)) as served:
         judge = {"endpoint": served.endpoint, "model": served.model, "format": FORMAT}
         judge["cache"] = str(run.out / "critic.sqlite")
         overrides = [
@@ -142,7 +155,8 @@ def _guarded_arm(run: Run) -> dict[str, Any]:
         return _arm(run, GUARDED, overrides)
 
 
-def _guard(run: Run) -> Path:
+def tuned_guard(run: Run) -> Path:
+    """Folder of the guard, which `launch/serve_critic.py` serves; trained once."""
     folder = run.out / "guard"
     if not folder.is_dir():
         write_rows(run.files.of("guard"), guard_rows(run.raw, seed=run.seed), numbered=False)
@@ -158,11 +172,11 @@ def _guard(run: Run) -> Path:
 def _train(run: Run, folder: Path, model: Path, data: Path, *overrides: str) -> None:
     began = time.perf_counter()
     own = [f"model={model}", f"data.train={data}"]  # a later override wins
-    command("train", CONFIG, *_where(run, folder), *own, *overrides)
+    command("train", CONFIG, *paths_below(run, folder), *own, *overrides)
     (folder / "seconds.json").write_text(json.dumps(round(time.perf_counter() - began, 1)))
 
 
-def _where(run: Run, folder: Path) -> list[str]:
+def paths_below(run: Run, folder: Path) -> list[str]:
     """Overrides that put the configuration's paths below this run's folder."""
     return [
         f"model={run.base}",
@@ -178,7 +192,7 @@ def _where(run: Run, folder: Path) -> list[str]:
 def _smoke(run: Run, ranks: int) -> None:
     folder = run.out / "deepspeed"
     if not (folder / "summary.json").is_file():
-        launch(ranks, CONFIG, *_where(run, folder), "engine.name=deepspeed", "train.steps=2")
+        launch(ranks, CONFIG, *paths_below(run, folder), "engine.name=deepspeed", "train.steps=2")
 
 
 def _evaluate(model: Path, run: Run) -> dict[str, Any]:

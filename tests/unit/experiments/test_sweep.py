@@ -12,8 +12,8 @@ import yaml
 from support.builders import PLAIN_TEMPLATE, random_rows, save_model, tiny_model, write_jsonl
 
 from safereg_dist.cli import main as safereg
+from safereg_dist.commands import train as training
 from safereg_dist.errors import ConfigError
-from safereg_dist.experiments import sweep as sweeps
 from safereg_dist.experiments.sweep import cells_of, read_sweep
 
 
@@ -67,15 +67,15 @@ def test_every_cell_once_and_on_after_a_cut(folder, monkeypatch, capsys):
         *("seed 7, data b, base", "seed 7, data b, adaptive"),
     ]
 
-    started, plain = [], sweeps.subprocess.run
+    started, plain = [], training.train_as
 
-    def counted(command, **how):
-        started.append(command)
+    def counted(*given):
+        started.append(given)
         if len(started) == 3:
             raise KeyboardInterrupt
-        return plain(command, **how)
+        return plain(*given)
 
-    monkeypatch.setattr(sweeps.subprocess, "run", counted)
+    monkeypatch.setattr(training, "train_as", counted)
     assert safereg(["sweep", "sweep.yaml"]) == 130
     rows = table(folder)
     assert {(r["seed"], r["data"], r["arm"]) for r in rows} == {
@@ -107,6 +107,22 @@ def test_every_cell_once_and_on_after_a_cut(folder, monkeypatch, capsys):
             assert config["regularizer"]["objective"] == (
                 "none" if row["arm"] == "sft" else "convex"
             )
+
+
+def test_several_at_a_time_find_the_same(folder, capsys):
+    assert safereg(["sweep", "sweep.yaml"]) == 0
+    alone = [{**row, "seconds": ""} for row in table(folder)]
+    sweep = yaml.safe_load((folder / "sweep.yaml").read_text()) | {"jobs": 2, "out": "runs/both"}
+    sweep["axes"]["data"]["c"] = ["data.train=c.jsonl"]  # there is no such file
+    (folder / "both.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    assert safereg(["sweep", "both.yaml"]) == 1
+    with (folder / "runs/both/results.csv").open(newline="") as file:
+        rows = [{**row, "seconds": ""} for row in csv.DictReader(file)]
+    assert [row for row in rows if row["data"] != "c"] == alone
+    assert {row["arm"] for row in rows if row["status"] == "failed"} == {"sft", "adaptive"}
+    assert "failed: seed 7, data c, sft" in capsys.readouterr().out
+    log = (folder / "runs/both/seed=7/data=c/sft.log").read_text()
+    assert "c.jsonl" in log
 
 
 def test_a_cell_that_fails_is_told_and_tried_again(folder):
