@@ -63,6 +63,8 @@ def _read(name: str, folder: Path) -> StoredAdapter:
     settings = _read_settings(where, folder)
     tensors = read_tensors(where, folder)
     for key, tensor in tensors.items():
+        if ".base_layer." in key:  # PEFT saves an adapted head's own weight, too
+            continue
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
             raise ConfigError(
                 f"{where}: {key} is no part of a plain LoRA adapter of linear layers: merge the "
