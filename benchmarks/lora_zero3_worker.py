@@ -1,9 +1,10 @@
-"""A rank of `bench_lora_zero3.py`: lora_zero3_worker.py STEPS OUT.json [--checkpointing] [--shared]
+"""A rank of `bench_lora_zero3.py`: lora_zero3_worker.py STEPS OUT.json [OPTION ...]
 
 A raw loop around `prepare`: a small random Llama with LoRA under ZeRO-3, its reference the policy
 with adapters off. Every third step has no risky row, so no pass with adapters off. Each rank first
-takes the same steps alone, without an engine, and says how far the losses are apart. `--shared`:
-both passes along one trace, as without `SeparateTrace`.
+takes the same steps alone, without an engine, and says how far the losses are apart.
+`--checkpointing`: of activations. `--frozen`: a second adapter is on in policy and reference, and
+not trained. `--shared`: both passes along one trace, as without `SeparateTrace`.
 """
 
 import argparse
@@ -41,7 +42,13 @@ _SETTINGS = {
 }
 
 
-def adapted(checkpointing: bool) -> Any:
+def settings_of(frozen: bool) -> dict[str, Any]:
+    """The safety settings."""
+    adapter = "aligned" if frozen else None
+    return {**_SETTINGS, "reference": {"engine": "adapters_off", "adapter": adapter}}
+
+
+def adapted(checkpointing: bool, frozen: bool) -> Any:
     """A Llama of three layers with adapters, the same on every rank."""
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -53,16 +60,20 @@ def adapted(checkpointing: bool) -> Any:
         num_key_value_heads=2,
         initializer_range=0.3,
     )
-    model = get_peft_model(
-        LlamaForCausalLM(shape),
-        LoraConfig(
-            r=4,
-            lora_alpha=8,
-            target_modules=["q_proj", "v_proj", "up_proj"],
-            task_type="CAUSAL_LM",
-            init_lora_weights=False,  # else the first gradients are zero, and Adam's steps noise
-        ),
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,  # else the first gradients are zero, and Adam's steps noise
     )
+    model = get_peft_model(LlamaForCausalLM(shape), config)
+    if frozen:
+        model.add_adapter("aligned", config)
+        model.base_model.set_adapter(["aligned", "default"])
+        for name, parameter in model.named_parameters():
+            if ".aligned." in name:
+                parameter.requires_grad_(False)
     if checkpointing:
         model.enable_input_require_grads()
         enable_activation_checkpointing(model)
@@ -103,15 +114,15 @@ def losses_of(
         yield regularizer.close(plan).sums["loss"]
 
 
-def alone(steps: int, checkpointing: bool) -> list[float]:
+def alone(steps: int, checkpointing: bool, frozen: bool) -> list[float]:
     """The losses of one process without an engine."""
     from safereg_dist.parallel.comm import Ranks
     from safereg_dist.parallel.single import SingleBackend
 
     device = torch.device("cpu")
     ranks = Ranks(rank=0, world_size=1, local_rank=0, device=device, dp_group=None)
-    model = adapted(checkpointing)
-    regularizer = prepare(model, _SETTINGS, backend=SingleBackend(ranks))
+    model = adapted(checkpointing, frozen)
+    regularizer = prepare(model, settings_of(frozen), backend=SingleBackend(ranks))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
 
@@ -122,10 +133,10 @@ def alone(steps: int, checkpointing: bool) -> list[float]:
     return list(losses_of(regularizer, model, lambda loss, _: loss.backward(), update, steps))
 
 
-def under_zero3(steps: int, *, checkpointing: bool, shared: bool) -> dict[str, Any]:
+def under_zero3(steps: int, *, checkpointing: bool, frozen: bool, shared: bool) -> dict[str, Any]:
     """Losses, invalidated traces, parameters left gathered, and the time of a step."""
-    model = adapted(checkpointing)
-    regularizer = prepare(model, _SETTINGS)
+    model = adapted(checkpointing, frozen)
+    regularizer = prepare(model, settings_of(frozen))
     trained = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -183,12 +194,14 @@ def main() -> None:
     parser.add_argument("steps", type=int)
     parser.add_argument("out", type=Path)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--shared", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    expected = alone(args.steps, args.checkpointing)
+    expected = alone(args.steps, args.checkpointing, args.frozen)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    found = under_zero3(args.steps, checkpointing=args.checkpointing, shared=args.shared)
+    how = {"checkpointing": args.checkpointing, "frozen": args.frozen}
+    found = under_zero3(args.steps, **how, shared=args.shared)
     losses = found.pop("losses")
     gaps = [abs(own / other - 1) for own, other in zip(losses, expected, strict=True)]
     found |= {"worst_gap": max(gaps), "first_loss": losses[0], "last_loss": losses[-1]}

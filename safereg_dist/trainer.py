@@ -243,6 +243,7 @@ def _resume(run: Run, folder: Path) -> tuple[Progress, int, int]:
         regularizer=run.regularizer,
         ranks=run.ranks,
         order_digest=run.sources.order_digest,
+        frozen=_frozen(run),
     )
     if run.ranks.is_main:
         print(f"resuming from {found[-1]} at step {state.step}", flush=True)
@@ -271,6 +272,12 @@ def _is_save_due(run: Run, progress: Progress) -> bool:
     return every > 0 and progress.step % every == 0 and progress.step < run.sources.total_steps
 
 
+def _frozen(run: Run) -> str:
+    """What a checkpoint's adapter was trained on: empty without frozen adapters."""
+    lora = run.config.lora
+    return run.fingerprints["policy"] if lora is not None and lora.frozen else ""
+
+
 def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
     with run.ranks.together():
         own = torch.tensor(log.positions(), dtype=torch.int64, device=run.ranks.device)
@@ -285,6 +292,7 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
         metrics_bytes=positions[0][1],
         ledger_bytes=[position[0] for position in positions],
         seconds=progress.seconds,
+        frozen=_frozen(run),
     )
     checkpoint.save_checkpoint(
         folder / "checkpoint",

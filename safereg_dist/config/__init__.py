@@ -16,6 +16,7 @@ from safereg_dist.config.risk import CriticConfig, RiskConfig, RiskPart
 from safereg_dist.config.sections import (
     POLICY_RISK_IS_TOO_LATE,
     PRESETS,
+    TRAINED_ADAPTER,
     Config,
     EngineConfig,
     EvalConfig,
@@ -29,6 +30,7 @@ from safereg_dist.config.sections import (
 __all__ = [
     "POLICY_RISK_IS_TOO_LATE",
     "PRESETS",
+    "TRAINED_ADAPTER",
     "Config",
     "CriticConfig",
     "DataConfig",

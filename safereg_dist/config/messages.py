@@ -96,4 +96,6 @@ def type_name(kind: Any) -> str:
         return "null"
     if get_origin(kind) is tuple:
         return "list"
+    if get_origin(kind) is dict:
+        return "mapping"
     return " | ".join(map(type_name, get_args(kind))) or kind.__name__

@@ -1,9 +1,10 @@
 """The sections of the configuration, and the whole: frozen models, a sentence a field."""
 
 import math
+import re
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from safereg_dist.config.checks import within
 from safereg_dist.config.data import DataConfig
@@ -12,6 +13,11 @@ from safereg_dist.config.section import ASIDE, NEWER, Section
 from safereg_dist.errors import ConfigError
 
 Offload = Literal["none", "cpu"]
+
+_ADAPTER_NAME = re.compile(r"(?!.*lora_)[A-Za-z0-9_-]+")
+
+TRAINED_ADAPTER = "default"
+"""The name, PEFT's own, of the adapter that a run trains."""
 
 KEEP_BYTES = 256 << 20
 """Default of `reference.keep_bytes`."""
@@ -44,7 +50,8 @@ class ReferenceConfig(Section):
     `whole` copy on each rank; `auto`: adapters off if there are any and `model` is null, else as
     the policy is sharded, else `fsdp2` on several ranks."""
     adapter: str | None = Field(default=None, json_schema_extra=NEWER)
-    """Name of a trained adapter that stays on in the reference (`adapters_off`); null = none."""
+    """Name of a trained adapter that stays on in the reference (`adapters_off`): in a run one of
+    `lora.frozen`, in a Trainer or a loop any of the model's; null = none."""
     offload: Offload = "none"
     """`none` or `cpu`: where the reference's shards rest between uses."""
     cache: str | None = Field(default=None, json_schema_extra=ASIDE)
@@ -59,6 +66,11 @@ class ReferenceConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.adapter is not None and self.model is not None:
+            raise ConfigError(
+                f"reference.adapter={self.adapter!r} stays on in the model that trains, and "
+                f"reference.model={self.model!r} is another one: set one of them to null"
+            )
         if self.cache is not None and self.balance == "exchange":
             raise ConfigError(
                 "reference.balance=exchange moves rows to run the trunk on, but with "
@@ -278,6 +290,26 @@ class LoraConfig(Section):
     quantize: Literal["none", "nf4", "int8"] = Field(default="none", json_schema_extra=NEWER)
     """How bitsandbytes keeps the frozen weights (QLoRA): `none`, `nf4` (4 bits) or `int8`; on the
     same engines. Only the adapter is exported then."""
+    frozen: dict[str, str] = Field(default={}, json_schema_extra=NEWER)
+    """Adapters that were trained before (PEFT, plain LoRA), name -> folder: on in the policy, never
+    trained, without dropout. `reference.adapter` keeps one of them on in the reference."""
+
+    @field_validator("frozen", mode="before")
+    @classmethod
+    def _named_folders(cls, given: Any) -> Any:
+        if given is None:
+            return {}
+        if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
+            raise ConfigError(
+                f"lora.frozen must name folders of adapters, as {{aligned: FOLDER}}, got {given!r}"
+            )
+        for name in given:
+            if not _ADAPTER_NAME.fullmatch(str(name)) or name == TRAINED_ADAPTER:
+                raise ConfigError(
+                    f"lora.frozen names an adapter {name!r}: expected letters, digits, - and _, "
+                    f"without lora_, and not {TRAINED_ADAPTER}, which is the one that trains"
+                )
+        return given
 
 
 class EvalConfig(Section):
@@ -388,6 +420,12 @@ class Config(Section):
                     f"and engine.name={self.engine.name} shards them: set engine.name=single, or "
                     "engine.name=deepspeed with engine.zero_stage=2"
                 )
+        wanted = self.reference.adapter
+        if lora is not None and wanted is not None and wanted not in lora.frozen:
+            raise ConfigError(
+                f"reference.adapter={wanted!r} is none of lora.frozen ({', '.join(lora.frozen)}): "
+                "name one of these, or add its folder there"
+            )
         if not self.has_adapters_off:
             return
         if self.needs_risk and self.risk.estimator == "probe" and self.risk.source == "policy":
@@ -395,7 +433,7 @@ class Config(Section):
 
     @property
     def has_adapters_off(self) -> bool:
-        """True if the reference is the policy with its adapters off."""
+        """True if the reference is the policy itself, its adapters off but `reference.adapter`."""
         if self.lora is None or not self.needs_reference or self.reference.cache is not None:
             return False
         own = self.reference.engine == "auto" and self.reference.model is None

@@ -17,6 +17,7 @@ from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.references import (
     BuiltReference,
     WeightsFacts,
+    adapters_of,
     check_same_tokens,
     packing_of,
     reference_backend,
@@ -102,6 +103,11 @@ def prepare(
     with ranks.together():
         config = _config_of(base, settings)
         engine = _reference_engine(config, model, reference, ranks)
+        if config.reference.adapter is not None and engine != "adapters_off":
+            raise ConfigError(
+                f"reference.adapter={config.reference.adapter!r} stays on where the reference is "
+                f"the model itself, got one of its own (reference.engine={engine}): give one"
+            )
     specs = [] if risk is not None else read_sources(config, ranks)
     with ranks.together():
         policy = policy_of(config, base, specs)
@@ -114,7 +120,8 @@ def prepare(
             reference = AdaptersOff(
                 model, policy, adapter=config.reference.adapter, gathered=backend.gathered
             )
-    facts = WeightsFacts(_fingerprint(base, specs, ranks), base.config.get_text_config())
+    own = adapters_of(config)
+    facts = WeightsFacts(_fingerprint(base, specs, ranks, own), base.config.get_text_config(), *own)
     built = _reference(config, backend, reference, base, tokenizer)
     if engine == "adapters_off":
         built = built._replace(facts=facts)
@@ -296,12 +303,14 @@ def _reference(
     return BuiltReference(Reference(given, ranks=backend.ranks, packing=packing_of(config)), facts)
 
 
-def _fingerprint(model: PreTrainedModel, specs: list[SourceSpec], ranks: Ranks) -> str:
+def _fingerprint(
+    model: PreTrainedModel, specs: list[SourceSpec], ranks: Ranks, adapters: tuple[str, ...]
+) -> str:
     """The fingerprint of the policy's weights, if a probe must be checked against it."""
     if all(spec.probe is None for spec in specs):
         return ""
     engine = "zero3" if _is_under_zero3(model) else "whole"
-    return reference_backend(engine, ranks).fingerprint(model)
+    return reference_backend(engine, ranks).fingerprint(model, adapters)
 
 
 def _is_under_zero3(model: PreTrainedModel) -> bool:

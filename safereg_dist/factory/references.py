@@ -12,8 +12,10 @@ from safereg_dist.config import Config, DataConfig
 from safereg_dist.data import load_tokenizer
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
+from safereg_dist.models.adapters import AdapterValues, add_adapters
+from safereg_dist.models.stored_adapter import read_frozen
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.engine import Backend, ReferenceEngine
+from safereg_dist.parallel.engine import Adapt, Backend, ReferenceEngine
 from safereg_dist.parallel.shards import read_architecture, weights_fingerprint
 from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.policy import Policy
@@ -37,6 +39,8 @@ class WeightsFacts(NamedTuple):
     fingerprint: str
     config: PreTrainedConfig
     """The configuration of the text model."""
+    adapter: str | None = None
+    """The adapter that is on in it, besides its own weights."""
 
 
 class BuiltReference(NamedTuple):
@@ -52,6 +56,7 @@ class LoadedPolicy(NamedTuple):
     folder: Path
     policy: Policy
     fingerprint: str
+    """Of its weights before training, without adapters but `reference.adapter`."""
 
 
 def build_reference(
@@ -90,15 +95,17 @@ def build_reference(
     elif config.engine.is_replicated and ranks.world_size > 1:
         backend = reference_backend("fsdp2", ranks)  # nobody needs a second whole model
     is_same = policy is not None and folder.resolve() == policy.folder.resolve()
+    adapter = settings.adapter
     if settings.cache is not None and policy is not None:
         fingerprint = policy.fingerprint if is_same else weights_fingerprint(folder, ranks)
-        facts = WeightsFacts(fingerprint, architecture.get_text_config())
+        facts = WeightsFacts(fingerprint, architecture.get_text_config(), adapter)
         identity = StoreIdentity.of(
             fingerprint, tokenizer, content_hashes, precision=config.train.precision
         )
         return BuiltReference(_stored_reference(config, backend, folder, identity), facts)
     model = _load_reference(config, backend, folder)
-    facts = WeightsFacts(backend.fingerprint(model), model.config.get_text_config())
+    fingerprint = backend.fingerprint(model, adapters_of(config))
+    facts = WeightsFacts(fingerprint, model.config.get_text_config(), adapter)
     with ranks.together():
         if is_same and policy is not None and facts.fingerprint != policy.fingerprint:
             raise ConfigError(
@@ -111,10 +118,10 @@ def build_reference(
 
 def _check_adapters(config: Config) -> None:
     """Raises ConfigError where the reference needs adapters that the run does not have."""
-    if config.reference.adapter is not None:
+    if config.reference.adapter is not None and config.lora is None:
         raise ConfigError(
-            "reference.adapter names one of several adapters, and a run trains one of its own "
-            "(lora): set reference.adapter=null; `prepare` takes a model with several"
+            f"reference.adapter={config.reference.adapter!r} is an adapter of lora.frozen, but "
+            "lora is null: name its folder there, or set reference.adapter=null"
         )
     if config.reference.engine == "adapters_off" and config.lora is None:
         raise ConfigError(
@@ -152,7 +159,8 @@ def _adapters_off(config: Config, backend: Backend, policy: LoadedPolicy) -> Bui
         model, policy.policy, adapter=config.reference.adapter, gathered=backend.gathered
     )
     reference = Reference(own, ranks=backend.ranks, packing=packing_of(config))
-    facts = WeightsFacts(policy.fingerprint, model.config.get_text_config())
+    adapter = config.reference.adapter
+    facts = WeightsFacts(policy.fingerprint, model.config.get_text_config(), adapter)
     return BuiltReference(reference, facts)
 
 
@@ -191,7 +199,7 @@ def _stored_reference(
                 flush=True,
             )
         model = _load_reference(config, backend, folder)
-        found = backend.fingerprint(model)
+        found = backend.fingerprint(model, adapters_of(config))
         with ranks.together():
             if found != identity.reference:
                 raise ConfigError(
@@ -218,11 +226,33 @@ def _load_reference(config: Config, backend: Backend, folder: Path) -> PreTraine
     # that happens: a stored reference is loaded late or never.
     with _own_randomness(backend.ranks.device):
         model = backend.load_model(
-            folder, precision=config.train.precision, offload=config.reference.offload
+            folder,
+            precision=config.train.precision,
+            offload=config.reference.offload,
+            adapt=_own_adapter(config, backend.ranks),
         )
     with backend.ranks.together():
         require_finite(backend, model, folder)
     return model
+
+
+def adapters_of(config: Config) -> tuple[str, ...]:
+    """The adapters that are on in the reference: `reference.adapter`, or none."""
+    return () if config.reference.adapter is None else (config.reference.adapter,)
+
+
+def _own_adapter(config: Config, ranks: Ranks) -> Adapt | None:
+    """What puts `reference.adapter` into a reference that is a model of its own."""
+    if config.reference.adapter is None or config.lora is None:
+        return None
+    with ranks.together():
+        stored = [s for s in read_frozen(config.lora) if s.name == config.reference.adapter]
+
+    def adapt(model: PreTrainedModel) -> AdapterValues:
+        add_adapters(model, None, stored)
+        return AdapterValues(None, seed=config.train.seed, frozen=stored)
+
+    return adapt
 
 
 def _own_randomness(device: torch.device) -> AbstractContextManager[None]:

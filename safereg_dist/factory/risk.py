@@ -273,6 +273,7 @@ def _check(spec: SourceSpec, probe: Probe, model: WeightsFacts) -> None:
         hidden_size=model.config.hidden_size,
         num_layers=model.config.num_hidden_layers,
         force=spec.force,
+        adapter=model.adapter,
     )
 
 

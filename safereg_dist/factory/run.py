@@ -1,6 +1,7 @@
 """The objects of a run, wired together."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,12 +17,14 @@ from safereg_dist.factory.references import (
     BuiltReference,
     LoadedPolicy,
     WeightsFacts,
+    adapters_of,
     build_reference,
     require_finite,
 )
 from safereg_dist.factory.risk import build_risk, category_ceilings
 from safereg_dist.models.adapters import AdapterValues, add_adapters
 from safereg_dist.models.architecture import enable_activation_checkpointing
+from safereg_dist.models.stored_adapter import StoredAdapter, read_frozen
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend, PolicyEngine
 from safereg_dist.reference import NoReference, Reference
@@ -43,7 +46,7 @@ class Run:
     engine: PolicyEngine
     pad_id: int
     fingerprints: dict[str, str]
-    """Weight fingerprints at the start, of `policy` and `reference`."""
+    """Weight fingerprints at the start, of `policy` (with `lora.frozen`) and `reference`."""
 
 
 def start_backend(config: Config) -> Backend:
@@ -73,6 +76,8 @@ def build_run(config: Config, backend: Backend) -> Run:
     ranks = backend.ranks
     torch.manual_seed(config.train.seed + ranks.rank)  # dropout differs between ranks
     folder, tokenizer, sources, specs = read_inputs(config, ranks)
+    with ranks.together():
+        frozen = [] if config.lora is None else read_frozen(config.lora)
 
     model = backend.load_model(
         folder,
@@ -80,7 +85,7 @@ def build_run(config: Config, backend: Backend) -> Run:
         offload=config.engine.offload_params,
         hpz_partition_size=config.engine.hpz_partition_size,
         quantize="none" if config.lora is None else config.lora.quantize,
-        adapt=None if config.lora is None else partial(adapted, config=config),
+        adapt=None if config.lora is None else partial(adapted, config=config, frozen=frozen),
     )
     with ranks.together():
         _check_tokenizer(tokenizer, model)
@@ -89,7 +94,10 @@ def build_run(config: Config, backend: Backend) -> Run:
             enable_activation_checkpointing(model)
         require_finite(backend, model, folder)
         wrapped = policy_of(config, model, specs)
-    policy = LoadedPolicy(folder, wrapped, backend.fingerprint(model))
+    policy = LoadedPolicy(folder, wrapped, backend.fingerprint(model, adapters_of(config)))
+    start = policy.fingerprint
+    if frozen:
+        start = backend.fingerprint(model, [each.name for each in frozen])
     reference = build_reference(
         config,
         backend,
@@ -100,7 +108,7 @@ def build_run(config: Config, backend: Backend) -> Run:
     )
 
     with ranks.together():
-        facts = WeightsFacts(policy.fingerprint, model.config.get_text_config())
+        facts = WeightsFacts(start, model.config.get_text_config())
         risk = build_risk(
             config, specs, backend, reference, overrides=sources.overrides, policy=facts
         )
@@ -125,19 +133,21 @@ def build_run(config: Config, backend: Backend) -> Run:
         regularizer=regularizer,
         engine=engine,
         pad_id=pad_id_of(tokenizer),
-        fingerprints=_fingerprints(reference, policy=policy.fingerprint),
+        fingerprints=_fingerprints(reference, policy=start),
     )
 
 
-def adapted(model: PreTrainedModel, *, config: Config) -> AdapterValues:
+def adapted(
+    model: PreTrainedModel, *, config: Config, frozen: Sequence[StoredAdapter]
+) -> AdapterValues:
     """Puts the adapters of `lora` into the model; returns their first values.
 
     Raises:
         ConfigError: as `add_adapters` and `AdapterValues`.
     """
     assert config.lora is not None
-    add_adapters(model, config.lora)
-    return AdapterValues(config.lora, seed=config.train.seed)
+    add_adapters(model, config.lora, frozen)
+    return AdapterValues(config.lora, seed=config.train.seed, frozen=frozen)
 
 
 def _fingerprints(reference: BuiltReference, **known: str) -> dict[str, str]:

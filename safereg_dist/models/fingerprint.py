@@ -13,14 +13,14 @@ swapped or altered weights; it is no defence against someone who forges weights 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from safereg_dist.models.adapters import base_parameters
+from safereg_dist.models.adapters import weights_with
 
 _CHUNK = 1 << 22  # elements per step: bounds the int64 temporaries to 32 MiB each
 
@@ -45,11 +45,14 @@ def digest(entries: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
     return hasher.hexdigest()
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Fingerprint of a model that this process holds whole; hex text. Collectives: none."""
+def model_fingerprint(model: nn.Module, adapters: Sequence[str] = ()) -> str:
+    """Fingerprint of a model that this process holds whole; hex text. Collectives: none.
+
+    Of a model with adapters (PEFT) it is that of the base model, and of it with those named.
+    """
     return digest(
         (name, tuple(p.shape), checksum(p.detach().reshape(-1)).cpu())
-        for name, p in base_parameters(model)
+        for name, p in weights_with(model, adapters)
     )
 
 

@@ -199,9 +199,9 @@ class DeepSpeedBackend:
         """Name of a parameter with a non-finite value in its shard, or None. No collectives."""
         return first_not_finite(model, self._shard_of)
 
-    def fingerprint(self, model: nn.Module) -> str:
+    def fingerprint(self, model: nn.Module, adapters: Sequence[str] = ()) -> str:
         """Fingerprint from every rank's shard. Collectives: one SUM of 16 bytes a parameter."""
-        return fingerprint(model, self._shard_of, self.ranks)
+        return fingerprint(model, self._shard_of, self.ranks, adapters)
 
     def _shard_of(self, parameter: nn.Parameter) -> Shard:
         """This rank's part; the last rank's is padded, and shorter without."""

@@ -121,6 +121,9 @@ class Backend(Protocol):
         """Name of a parameter with a non-finite value on this rank, or None."""
         ...
 
-    def fingerprint(self, model: nn.Module) -> str:
-        """Fingerprint of the weights, equal for any number of ranks (collective)."""
+    def fingerprint(self, model: nn.Module, adapters: Sequence[str] = ()) -> str:
+        """Fingerprint of the weights, equal for any number of ranks (collective).
+
+        Of a model with adapters it is that of the base model, and of it with those named.
+        """
         ...

@@ -5,7 +5,7 @@ base model (its final norm). A unit is gathered around its module's forward and 
 model and the head are roots of their own, so that a reference can run its trunk without its head.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -215,9 +215,9 @@ class Fsdp2Backend:
         """Name of a parameter with a non-finite value in its shard, or None. No collectives."""
         return first_not_finite(model, self._shard_of)
 
-    def fingerprint(self, model: nn.Module) -> str:
+    def fingerprint(self, model: nn.Module, adapters: Sequence[str] = ()) -> str:
         """Fingerprint from every rank's shard. Collectives: one SUM of 16 bytes a parameter."""
-        return fingerprint(model, self._shard_of, self.ranks)
+        return fingerprint(model, self._shard_of, self.ranks, adapters)
 
     def _shard_of(self, parameter: nn.Parameter) -> Shard:
         first, _ = self._own_rows(parameter.shape[0])

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from safereg_dist.errors import ConfigError, reason_of
-from safereg_dist.models.adapters import AdapterValues, adapter_parameters, base_parameters
+from safereg_dist.models.adapters import (
+    AdapterValues,
+    adapter_parameters,
+    base_parameters,
+    weights_with,
+)
 from safereg_dist.models.fingerprint import checksum, digest
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.fused_tensors import fused_tensors
@@ -207,12 +212,13 @@ def fill_adapters(model: nn.Module, values: AdapterValues, shard_of: ShardOf) ->
     Raises:
         ConfigError: as `AdapterValues`.
     """
-    for name, parameter in adapter_parameters(model):
-        whole = values(name, whole_shape(parameter))
-        if whole is not None:
-            shard = shard_of(parameter)
-            own = slice(shard.first, shard.first + shard.values.numel())
-            shard.values.copy_(whole.reshape(-1)[own])
+    for adapter in values.adapters:
+        for name, parameter in adapter_parameters(model, adapter):
+            whole = values(name, whole_shape(parameter), adapter)
+            if whole is not None:
+                shard = shard_of(parameter)
+                own = slice(shard.first, shard.first + shard.values.numel())
+                shard.values.copy_(whole.reshape(-1)[own])
 
 
 def whole_shard(parameter: nn.Parameter) -> Shard:
@@ -220,13 +226,17 @@ def whole_shard(parameter: nn.Parameter) -> Shard:
     return Shard(0, parameter.detach().view(-1))
 
 
-def fingerprint(model: nn.Module, shard_of: ShardOf, ranks: Ranks) -> str:
+def fingerprint(
+    model: nn.Module, shard_of: ShardOf, ranks: Ranks, adapters: Sequence[str] = ()
+) -> str:
     """Fingerprint from every rank's shards. Collectives: one SUM of 16 bytes a parameter."""
-    entries = list(base_parameters(model))
+    entries = list(weights_with(model, adapters))
     sums = torch.zeros(len(entries), 2, dtype=torch.int64, device=ranks.device)
     for index, (_, parameter) in enumerate(entries):
         shard = shard_of(parameter)
-        sums[index] = checksum(shard.values, shard.first).to(ranks.device)
+        # Adapters that an engine has yet to shard are whole on every rank: one counts.
+        if shard.values.numel() < math.prod(whole_shape(parameter)) or ranks.is_main:
+            sums[index] = checksum(shard.values, shard.first).to(ranks.device)
     sums = ranks.sum_(sums).cpu()
     return digest((name, whole_shape(p), sums[i]) for i, (name, p) in enumerate(entries))
 

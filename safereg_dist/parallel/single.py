@@ -4,7 +4,7 @@ Useful for small models and for debugging; the arithmetic is the same as on many
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class SingleBackend:
         if not packed:  # else a weight's shape is not its file's
             match_names(model, files, folder)
         if adapt is not None:
-            fill_adapters(model, adapt(model), whole_shard)
+            with self.ranks.together():
+                fill_adapters(model, adapt(model), whole_shard)
         return model if packed else model.to(self.ranks.device)
 
     def _packed(self, quantize: str, precision: str) -> dict[str, Any]:
@@ -134,9 +135,9 @@ class SingleBackend:
         found = (name for name, p in model.named_parameters() if not p.detach().isfinite().all())
         return next(found, None)
 
-    def fingerprint(self, model: nn.Module) -> str:
+    def fingerprint(self, model: nn.Module, adapters: Sequence[str] = ()) -> str:
         """Fingerprint of the whole model."""
-        return model_fingerprint(model)
+        return model_fingerprint(model, adapters)
 
 
 class SinglePolicy:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safereg_dist.errors import ConfigError
-from safereg_dist.models.adapters import adapted_layers, adapters_disabled, keep_gradients
+from safereg_dist.models.adapters import adapted_layers, keep_gradients, only_adapter
 from safereg_dist.models.architecture import decoder_layers
 from safereg_dist.policy import Policy
 from safereg_dist.reference.trunk import without_router_logits
@@ -139,7 +139,7 @@ class AdaptersOff:
         for module in trained:
             module.training = False
         try:
-            with self._own_trace(), self._chosen_adapter():
+            with self._own_trace(), only_adapter(self._model, self._adapter):
                 yield
         finally:
             for module in trained:
@@ -150,17 +150,3 @@ class AdaptersOff:
                 before, flag = flags[name]
                 before.requires_grad_(flag)
                 now.requires_grad_(flag)
-
-    @contextmanager
-    def _chosen_adapter(self) -> Iterator[None]:
-        if self._adapter is None:
-            with adapters_disabled(self._model):
-                yield
-            return
-        before = self._model.active_adapters
-        tuner = self._model.base_model
-        tuner.set_adapter(self._adapter)
-        try:
-            yield
-        finally:
-            tuner.set_adapter(before)

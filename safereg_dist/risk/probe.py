@@ -226,16 +226,28 @@ def _interpolate(value: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def check_model(
-    probe: Probe, *, fingerprint: str, hidden_size: int, num_layers: int, force: bool
+    probe: Probe,
+    *,
+    fingerprint: str,
+    hidden_size: int,
+    num_layers: int,
+    force: bool,
+    adapter: str | None = None,
 ) -> None:
     """Raises ProbeError where the probe was fitted on other weights (unless forced).
 
-    Hidden size and layer must fit even when forced.
+    Hidden size and layer must fit even when forced. `adapter` is the one that is on in the model.
     """
     if probe.mean.numel() != hidden_size or not 1 <= probe.layer <= num_layers:
         raise ProbeError(
             f"the probe reads {probe.mean.numel()} features of layer {probe.layer}, the model "
             f"has {hidden_size} and layers 1 to {num_layers}: fit a probe on this model"
+        )
+    if probe.fingerprint != fingerprint and not force and adapter is not None:
+        raise ProbeError(
+            f"the probe was fitted on a model with fingerprint {probe.fingerprint[:12]}, the "
+            f"reference, the base model with the adapter {adapter!r} on, has {fingerprint[:12]}: "
+            "fit a probe on the model with that adapter merged in, and set risk.force=true"
         )
     if probe.fingerprint != fingerprint and not force:
         raise ProbeError(

@@ -55,6 +55,8 @@ class RunState:
     """Training time so far."""
     regularizer: dict[str, float | None] = field(default_factory=dict)
     """The state that `SafetyRegularizer.save_state` returned."""
+    frozen: str = ""
+    """With `lora.frozen`: the fingerprint of the base model with these adapters."""
     format: int = _FORMAT
 
 
@@ -172,11 +174,13 @@ def load_checkpoint(
     regularizer: SafetyRegularizer,
     ranks: Ranks,
     order_digest: str,
+    frozen: str = "",
 ) -> RunState:
     """Restores engine, random states, moving average and risk cache.
 
     Raises:
-        CheckpointError: written by another configuration, number of ranks or order of rows.
+        CheckpointError: written by another configuration, number of ranks or order of rows, or
+            beside other weights in `lora.frozen`.
     Collectives: the engine's own, and two gathers of texts.
     """
     with ranks.together():
@@ -187,6 +191,12 @@ def load_checkpoint(
                 f"the rows that are dealt as risky are not those of {checkpoint}: the order would "
                 "change in the middle (reference.balance); put the risk column and risk.override "
                 "back, or choose another output_dir"
+            )
+        if state.frozen != frozen:
+            raise CheckpointError(
+                f"the base model or an adapter of lora.frozen has changed since {checkpoint} was "
+                f"written (fingerprint {state.frozen[:12]}, now {frozen[:12]}): put it back, or "
+                "choose another output_dir"
             )
     engine.load(checkpoint / "engine")
     with ranks.together():

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from safereg_dist.config import TRAINED_ADAPTER
 from safereg_dist.errors import CheckpointError
 from safereg_dist.models.adapters import (
-    ADAPTER_FILE,
     adapter_parameters,
     base_parameters,
     merged_parameters,
 )
+from safereg_dist.models.stored_adapter import ADAPTER_FILE
 from safereg_dist.parallel.engine import Backend
 from safereg_dist.parallel.fused_tensors import as_stored
 from safereg_dist.parallel.shards import INDEX_FILE, SINGLE_FILE
@@ -136,7 +138,7 @@ def _layer_of(name: str) -> str:
 
 
 def export_adapters(model: PreTrainedModel, folder: Path, *, backend: Backend) -> None:
-    """Writes the adapters alone, as PEFT loads them; `folder` is complete or absent.
+    """Writes the trained adapter alone, as PEFT loads it; `folder` is complete or absent.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -156,7 +158,7 @@ def export_adapters(model: PreTrainedModel, folder: Path, *, backend: Backend) -
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             save_file(held, partial / ADAPTER_FILE, metadata={"format": "pt"})
-            [config] = model.peft_config.values()
+            config: Any = model.peft_config[TRAINED_ADAPTER]  # type: ignore[index]
             config.base_model_name_or_path = model.name_or_path or None
             config.save_pretrained(str(partial))
             shutil.rmtree(folder, ignore_errors=True)

@@ -32,6 +32,7 @@ LORA = {
     "init_lora_weights": False,
     "task_type": "CAUSAL_LM",
 }
+ALIGNED_SCALING = 2.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def write_models(folder: Path, family: str = "llama", **changes) -> None:
         word_tokenizer().save_pretrained(folder / name)
     if family == "llama":
         with_adapters(tiny_model(family, seed=0)).save_pretrained(folder / "adapter")
+        write_aligned(tiny_model(family, seed=0), folder / "aligned")
     write_jsonl(folder / "any.jsonl", random_rows(30, seed=1))
 
 
@@ -95,6 +97,32 @@ def with_adapters(model: PreTrainedModel):
     return adapted
 
 
+def write_aligned(model: PreTrainedModel, folder: Path) -> None:
+    """An adapter that was trained before, with dropout, of another rank and on other layers."""
+    from peft import LoraConfig, get_peft_model
+
+    own = {"r": 3, "lora_alpha": 3 * ALIGNED_SCALING, "target_modules": ["q_proj", "down_proj"]}
+    how = LORA | own | {"lora_dropout": 0.5}
+    adapted = get_peft_model(model, LoraConfig(**how))
+    generator = torch.Generator().manual_seed(9)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(folder)
+
+
+def aligned(folder: Path) -> PreTrainedModel:
+    """The policy in float64 with the weights of `write_aligned` in its own: W + scaling B A."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)
+    stored = load_file(folder / "aligned" / "adapter_model.safetensors")
+    for name, down in stored.items():
+        if "lora_A" in name:
+            up = stored[name.replace("lora_A", "lora_B")]
+            layer = model.get_submodule(name.removeprefix("base_model.model.").split(".lora_")[0])
+            layer.weight.data += ALIGNED_SCALING * (up.double() @ down.double())
+    return model
+
+
 def adapter_values(model: PreTrainedModel):
     """Values of an adapter's weight by its name: independent of the order of creation."""
 
@@ -109,6 +137,7 @@ def expected(
     folder: Path,
     *,
     lora: bool = False,
+    on_aligned: bool = False,
     repeats: bool = False,
     steps: int = STEPS,
     rows_routed: int = 0,
@@ -117,13 +146,16 @@ def expected(
 
     `repeats`: each step has the rows of the first one. `rows_routed`: rows of a micro-batch, of
     which the routers of a mixture of experts have a loss of their own; 0 = it is not added.
+    `on_aligned`: policy and reference are both the model that an earlier adapter has aligned.
     """
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)
-    if lora:
-        policy = with_adapters(policy).double()
     reference = AutoModelForCausalLM.from_pretrained(
         folder / ("policy" if lora else "reference"), dtype=torch.float64
     )
+    if on_aligned:
+        policy, reference = aligned(folder), aligned(folder)
+    if lora:
+        policy = with_adapters(policy).double()
     for model in (policy, reference):
         if model.config.model_type in EXPERTS:
             model.set_experts_implementation("eager")  # torch groups no products in float64
@@ -267,6 +299,13 @@ def _runs() -> list[StackRun]:
 
 
 RUNS = _runs()
+FROZEN = (
+    StackRun("train-lora-frozen-single", 1, 4, "peft", "aligned"),
+    StackRun("train-lora-frozen-zero-2", 2, 1, "peft", "aligned"),
+    StackRun("train-lora-frozen-zero-3", 2, 4, "peft", "aligned"),
+    StackRun("train-lora-frozen-fsdp2", 2, 1, "peft", "aligned"),
+)
+"""A new adapter beside a frozen one, with which the model is the reference."""
 
 
 class Errors(NamedTuple):

@@ -72,6 +72,8 @@ def main() -> None:
 def settings(args: argparse.Namespace) -> dict:
     """The safety settings, the same in every stack."""
     reference = {} if "lora" in args.stack else {"model": str(args.folder / "reference")}
+    if "frozen" in args.stack:
+        reference = {"adapter": "aligned"}
     return {
         "reference": reference | {"engine": args.reference},
         "risk": {"estimator": "column", "max_held_back": 1.0},
@@ -286,6 +288,10 @@ OWN_ENGINES = {
     "train-lora-zero-2": "deepspeed",
     "train-lora-zero-3": "deepspeed",
     "train-lora-fsdp2": "fsdp2",
+    "train-lora-frozen-single": "single",
+    "train-lora-frozen-zero-2": "deepspeed",
+    "train-lora-frozen-zero-3": "deepspeed",
+    "train-lora-frozen-fsdp2": "fsdp2",
 }
 
 
@@ -299,6 +305,8 @@ def own_engine(args: argparse.Namespace):
     if "lora" in args.stack:
         lora = {"rank": LORA["r"], "alpha": LORA["lora_alpha"], "targets": LORA["target_modules"]}
         lora["path"] = str(args.folder / "adapter")
+    if lora is not None and "frozen" in args.stack:
+        lora["frozen"] = {"aligned": str(args.folder / "aligned")}
     config = config_from_dict(
         {
             **settings(args),

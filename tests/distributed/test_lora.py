@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 WORKER = ROOT / "tests" / "distributed" / "lora_worker.py"
-UNDER_ZERO3 = ("plain", "embedding", "tied-head", "capped-head", "two", "adapter-head")
+UNDER_ZERO3 = ("plain", "embedding", "tied-head", "capped-head", "two", "frozen", "adapter-head")
 """What is trained whole, which adapters are on; all cases in the full mode, and under FSDP2."""
 LONG = ROOT / "benchmarks" / "lora_zero3_worker.py"
 
@@ -56,10 +56,10 @@ def states_after_two_layers(model):
         return model(input_ids=IDS, output_hidden_states=True).hidden_states[2]
 
 
-@pytest.mark.parametrize("options", [[], ["--checkpointing"]], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("options", ["", "--checkpointing", "--frozen"])
 def test_traces_hold_over_many_steps_of_zero3(options, launch, tmp_path):
     steps = "18" if FULL else "9"
-    done = launch(LONG, steps, str(tmp_path / "found.json"), *options)
+    done = launch(LONG, steps, str(tmp_path / "found.json"), *options.split())
     assert done.status == 0, done.output[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["invalidated_after_5"] == 0, found

@@ -32,6 +32,8 @@ class Case:
     active: tuple[str, ...] = ("default",)
     reference: str | None = None
     """The adapter that stays on in the reference."""
+    frozen: tuple[str, ...] = ()
+    """Adapters that are not trained."""
 
 
 CASES = (
@@ -45,6 +47,13 @@ CASES = (
     Case("two", adapters=("default", "second"), active=("default", "second")),
     Case("inactive", adapters=("default", "idle")),
     Case("adapter", adapters=("default", "earlier"), reference="earlier"),
+    Case(
+        "frozen",
+        adapters=("default", "aligned"),
+        active=("aligned", "default"),
+        reference="aligned",
+        frozen=("aligned",),
+    ),
     Case("adapter-head", saved=("lm_head",), adapters=("default", "earlier"), reference="earlier"),
 )
 
@@ -91,6 +100,8 @@ def adapted(case: Case, names: tuple[str, ...] | None = None, *, base: Any = Non
             noise = 0.1 * torch.randn(parameter.shape, generator=draw)
             start = 0.0 if "lora_" in name else parameter.data
             parameter.data.copy_(start + noise)
+            if any(f".{each}." in name for each in case.frozen):
+                parameter.requires_grad_(False)
     return model.train()
 
 
