@@ -109,7 +109,8 @@ def main() -> int:
         tell_hours(part, len(cells), known, chosen.jobs)
         try:
             if cells:
-                worlds(part.world, out, sorted({cell.axes["seed"] for cell in cells}), chosen)
+                seeds = sorted({cell.axes["seed"] for cell in cells})
+                worlds(part.world, out, seeds, jobs=chosen.jobs, wheel=chosen.wheel)
                 failed += run_sweep(todo, train_as)
         finally:
             known = merged(known, part, todo)
@@ -189,7 +190,7 @@ def real_part(out: Path, seeds: int, jobs: int) -> Part:
     place = out / "seed-{seed}"
     axis = {}
     for seed in map(str, range(seeds)):
-        run = _real_run(out, seed)
+        run = real_run(out, seed)
         axis[seed] = real_demo.paths_below(run, place)
     data = place / "data"
     places = {
@@ -197,7 +198,7 @@ def real_part(out: Path, seeds: int, jobs: int) -> Part:
         "clean": data / "clean-{poison}.jsonl",
         "train": data / "train-{poison}.jsonl",
     }
-    stems = _real_run(out, "0").files.evaluation
+    stems = real_run(out, "0").files.evaluation
     raw = {
         "config": str(real_demo.CONFIG),
         "out": str(out / "sweep"),
@@ -213,7 +214,7 @@ def real_part(out: Path, seeds: int, jobs: int) -> Part:
     return Part("real", "numbers", sweep.model_copy(update={"skip": (*sweep.skip, *skip)}))
 
 
-def _real_run(out: Path, seed: str, raw: Path | None = None) -> real_demo.Run:
+def real_run(out: Path, seed: str, raw: Path | None = None) -> real_demo.Run:
     """What the stages of the demo need to know; nothing is written."""
     folder = out / f"seed-{seed}"
     files = real_demo.Files(folder=folder / "data")
@@ -251,24 +252,27 @@ def _sweep(
     return section_from_dict(Sweep, {**raw, "axes": axes, "arms": arms, "skip": skip, "jobs": jobs})
 
 
-def worlds(world: str, out: Path, seeds: Iterable[str], chosen: argparse.Namespace) -> None:
+def worlds(
+    world: str, out: Path, seeds: Iterable[str], *, jobs: int, wheel: Path | None = None
+) -> None:
     """What the sweep of these seeds reads, several seeds at a time."""
-    prepare: Callable[[str], None] = functools.partial(prepare_toy, out, quick=chosen.quick)
+    prepare: Callable[[str], None] = functools.partial(prepare_toy, out)
     if world == "real":
-        real_demo.begin(out / "real" / "any", out / "real" / "smollm2", seed=0, wheel=chosen.wheel)
+        raw = out / "real" / "smollm2"
+        real_demo.begin(out / "real" / "any", raw, seed=0, wheel=wheel)
         prepare = functools.partial(prepare_real, out / "real")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(chosen.jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         list(pool.map(prepare, seeds))
 
 
-def prepare_toy(out: Path, seed: str, *, quick: bool) -> None:
+def prepare_toy(out: Path, seed: str) -> None:
     """World, guard, probe, anchors, prompts, and the rows of each share with and without poison."""
     folder = out / f"world-{seed}"
     world = build_world(folder, seed=int(seed), progress=False)
     build_guard(folder, seed=int(seed), progress=False)
     beside = folder.with_name(f"{folder.name}-data")
-    for part in toy_parts(out, 1, 1, quick=quick):
+    for part in toy_parts(out, 1, 1, quick=False):
         write_rows(beside / f"{part.task}-eval.jsonl", eval_rows(int(seed), part.task))
         for share in part.sweep.axes["poison"]:
             at = (int(seed), float(share), part.task)

@@ -145,6 +145,15 @@ def attack_rows(seed: int) -> list[Row]:
     return rows + _rows("ordinary", "benign", _other_talk(seed), first=HARMFUL_ROWS)
 
 
+def disguised_rows(seed: int, kind: str, *, count: int, held_out: bool) -> list[Row]:
+    """Harmful rows of a kind, about held-out pairs or about those that a run may train on.
+
+    Those to train on are in seen phrasings alone, pairs and phrasings in turn.
+    """
+    scenes = _scenes(seed, kind, "harmful", count=count, held_out=held_out)
+    return _rows(kind, "harmful", [KINDS[kind](scene) for scene in scenes])
+
+
 def exchange_rows(seed: int) -> list[Row]:
     """4000 plain exchanges about training pairs in seen phrasings, half of them harmful.
 
@@ -169,13 +178,19 @@ def exchange_rows(seed: int) -> list[Row]:
     ]
 
 
-def _scenes(seed: int, kind: str, label: str) -> list[Scene]:
-    chance = random.Random(f"{seed} {kind} {label}")
-    pools = {k: grammar.pairs(seed, k, held_out=True) for k in ("harmful", "benign", "ambiguous")}
+def _scenes(
+    seed: int, kind: str, label: str, *, count: int | None = None, held_out: bool = True
+) -> list[Scene]:
+    """Scenes about different pairs, at most `HARMFUL_ROWS`; or `count` of them, pairs in turn."""
+    chance = random.Random(f"{seed} {kind} {label}" + ("" if held_out else " train"))
+    kinds = ("harmful", "benign", "ambiguous")
+    pools = {each: grammar.pairs(seed, each, held_out=held_out) for each in kinds}
     benign = [*pools["benign"], *pools["ambiguous"]]
     pool = pools["harmful"] if label == "harmful" else benign
-    chosen = chance.sample(pool, min(HARMFUL_ROWS, len(pool)))
-    phrasings = itertools.cycle([*PHRASINGS, *HELD_OUT_PHRASINGS])
+    chosen = chance.sample(pool, min(count or HARMFUL_ROWS, len(pool)))
+    if count is not None:
+        chosen = list(itertools.islice(itertools.cycle(chosen), count))
+    phrasings = itertools.cycle([*PHRASINGS, *(HELD_OUT_PHRASINGS if held_out else [])])
     plain = [thing.word for thing in grammar.THINGS if thing.kind == "plain"]
     return [
         Scene(
