@@ -52,6 +52,7 @@ CASES = (
     Case("static-forward-2", objective="static", ceiling=0.3, grad_accum_steps=2),
     Case("convex-one-1", ceiling=1.0),
     Case("none-2", objective="none", grad_accum_steps=2),
+    Case("token-wise-2", objective="token_wise", grad_accum_steps=2),
 )
 
 

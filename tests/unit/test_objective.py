@@ -14,7 +14,7 @@ from safereg_dist.data import collate, filler
 from safereg_dist.objective import Objective
 from safereg_dist.types import NO_HEAD, Head, Row
 
-TOKENS_OF_ROW, VOCAB, HIDDEN = (3, 1, 4, 2), 23, 6
+TOKENS_OF_ROW, VOCAB, HIDDEN = (3, 1, 7, 2), 23, 6
 IS_ANCHOR = (False, True, False, False)
 KL_COEF = [0.0, 1.0, 0.25, 1.0]
 DIRECTIONS = {"kl_forward": "forward", "kl_reverse": "reverse", "l2_logits": "l2"}
@@ -49,7 +49,7 @@ def objective(**changes):
 
 
 @pytest.mark.parametrize("divergence", DIRECTIONS)
-@pytest.mark.parametrize("name", ["convex", "additive", "static"])
+@pytest.mark.parametrize("name", ["convex", "additive", "static", "token_wise"])
 def test_the_loss_is_the_equation(name, divergence):
     hidden, reference, weight, frozen = inputs()
     batch = micro_batch()
