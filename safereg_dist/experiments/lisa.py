@@ -39,10 +39,11 @@ def in_turns(run: Run) -> Run:
         return run
     data = replace(run.config.data, train=settings.safety, validation=None)
     safety = build_sources(replace(run.config, data=data, eval=None), run.tokenizer, run.ranks)
-    turns = Turns(safety.stream, run.sources.stream, settings, rows_per_step=run.sources.rows_per_step)
+    task = run.sources
+    turns = Turns(safety.stream, task.stream, settings, rows_per_step=task.rows_per_step)
     return with_fields(
         run,
-        sources=with_fields(run.sources, stream=turns),
+        sources=with_fields(task, stream=turns),
         engine=ProximalEngine(run.engine, run.model, settings),
     )
 

@@ -115,10 +115,7 @@ class Sweep(Section):
                 if isinstance(values, dict)
             }
         if isinstance(arms := found.get("arms"), dict):
-            found["arms"] = {
-                str(name): arm if isinstance(arm, dict) else {"overrides": tuple(arm or ())}
-                for name, arm in arms.items()
-            }
+            found["arms"] = {str(name): _section_of(arm) for name, arm in arms.items()}
         if isinstance(skip := found.get("skip"), list):
             found["skip"] = tuple({str(k): str(v) for k, v in each.items()} for each in skip)
         return found
@@ -343,6 +340,11 @@ def _changed(sweep: Sweep, cell: Cell, after: After, model: Path) -> Path:
     out = cell.folder / "changed"
     change_model(after, resolve_model(base, ranks), model, out)
     return out
+
+
+def _section_of(arm: Any) -> Any:
+    """An arm as the section that a list of overrides stands for."""
+    return {"overrides": tuple(arm or ())} if isinstance(arm, list | tuple | None) else arm
 
 
 def _is_done(cell: Cell) -> bool:
