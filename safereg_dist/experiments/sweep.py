@@ -144,6 +144,11 @@ class Cell(NamedTuple):
     """Folder of the run that trains its model: its own, but where it changes another arm's."""
     after: After | None = None
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether another arm trains its model: then it comes after all those that train."""
+        return self.trained != self.folder
+
     def named(self, texts: Iterable[str]) -> list[str]:
         """Texts with the values of axes in the place of their names in braces."""
         found = list(texts)
@@ -185,7 +190,7 @@ def run_sweep(sweep: Sweep, train: Train, *, progress: bool = True) -> int:
         load_config(sweep.config, list(cell.overrides))
     out = Path(sweep.out)
     out.mkdir(parents=True, exist_ok=True)
-    todo = [cell for cell in cells if not _is_done(cell)]
+    todo = sorted((cell for cell in cells if not _is_done(cell)), key=lambda cell: cell.is_changed)
     print(
         f"{len(cells)} cells, {len(todo)} to run; {_expected(sweep, cells, len(todo))}", flush=True
     )
@@ -263,8 +268,9 @@ def _each(
         return
     done = tqdm(total=len(cells), unit="cell", disable=not progress)
     context = multiprocessing.get_context("spawn")
-    # Others are compared with the base, so it comes before them.
-    for group in ([c for c in cells if c.arm == BASE], [c for c in cells if c.arm != BASE]):
+    # Others are compared with the base, or change what a third has trained.
+    for stage in range(3):
+        group = [c for c in cells if (0 if c.arm == BASE else 1 + c.is_changed) == stage]
         pool = ProcessPoolExecutor(sweep.jobs, mp_context=context)
         try:
             running = {pool.submit(_attempt_aside, sweep, cell, train): cell for cell in group}
@@ -302,6 +308,8 @@ def _run(sweep: Sweep, cell: Cell, train: Train, *, progress: bool) -> None:
     if cell.arm == BASE:
         model = Path(load_config(sweep.config, list(cell.overrides)).model)
     elif not (cell.trained / "summary.json").is_file():
+        if cell.is_changed:
+            raise ConfigError(f"expected the model that {cell.trained} trains, which failed")
         if sweep.launcher:
             command = [*sweep.launcher, sweep.config, *cell.overrides]
             status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode

@@ -127,19 +127,23 @@ def test_several_at_a_time_find_the_same(folder, capsys):
     assert "c.jsonl" in log
 
 
-def test_a_cell_that_fails_is_told_and_tried_again(folder):
+def test_a_cell_that_fails_is_told_and_tried_again(folder, capsys):
     sweep = yaml.safe_load((folder / "sweep.yaml").read_text())
     sweep["axes"] = {"data": {"c": ["data.train=c.jsonl"]}}
-    sweep["arms"], sweep["skip"] = {"base": [], "adaptive": []}, []
+    halfway = {"overrides": [], "after": {"interpolate": 0.5}}
+    sweep["arms"], sweep["skip"] = {"base": [], "halfway": halfway, "adaptive": []}, []
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     assert safereg(["sweep", "sweep.yaml"]) == 1
     assert [(r["data"], r["status"]) for r in table(folder) if not r["set"]] == [
         ("c", "done"),
         ("c", "failed"),
+        ("c", "failed"),
     ]
+    assert "sweep/data=c/adaptive trains, which failed" in capsys.readouterr().out
     write_jsonl(folder / "c.jsonl", random_rows(12, seed=3))
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**sweep, "jobs": 2}, sort_keys=False))
     assert safereg(["sweep", "sweep.yaml"]) == 0
-    assert [r["status"] for r in table(folder) if not r["set"]] == ["done", "done"]
+    assert [r["status"] for r in table(folder) if not r["set"]] == ["done", "done", "done"]
 
 
 def test_every_rival_beside_the_others(folder, monkeypatch):
@@ -166,13 +170,13 @@ def test_every_rival_beside_the_others(folder, monkeypatch):
         "lisa": [*plain, "lisa.safety=safety.jsonl", "lisa.safety_steps=1"],
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
-    started, plainly = [], sweeps.subprocess.run
+    started, plainly = [], training.train_as
 
-    def counted(command, **how):
-        started.append(next(w for w in command if w.startswith("output_dir=")).rpartition("/")[2])
-        return plainly(command, **how)
+    def counted(config, overrides):
+        started.append(overrides[-1].rpartition("/")[2])
+        return plainly(config, overrides)
 
-    monkeypatch.setattr(sweeps.subprocess, "run", counted)
+    monkeypatch.setattr(training, "train_as", counted)
     assert safereg(["sweep", "sweep.yaml"]) == 0
     assert started == ["sft", "alone", "token_wise", "safe_instr", "lisa"]
     assert {(r["arm"], r["status"]) for r in table(folder)} == {(a, "done") for a in sweep["arms"]}
