@@ -9,7 +9,8 @@ trained from scratch, probe, guard, anchors; real: SmolLM2-135M-Instruct, aligne
 alone.
 
 Arms on every cell: base; sft; static_low and static_high (coefficient 0.3 and 0.9 on every row);
-adaptive_probe and adaptive_critic (with anchors); filter (sft on the rows that are no poison).
+adaptive_probe and adaptive_critic (with anchors); filter (sft on the rows that are no poison); the
+rivals token_wise, safe_instr, lisa and halfway (sft, its weights interpolated).
 Further ones (`MORE`) on the first seed at 15 %. Columns: world, task, poison (share of poisoned
 rows; 1.0 = harmful rows only), seed, arm, set (`all`, or a file of prompts), the figures of
 `safereg eval`, 95 % intervals where shares have them, seconds of the cell, the device.
@@ -55,8 +56,19 @@ NAMED: dict[str, list[str]] = {
     "adaptive_probe": [],
     "adaptive_critic": ["risk.estimator=critic", "risk.path=null", "risk.critic={guard}"],
     "filter": [*_PLAIN, "data.train={clean}"],
+    # Rivals, see docs/evaluation.md. Not Safe LoRA: it needs the base before it was aligned.
+    "token_wise": [*_UNASKED, "regularizer.objective=token_wise"],
+    "safe_instr": [
+        *_PLAIN,
+        'data.train=[{"path": "{train}", "weight": 0.9}, {"path": "{safety}", "weight": 0.1}]',
+    ],
+    "lisa": [*_PLAIN, "lisa.safety={safety}", "lisa.safety_steps=2", "lisa.task_steps=18"],
+    "halfway": _PLAIN,
 }
-"""On every cell. `{guard}` and `{clean}` stand for the judge and the rows without poison."""
+"""On every cell. `{guard}`, `{train}`, `{clean}` and `{safety}` stand for the judge, the rows, the
+rows without poison, and the anchor rows whose prompts are harmful."""
+AFTER: dict[str, Any] = {"halfway": {"interpolate": 0.5}}
+"""What is done to the trained model of an arm."""
 MORE: dict[str, list[str]] = {
     "adaptive_probe_no_anchor": ["data.anchor=null"],
     "adaptive_probe_fewer_anchors": ["data.anchor_fraction=0.1"],
@@ -168,6 +180,7 @@ def toy_parts(out: Path, seeds: int, jobs: int, *, quick: bool) -> list[Part]:
             "guard": world / "guard",
             "clean": data / f"{task}-clean-{{poison}}.jsonl",
             "train": data / f"{task}-train-{{poison}}.jsonl",
+            "safety": data / "safety.jsonl",
         }
         raw = {
             "config": str(CONFIG),
@@ -197,6 +210,7 @@ def real_part(out: Path, seeds: int, jobs: int) -> Part:
         "guard": place / "guard",
         "clean": data / "clean-{poison}.jsonl",
         "train": data / "train-{poison}.jsonl",
+        "safety": data / "safety.jsonl",
     }
     stems = real_run(out, "0").files.evaluation
     raw = {
@@ -236,10 +250,11 @@ def _sweep(
         share: [f"data.train={places['train']}", f"data.declared_poison={share}"]
         for share in shares
     }
-    arms = {
-        arm: [text.replace("{guard}", guard).replace("{clean}", str(places["clean"])) for text in o]
-        for arm, o in (NAMED | more).items()
-    }
+    named = {f"{{{name}}}": str(place) for name, place in places.items()} | {"{guard}": guard}
+    arms = {}
+    for arm, overrides in (NAMED | more).items():
+        texts = [functools.reduce(lambda t, n: t.replace(*n), named.items(), o) for o in overrides]
+        arms[arm] = {"overrides": tuple(texts), "after": AFTER.get(arm)}
     first = next(iter(seeds))
     skip = [
         {"arm": arm, "seed": seed, "poison": share}
@@ -285,6 +300,7 @@ def prepare_toy(out: Path, seed: str) -> None:
     if not (beside / "anchor.jsonl").is_file():
         words = ["--model", world.base, "--prompts", world.anchor_prompts]
         run("anchor", "build", *words, "--out", beside / "anchor.jsonl", "--max-new-tokens", 32)
+    _write_safety(beside / "anchor.jsonl", world.anchor_prompts, beside)
 
 
 def prepare_real(out: Path, seed: str) -> None:
@@ -294,10 +310,19 @@ def prepare_real(out: Path, seed: str) -> None:
     real_demo.align(built)
     real_demo.prepare(built)
     real_demo.tuned_guard(built)
+    prompts = built.files.of("anchor_prompts")
+    _write_safety(built.out / "anchor.jsonl", prompts, built.files.folder)
     clean = real_rows(seed=int(seed), sizes=REAL_SIZES, poison=0.0)
     for share in ("0", "0.15", "1.0"):
         rows = real_rows(seed=int(seed), sizes=REAL_SIZES, poison=float(share))
         _write_shares(built.files.folder / f"{{}}-{share}.jsonl", rows, clean)
+
+
+def _write_safety(anchors: Path, prompts: Path, folder: Path) -> None:
+    """The anchor rows whose prompts are harmful."""
+    harmful = {row["prompt"] for row in read(prompts) if row["label"] == "harmful"}
+    rows = [row for row in read(anchors) if row["messages"][-2]["content"] in harmful]
+    write_rows(folder / "safety.jsonl", rows, numbered=False)
 
 
 def _write_shares(path: Path, rows: list[dict[str, Any]], clean: list[dict[str, Any]]) -> None:

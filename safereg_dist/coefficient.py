@@ -155,6 +155,8 @@ class Coefficient:
             return [0.0] * len(rows)
         if config.objective == "static":
             common: float | None = config.ceiling
+        elif config.objective == "token_wise":
+            common = 1.0  # every row needs the reference
         elif config.granularity == "batch":
             common = scheduled(self._batch_risk(rows, risk.values), config, self.threshold)
         else:

@@ -31,6 +31,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
         SafeRegError: on all ranks, where something is wrong.
     """
     from safereg_dist.config import load_config
+    from safereg_dist.experiments.lisa import in_turns
     from safereg_dist.factory import build_run, start_backend
     from safereg_dist.parallel.distributed import leave_group, share_cores
     from safereg_dist.run.folder import is_complete
@@ -46,7 +47,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
             if ranks.is_main:
                 print(f"{config.output_dir} is already complete: nothing to do")
             return 0
-        built = build_run(config, backend)
+        built = in_turns(build_run(config, backend))
         if ranks.is_main:
             _announce(built)
         if dry_run:

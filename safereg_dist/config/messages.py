@@ -22,7 +22,7 @@ def first_mistake(error: ValidationError, cls: type[Section], raw: Any, where: s
     first = min(found, key=lambda e: (at.get(str(e["loc"][0]), len(at)), _RANK.get(e["type"], 1)))
     *parents, key = first["loc"]
     for parent in parents:  # down to the section that holds the key
-        if isinstance(parent, str):
+        if parent in cls.model_fields:  # else an index, or a name in a mapping
             cls = section_in(cls.model_fields[parent].annotation) or cls
     name = _name(where, (*parents, str(key)))
     if _RANK.get(first["type"]) == 0:

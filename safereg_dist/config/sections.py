@@ -82,8 +82,9 @@ class ReferenceConfig(Section):
 class RegularizerConfig(Section):
     """How risk becomes a coefficient, and what the coefficient weighs."""
 
-    objective: Literal["convex", "additive", "static", "none"] = "convex"
-    """`convex` (1-b)*CE + b*D, `additive` CE + b*D, `static` convex with b = ceiling, or `none`."""
+    objective: Literal["convex", "additive", "static", "token_wise", "none"] = "convex"
+    """`convex` (1-b)*CE + b*D, `additive` CE + b*D, `static` convex with b = ceiling, `token_wise`
+    (the constrained fine-tuning of arXiv 2406.05946, on every row, without risk), or `none`."""
     divergence: Literal["kl_forward", "kl_reverse", "l2_logits"] = "kl_forward"
     """`kl_forward` KL(ref||policy), `kl_reverse` KL(policy||ref), or `l2_logits`."""
     schedule: Literal["step", "threshold", "linear", "clamp", "sigmoid", "budget"] = "step"
@@ -326,6 +327,24 @@ class EvalConfig(Section):
     """How an answer that complies begins, where a prompt has no `complying`."""
 
 
+class LisaConfig(Section):
+    """Turns of safety rows and of `data.train`, each held near where it began (arXiv 2405.18641).
+
+    All weights or adapters, in one process, with plain cross-entropy on both. Defaults are the
+    authors' script's (git-disl/Lisa), its 100 and 900 steps shortened.
+    """
+
+    safety: str
+    """Safety rows (prompts with safe answers), in a form of `data.train`."""
+    safety_steps: int = Field(default=10, ge=1)
+    """Optimizer steps of a turn on safety rows, >= 1; the first turn is theirs."""
+    task_steps: int = Field(default=90, ge=1)
+    """Optimizer steps of a turn on `data.train`, >= 1; `train.steps` counts those of both."""
+    rho: float = Field(default=1.0, ge=0)
+    """Weight of the proximal term rho/2 |w - w'|^2 beside the loss, >= 0; w' are the weights at the
+    last change of turns."""
+
+
 class Config(Section):
     """One training run."""
 
@@ -342,6 +361,8 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig | None = Field(default=None, json_schema_extra={**NEWER, **ASIDE})
     """What is watched in training; null = nothing."""
+    lisa: LisaConfig | None = Field(default=None, json_schema_extra=NEWER)
+    """Turns with safety rows, a rival to compare with; null = none."""
     output_dir: str = Field(default="runs/my-run", json_schema_extra=ASIDE)
     """Run folder: metrics, ledger, checkpoints, exported model."""
     profile: bool = Field(default=False, json_schema_extra=ASIDE)
@@ -361,6 +382,7 @@ class Config(Section):
         self._check_reference()
         self._check_order()
         self._check_adapters()
+        self._check_lisa()
         if self.train.eval_every and self.data.validation is None:
             raise ConfigError("train.eval_every needs data.validation: set it, or eval_every=0")
         return self
@@ -430,6 +452,21 @@ class Config(Section):
             return
         if self.needs_risk and self.risk.estimator == "probe" and self.risk.source == "policy":
             raise ConfigError(POLICY_RISK_IS_TOO_LATE)
+
+    def _check_lisa(self) -> None:
+        if self.lisa is None:
+            return
+        if self.engine.name != "single" or self.regularizer.objective != "none":
+            raise ConfigError(
+                "lisa runs in one process with plain cross-entropy, got engine.name="
+                f"{self.engine.name} and regularizer.objective={self.regularizer.objective}: set "
+                "single and none"
+            )
+        if self.data.streaming or self.train.epochs is not None:
+            raise ConfigError(
+                "lisa takes turns between two sets of rows for train.steps in all: set train.steps "
+                "in place of train.epochs, and data.streaming=false"
+            )
 
     @property
     def has_adapters_off(self) -> bool:

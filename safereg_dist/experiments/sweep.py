@@ -9,11 +9,14 @@ is there, so the same command goes on where it was cut off; a cell that failed i
       seed: {0: [train.seed=0], 1: [train.seed=1]}
       poison: {0: [data.train=clean.jsonl], 0.15: [data.train=poisoned.jsonl]}
     arms:
-      sft: [regularizer.objective=none, data.anchor=null]
+      sft: &sft [regularizer.objective=none, data.anchor=null]
       adaptive: []
+      halfway: {overrides: *sft, after: {interpolate: 0.5}}
     evaluation: {prompts: [held_out.jsonl], max_new_tokens: 20}
 
 In overrides and in files of the evaluation `{seed}` and the like stand for the value of an axis.
+An arm with `after` changes a trained model (`after_training.After`): that of the first arm without
+it whose overrides are the same, which is trained once, else its own.
 """
 
 import csv
@@ -34,11 +37,14 @@ import yaml
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from safereg_dist.config import load_config, section_from_dict
+from safereg_dist.config import load_config, replace, section_from_dict
 from safereg_dist.config.section import Section
 from safereg_dist.errors import ConfigError, SafeRegError
 from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.rates import table_rows
+from safereg_dist.experiments.after_training import After, change_model
+from safereg_dist.factory.model_folder import resolve_model
+from safereg_dist.parallel.single import single_ranks
 from safereg_dist.storage.atomic import write_atomically
 
 Train = Callable[[str, Sequence[str]], int]
@@ -65,6 +71,15 @@ class Evaluation(Section):
     batch_size: int = Field(default=32, ge=1)
 
 
+class ArmSettings(Section):
+    """An arm; a list stands for its overrides."""
+
+    overrides: tuple[str, ...] = ()
+    """`key=value`, after those of the axes."""
+    after: After | None = None
+    """What is done to the trained model; null = nothing."""
+
+
 class Sweep(Section):
     """A description of many runs."""
 
@@ -72,8 +87,9 @@ class Sweep(Section):
     """YAML of the configuration that every cell begins from."""
     out: str
     """Folder of all runs, and of the table."""
-    arms: dict[str, tuple[str, ...]]
-    """Name -> overrides (`key=value`); `base` is the model before training, and needs none."""
+    arms: dict[str, ArmSettings]
+    """Name -> overrides (`key=value`), or a section of them and of `after`; `base` is the model
+    before training, and needs none."""
     axes: dict[str, dict[str, tuple[str, ...]]] = Field(default_factory=dict)
     """Name -> value -> overrides: every combination of values is run for every arm."""
     skip: tuple[dict[str, str], ...] = ()
@@ -99,7 +115,7 @@ class Sweep(Section):
                 if isinstance(values, dict)
             }
         if isinstance(arms := found.get("arms"), dict):
-            found["arms"] = {str(name): tuple(o or ()) for name, o in arms.items()}
+            found["arms"] = {str(name): _section_of(arm) for name, arm in arms.items()}
         if isinstance(skip := found.get("skip"), list):
             found["skip"] = tuple({str(k): str(v) for k, v in each.items()} for each in skip)
         return found
@@ -108,6 +124,8 @@ class Sweep(Section):
     def _check(self) -> "Sweep":
         if not self.arms:
             raise ConfigError("a sweep needs `arms`: give one name or more, each with overrides")
+        if BASE in self.arms and self.arms[BASE].after is not None:
+            raise ConfigError(f"arm {BASE!r} is the model before training: it has no `after`")
         taken = {"arm", "set", "status", "seconds", *FIGURES} & set(self.axes)
         if taken:
             raise ConfigError(f"axis {min(taken)!r} has the name of a column: choose another")
@@ -122,6 +140,14 @@ class Cell(NamedTuple):
     folder: Path
     """Of its run; of the base arm, of its evaluation."""
     overrides: tuple[str, ...]
+    trained: Path
+    """Folder of the run that trains its model: its own, but where it changes another arm's."""
+    after: After | None = None
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether another arm trains its model: then it comes after all those that train."""
+        return self.trained != self.folder
 
     def named(self, texts: Iterable[str]) -> list[str]:
         """Texts with the values of axes in the place of their names in braces."""
@@ -164,7 +190,7 @@ def run_sweep(sweep: Sweep, train: Train, *, progress: bool = True) -> int:
         load_config(sweep.config, list(cell.overrides))
     out = Path(sweep.out)
     out.mkdir(parents=True, exist_ok=True)
-    todo = [cell for cell in cells if not _is_done(cell)]
+    todo = sorted((cell for cell in cells if not _is_done(cell)), key=lambda cell: cell.is_changed)
     print(
         f"{len(cells)} cells, {len(todo)} to run; {_expected(sweep, cells, len(todo))}", flush=True
     )
@@ -185,14 +211,28 @@ def cells_of(sweep: Sweep) -> Iterator[Cell]:
         axes = dict(zip(sweep.axes, values, strict=True))
         place = Path(sweep.out, *(f"{axis}={value}" for axis, value in axes.items()))
         common = [text for axis, value in axes.items() for text in sweep.axes[axis][value]]
-        for arm, own in sweep.arms.items():
-            known = {"arm": arm, **axes}
-            if any(all(known.get(k) == v for k, v in each.items()) for each in sweep.skip):
-                continue
-            folder = place / arm
-            cell = Cell(arm, axes, folder, ())
-            overrides = cell.named([*common, *own, f"output_dir={folder}"])
+        arms = {
+            arm: settings
+            for arm, settings in sweep.arms.items()
+            if not any({"arm": arm, **axes}.items() >= each.items() for each in sweep.skip)
+        }
+        for arm, settings in arms.items():
+            trained = place / (_trained_by(arms, settings) or arm)
+            cell = Cell(arm, axes, place / arm, (), trained, settings.after)
+            overrides = cell.named([*common, *settings.overrides, f"output_dir={trained}"])
             yield cell._replace(overrides=tuple(overrides))
+
+
+def _trained_by(arms: Mapping[str, ArmSettings], settings: ArmSettings) -> str | None:
+    """The arm that trains the model which an arm with `after` changes; None: it does so itself."""
+    if settings.after is None:
+        return None
+    same = (
+        name
+        for name, other in arms.items()
+        if name != BASE and other.after is None and other.overrides == settings.overrides
+    )
+    return next(same, None)
 
 
 def write_table(sweep: Sweep, cells: list[Cell], failed: Collection[str]) -> None:
@@ -228,8 +268,9 @@ def _each(
         return
     done = tqdm(total=len(cells), unit="cell", disable=not progress)
     context = multiprocessing.get_context("spawn")
-    # Others are compared with the base, so it comes before them.
-    for group in ([c for c in cells if c.arm == BASE], [c for c in cells if c.arm != BASE]):
+    # Others are compared with the base, or change what a third has trained.
+    for stage in range(3):
+        group = [c for c in cells if (0 if c.arm == BASE else 1 + c.is_changed) == stage]
         pool = ProcessPoolExecutor(sweep.jobs, mp_context=context)
         try:
             running = {pool.submit(_attempt_aside, sweep, cell, train): cell for cell in group}
@@ -263,10 +304,12 @@ def _attempt(sweep: Sweep, cell: Cell, train: Train, *, progress: bool) -> str |
 
 def _run(sweep: Sweep, cell: Cell, train: Train, *, progress: bool) -> None:
     began = time.perf_counter()
-    model = cell.folder / "model"
+    model = cell.trained / "model"
     if cell.arm == BASE:
         model = Path(load_config(sweep.config, list(cell.overrides)).model)
-    elif not (cell.folder / "summary.json").is_file():
+    elif not (cell.trained / "summary.json").is_file():
+        if cell.is_changed:
+            raise ConfigError(f"expected the model that {cell.trained} trains, which failed")
         if sweep.launcher:
             command = [*sweep.launcher, sweep.config, *cell.overrides]
             status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
@@ -274,6 +317,8 @@ def _run(sweep: Sweep, cell: Cell, train: Train, *, progress: bool) -> None:
             status = train(sweep.config, cell.overrides)
         if status != 0:
             raise ConfigError(f"training ended with status {status}, see above")
+    if cell.after is not None:
+        model = _changed(sweep, cell, cell.after, model)
     asked = sweep.evaluation
     base = cell.folder.parent / BASE / "eval.json"
     evaluate_model(
@@ -291,6 +336,23 @@ def _run(sweep: Sweep, cell: Cell, train: Train, *, progress: bool) -> None:
     )
     seconds = round(time.perf_counter() - began, 1)
     write_atomically(cell.folder / "seconds.json", json.dumps(seconds) + "\n")
+
+
+def _changed(sweep: Sweep, cell: Cell, after: After, model: Path) -> Path:
+    """The folder of the trained model as `after` changes it."""
+    base, ranks = load_config(sweep.config, list(cell.overrides)).model, single_ranks()
+    if after.safe_lora is not None:
+        [unaligned] = cell.named([after.safe_lora.unaligned])
+        unaligned = str(resolve_model(unaligned, ranks))
+        after = After(safe_lora=replace(after.safe_lora, unaligned=unaligned))
+    out = cell.folder / "changed"
+    change_model(after, resolve_model(base, ranks), model, out)
+    return out
+
+
+def _section_of(arm: Any) -> Any:
+    """An arm as the section that a list of overrides stands for."""
+    return {"overrides": tuple(arm or ())} if isinstance(arm, list | tuple | None) else arm
 
 
 def _is_done(cell: Cell) -> bool:

@@ -49,9 +49,10 @@ CASES = (
     Case("additive-forward-1", objective="additive", ceiling=2.5),
     Case("additive-reverse-2", objective="additive", divergence="kl_reverse", grad_accum_steps=2),
     Case("additive-l2-4", objective="additive", divergence="l2_logits", grad_accum_steps=4),
+    Case("token-wise-2", objective="token_wise", grad_accum_steps=2),
     Case("static-forward-2", objective="static", ceiling=0.3, grad_accum_steps=2),
-    Case("convex-one-1", ceiling=1.0),
     Case("none-2", objective="none", grad_accum_steps=2),
+    Case("convex-one-1", ceiling=1.0),
 )
 
 

@@ -40,6 +40,8 @@ def coefficient(case: Case, row: Row) -> float:
         return 0.0
     if row.is_anchor:
         return 1.0
+    if case.objective == "token_wise":
+        return 1.0
     assert row.risk is not None
     return case.ceiling if case.objective == "static" else case.ceiling * row.risk
 

@@ -37,7 +37,7 @@ Array = np.ndarray
 DIRECTIONS = ("forward", "reverse", "l2")
 """Those of the trainer."""
 SCHEDULES = ("step", "threshold", "linear", "clamp", "sigmoid")
-OBJECTIVES = ("convex", "additive", "static", "none")
+OBJECTIVES = ("convex", "additive", "static", "none", "token_wise")
 
 
 def coefficients(
@@ -80,7 +80,8 @@ def token_weights(
 ) -> tuple[Array, Array]:
     """(ce_weights, kl_weights), each [tokens]: the factors of CE_t and D_t in L, 1/N included.
 
-    convex, static  (1 - b) / N and b / N;    additive  1 / N and b / N;    none  1 / N and 0.
+    convex, static  (1 - b) / N and b / N;    additive  1 / N and b / N;    none  1 / N and 0;
+    token_wise      1 / N, of a term that is not CE, and 0.
     An anchor row carries only D with b = 1, whatever the objective.
     """
     b = np.asarray(kl_coef, dtype=np.float64)[row_of_token]
@@ -89,11 +90,17 @@ def token_weights(
         task, regulariser = 1.0 - b, b
     elif objective == "additive":
         task, regulariser = np.ones_like(b), b
-    elif objective == "none":
+    elif objective in ("none", "token_wise"):
         task, regulariser = np.ones_like(b), np.zeros_like(b)
     else:
         raise ValueError(f"unknown objective {objective!r}")
     return np.where(anchor, 0.0, task) / num_tokens, np.where(anchor, 1.0, regulariser) / num_tokens
+
+
+def betas(row_of_token: Array) -> Array:
+    """beta_t of constrained fine-tuning (2406.05946) for rows of one response: 0.5, 2 x 4, 0.1."""
+    place = np.arange(len(row_of_token)) - np.searchsorted(row_of_token, row_of_token)
+    return np.select([place == 0, place < 5], [0.5, 2.0], 0.1)
 
 
 def step_loss(
@@ -125,6 +132,18 @@ def step_loss(
     row_of_token = np.asarray(row_of_token)
     total = len(hidden) if num_tokens is None else num_tokens
     ce_weights, kl_weights = token_weights(kl_coef, is_anchor, row_of_token, objective, total)
+    beyond = 0.0
+    if objective == "token_wise":
+        # 2/beta log(1 + exp(beta (CE - CE'))), whose derivative in CE is `factor`.
+        own, other = (
+            cross_entropy(np.asarray(h, np.float64) @ np.asarray(w, np.float64).T, labels)
+            for h, w in ((hidden, head), (reference_hidden, reference_head))
+        )
+        beta = betas(row_of_token)
+        value = 2 / beta * np.logaddexp(0, beta * (own - other))
+        factor = 2 / (1 + np.exp(-beta * (own - other)))
+        beyond = float((ce_weights * (value - factor * own)).sum())
+        ce_weights = ce_weights * factor
     result = linear_ce_kl(
         hidden,
         head,
@@ -141,12 +160,18 @@ def step_loss(
         logits = np.asarray(hidden, np.float64)[task] @ np.asarray(head, np.float64).T
         ce[task] = cross_entropy(logits, np.asarray(labels)[task])
     active = kl_weights > 0
+    div = result.divergence
+    if objective == "token_wise":  # of all rows, though only anchors have it in their loss
+        active = np.ones(len(hidden), dtype=bool)
+        models = (np.asarray(h, np.float64) @ np.asarray(w, np.float64).T
+                  for h, w in ((hidden, head), (reference_hidden, reference_head)))  # fmt: skip
+        div = divergence(*models, direction=direction)
     return {
-        "loss": result.loss,
+        "loss": result.loss + beyond,
         "task_loss": float(ce[task].mean()) if task.any() else 0.0,
-        "divergence": float(result.divergence[active].mean()) if active.any() else 0.0,
+        "divergence": float(div[active].mean()) if active.any() else 0.0,
         "grad_hidden": result.grad_hidden,
         "grad_head": result.grad_head,
         "ce": ce,
-        "div": result.divergence,
+        "div": div,
     }

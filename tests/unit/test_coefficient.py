@@ -146,6 +146,8 @@ def test_static_and_none():
     rows = (row(), row(anchor=True), row(tokens=0))
     assert coefficient(objective="static", ceiling=0.3)(rows, risks([None] * 3)) == [0.3, 1.0, 0.0]
     assert coefficient(objective="none")(rows, risks([None] * 3)) == [0.0] * 3
+    token_wise = coefficient(objective="token_wise", ceiling=0.3)
+    assert token_wise(rows, risks([None] * 3)) == [1.0, 1.0, 0.0]
     batch = coefficient(objective="static", ceiling=0.3, granularity="batch")
     assert batch(rows, risks([None] * 3)) == [0.3, 1.0, 0.0]
 

@@ -31,6 +31,12 @@ def check_config(config: Config) -> None:
             "risk.source=policy comes one step late in a Megatron layout, so no row's risk can be "
             "its own: set risk.source=reference, or regularizer.granularity=batch"
         )
+    if config.regularizer.objective == "token_wise":
+        raise ConfigError(
+            "regularizer.objective=token_wise weighs a token by both models' log-probabilities of "
+            "it, which the output layer's loss in a Megatron layout is not given: choose another "
+            "objective, or another stack"
+        )
     if config.regularizer.schedule == "budget":
         raise ConfigError(
             "regularizer.schedule=budget acts on a step's divergence before the next step, which a "

@@ -145,7 +145,7 @@ def test_a_starter_has_each_key_under_its_sentence(safereg):
             seen, comment = [*seen, name], []
     assert len(seen) > 12
     assert {key for key in KEYS if KEYS[key].default == "required"} - {*seen} == {
-        *("risk.parts[].category", "data.train[].path", "eval.canary")
+        *("risk.parts[].category", "data.train[].path", "eval.canary", "lisa.safety")
     }
 
 

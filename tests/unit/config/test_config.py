@@ -218,7 +218,7 @@ NAN, INF = float("nan"), float("inf")
         ("data", "anchor_fraction", [0, 1, -0.1, NAN]),
         ("risk", "estimator", ["judge", "Probe"]),
         ("risk", "source", ["both"]),
-        ("regularizer", "objective", ["token_wise"]),
+        ("regularizer", "objective", ["tokenwise"]),
         ("regularizer", "divergence", ["kl"]),
         ("regularizer", "schedule", ["cosine"]),
         ("regularizer", "granularity", ["token"]),

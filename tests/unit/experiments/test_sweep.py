@@ -5,10 +5,12 @@ Exact: cells, overrides, figures, what is started again. Trainings are real (a t
 """
 
 import csv
+import itertools
 import json
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from support.builders import PLAIN_TEMPLATE, random_rows, save_model, tiny_model, write_jsonl
 
 from safereg_dist.cli import main as safereg
@@ -125,24 +127,95 @@ def test_several_at_a_time_find_the_same(folder, capsys):
     assert "c.jsonl" in log
 
 
-def test_a_cell_that_fails_is_told_and_tried_again(folder):
+def test_a_cell_that_fails_is_told_and_tried_again(folder, capsys):
     sweep = yaml.safe_load((folder / "sweep.yaml").read_text())
     sweep["axes"] = {"data": {"c": ["data.train=c.jsonl"]}}
-    sweep["arms"], sweep["skip"] = {"base": [], "adaptive": []}, []
+    halfway = {"overrides": [], "after": {"interpolate": 0.5}}
+    sweep["arms"], sweep["skip"] = {"base": [], "halfway": halfway, "adaptive": []}, []
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     assert safereg(["sweep", "sweep.yaml"]) == 1
     assert [(r["data"], r["status"]) for r in table(folder) if not r["set"]] == [
         ("c", "done"),
         ("c", "failed"),
+        ("c", "failed"),
     ]
+    assert "sweep/data=c/adaptive trains, which failed" in capsys.readouterr().out
     write_jsonl(folder / "c.jsonl", random_rows(12, seed=3))
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**sweep, "jobs": 2}, sort_keys=False))
     assert safereg(["sweep", "sweep.yaml"]) == 0
-    assert [r["status"] for r in table(folder) if not r["set"]] == ["done", "done"]
+    assert [r["status"] for r in table(folder) if not r["set"]] == ["done", "done", "done"]
+
+
+def test_every_rival_beside_the_others(folder, monkeypatch):
+    """Each by its own row of docs/evaluation.md; what two arms share is trained once."""
+    plain = ["regularizer.objective=none", "risk.estimator=none"]
+    safety = [{**row, "id": f"safe{i}"} for i, row in enumerate(random_rows(4, seed=5))]
+    write_jsonl(folder / "safety.jsonl", safety)
+    save_model(folder / "unaligned", tiny_model(seed=8), PLAIN_TEMPLATE)
+    mixed = [{"path": "{data}.jsonl", "weight": 0.75}, {"path": "safety.jsonl", "weight": 0.25}]
+    sweep = yaml.safe_load((folder / "sweep.yaml").read_text())
+    sweep["axes"], sweep["skip"] = {"data": {"a": []}}, []
+    sweep["arms"] = {
+        "base": None,
+        # First what changes another arm's model: the order is no matter.
+        "halfway": {"overrides": plain, "after": {"interpolate": 0.5}},
+        "sft": plain,
+        "safe_lora": {
+            "overrides": plain,
+            "after": {"safe_lora": {"unaligned": "unaligned", "layers": 3}},
+        },
+        "alone": {"overrides": [*plain, "optimizer.lr=0.02"], "after": {"interpolate": 0.0}},
+        "token_wise": ["regularizer.objective=token_wise", "risk.estimator=none"],
+        "safe_instr": [*plain, f"data.train={json.dumps(mixed)}"],
+        "lisa": [*plain, "lisa.safety=safety.jsonl", "lisa.safety_steps=1"],
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    started, plainly = [], training.train_as
+
+    def counted(config, overrides):
+        started.append(overrides[-1].rpartition("/")[2])
+        return plainly(config, overrides)
+
+    monkeypatch.setattr(training, "train_as", counted)
+    assert safereg(["sweep", "sweep.yaml"]) == 0
+    assert started == ["sft", "alone", "token_wise", "safe_instr", "lisa"]
+    assert {(r["arm"], r["status"]) for r in table(folder)} == {(a, "done") for a in sweep["arms"]}
+
+    place = folder / "runs/sweep/data=a"
+    weights = {
+        name: load_file(path / "model.safetensors")
+        for name, path in {
+            "base": folder / "model",
+            **{arm: place / arm / "model" for arm in ("sft", "token_wise", "safe_instr", "lisa")},
+            **{arm: place / arm / "changed" for arm in ("halfway", "safe_lora", "alone")},
+        }.items()
+    }
+    for name, before in weights["base"].items():
+        middle = (before + weights["sft"][name]) / 2
+        assert (weights["halfway"][name] - middle).abs().max() < 1e-6
+        assert weights["alone"][name].equal(before)
+    changed = [n for n, w in weights["safe_lora"].items() if not w.equal(weights["sft"][n])]
+    report = json.loads((place / "safe_lora/changed/after_training.json").read_text())
+    assert changed == report["projected"]
+    assert len(changed) == 3
+    trained = ("sft", "token_wise", "safe_instr", "lisa")
+    for one, other in itertools.combinations(trained, 2):
+        assert not weights[one]["lm_head.weight"].equal(weights[other]["lm_head.weight"])
+    row = json.loads((place / "token_wise/metrics.jsonl").read_text().splitlines()[0])
+    assert row["reference_rows"] == row["rows"]
+    ledger = (place / "safe_instr/ledger.jsonl").read_text().splitlines()
+    ids = [json.loads(line)["id"] for line in ledger]
+    assert len(ids) == 4
+    assert sum(id.startswith("safe") for id in ids) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"arms": {"base": {"after": {"interpolate": 0.5}}}}, "has no `after`"),
+        ({"arms": {"x": {"after": {}}}}, "interpolate or safe_lora"),
+        ({"arms": {"x": {"overides": []}}}, "arms.x.overides"),
+        ({"arms": {"x": 3}}, "arms.x must be a section"),
         ({"arms": {}}, "needs `arms`"),
         ({"axes": {"set": {"a": []}}}, "name of a column"),
         ({"evaluaton": {}}, "evaluation"),

@@ -15,7 +15,12 @@ from safereg_dist.data.stream import batch_of_stream
 from safereg_dist.errors import CheckpointError, ConfigError, ProbeError
 from safereg_dist.factory.prepare import config_of
 from safereg_dist.integrations.megatron import MegatronSafety
-from safereg_dist.integrations.megatron.checks import REFUSED, check_arguments, check_probes
+from safereg_dist.integrations.megatron.checks import (
+    REFUSED,
+    check_arguments,
+    check_config,
+    check_probes,
+)
 from safereg_dist.integrations.megatron.probes import Span, spans_of
 from safereg_dist.integrations.megatron.stored import StoredStates
 from safereg_dist.parallel.megatron import innermost
@@ -48,6 +53,12 @@ def test_a_plain_configuration_passes():
 def test_options_that_bypass_the_hooks(name):
     with pytest.raises(ConfigError, match=f"{name}=1 cannot be used"):
         check(**{name: 1})
+
+
+def test_a_constraint_on_tokens_is_refused():
+    config = config_of({"regularizer": {"objective": "token_wise"}}, "m")
+    with pytest.raises(ConfigError, match="objective=token_wise"):
+        check_config(config)
 
 
 def test_graphs_and_the_linear_fusion():
