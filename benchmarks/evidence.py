@@ -9,11 +9,10 @@ trained from scratch, probe, guard, anchors; real: SmolLM2-135M-Instruct, aligne
 alone.
 
 Arms on every cell: base; sft; static_low and static_high (coefficient 0.3 and 0.9 on every row);
-adaptive_probe and adaptive_critic (with anchors); filter (sft on the rows that are no poison); the
-rivals token_wise, safe_instr, lisa and halfway (sft, its weights interpolated).
-Further ones (`MORE`) on the first seed at 15 %. Columns: world, task, poison (share of poisoned
-rows; 1.0 = harmful rows only), seed, arm, set (`all`, or a file of prompts), the figures of
-`safereg eval`, 95 % intervals where shares have them, seconds of the cell, the device.
+adaptive_probe and adaptive_critic (with anchors); filter (sft on the rows that are no poison).
+Further ones (`MORE`, rivals among them) on the first seed at 15 %. Columns: world, task, poison
+(share of poisoned rows; 1.0 = harmful rows only), seed, arm, set (`all`, or a file of prompts), the
+figures of `safereg eval`, 95 % intervals where shares have them, seconds of the cell, the device.
 """
 
 import argparse
@@ -56,19 +55,9 @@ NAMED: dict[str, list[str]] = {
     "adaptive_probe": [],
     "adaptive_critic": ["risk.estimator=critic", "risk.path=null", "risk.critic={guard}"],
     "filter": [*_PLAIN, "data.train={clean}"],
-    # Rivals, see docs/evaluation.md. Not Safe LoRA: it needs the base before it was aligned.
-    "token_wise": [*_UNASKED, "regularizer.objective=token_wise"],
-    "safe_instr": [
-        *_PLAIN,
-        'data.train=[{"path": "{train}", "weight": 0.9}, {"path": "{safety}", "weight": 0.1}]',
-    ],
-    "lisa": [*_PLAIN, "lisa.safety={safety}", "lisa.safety_steps=2", "lisa.task_steps=18"],
-    "halfway": _PLAIN,
 }
 """On every cell. `{guard}`, `{train}`, `{clean}` and `{safety}` stand for the judge, the rows, the
 rows without poison, and the anchor rows whose prompts are harmful."""
-AFTER: dict[str, Any] = {"halfway": {"interpolate": 0.5}}
-"""What is done to the trained model of an arm."""
 MORE: dict[str, list[str]] = {
     "adaptive_probe_no_anchor": ["data.anchor=null"],
     "adaptive_probe_fewer_anchors": ["data.anchor_fraction=0.1"],
@@ -85,8 +74,22 @@ MORE: dict[str, list[str]] = {
     "static_0.5": [*_STATIC, "regularizer.ceiling=0.5"],
     "static_0.7": [*_STATIC, "regularizer.ceiling=0.7"],
     "static_l2": [*_STATIC, "regularizer.ceiling=0.9", "regularizer.divergence=l2_logits"],
+    # Rivals, see docs/evaluation.md.
+    "token_wise": [*_UNASKED, "regularizer.objective=token_wise"],
+    "safe_instr": [
+        *_PLAIN,
+        'data.train=[{"path": "{train}", "weight": 0.9}, {"path": "{safety}", "weight": 0.1}]',
+    ],
+    "lisa": [*_PLAIN, "lisa.safety={safety}", "lisa.safety_steps=1", "lisa.task_steps=9"],
+    "halfway": _PLAIN,
+    "safe_lora": _PLAIN,
 }
 """On the first seed at 15 % alone."""
+AFTER: dict[str, Any] = {
+    "halfway": {"interpolate": 0.5},
+    "safe_lora": {"safe_lora": {"unaligned": "{unaligned}", "threshold": 0.35}},
+}
+"""What is done to the trained model of an arm. The toy's base has no state before its alignment."""
 
 
 class Part(NamedTuple):
@@ -193,7 +196,7 @@ def toy_parts(out: Path, seeds: int, jobs: int, *, quick: bool) -> list[Part]:
             },
         }
         axis = {seed: [*common, f"train.seed={seed}"] for seed in numbers}
-        more = {} if quick else MORE
+        more = {} if quick else {arm: MORE[arm] for arm in MORE if arm != "safe_lora"}
         parts.append(Part("toy", task, _sweep(raw, axis, shares, places, more, jobs)))
     return parts
 
@@ -211,6 +214,7 @@ def real_part(out: Path, seeds: int, jobs: int) -> Part:
         "clean": data / "clean-{poison}.jsonl",
         "train": data / "train-{poison}.jsonl",
         "safety": data / "safety.jsonl",
+        "unaligned": out / "smollm2",
     }
     stems = real_run(out, "0").files.evaluation
     raw = {
@@ -251,10 +255,17 @@ def _sweep(
         for share in shares
     }
     named = {f"{{{name}}}": str(place) for name, place in places.items()} | {"{guard}": guard}
-    arms = {}
-    for arm, overrides in (NAMED | more).items():
-        texts = [functools.reduce(lambda t, n: t.replace(*n), named.items(), o) for o in overrides]
-        arms[arm] = {"overrides": tuple(texts), "after": AFTER.get(arm)}
+
+    def filled(settings: Any) -> Any:
+        text = json.dumps(settings)
+        for name, place in named.items():
+            text = text.replace(name, json.dumps(place)[1:-1])
+        return json.loads(text)
+
+    arms = {
+        arm: {"overrides": tuple(filled(overrides)), "after": filled(AFTER.get(arm))}
+        for arm, overrides in (NAMED | more).items()
+    }
     first = next(iter(seeds))
     skip = [
         {"arm": arm, "seed": seed, "poison": share}
