@@ -102,8 +102,9 @@ def watched_rows(path: str, config: InfluenceConfig, tokenizer: PreTrainedTokeni
 
     def begun(prompt: LabelledPrompt, response: str) -> Row:
         whole = row(prompt, response)
-        begin = whole.prompt_ends[-1]
-        end = min(begin + config.positions, len(whole.input_ids))
+        begin, answer = whole.prompt_ends[-1], sum(whole.loss_mask[whole.prompt_ends[-1] :])
+        # Texts are how an answer begins: the token that ends the turn is none of it.
+        end = begin + min(config.positions, max(answer - 1, 1))
         own = [0] * begin + whole.loss_mask[begin:end]
         return row_of(prompt.id, whole.input_ids[:end], own)
 

@@ -122,6 +122,6 @@ def read_state(path: Path, scorer: Scorer) -> dict[str, Tensor]:
     if written_by != scorer.identity:
         raise CheckpointError(
             f"{path} holds risks of another probe, or by other watched prompts, than those at "
-            "risk.path: remove the checkpoint or restore them"
+            "risk.path: remove the checkpoint or restore the probe or the prompts"
         )
     return state
