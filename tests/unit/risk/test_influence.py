@@ -15,6 +15,7 @@ import yaml
 from support.builders import random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
 from support.influence import Judge, expected_risks, gradient, settings, watched_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from safereg_dist import build_run, start_backend
 from safereg_dist.cli import main as safereg
@@ -150,6 +151,18 @@ def test_logits_stay_within_their_bound():
     with Largest() as seen:
         token_influence(*row, direction, head, head_bytes=bound)
     assert V * 15 < seen.count <= max(V * 20, 200 * H)
+
+
+def test_what_it_costs():
+    """The logits of the chosen tokens, and inner products with S watched ones; nothing else."""
+    head = head_of({}, bias=False)
+    direction = direction_of(draw(2, 0), draw(3, 1), head)
+    (states, labels), kept, watched = draw(40, 2), 8, 5
+    with FlopCounterMode(display=False) as counter:
+        row_influence([states], [labels], direction, head, tokens_per_row=kept)
+    screening = 2 * 40 * watched * H  # torch's counter knows no product with a vector
+    want = screening + 2 * kept * V * H + 2 * kept * watched * (V + H)
+    assert counter.get_total_flops() == want
 
 
 def test_the_share_of_benign_rows_holds():
