@@ -106,9 +106,9 @@ def conversation(row: Row) -> Row:
     }
 
 
-def recall_of(kind: str, labelled: Sequence[Row], risk: dict[str, float]) -> Row:
-    """Recall of a kind's harmful rows at the rate of false positives, among its benign rows."""
-    of_label = {
+def scores_of(kind: str, labelled: Sequence[Row], risk: dict[str, float]) -> dict[str, np.ndarray]:
+    """Label -> risks: a kind's harmful rows; its benign rows, and those in no disguise."""
+    return {
         label: np.array(
             [
                 risk[row["id"]]
@@ -119,6 +119,11 @@ def recall_of(kind: str, labelled: Sequence[Row], risk: dict[str, float]) -> Row
         )
         for label in ("harmful", "benign")
     }
+
+
+def recall_of(kind: str, labelled: Sequence[Row], risk: dict[str, float]) -> Row:
+    """Recall of a kind's harmful rows at the rate of false positives, among its benign rows."""
+    of_label = scores_of(kind, labelled, risk)
     threshold = threshold_at(of_label["benign"], FALSE_POSITIVE_RATE)
     return {
         "recall": float(np.mean(of_label["harmful"] >= threshold)),

@@ -45,7 +45,9 @@ class AuditFacts:
     prompts: dict[str, str]
     """Text of each row's prompt by id: to find neighbours, and for `--show-text`."""
     probed_share: float
-    """(k / L) of the deepest reference-side probe; 0 without one."""
+    """(k / L) of the deepest reference-side probe; 1 with `influence`, 0 without either."""
+    reads_answers: bool = False
+    """True where a source reads whole rows, not prompts alone."""
     ceilings: dict[str, float]
     """Category -> its largest coefficient, where one is configured."""
 
@@ -197,13 +199,13 @@ def _cost(rows: list[dict[str, Any]], facts: AuditFacts) -> dict[str, float]:
     config = facts.config
     tokens = sum(row["tokens"] for row in rows)
     active = sum(row["tokens"] for row in rows if _coefficient(row, facts) > 0)
-    prompt = sum(row["prompt_tokens"] for row in rows)
+    read = tokens if facts.reads_answers else sum(row["prompt_tokens"] for row in rows)
     anchors = config.data.anchor_fraction if config.data.anchor is not None else 0.0
     active_share = anchors + (1 - anchors) * active / max(tokens, 1)
     return {
         "active_token_share": active_share,
         "reference_flops_share": active_share / 3,
-        "probe_flops_share_first_epoch": facts.probed_share * prompt / max(tokens, 1) / 3,
+        "probe_flops_share_first_epoch": facts.probed_share * read / max(tokens, 1) / 3,
     }
 
 
@@ -331,6 +333,7 @@ def run(arguments: argparse.Namespace) -> int:
                     threshold=context.threshold,
                     prompts=context.sources.train.prompts(),
                     probed_share=context.probed_share,
+                    reads_answers=context.reads_answers,
                     ceilings=context.ceilings,
                 )
                 report = write_audit(folder, ranks.world_size, facts)

@@ -12,7 +12,7 @@ from safereg_dist.config.loading import (
     replace,
     section_from_dict,
 )
-from safereg_dist.config.risk import CriticConfig, RiskConfig, RiskPart
+from safereg_dist.config.risk import CriticConfig, InfluenceConfig, RiskConfig, RiskPart
 from safereg_dist.config.sections import (
     POLICY_RISK_IS_TOO_LATE,
     PRESETS,
@@ -38,6 +38,7 @@ __all__ = [
     "DataSet",
     "EngineConfig",
     "EvalConfig",
+    "InfluenceConfig",
     "LisaConfig",
     "LoraConfig",
     "OptimizerConfig",

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from safereg_dist.config.section import ASIDE, Section
+from safereg_dist.config.section import ASIDE, NEWER, Section
 from safereg_dist.errors import ConfigError
 
 Position = Literal["prompt", "response", "both"]
@@ -49,20 +49,40 @@ class CriticConfig(Section):
             )
 
 
+class InfluenceConfig(Section):
+    """What `influence` watches: would training on a row lower the probability of a refusal?"""
+
+    refusal: str = "I'm sorry"
+    """How the model refuses, where a harmful prompt of `path` has no `response`."""
+    complying: str = "Sure"
+    """How an answer that complies begins, where a harmful prompt has no `complying`."""
+    prompts: int = Field(default=32, ge=1)
+    """Harmful prompts that are watched, the first of the file, >= 1; memory grows with them."""
+    positions: int = Field(default=3, ge=1)
+    """Tokens of each refusal, and of each complying answer, that are watched, >= 1."""
+    tokens_per_row: int = Field(default=64, ge=1)
+    """Response tokens of a row whose logits are formed, those most aligned with the watched, >= 1;
+    the cost of the head grows with them."""
+    false_positives: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the file's benign rows that may have a risk of 0.5 or more, in (0, 1)."""
+
+
 class RiskPart(Section):
     """One of several sources of risk, for one category of harm."""
 
     category: str
     """Name of the category in metrics and ledger."""
-    estimator: Literal["probe", "critic", "column", "lookup"] = "probe"
-    """`probe` (on the reference), `critic`, `column` or `lookup`."""
+    estimator: Literal["probe", "critic", "column", "lookup", "influence"] = "probe"
+    """`probe` (on the reference), `critic`, `column`, `lookup` or `influence`."""
     path: str | None = None
-    """Folder written by `safereg probe fit`, or the scored rows of `lookup`; required by both."""
+    """Folder written by `safereg probe fit`, the scored rows of `lookup`, or the watched prompts of
+    `influence`; required by these."""
     position: Position | None = None
     """`prompt`, `response` or `both`; null = what the probe's folder holds."""
     force: bool = False
     """Accept a probe that was fitted on another model's weights."""
     critic: CriticConfig = CriticConfig()
+    influence: InfluenceConfig = Field(default=InfluenceConfig(), json_schema_extra=NEWER)
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)
     """Risk from which the category counts, in [0, 1]; null = the probe's own, else 0.5."""
     ceiling: float | None = None
@@ -84,11 +104,15 @@ class RiskPart(Section):
 class RiskConfig(Section):
     """Where each row's risk in [0, 1] comes from."""
 
-    estimator: Literal["probe", "critic", "column", "lookup", "none", "max", "weighted"] = "probe"
+    estimator: Literal[
+        "probe", "critic", "column", "lookup", "influence", "none", "max", "weighted"
+    ] = "probe"
     """`probe`, `critic` (judge model), `column` (field `risk`), `lookup` (by text, in a file that
-    `safereg score` wrote), `none`, or `max`, `weighted`."""
+    `safereg score` wrote), `influence` (what training on the row does to refusals), `none`, or
+    `max`, `weighted`."""
     path: str | None = None
-    """Folder written by `safereg probe fit`, or the scored rows of `lookup`; required by both."""
+    """Folder written by `safereg probe fit`, the scored rows of `lookup`, or the watched prompts of
+    `influence` (as for `eval.canary`, with benign rows and their answers); required by these."""
     source: Literal["reference", "policy"] = "reference"
     """`reference` (never drifts; cached) or `policy` (free, but drifts) hidden states."""
     position: Position | None = None
@@ -96,7 +120,8 @@ class RiskConfig(Section):
     force: bool = False
     """Accept a probe that was fitted on another model's weights."""
     cache: str | None = Field(default=None, json_schema_extra=ASIDE)
-    """SQLite file of a probe's risks; null = below $SAFEREG_CACHE, `none` = in memory only."""
+    """SQLite file of the risks of a probe or of influence; null = below $SAFEREG_CACHE, `none` = in
+    memory only."""
     drift: Literal["warn", "fallback", "realign"] = "fallback"
     """What to do when the policy-side probe loses recall: `warn`, `fallback` or `realign`."""
     drift_every: int = Field(default=5, ge=1)
@@ -105,6 +130,7 @@ class RiskConfig(Section):
     """Smallest share of the rows flagged on the reference that must be flagged on the policy too,
     in (0, 1]; applies once the comparisons hold eight flagged rows."""
     critic: CriticConfig = CriticConfig()
+    influence: InfluenceConfig = Field(default=InfluenceConfig(), json_schema_extra=NEWER)
     parts: tuple[RiskPart, ...] = ()
     """The sources of `max` and `weighted`, one or more for each category of harm."""
     override: str | None = None
@@ -143,11 +169,16 @@ class RiskConfig(Section):
 
 
 def check_signal(signal: "RiskConfig | RiskPart", where: str) -> None:
-    """Raises ConfigError where a probe has no folder, a lookup no file or a critic no judge."""
+    """Raises ConfigError where what a source reads is not named, or a critic has no judge."""
     if signal.estimator == "lookup" and signal.path is None:
         raise ConfigError(
             f"{where}.estimator=lookup needs {where}.path, a file of rows that `safereg score` "
             "wrote: set it"
+        )
+    if signal.estimator == "influence" and signal.path is None:
+        raise ConfigError(
+            f"{where}.estimator=influence needs {where}.path, a file of harmful prompts that the "
+            "model refuses and of benign rows with their answers: set it"
         )
     if signal.estimator == "probe" and signal.path is None:
         raise ConfigError(

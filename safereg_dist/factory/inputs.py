@@ -110,7 +110,7 @@ def read_inputs(
     with ranks.together():
         tokenizer = load_tokenizer(str(folder), config.data)
     sources = build_sources(config, tokenizer, ranks)
-    specs = read_sources(config, ranks)
+    specs = read_sources(config, ranks, tokenizer)
     with ranks.together():
         check_templates(specs, tokenizer)
     return folder, tokenizer, sources, specs

@@ -108,7 +108,7 @@ def prepare(
                 f"reference.adapter={config.reference.adapter!r} stays on where the reference is "
                 f"the model itself, got one of its own (reference.engine={engine}): give one"
             )
-    specs = [] if risk is not None else read_sources(config, ranks)
+    specs = [] if risk is not None else read_sources(config, ranks, tokenizer)
     with ranks.together():
         policy = policy_of(config, base, specs)
     if backend is None:

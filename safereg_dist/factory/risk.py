@@ -16,17 +16,20 @@ from safereg_dist.config.checks import one_of
 from safereg_dist.critic.critic import build_critic
 from safereg_dist.critic.formats import FORMATS
 from safereg_dist.data import TokenizedDataset
+from safereg_dist.data.canary import watched_rows
 from safereg_dist.errors import ConfigError, DataError, ProbeError
 from safereg_dist.factory.references import BuiltReference, WeightsFacts
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Backend
 from safereg_dist.reference import Reference
+from safereg_dist.risk.cached import KnownRisks, Scorer, scorer_name
 from safereg_dist.risk.drift import WatchedPolicyProbe
+from safereg_dist.risk.influence_risk import InfluenceRisk, Watch
 from safereg_dist.risk.judge import CriticRisk
 from safereg_dist.risk.lookup import LookupRisk, read_scored
 from safereg_dist.risk.override import Override, read_overrides
 from safereg_dist.risk.probe import Probe, check_model, load_probes
-from safereg_dist.risk.probe_risk import KnownRisks, ReferenceProbeRisk, scorer_name
+from safereg_dist.risk.probe_risk import ReferenceProbeRisk
 from safereg_dist.risk.stage import ColumnRisk, RiskSource, RiskStage, WeightedSource
 from safereg_dist.storage.score_cache import ScoreCache, default_cache_path
 
@@ -40,8 +43,10 @@ class SourceSpec:
     category: str
     estimator: str
     path: str
-    """The probe's folder or the file of scored rows; empty without one."""
+    """The probe's folder, or the file of scored rows or watched prompts; empty without one."""
     probe: Probe | None
+    watch: Watch | None
+    """What `influence` watches, as tokens."""
     critic: CriticConfig
     force: bool
     threshold: float
@@ -49,14 +54,18 @@ class SourceSpec:
     ceiling: float | None
 
 
-def read_sources(config: Config, ranks: Ranks) -> list[SourceSpec]:
+def read_sources(
+    config: Config, ranks: Ranks, tokenizer: PreTrainedTokenizerBase | None
+) -> list[SourceSpec]:
     """The configured sources; reads probes before any model, so that a wrong path fails early.
 
-    A probe for prompts and one for responses in one folder are two sources.
+    A probe for prompts and one for responses in one folder are two sources. The prompts that
+    `influence` watches are tokenised here.
 
     Raises:
         ProbeError: a folder lacks the configured probe.
-        ConfigError: a judge's format that does not exist, or one category twice.
+        ConfigError: a judge's format that does not exist, or one category twice; no tokenizer.
+        DataError: watched prompts that cannot be used.
     Collectives: one gather of texts.
     """
     risk = config.risk
@@ -64,9 +73,13 @@ def read_sources(config: Config, ranks: Ranks) -> list[SourceSpec]:
         return []
     with ranks.together():
         if not risk.is_composite:
-            specs = _specs_of(risk, "", ranks)
+            specs = _specs_of(risk, "", ranks, tokenizer)
         else:
-            specs = [s for part in risk.parts for s in _specs_of(part, part.category, ranks)]
+            specs = [
+                spec
+                for part in risk.parts
+                for spec in _specs_of(part, part.category, ranks, tokenizer)
+            ]
         if risk.estimator == "probe" and risk.source == "policy" and len(specs) > 1:
             raise ConfigError(
                 f"risk.source=policy reads one layer, {risk.path} holds two probes: set "
@@ -100,16 +113,22 @@ def check_templates(specs: list[SourceSpec], tokenizer: PreTrainedTokenizerBase)
             )
 
 
-def _specs_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[SourceSpec]:
+def _specs_of(
+    part: RiskConfig | RiskPart,
+    category: str,
+    ranks: Ranks,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[SourceSpec]:
     own_threshold = part.threshold if isinstance(part, RiskPart) else None
 
-    def spec(category: str, probe: Probe | None) -> SourceSpec:
+    def spec(category: str, probe: Probe | None, watch: Watch | None = None) -> SourceSpec:
         default = DEFAULT_THRESHOLD if probe is None else probe.threshold
         return SourceSpec(
             category=category,
             estimator=part.estimator,
             path=part.path or "",
             probe=probe,
+            watch=watch,
             critic=part.critic,
             force=part.force,
             threshold=default if own_threshold is None else own_threshold,
@@ -120,6 +139,8 @@ def _specs_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[
     if part.estimator == "critic" and part.critic.format is not None:
         where = f"risk.parts[{category}]" if category else "risk"
         one_of(f"{where}.critic.format", part.critic.format, sorted(FORMATS))
+    if part.estimator == "influence":
+        return [spec(category, None, _watch_of(part, tokenizer))]
     if part.estimator != "probe":
         return [spec(category, None)]
     assert part.path is not None
@@ -127,6 +148,17 @@ def _specs_of(part: RiskConfig | RiskPart, category: str, ranks: Ranks) -> list[
     if len(probes) == 1:
         return [spec(category, probes[0])]
     return [spec(f"{category}-{p.position}".lstrip("-"), p) for p in probes]
+
+
+def _watch_of(part: RiskConfig | RiskPart, tokenizer: PreTrainedTokenizerBase | None) -> Watch:
+    assert part.path is not None
+    if tokenizer is None:
+        raise ConfigError(
+            "estimator=influence tokenises the prompts that it watches and has no tokenizer: give "
+            "`tokenizer` (see `prepare`); a Megatron run has no whole reference for it: score the "
+            "rows with another estimator"
+        )
+    return Watch(watched_rows(part.path, part.influence, tokenizer), part.influence)
 
 
 def _wanted_probes(path: str, position: str | None) -> list[Probe]:
@@ -226,7 +258,27 @@ class _Builder:
                     path=spec.path,
                     announces=self._backend.ranks.is_main,
                 )
+            case "influence":
+                return self._influence_risk(spec)
         return self._of_probe(spec)
+
+    def _influence_risk(self, spec: SourceSpec) -> RiskSource:
+        assert spec.watch is not None
+        reference, facts = self._reference.reference, self._reference.facts
+        if not isinstance(reference, Reference):
+            raise ConfigError(
+                "estimator=influence needs the reference's own last states and head, and here it "
+                "has none: score the rows with another estimator"
+            )
+        known = None if facts is None else self._known_risks(spec.watch, facts, "influence")
+        return InfluenceRisk(
+            spec.watch,
+            reference,
+            ranks=self._backend.ranks,
+            rows_per_pass=reference.packing.rows_per_pass,
+            head_bytes=self._config.train.head_bytes,
+            known=known,
+        )
 
     def _probe_risk(self, spec: SourceSpec) -> RiskSource:
         assert spec.probe is not None
@@ -241,7 +293,7 @@ class _Builder:
             ranks=self._backend.ranks,
             rows_per_pass=self._config.reference.rows_per_pass
             or self._config.train.micro_batch_size,
-            known=self._known_risks(spec.probe, facts),
+            known=self._known_risks(spec.probe, facts, "probe"),
             is_asked_seldom=reads_policy,
         )
         if not reads_policy:
@@ -256,13 +308,14 @@ class _Builder:
             ranks=self._backend.ranks,
         )
 
-    def _known_risks(self, probe: Probe, facts: WeightsFacts) -> KnownRisks | None:
+    def _known_risks(self, scorer: Scorer, facts: WeightsFacts, kind: str) -> KnownRisks | None:
         path = self._config.risk.cache
         if path == "none":
             return None
         if self._cache is None:
             self._cache = ScoreCache(default_cache_path() if path is None else Path(path))
-        name = scorer_name(probe, facts.fingerprint, self._config.train.precision)
+        precision = self._config.train.precision
+        name = scorer_name(scorer, facts.fingerprint, precision, kind=kind)
         return KnownRisks(self._cache, name)
 
 

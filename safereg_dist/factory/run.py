@@ -169,7 +169,10 @@ class RiskContext:
     threshold: float
     pad_id: int
     probed_share: float
-    """(k / L): share of the reference's layers that the deepest probe needs; 0 without one."""
+    """(k / L): share of the reference's layers that the deepest probe needs; 1 with `influence`, 0
+    without either."""
+    reads_answers: bool
+    """True where a source runs the reference on whole rows, not on their prompts alone."""
     ceilings: dict[str, float]
     """Category -> its largest coefficient, where one is configured."""
 
@@ -177,7 +180,7 @@ class RiskContext:
 def build_risk_context(
     config: Config, backend: Backend, *, with_reference: bool = False
 ) -> RiskContext:
-    """The data and risk stage of a run; the reference if a probe or `with_reference` needs it.
+    """The data and risk stage of a run; the reference where a source or `with_reference` needs it.
 
     Raises:
         ConfigError: `data.streaming`, since those who ask for this go through all rows.
@@ -193,7 +196,8 @@ def build_risk_context(
     folder, tokenizer, sources, specs = read_inputs(config, ranks)
     reference = BuiltReference(NoReference(), None)
     depths = [spec.probe.layer for spec in specs if spec.probe is not None]
-    if depths or with_reference:
+    watches = any(spec.watch is not None for spec in specs)
+    if depths or watches or with_reference:
         reference = build_reference(
             config,
             backend,
@@ -214,7 +218,10 @@ def build_risk_context(
         risk=risk,
         threshold=resolved_threshold(config.regularizer, risk.threshold),
         pad_id=pad_id_of(tokenizer),
-        probed_share=max(depths, default=0) / num_layers,
+        reads_answers=any(
+            spec.watch or (spec.probe and spec.probe.position == "response") for spec in specs
+        ),
+        probed_share=1.0 if watches else max(depths, default=0) / num_layers,
         ceilings=category_ceilings(specs),
     )
 

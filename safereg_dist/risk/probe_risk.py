@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from safereg_dist.data.collate import padded
-from safereg_dist.errors import CheckpointError
 from safereg_dist.models.fingerprint import row_key
 from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.regions import PROBE, region
+from safereg_dist.risk.cached import CachedRisk, KnownRisks, read_state
 from safereg_dist.risk.probe import Probe, pool_spans
 from safereg_dist.risk.stage import ProbedStates, Risk, RiskSource
-from safereg_dist.storage.score_cache import CachedScore, ScoreCache
 from safereg_dist.types import Row, known_risk, to_device
 
 
@@ -84,7 +82,7 @@ class LaggedProbeRisk(RiskSource):
         Raises:
             CheckpointError: it cannot be read, or belongs to another probe.
         """
-        self._last = float(_read_state(path, self.probe)["last"])
+        self._last = float(read_state(path, self.probe)["last"])
 
 
 class ReferenceTrunkPrefix(Protocol):
@@ -95,84 +93,22 @@ class ReferenceTrunkPrefix(Protocol):
         ...
 
 
-class KnownRisks(NamedTuple):
-    """Risks cached on disk across runs: text, reference and probe are fixed."""
-
-    cache: ScoreCache
-    scorer: str
-    """Names probe, reference weights and precision; see `scorer_name`."""
-
-
-def scorer_name(probe: Probe, reference_fingerprint: str, precision: str) -> str:
-    """Key of everything that a risk depends on besides the row."""
-    return f"probe {probe.identity} on {reference_fingerprint} {precision}"
-
-
-class CachedProbeRisk(RiskSource):
+class CachedProbeRisk(CachedRisk):
     """A probe on the frozen reference. A row's risk is computed once and cached by its content.
 
     A prompt-side probe reads prompt tokens and no others; a response-side one reads the answer that
-    the row teaches, teacher-forced. Neither text nor reference changes. This class knows what is
-    missing and what has been learned; who runs the reference is a subclass's affair, or another's.
+    the row teaches, teacher-forced.
     """
 
     name = "probe-reference"
 
     def __init__(self, probe: Probe, *, known: KnownRisks | None = None) -> None:
+        super().__init__(probe, known=known)
         self.probe = probe
-        self._known = known
-        self.cache: dict[str, float] = {}
 
-    def __call__(
-        self, rows: Sequence[Row], probed: ProbedStates | None = None, *, in_first_epoch: bool
-    ) -> Risk:
-        """Cached risk of every row; what is `missing` is learned before. Collectives: none."""
-        return [None if key is None else self.cache[key] for key in self.keys(rows)]
-
-    def keys(self, rows: Sequence[Row]) -> list[str | None]:
-        """Key of each row's content; None on rows that have no risk."""
-        return [
-            probe_key(row, self.probe.position) if row.prompt_ends and not row.is_anchor else None
-            for row in rows
-        ]
-
-    def missing(self, keys: Sequence[str | None]) -> list[int]:
-        """Index of the first row of each key that is cached neither in memory nor on disk."""
-        found: dict[str, int] = {}
-        for index, key in enumerate(keys):
-            if key is not None and key not in self.cache:
-                found.setdefault(key, index)
-        if self._known is not None and found:
-            stored = self._known.cache.get_many(self._known.scorer, list(found))
-            self.cache.update({key: score.score for key, score in stored.items()})
-            found = {key: index for key, index in found.items() if key not in stored}
-        return list(found.values())
-
-    def learn(self, new: Mapping[str | None, float | None]) -> None:
-        """Keeps the risks of these keys."""
-        self.cache.update(new)  # type: ignore[arg-type]
-        good = {k: CachedScore(r, None) for k, r in new.items() if r is not None and r == r}
-        if self._known is not None and good:  # a failed risk (nan) is not stored on disk
-            self._known.cache.put_many(self._known.scorer, good)  # type: ignore[arg-type]
-
-    def save_state(self, path: Path) -> None:
-        """Writes the cache as safetensors: keys uint8 [n, 32] and risk float64 [n]."""
-        keys = [list(bytes.fromhex(key)) for key in self.cache]
-        tensors = {
-            "keys": torch.tensor(keys, dtype=torch.uint8).reshape(-1, 32),
-            "risk": torch.tensor(list(self.cache.values()), dtype=torch.float64),
-        }
-        save_file(tensors, path, metadata={"probe": self.probe.identity})
-
-    def load_state(self, path: Path) -> None:
-        """Restores what `save_state` wrote.
-
-        Raises:
-            CheckpointError: the cache cannot be read, or belongs to another probe.
-        """
-        state = _read_state(path, self.probe)
-        keys, risk = state["keys"].numpy(), state["risk"].tolist()
-        self.cache = {key.tobytes().hex(): value for key, value in zip(keys, risk, strict=True)}
+    def key_of(self, row: Row) -> str:
+        """The key of the tokens that the probe reads."""
+        return probe_key(row, self.probe.position)
 
 
 class ReferenceProbeRisk(CachedProbeRisk):
@@ -253,24 +189,6 @@ class ReferenceProbeRisk(CachedProbeRisk):
         states = self._reference.prompt_states(to_device(ids, device), self.probe.layer)
         begins = range(0, ids.numel(), ids.shape[1])
         return turns, pooled_turns(self.probe, states, begins, turns)
-
-
-def _read_state(path: Path, probe: Probe) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            written_by = (file.metadata() or {}).get("probe")
-            state = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as err:
-        raise CheckpointError(
-            f"the risk cache {path} cannot be read ({err}): remove this checkpoint to resume "
-            "from an earlier one"
-        ) from err
-    if written_by != probe.identity:
-        raise CheckpointError(
-            f"{path} holds risks of another probe than the one at risk.path: remove the "
-            "checkpoint or restore the probe"
-        )
-    return state
 
 
 def probe_key(row: Row, position: str) -> str:

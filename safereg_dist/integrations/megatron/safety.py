@@ -188,7 +188,7 @@ class MegatronSafety:
         with layout.world.together():
             check_arguments(arguments)
         chunks = listed(arguments["model"])
-        specs = read_sources(self.config, layout.world)
+        specs = read_sources(self.config, layout.world, self._tokenizer)
         with layout.world.together():
             check_probes(specs, chunks, self.config)
         run = Replica(self.config, layout, chunks)

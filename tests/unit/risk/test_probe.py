@@ -26,12 +26,12 @@ from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.single import SingleBackend, single_ranks
 from safereg_dist.policy import Policy
 from safereg_dist.reference import EngineModel, Packing, Reference
+from safereg_dist.risk.cached import scorer_name
 from safereg_dist.risk.probe import POOLINGS, Probe, check_model, pool_prompt
 from safereg_dist.risk.probe_risk import (
     KnownRisks,
     PolicyProbeRisk,
     ReferenceProbeRisk,
-    scorer_name,
 )
 from safereg_dist.risk.stage import ProbedStates
 from safereg_dist.storage.score_cache import ScoreCache
