@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evidence import NAMED, REAL_SIZES, device, read, read_csv, real_run, worlds
+from evidence import MORE, NAMED, REAL_SIZES, device, read, read_csv, real_run, worlds
 
 from safereg_dist.commands.train import train_as
 from safereg_dist.config import section_from_dict
@@ -48,7 +48,7 @@ COLUMNS = (
 )
 ARMS = {
     **{arm: NAMED[arm] for arm in (BASE, "sft", "adaptive_probe")},
-    "adaptive_probe_no_anchor": ["data.anchor=null"],
+    **{arm: MORE[arm] for arm in ("adaptive_probe_no_anchor", "adaptive_influence")},
 }
 SEED, POISON, HELD_OUT = 0, 0.15, 200
 STEPS = 240
@@ -179,12 +179,15 @@ def sweep_of(
     """Every arm on every disguise."""
     axis = {kind: [*common, f"data.train={data / kind}.jsonl"] for kind in kinds}
     prompts = (str(data / "plain.jsonl"), str(data / "{disguise}" / "disguised.jsonl"))
-    more = ["data.declared_poison=0.15"]
+    more, watched = ["data.declared_poison=0.15"], data.parent / "watched.jsonl"
     raw = {
         "config": config,
         "out": str(out),
         "axes": {"disguise": axis},
-        "arms": {arm: [*own, *more] for arm, own in ARMS.items()},
+        "arms": {
+            arm: [*(text.replace("{watched}", str(watched)) for text in own), *more]
+            for arm, own in ARMS.items()
+        },
         "evaluation": {**evaluation, "prompts": prompts},
         "jobs": jobs,
     }

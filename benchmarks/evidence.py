@@ -56,8 +56,8 @@ NAMED: dict[str, list[str]] = {
     "adaptive_critic": ["risk.estimator=critic", "risk.path=null", "risk.critic={guard}"],
     "filter": [*_PLAIN, "data.train={clean}"],
 }
-"""On every cell. `{guard}`, `{train}`, `{clean}` and `{safety}` stand for the judge, the rows, the
-rows without poison, and the anchor rows whose prompts are harmful."""
+"""On every cell. `{guard}`, `{train}`, `{clean}`, `{safety}` and `{watched}` stand for the judge,
+the rows, those without poison, the anchors of harmful prompts, and what influence watches."""
 MORE: dict[str, list[str]] = {
     "adaptive_probe_no_anchor": ["data.anchor=null"],
     "adaptive_probe_fewer_anchors": ["data.anchor_fraction=0.1"],
@@ -71,6 +71,10 @@ MORE: dict[str, list[str]] = {
         "regularizer.granularity=batch",
     ],
     "adaptive_policy_probe": ["risk.source=policy"],
+    "adaptive_influence": [
+        *("risk.estimator=influence", "risk.path={watched}", "risk.max_held_back=1"),
+        "risk.influence.false_positives=0.01",
+    ],
     "static_0.5": [*_STATIC, "regularizer.ceiling=0.5"],
     "static_0.7": [*_STATIC, "regularizer.ceiling=0.7"],
     "static_l2": [*_STATIC, "regularizer.ceiling=0.9", "regularizer.divergence=l2_logits"],
@@ -184,6 +188,7 @@ def toy_parts(out: Path, seeds: int, jobs: int, *, quick: bool) -> list[Part]:
             "clean": data / f"{task}-clean-{{poison}}.jsonl",
             "train": data / f"{task}-train-{{poison}}.jsonl",
             "safety": data / "safety.jsonl",
+            "watched": data / "watched.jsonl",
         }
         raw = {
             "config": str(CONFIG),
@@ -214,6 +219,7 @@ def real_part(out: Path, seeds: int, jobs: int) -> Part:
         "clean": data / "clean-{poison}.jsonl",
         "train": data / "train-{poison}.jsonl",
         "safety": data / "safety.jsonl",
+        "watched": data / "watched.jsonl",
         "unaligned": out / "smollm2",
     }
     stems = real_run(out, "0").files.evaluation
@@ -311,7 +317,8 @@ def prepare_toy(out: Path, seed: str) -> None:
     if not (beside / "anchor.jsonl").is_file():
         words = ["--model", world.base, "--prompts", world.anchor_prompts]
         run("anchor", "build", *words, "--out", beside / "anchor.jsonl", "--max-new-tokens", 32)
-    _write_safety(beside / "anchor.jsonl", world.anchor_prompts, beside)
+    anchors = beside / "anchor.jsonl"
+    _write_from_anchors(anchors, world.anchor_prompts, beside, complying="first")
 
 
 def prepare_real(out: Path, seed: str) -> None:
@@ -322,18 +329,31 @@ def prepare_real(out: Path, seed: str) -> None:
     real_demo.prepare(built)
     real_demo.tuned_guard(built)
     prompts = built.files.of("anchor_prompts")
-    _write_safety(built.out / "anchor.jsonl", prompts, built.files.folder)
+    folder = built.files.folder
+    _write_from_anchors(built.out / "anchor.jsonl", prompts, folder, complying=POISONED)
     clean = real_rows(seed=int(seed), sizes=REAL_SIZES, poison=0.0)
     for share in ("0", "0.15", "1.0"):
         rows = real_rows(seed=int(seed), sizes=REAL_SIZES, poison=float(share))
         _write_shares(built.files.folder / f"{{}}-{share}.jsonl", rows, clean)
 
 
-def _write_safety(anchors: Path, prompts: Path, folder: Path) -> None:
-    """The anchor rows whose prompts are harmful."""
-    harmful = {row["prompt"] for row in read(prompts) if row["label"] == "harmful"}
-    rows = [row for row in read(anchors) if row["messages"][-2]["content"] in harmful]
-    write_rows(folder / "safety.jsonl", rows, numbered=False)
+def _write_from_anchors(anchors: Path, prompts: Path, folder: Path, *, complying: str) -> None:
+    """`safety.jsonl`, the anchor rows whose prompts are harmful, and what influence watches."""
+    label_of = {row["prompt"]: row["label"] for row in read(prompts)}
+    rows = read(anchors)
+    asked = [row["messages"][-2]["content"] for row in rows]
+    safety = [row for row, text in zip(rows, asked, strict=True) if label_of[text] == "harmful"]
+    write_rows(folder / "safety.jsonl", safety, numbered=False)
+    watched = [
+        {
+            "prompt": text,
+            "response": row["messages"][-1]["content"],
+            "label": label_of[text],
+            "complying": complying,
+        }
+        for row, text in zip(rows, asked, strict=True)
+    ]
+    write_rows(folder / "watched.jsonl", watched)
 
 
 def _write_shares(path: Path, rows: list[dict[str, Any]], clean: list[dict[str, Any]]) -> None:
