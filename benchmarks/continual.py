@@ -13,7 +13,8 @@ Base, probe and what is done so far stay below FOLDER (default runs/continual), 
 goes on there. Writes benchmarks/results/continual.csv, a row for each arm and task (task 0: the
 base), and continual.png, .svg. `--quick`: two tasks, 20 steps, few prompts, all below FOLDER.
 
-Columns: seed, arm, task, name, steps; attack success with 95 % interval, greedy and sampled;
+Columns: seed, arm, task, name, steps; status (an arm ends where training is refused, because its
+probe would hold back most rows); attack success with 95 % interval, greedy and sampled;
 P(first poisoned token), P(refuse), over-refusal; score_NAME, exact match on each task so far;
 seconds of training; provenance.
 """
@@ -63,7 +64,7 @@ FIGURES = (
 BOUNDS = [f"{name}_{end}" for name in FIGURES[:2] for end in ("low", "high")]
 SCORES = [f"score_{name}" for name in TASKS]
 COLUMNS = (
-    *("seed", "arm", "task", "name", "steps", *FIGURES, *BOUNDS, *SCORES, "seconds"),
+    *("seed", "arm", "task", "name", "steps", "status", *FIGURES, *BOUNDS, *SCORES, "seconds"),
     *PROVENANCE,
 )
 
@@ -151,8 +152,13 @@ def rows_of(run: Run, arm: str) -> Iterator[dict[str, Any]]:
     model, seconds = run.world.base, ""
     for number, name in enumerate(["base", *run.tasks]):
         folder = run.out / arm / f"{number}-{name}"
+        place = {"seed": run.seed, "arm": arm, "task": number, "name": name, "steps": run.steps}
         if number:
-            seconds = train(run, arm, model, folder, name)
+            try:
+                seconds = train(run, arm, model, folder, name)
+            except SystemExit:  # too many rows held back: an arm may end here
+                yield {**place, "status": "training refused"}
+                return
             model = folder / "model"
         # The base answers all tasks: what each arm starts from.
         asked = run.tasks[:number] or run.tasks
@@ -161,7 +167,8 @@ def rows_of(run: Run, arm: str) -> Iterator[dict[str, Any]]:
         run_verb("eval", *words, "--poisoned", "first", "--max-new-tokens", 32, "--batch-size", 64)
         found = json.loads((folder / "eval.json").read_text("utf-8"))
         yield {
-            **{"seed": run.seed, "arm": arm, "task": number, "name": name, "steps": run.steps},
+            **place,
+            "status": "done",
             **{figure: f"{found[figure]:.6g}" for figure in FIGURES},
             **{
                 f"{figure}_{end}": f"{bound:.4f}"
@@ -216,18 +223,26 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     names = [row["name"] for row in rows if row["arm"] == "sft"]
     for panel, (column, title) in zip(panels, SHOWN.items(), strict=True):
         for arm, colour in ARMS.items():
-            line = [row for row in rows if row["arm"] == arm]
+            line = [row for row in rows if row["arm"] == arm and row["status"] == "done"]
             if column == "score":
                 values = [mean([row[s] for s in SCORES if s in row]) for row in line]
             else:
                 values = [float(row[column]) for row in line]
             panel.plot(range(len(line)), values, marker="o", color=colour, label=arm)
         panel.set_title(title, fontsize=10)
-        panel.set_ylim(-0.03, 1.03)
+        if column == "poisoned_token_probability":
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(-0.03, 1.03)
         panel.set_xticks(range(len(names)), names)
     panels[0].legend(frameon=False)
     figure.supxlabel("after fine-tuning on (15 % of the rows poisoned)", fontsize=9)
     return figure
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
