@@ -104,8 +104,9 @@ def meta_model(name: str) -> Any:
 
 def lora_parameters(name: str) -> int:
     """Parameters that the recipe trains with `lora.txt`."""
+    model = meta_model(name)
     with torch.device("meta"):
-        model = add_adapters(meta_model(name), with_overrides(name, "lora").lora)
+        add_adapters(model, with_overrides(name, "lora").lora)
     return sum(parameter.numel() for _, parameter in adapter_parameters(model))
 
 
