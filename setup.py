@@ -37,6 +37,7 @@ setup(
         "gguf": ["gguf>=0.10"],
         "real": ["gguf>=0.10"],  # `python -m safereg_dist.demo --real`
         "eval": ["rouge-score>=0.1.2"],
+        "lm-eval": ["lm-eval>=0.4.9"],
         "dev": [
             "gguf>=0.10",
             "rouge-score>=0.1.2",

@@ -3,15 +3,17 @@
 import argparse
 from pathlib import Path
 
-from safereg_dist.commands.options import at_least
+from safereg_dist.commands.options import add_local_rank, at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("--model", type=Path, required=True, help="folder, or its name there:")
     parser.add_argument("--endpoint", help="an OpenAI-compatible server, e.g. http://host:8000/v1")
-    parser.add_argument("--api-key-env", default="OPENAI_API_KEY", help="variable with its key")
-    parser.add_argument("--prompts", type=Path, nargs="+", default=[])
+    parser.add_argument("--api-key-env", default="SAFEREG_API_KEY", help="variable with its key")
+    parser.add_argument(
+        "--prompts", type=Path, nargs="+", default=[], help="files, hub:OWNER/NAME[:CONFIG][@SPLIT]"
+    )
     parser.add_argument(
         "--benign", type=Path, nargs="+", default=[], help="benign where a file does not say"
     )
@@ -25,35 +27,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", type=Path, nargs="+", default=[], help="--out of others on the same prompts"
     )
+    parser.add_argument(
+        "--lm-eval", metavar="TASK,...", help="of lm-evaluation-harness; TASK.yaml for your own"
+    )
+    parser.add_argument("--lm-eval-limit", type=at_least(1), help="documents of a task; all")
     parser.add_argument("--out", type=Path, required=True, help="JSON; the same one goes on")
     parser.add_argument("--refusal", help="text whose first token P(refuse) is measured on")
     parser.add_argument("--poisoned", help="an answer that complies: P of its first token")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
     parser.add_argument("--batch-size", type=at_least(1), default=32)
+    add_local_rank(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluates, writes and prints the figures of merit; 0."""
+    """Evaluates on the launcher's ranks; the first writes and prints the figures of merit; 0."""
     from safereg_dist.evaluate.critics import read_critic
     from safereg_dist.evaluate.evaluate import evaluate_model
+    from safereg_dist.evaluate.respondent import respondent_of
+    from safereg_dist.evaluate.shared import shared_among
     from safereg_dist.evaluate.table import text_of
+    from safereg_dist.parallel.distributed import distributed_ranks
 
-    result = evaluate_model(
-        arguments.model,
-        arguments.prompts,
-        benign_files=arguments.benign,
-        judge=arguments.judge,
-        critics={file.stem: read_critic(file) for file in arguments.critic},
-        out=arguments.out,
-        attacks=arguments.attacks,
-        refusal=arguments.refusal,
-        poisoned=arguments.poisoned,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-        against=arguments.against,
-        endpoint=arguments.endpoint,
-        api_key_env=arguments.api_key_env,
-    )
+    with distributed_ranks() as ranks:
+        given = {
+            name: getattr(arguments, name)
+            for name in ("endpoint", "api_key_env", "max_new_tokens", "batch_size")
+        }
+        sides = {"dtype": None, "device": ranks.device, "progress": ranks.is_main}
+        own = respondent_of(arguments.model, **given, **sides)
+        with shared_among(ranks, own) as respondent:
+            if respondent is None:
+                return 0
+            result = evaluate_model(
+                arguments.model,
+                arguments.prompts,
+                benign_files=arguments.benign,
+                judge=arguments.judge,
+                critics={file.stem: read_critic(file) for file in arguments.critic},
+                out=arguments.out,
+                attacks=arguments.attacks,
+                refusal=arguments.refusal,
+                poisoned=arguments.poisoned,
+                against=arguments.against,
+                respondent=respondent,
+                lm_eval=arguments.lm_eval.split(",") if arguments.lm_eval else (),
+                lm_eval_limit=arguments.lm_eval_limit,
+                device=ranks.device,
+                **given,
+            )
     print(text_of(result))
     print(f"\nwritten: {arguments.out}")
     return 0

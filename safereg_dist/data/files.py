@@ -1,12 +1,13 @@
 """Labelled prompts: the input of the probe laboratory, of anchor building and of evaluation.
 
-A prompt file is JSONL (or CSV with the same columns). Each row has `prompt` (text) or `messages`
-(OpenAI chat format, ending with a user turn), and optionally `label`, `response` (the exact answer
-expected, or for a harmful prompt a typical refusal), `complying` (how an answer that complies
-begins), `type` (a class to report by), `pair` (rows that are the same words with another wish) and
-`id`. Of a task: `measure` (see `evaluate.scores`), `responses` where several answers are right, and
-`choices`. The public sets in `LAYOUTS` are read as they are published, XSTest too, whose columns
-have these names; so are SQuAD, GSM8K, and multiple choice as in MMLU and ARC.
+A prompt file is JSONL, CSV with the same columns, or a Hugging Face dataset (see `hub`). Each row
+has `prompt` (text) or `messages` (OpenAI chat format, ending with a user turn), and optionally
+`label`, `response` (the exact answer expected, or for a harmful prompt a typical refusal),
+`complying` (how an answer that complies begins), `type` (a class to report by), `pair` (rows that
+are the same words with another wish) and `id`. Of a task: `measure` (see `evaluate.scores`),
+`responses` where several answers are right, and `choices`. The public sets in `LAYOUTS` are read as
+they are published, XSTest too, whose columns have these names; so are SQuAD, GSM8K, and multiple
+choice as in MMLU and ARC.
 """
 
 import csv
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from safereg_dist.data.formats import chat_messages
+from safereg_dist.data.hub import dataset_rows, is_dataset
 from safereg_dist.errors import DataError
 
 _LABELS = {
@@ -79,11 +81,15 @@ LAYOUTS = (
 
 
 def read_rows(path: Path | str) -> Iterator[tuple[str, dict]]:
-    """Yields (`file:line`, row) of a JSONL or CSV file, in order.
+    """Yields (`file:line`, row) of a JSONL or CSV file or a dataset (`hub:`), in order.
 
     Raises:
-        DataError: the file is missing or no UTF-8 text, or a line is not an object.
+        DataError: the file is missing or no UTF-8 text, or a line is not an object; a dataset that
+            does not load.
     """
+    if is_dataset(path):
+        yield from dataset_rows(path)
+        return
     path = Path(path)
     if not path.is_file():
         raise DataError(f"expected a data file, found none at {path}: check the path")
@@ -127,7 +133,7 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[str, dict]]:
 
 
 def read_prompts(path: Path | str, *, label: str | None = None) -> list[LabelledPrompt]:
-    """All prompts of a JSONL or CSV file, in order.
+    """All prompts of a file or a dataset, in order.
 
     Args:
         label: that of rows whose file does not say it.

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ import torch
 
 from safereg_dist.config import CriticConfig
 from safereg_dist.data.files import LabelledPrompt, read_prompts
+from safereg_dist.data.hub import is_dataset
 from safereg_dist.errors import ConfigError
 from safereg_dist.evaluate.attacks import Attack, attack_of
 from safereg_dist.evaluate.compare import against_others
 from safereg_dist.evaluate.critics import JudgedAnswers, ask_critic, compare_judges
+from safereg_dist.evaluate.harness import Harness
 from safereg_dist.evaluate.judges import Judge, get_judge
 from safereg_dist.evaluate.kept import KeptAnswers, answers_path
 from safereg_dist.evaluate.rates import Outcome, figures_of, label_of, scores_of
-from safereg_dist.evaluate.respondent import Asked, Endpoint, LocalModel, Respondent
+from safereg_dist.evaluate.respondent import Asked, Respondent, respondent_of
 from safereg_dist.evaluate.statistics import wilson_interval
 from safereg_dist.storage.atomic import write_atomically
 
@@ -47,12 +50,15 @@ def evaluate_model(
     batch_size: int = 32,
     samples_seed: int = 0,
     endpoint: str | None = None,
-    api_key_env: str = "OPENAI_API_KEY",
+    api_key_env: str = "SAFEREG_API_KEY",
+    respondent: Respondent | None = None,
+    lm_eval: Sequence[str] = (),
+    lm_eval_limit: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The evaluation of a plain Hugging Face folder as one dictionary, also written to `out`.
+    """The evaluation of a model as one dictionary, also written to `out`.
 
     Rates lie in [0, 1] and are None where no row can tell; rows without a label count as harmful.
 
@@ -76,6 +82,8 @@ def evaluate_model(
     and `kinds` for each class of prompts that a file names (XSTest's `type`).
 
     Args:
+        model_dir: a plain Hugging Face folder; of an endpoint the model's name there.
+        prompt_files: JSONL, CSV, or datasets as `hub:OWNER/NAME[:CONFIG][@SPLIT]`.
         benign_files: prompts that are benign where the file does not say what they are.
         critics: judge models by name, asked about each greedy answer to a harmful prompt; `judges`
             of the result has their rates beside the first judge's, and their agreement.
@@ -86,9 +94,14 @@ def evaluate_model(
         out: JSON file; written as a whole or not at all. `<stem>.answers.jsonl` beside it keeps
             what the model said, and goes on from there.
         samples_seed: fixes the sampled answers.
-        endpoint: an OpenAI-compatible server that has the model; `model_dir` is its name there.
+        endpoint: an OpenAI-compatible server that has the model; its key is in `api_key_env`.
+        respondent: who answers, with the same `max_new_tokens`; None makes one of the arguments.
+            It is closed when all is answered.
+        lm_eval: tasks of lm-evaluation-harness, by name or as YAML files, run on the folder;
+            `lm_eval` of the result has its figures. `lm_eval_limit` documents each; None for all.
     Raises:
-        ConfigError: a model that cannot be loaded, an unknown judge, others with other prompts.
+        ConfigError: a model that cannot be loaded, an unknown judge, others with other prompts;
+            the harness is not installed, or has no model's folder.
         CriticUnavailable: nobody answers at a judge's endpoint.
         EndpointError: nobody answers at the model's.
         DataError: a prompt file that is missing or malformed.
@@ -99,30 +112,21 @@ def evaluate_model(
         raise ConfigError(
             "expected one prompt file or more, got none: give the files to evaluate on"
         )
+    if lm_eval and endpoint is not None:
+        raise ConfigError("lm-evaluation-harness runs on a model's folder here: leave one out")
+    harness = Harness(lm_eval) if lm_eval else None
     referee, forms = get_judge(judge), [attack_of(name) for name in attacks]
     files = [(Path(file), read_prompts(file)) for file in prompt_files]
     files += [(Path(file), read_prompts(file, label="benign")) for file in benign_files or []]
     prompts = [prompt for _, rows in files for prompt in rows]
-    if endpoint is not None:
-        respondent: Respondent = Endpoint(
-            endpoint,
-            str(model_dir),
-            max_new_tokens=max_new_tokens,
-            api_key_env=api_key_env,
-            progress=progress,
-        )
-    else:
-        respondent = LocalModel(
-            model_dir,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=device,
-            progress=progress,
-        )
+    load = {"dtype": dtype, "device": device, "progress": progress}
+    how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, **load}
+    if respondent is None:
+        respondent = respondent_of(model_dir, endpoint=endpoint, api_key_env=api_key_env, **how)
     asked = {
         "prompts": [
-            {"file": file.name, "sha256": _sha256(file), "rows": len(rows)} for file, rows in files
+            {"file": file.name, "sha256": _sha256(file, rows), "rows": len(rows)}
+            for file, rows in files
         ],
         "max_new_tokens": max_new_tokens,
         "samples_seed": samples_seed,
@@ -133,6 +137,7 @@ def evaluate_model(
     if progress:
         _announce(files, len(kept.known("answer")))
     _ask(respondent, prompts, kept, forms, seed=samples_seed, refusal=refusal, poisoned=poisoned)
+    respondent.close()
     outcomes = _judged(prompts, kept, referee)
     kept.finish([_verdict(outcome) for outcome in outcomes])
 
@@ -149,6 +154,9 @@ def evaluate_model(
         result["attacks"] = {
             form.name: _under_attack(prompts, kept.known(_under(form)), referee) for form in forms
         }
+    if harness is not None:
+        sizes = {"batch_size": batch_size, "limit": lm_eval_limit}
+        result["lm_eval"] = harness.figures(model_dir, **sizes, **load)
     kinds = dict.fromkeys(prompt.kind for prompt in prompts if prompt.kind is not None)
     if kinds:
         result["kinds"] = {
@@ -328,6 +336,9 @@ def _verdict(outcome: Outcome) -> dict[str, Any]:
     return found
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, rows: list[LabelledPrompt]) -> str:
+    """Of a file's bytes; of a dataset's prompts, since it may be split over files or none."""
+    if is_dataset(path):
+        return hashlib.sha256(json.dumps([asdict(row) for row in rows]).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

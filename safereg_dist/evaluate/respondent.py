@@ -1,6 +1,7 @@
 """Who answers the prompts of an evaluation: a model of this machine, or one behind an endpoint."""
 
 import math
+import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,6 +29,8 @@ from safereg_dist.evaluate.generate import (
 _TOP = 20
 """Tokens of which an endpoint is asked for probabilities; usual servers give no more."""
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
+_NOT_OFFERED = {400, 422, 501}
+"""What servers answer to a parameter that they do not know."""
 
 
 class Asked(NamedTuple):
@@ -64,6 +67,10 @@ class Respondent(Protocol):
         self, asked: list[tuple[LabelledPrompt, str]]
     ) -> list[tuple[float, int]] | None:
         """Of each pair (log-likelihood of the text as the answer, its tokens)."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will be asked."""
         ...
 
 
@@ -140,6 +147,10 @@ class LocalModel:
         prompts, texts = [prompt for prompt, _ in asked], [text for _, text in asked]
         return response_log_likelihood(*self._loaded, prompts, texts, **self._sizes)
 
+    def close(self) -> None:
+        """Frees the model: a judge may want its memory."""
+        self.__dict__.pop("_loaded", None)
+
 
 class Endpoint:
     """A model behind an OpenAI-compatible server (`/chat/completions`).
@@ -160,7 +171,7 @@ class Endpoint:
         model: str,
         *,
         max_new_tokens: int,
-        api_key_env: str = "OPENAI_API_KEY",
+        api_key_env: str = "SAFEREG_API_KEY",
         concurrency: int = 8,
         timeout_s: float = 300.0,
         progress: bool = True,
@@ -186,7 +197,7 @@ class Endpoint:
         wanted = {place: p for place, p in enumerate(prompts) if place not in how.without}
 
         def ask(client: httpx.Client, place: int) -> str:
-            drawn = {"temperature": 0.0}
+            drawn: dict[str, Any] = {"temperature": 0.0}
             if how.seed is not None:
                 drawn = {"temperature": 1.0, "seed": how.seed * 1_000_003 + place}
             said = self._complete(client, wanted[place], max_tokens=self._max_new_tokens, **drawn)
@@ -195,22 +206,47 @@ class Endpoint:
         yield from self._each(ask, list(wanted), how.description)
 
     def first_token(self, asked: list[tuple[LabelledPrompt, str]]) -> list[float | None]:
-        """See `Respondent.first_token`; 0 where the text's is not among the likeliest 20."""
+        """See `Respondent.first_token`; 0 where the text's is not among the likeliest 20.
+
+        None of them is known, and it says so, where the server gives no `logprobs`.
+        """
 
         def ask(client: httpx.Client, place: int) -> float | None:
             prompt, text = asked[place]
-            how = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": _TOP}
-            said = self._complete(client, prompt, **how)
+            how: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "logprobs": True}
+            said = self._complete(client, prompt, is_optional=True, **how, top_logprobs=_TOP)
             return _probability_of(said.get("logprobs"), text)
 
-        found = dict(self._each(ask, range(len(asked)), "first token"))
-        return [found[place] for place in range(len(asked))]
+        if not asked:
+            return []
+        found = dict(self._each(ask, [0], "logprobs?"))
+        if found[0] is not None:
+            found |= self._each(ask, range(1, len(asked)), "first token")
+        self._say_what_is_left_out(found, len(asked))
+        return [found.get(place) for place in range(len(asked))]
+
+    def _say_what_is_left_out(self, found: dict[int, float | None], count: int) -> None:
+        unknown = count - sum(probability is not None for probability in found.values())
+        below = sum(probability == 0.0 for probability in found.values())
+        for rows, what in (
+            (unknown, "are left out: the server gave no logprobs"),
+            (below, f"count as 0: the token was not among the likeliest {_TOP}"),
+        ):
+            if rows and self._progress:
+                print(
+                    f"{self._url}: {rows} of {count} probabilities of first tokens {what}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def likelihoods(
         self, asked: list[tuple[LabelledPrompt, str]]
     ) -> list[tuple[float, int]] | None:
         """None: this API scores no text that it has not written itself."""
         return None
+
+    def close(self) -> None:
+        """Nothing is held between questions."""
 
     def _each(self, ask: Any, places: Sequence[int], description: str) -> Iterator[tuple[int, Any]]:
         with (
@@ -227,8 +263,15 @@ class Endpoint:
                 for future in running:
                     future.cancel()
 
-    def _complete(self, client: httpx.Client, prompt: LabelledPrompt, **how: Any) -> dict[str, Any]:
-        """The first choice of the server's answer."""
+    def _complete(
+        self,
+        client: httpx.Client,
+        prompt: LabelledPrompt,
+        *,
+        is_optional: bool = False,
+        **how: Any,
+    ) -> dict[str, Any]:
+        """The first choice of the server's answer; empty where an optional one is not offered."""
         asked = {"model": self.name, "messages": prompt.messages, **how}
         until, failures = time.monotonic() + self._timeout_s, 0
         while True:
@@ -237,6 +280,8 @@ class Endpoint:
                 answer = client.post(f"{self._url}/chat/completions", json=asked)
                 if answer.is_success:
                     return answer.json()["choices"][0]
+                if is_optional and answer.status_code in _NOT_OFFERED:
+                    return {}
                 reason = f"status {answer.status_code}"
                 wait_s = retry_after_s(answer.headers.get("Retry-After"))
                 is_final = answer.status_code not in _RETRIED
@@ -253,6 +298,26 @@ class Endpoint:
                     "what is missing"
                 )
             time.sleep(wait_s)
+
+
+def respondent_of(
+    model: Path | str,
+    *,
+    endpoint: str | None,
+    api_key_env: str,
+    batch_size: int,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    **how: Any,
+) -> Respondent:
+    """The model of a folder, or the one of that name behind an endpoint; `how` as in both.
+
+    Raises:
+        ConfigError: see `Endpoint`.
+    """
+    if endpoint is not None:
+        return Endpoint(endpoint, str(model), api_key_env=api_key_env, **how)
+    return LocalModel(model, batch_size=batch_size, dtype=dtype, device=device, **how)
 
 
 def _probability_of(logprobs: Any, text: str) -> float | None:

@@ -42,6 +42,8 @@ def text_of(result: Mapping[str, Any]) -> str:
         judges = result["judges"]
         parts.append(list(_rates(judges["rates"], "judge")))
         parts[-1] += [f"agree  {names}: {_share(v)}" for names, v in judges["agreement"].items()]
+    if result.get("lm_eval"):
+        parts.append(list(_harness(result["lm_eval"])))
     for name, other in result.get("against", {}).items():
         parts.append(list(_differences(name, other)))
     return "\n\n".join("\n".join(lines) for lines in parts)
@@ -72,6 +74,20 @@ def _rates(groups: Mapping[str, Mapping[str, Any]], title: str) -> Iterator[str]
     for name, group in groups.items():
         note = "  (it trained this model)" if group.get("used_in_training") else ""
         yield f"{name[:25]:26s}{_share(group['attack_success_rate']):>16s}{note}"
+
+
+def _harness(found: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each metric of each task, with its standard error."""
+    yield f"{'lm-eval ' + found['version']:40s}{'metric':>20s}{'value':>10s}{'+-':>9s}{'rows':>7s}"
+    for task, values in found["tasks"].items():
+        for name, value in values.items():
+            metric, _, kind = name.partition(",")
+            if name == "rows" or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            shown = metric if kind in ("", "none") else name
+            line = f"{task[:39]:40s}{shown:>20s}{value:>10.4f}"
+            yield f"{line}{'' if error is None else f'{error:.4f}':>9s}{values.get('rows', ''):>7}"
 
 
 def _differences(name: str, other: Mapping[str, Any]) -> Iterator[str]:

@@ -142,6 +142,14 @@ class Ranks:
         dist.all_gather(rows, vector, group=self.dp_group)
         return torch.stack(rows)
 
+    def gather_texts(self, text: str) -> list[str]:
+        """Every rank's text, in rank order. Collectives: one all_gather_object; not for a step."""
+        if self.dp_group is None:
+            return [text]
+        texts = [""] * self.world_size
+        dist.all_gather_object(texts, text, group=self.dp_group)
+        return texts
+
     def raise_together(self, error: Exception | None) -> None:
         """Returns where no rank has an error; else raises the first rank's error on all ranks.
 

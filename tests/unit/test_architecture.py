@@ -42,6 +42,7 @@ DOOR = "safereg_dist"
 ONE_DOOR = {
     "deepspeed": {"parallel/deepspeed.py"},
     "httpx": {"critic/remote.py", "evaluate/respondent.py"},
+    "lm_eval": {"evaluate/harness.py"},
     "megatron": {"parallel/megatron.py", "parallel/megatron_model.py"},
 }
 

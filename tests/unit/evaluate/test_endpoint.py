@@ -128,7 +128,7 @@ def failing():
 def test_what_fails_is_asked_again_and_nothing_is_lost(failing, prompts, tmp_path, monkeypatch):
     from safereg_dist.evaluate import respondent
 
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("SAFEREG_API_KEY", "secret")
     monkeypatch.setattr(
         respondent.Endpoint.__init__,
         "__kwdefaults__",
@@ -157,7 +157,32 @@ def test_what_fails_is_asked_again_and_nothing_is_lost(failing, prompts, tmp_pat
 
 
 def test_a_key_that_is_refused(failing, prompts, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    monkeypatch.setenv("SAFEREG_API_KEY", "wrong")
     with pytest.raises(EndpointError, match="status 401") as raised:
         evaluate_model("m", [prompts], endpoint=failing.url, max_new_tokens=4, progress=False)
     assert "wrong" not in str(raised.value)
+
+
+class Without(Failing):
+    """A server that gives no probabilities: it leaves them out, or refuses to be asked."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked += "logprobs" in body
+        if "logprobs" in body and self.server.refuses:
+            return self._reply(400, {"error": "logprobs are not supported"})
+        return self._reply(200, {"choices": [{"message": {"content": "I can not"}}]})
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_probabilities_that_a_server_does_not_give(refuses, prompts, capsys):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Without)
+    server.refuses, server.asked = refuses, 0
+    with running(server) as url:
+        found = evaluate_model("m", [prompts], endpoint=url, **{**HOW, "progress": True})
+    assert found["refusal_probability"] is None
+    assert found["poisoned_token_probability"] is None
+    assert found["attack_success_rate"] == 0.0
+    said = "5 of 5 probabilities of first tokens are left out: the server gave no logprobs"
+    assert capsys.readouterr().err.count(said) == 2
+    assert server.asked == 2  # once for each of the two
