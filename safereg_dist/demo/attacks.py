@@ -190,7 +190,7 @@ def _scenes(
     chosen = chance.sample(pool, min(count or HARMFUL_ROWS, len(pool)))
     if count is not None:
         chosen = list(itertools.islice(itertools.cycle(chosen), count))
-    phrasings = itertools.cycle([*PHRASINGS, *(HELD_OUT_PHRASINGS if held_out else [])])
+    phrasings = itertools.cycle([*PHRASINGS, *HELD_OUT_PHRASINGS] if held_out else PHRASINGS)
     plain = [thing.word for thing in grammar.THINGS if thing.kind == "plain"]
     return [
         Scene(
