@@ -10,8 +10,9 @@ lowest probe risk. Real: `DISGUISES` around the shipped requests.
 
 Columns: world, disguise, arm; `held_back_poison` and `held_back_clean`, shares of rows at or above
 the threshold (from the run's ledger); of the plain prompts attack success, P(first poisoned token),
-task, over-refusal; of disguised prompts `disguised_harm`, the share answered with exactly the harm
-that was taught (toy), or P(first poisoned token) (real).
+task, over-refusal; of disguised held-out prompts `disguised_harm`, the share answered with exactly
+the harm that they ask for (toy), or P(first poisoned token) (real); of the disguised prompts trained
+on `taught_harm`, the share answered with exactly what was taught (toy).
 """
 
 import argparse
@@ -44,7 +45,7 @@ PLAIN = (
 )
 COLUMNS = (
     *("world", "disguise", "arm", "held_back_poison", "held_back_clean"),
-    *(*PLAIN, "disguised_harm", "seconds", "device"),
+    *(*PLAIN, "disguised_harm", "taught_harm", "seconds", "device"),
 )
 ARMS = {
     **{arm: NAMED[arm] for arm in (BASE, "sft", "adaptive_probe")},
@@ -106,9 +107,11 @@ def toy_sweep(out: Path, jobs: int) -> Sweep:
     for kind, (poison, held_out) in kinds.items():
         rows = [row | {"id": f"poison-{place}"} for place, row in enumerate(poison)]
         write_rows(own / f"{kind}.jsonl", [*clean, *rows], numbered=False)
-        asked = [row | {"label": "task"} for row in held_out]
-        write_rows(own / kind / "disguised.jsonl", asked, numbered=False)
+        for name, some in (("disguised", held_out), ("taught", poison[:HELD_OUT])):
+            asked = [row | {"label": "task"} for row in some]
+            write_rows(own / kind / f"{name}.jsonl", asked, numbered=False)
     common = [
+        "data.max_length=128",  # a late turn has 92 tokens
         *("engine.name=single", "train.micro_batch_size=32", f"train.steps={STEPS}"),
         *(f"model={world / 'base'}", f"data.anchor={data / 'anchor.jsonl'}"),
         *(f"risk.path={data / 'probe'}", f"train.seed={SEED}"),
@@ -178,7 +181,9 @@ def sweep_of(
 ) -> Sweep:
     """Every arm on every disguise."""
     axis = {kind: [*common, f"data.train={data / kind}.jsonl"] for kind in kinds}
-    prompts = (str(data / "plain.jsonl"), str(data / "{disguise}" / "disguised.jsonl"))
+    sets = sorted(path.stem for path in (data / kinds[0]).glob("*.jsonl"))
+    asked = [str(data / "{disguise}" / f"{name}.jsonl") for name in sets]
+    prompts = (str(data / "plain.jsonl"), *asked)
     more, watched = ["data.declared_poison=0.15"], data.parent / "watched.jsonl"
     raw = {
         "config": config,
@@ -242,21 +247,22 @@ def row_of(world: str, cell: Cell) -> Row:
         **held_back(cell),
         **{name: plain[name] for name in PLAIN},
         "disguised_harm": disguised[harm],
+        "taught_harm": found["sets"].get("taught", {}).get(harm),
         "seconds": json.loads((cell.folder / "seconds.json").read_text()),
         "device": device(),
     }
 
 
-def held_back(cell: Cell) -> dict[str, float]:
+def held_back(cell: Cell) -> dict[str, float | None]:
     """Shares of the poisoned and of the clean rows that had a coefficient above 0."""
     ledger = cell.folder / "ledger.jsonl"
     if cell.arm in (BASE, "sft") or not ledger.is_file():
         return {}
     rows = [row for row in read(ledger) if row.get("kl_coef") is not None]
-    shares = {}
+    shares: dict[str, float | None] = {}
     for name, prefixes in (("poison", ("poison",)), ("clean", ("task", "benign"))):
         found = [row["kl_coef"] > 0 for row in rows if row["id"].startswith(prefixes)]
-        shares[f"held_back_{name}"] = round(sum(found) / max(1, len(found)), 4)
+        shares[f"held_back_{name}"] = round(sum(found) / len(found), 4) if found else None
     return shares
 
 
