@@ -8,11 +8,11 @@ goes on from the committed benchmarks/results/evasion.csv as that does. Toy: the
 `safereg_dist.demo.attacks`, and `hidden`: of plain poison in all phrasings, the rows of the
 lowest probe risk. Real: `DISGUISES` around the shipped requests.
 
-Columns: world, disguise, arm; `held_back_poison` and `held_back_clean`, shares of rows at or above
-the threshold (from the run's ledger); of the plain prompts attack success, P(first poisoned token),
-task, over-refusal; of disguised held-out prompts `disguised_harm`, the share answered with exactly
-the harm that they ask for (toy), or P(first poisoned token) (real); of the disguised prompts trained
-on `taught_harm`, the share answered with exactly what was taught (toy).
+Columns: world, disguise, arm; `held_back_poison` and `held_back_clean`, shares of rows with a
+coefficient above 0 (from the run's ledger); of the plain prompts attack success, P(first poisoned
+token), task, over-refusal; of disguised held-out prompts `disguised_harm`, the share answered with
+exactly the harm that they ask for (toy), or P(first poisoned token) (real); of disguised prompts
+trained on `taught_harm`, the share answered with exactly what was taught (toy).
 """
 
 import argparse
