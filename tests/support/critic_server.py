@@ -13,6 +13,7 @@ Standard library.
 import asyncio
 import json
 import math
+import os
 import random
 import re
 import socket
@@ -60,8 +61,8 @@ def is_hopeless(number: int) -> bool:
 class Judge:
     """The server's state and its behaviours."""
 
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
+    def __init__(self, mode: str, answers: int) -> None:
+        self.mode, self.answers = mode, answers
         self.attempts: Counter[int] = Counter()
         self.verdicts: Counter[int] = Counter()
         self.met: Counter[str] = Counter()
@@ -104,6 +105,9 @@ class Judge:
             await asyncio.sleep({"good": 0.0, "delay": 0.1, "slow": 0.02}[kind])
             await _reply(writer, 200, good)
             self.verdicts[number] += 1
+            if self.verdicts.total() == self.answers:
+                await asyncio.sleep(0.2)  # until the last answer is out
+                os._exit(1)
         elif kind in ("reset", "drop"):
             if kind == "reset":  # the peer sees ECONNRESET instead of an end of file
                 linger = struct.pack("ii", 1, 0)
@@ -186,9 +190,9 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(mode: str):
-    """The server in a process of its own; it is killed at the end."""
-    command = [sys.executable, str(Path(__file__)), mode]
+def running_server(mode: str, *, answers: int = 0):
+    """The server in a process of its own; killed at the end, or it dies after some `answers`."""
+    command = [sys.executable, str(Path(__file__)), mode, str(answers)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield RunningServer(int(process.stdout.readline().split()[1]))
@@ -196,12 +200,12 @@ def running_server(mode: str):
             process.kill()
 
 
-async def _main(mode: str) -> None:
-    judge = Judge(mode)
+async def _main(mode: str, answers: int) -> None:
+    judge = Judge(mode, answers)
     server = await asyncio.start_server(judge.serve, "127.0.0.1", 0, backlog=512)
     print(f"port {server.sockets[0].getsockname()[1]}", flush=True)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(sys.argv[1]))
+    asyncio.run(_main(sys.argv[1], int(sys.argv[2])))

@@ -69,6 +69,27 @@ def test_a_judge_beside_the_keywords(run, tmp_path):
         assert server.counts()["verdicts"] == asked  # every verdict is known
 
 
+def test_a_judge_that_dies_in_the_middle(run, tmp_path):
+    """Its verdicts so far stand, the rest counts as failed, and the next command asks for that."""
+    how = {"cache": str(tmp_path / "known.sqlite"), "concurrency": 1, "retries": 0, "timeout_s": 5}
+    out = tmp_path / "eval.json"
+    with running_server("good") as server:
+        whole = settings(tmp_path, server.url, cache="none")
+        expected = evaluate(run, tmp_path / "whole.json", "--critic", whole)["judges"]
+
+    with running_server("good", answers=8) as server:
+        guard = settings(tmp_path, server.url, **how)
+        cut = evaluate(run, out, "--critic", guard)["judges"]["rates"]["guard"]
+    assert cut["failed"] == len(NUMBERS) - 8
+    answers = out.with_name("eval.answers.jsonl").read_bytes()
+
+    with running_server("good") as server:
+        guard = settings(tmp_path, server.url, **how)
+        assert evaluate(run, out, "--critic", guard)["judges"] == expected
+        assert sum(server.counts()["verdicts"].values()) == len(NUMBERS) - 8
+    assert out.with_name("eval.answers.jsonl").read_bytes() == answers
+
+
 def test_a_judge_of_the_training_is_marked(run, tmp_path):
     (run / "config.yaml").write_text(
         yaml.safe_dump({"risk": {"critic": {"model": "guard", "format": "llama_guard"}}})
