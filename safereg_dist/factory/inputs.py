@@ -23,14 +23,12 @@ from safereg_dist.data import (
 from safereg_dist.data.canary import Canary, canary_rows
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.risk import (
-    SourceSpec,
-    check_templates,
     configured_overrides,
-    read_sources,
     reads_column,
     require_risk_column,
     warn_of_unknown_rows,
 )
+from safereg_dist.factory.risk_specs import SourceSpec, check_templates, read_sources
 from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.risk.override import Override
 from safereg_dist.types import Row

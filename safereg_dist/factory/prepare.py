@@ -22,14 +22,12 @@ from safereg_dist.factory.references import (
     packing_of,
     reference_backend,
 )
-from safereg_dist.factory.risk import (
+from safereg_dist.factory.risk import build_risk, configured_overrides, warn_of_unscored_rows
+from safereg_dist.factory.risk_specs import (
     SourceSpec,
-    build_risk,
     category_ceilings,
-    configured_overrides,
     policy_layer,
     read_sources,
-    warn_of_unscored_rows,
 )
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks

@@ -21,7 +21,8 @@ from safereg_dist.factory.references import (
     build_reference,
     require_finite,
 )
-from safereg_dist.factory.risk import build_risk, category_ceilings
+from safereg_dist.factory.risk import build_risk
+from safereg_dist.factory.risk_specs import category_ceilings
 from safereg_dist.models.adapters import AdapterValues, add_adapters
 from safereg_dist.models.architecture import enable_activation_checkpointing
 from safereg_dist.models.stored_adapter import StoredAdapter, read_frozen

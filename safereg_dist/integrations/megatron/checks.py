@@ -7,7 +7,7 @@ from torch import nn
 
 from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError, ProbeError
-from safereg_dist.factory.risk import SourceSpec
+from safereg_dist.factory.risk_specs import SourceSpec
 from safereg_dist.parallel.megatron import innermost, listed
 from safereg_dist.risk.probe import check_model
 

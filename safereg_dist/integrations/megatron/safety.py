@@ -23,7 +23,8 @@ from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.prepare import assemble, config_of, read_settings
 from safereg_dist.factory.references import BuiltReference, reference_backend
-from safereg_dist.factory.risk import SourceSpec, build_risk, configured_overrides, read_sources
+from safereg_dist.factory.risk import build_risk, configured_overrides
+from safereg_dist.factory.risk_specs import SourceSpec, read_sources
 from safereg_dist.integrations.megatron.agreement import AgreedReference
 from safereg_dist.integrations.megatron.checks import check_arguments, check_config, check_probes
 from safereg_dist.integrations.megatron.probes import ProbeReader, Probes
