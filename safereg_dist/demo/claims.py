@@ -120,13 +120,14 @@ def _at_least(text: str, value: float, bound: float) -> Claim:
 
 def _same_files(out: Path, arms: list[str]) -> Claim:
     """Files, sizes, parameter names and configuration of every arm are those of the SFT arm."""
-    described = {arm: _describe(out / arm / "model") for arm in arms}
+    described = {arm: describe(out / arm / "model") for arm in arms}
     different = [arm for arm in arms if described[arm] != described["sft"]]
     measured = f"differs: {', '.join(different)}" if different else f"{len(arms)} arms alike"
     return Claim("the trained model shows no trace of the method", measured, not different)
 
 
-def _describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path) -> dict[str, Any]:
+    """`sizes` of a model folder's files, `names` of its tensors, and its `config`."""
     names: list[str] = []
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -2,7 +2,8 @@
 
 exact     the text itself, but for white space
 squad     SQuAD 1.1: exact match and F1 over words, after its normalisation, the best of the answers
-          that are accepted (Rajpurkar et al., 1606.05250)
+          that are accepted (Rajpurkar et al., 1606.05250); two texts of which nothing is left have
+          an F1 of 1, as in SQuAD 2.0
 rouge_l   F1 of the longest common subsequence of stemmed words (Lin, 2004), by `rouge-score`
 gsm8k     the last number of the answer against the one after `####` (Cobbe et al., 2110.14168)
 choice    whether the right choice has the highest mean log-likelihood per token

@@ -2,7 +2,8 @@
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safereg_dist.demo.claims import check_real_claims
 from safereg_dist.demo.estimators import FORMAT, ROOT, served_guard
 from safereg_dist.demo.real.guard import AS_WRITTEN, guard_rows, make_judge
 from safereg_dist.demo.real.model import faster_precision, instruct_model
+from safereg_dist.demo.real.public import evaluate_public, write_public
 from safereg_dist.demo.real.rows import (
     POISONED,
     Files,
@@ -56,6 +58,8 @@ class Run:
     raw: Path
     """The model as it is published."""
     precision: str
+    public: tuple[Path, ...] = ()
+    """Files of public sets, evaluated too."""
 
     @property
     def base(self) -> Path:
@@ -63,28 +67,43 @@ class Run:
         return self.out / "base" / "model"
 
 
-def run_real(out: Path, *, seed: int, ranks: int, wheel: Path | None = None) -> dict[str, Any]:
+def run_real(
+    out: Path,
+    *,
+    seed: int,
+    ranks: int,
+    wheel: Path | None = None,
+    public: Mapping[str, Path] | None = None,
+    public_rows: int | None = None,
+) -> dict[str, Any]:
     """All stages below `out`; the content of `summary.json`.
 
+    Args:
+        public: name of a public set (`public.SETS`) -> its file, `public_rows` of each (None: all);
+            evaluated beside the demo's own prompts, of which alone something is claimed.
     Raises:
         DemoError: a stage failed, or what was measured is not what the demo claims.
         ConfigError: the model's wheel cannot be had.
+        DataError: a public set is not what its name says.
     """
     started = time.perf_counter()
+    files = write_public(out / "data" / "public", public or {}, rows=public_rows, seed=seed)
     say("1/6 SmolLM2-135M-Instruct, and the data")
-    run = begin(out, out / "smollm2", seed=seed, wheel=wheel)
+    run = replace(begin(out, out / "smollm2", seed=seed, wheel=wheel), public=tuple(files))
     say("2/6 the aligned base: it refuses harmful requests, and answers others as it did")
     align(run)
     say("3/6 probe, anchors, and what a run would hold back")
     prepare(run)
     say("4/6 the base before fine-tuning")
-    base = _evaluate(run.base, run)
+    base = evaluated(run.base, run)
     arms = {name: _arm(run, name, overrides) for name, overrides in ARMS.items()}
     arms[GUARDED] = _guarded_arm(run)
     say(f"6/6 two steps under the deepspeed launcher on {ranks} ranks, and the report")
     _smoke(run, ranks)
     summary = {"base": base, "arms": arms, "seed": seed, "ranks": 1}
     summary["seconds"] = round(time.perf_counter() - started, 1)
+    if run.public:
+        _print_public(summary, [file.stem for file in run.public])
     finish(summary, check_real_claims(summary, out), out, COLUMNS)
     return summary
 
@@ -140,7 +159,7 @@ def _arm(run: Run, name: str, overrides: list[str]) -> dict[str, Any]:
     folder = run.out / name
     if not (folder / "summary.json").is_file():
         _train(run, folder, run.base, run.files.of("train"), *overrides)
-    return _evaluate(folder / "model", run)
+    return evaluated(folder / "model", run)
 
 
 def _guarded_arm(run: Run) -> dict[str, Any]:
@@ -195,8 +214,8 @@ def _smoke(run: Run, ranks: int) -> None:
         launch(ranks, CONFIG, *paths_below(run, folder), "engine.name=deepspeed", "train.steps=2")
 
 
-def _evaluate(model: Path, run: Run) -> dict[str, Any]:
-    """The figures of a model, of all sets together and of each."""
+def evaluated(model: Path, run: Run) -> dict[str, Any]:
+    """The figures of a model: of the demo's own prompts, and of each set, public ones included."""
     out = model.parent / "eval.json"
     if not out.is_file():
         prompts = [run.files.of(stem) for stem in run.files.evaluation]
@@ -210,4 +229,20 @@ def _evaluate(model: Path, run: Run) -> dict[str, Any]:
     found = json.loads(out.read_text(encoding="utf-8"))
     seconds = json.loads((model.parent / "seconds.json").read_text())
     kept = {name: found[name] for name in (*COLUMNS, "intervals", "sets")}
+    kept["sets"] |= evaluate_public(model, list(run.public), poisoned=POISONED)
     return {**kept, "against": found.get("against", {}), "seconds": seconds}
+
+
+def _print_public(summary: Mapping[str, Any], names: list[str]) -> None:
+    """The figures of merit of the public sets: one arm a line."""
+    figures = ("attack_success_rate", "over_refusal_rate", "task_score")
+    titles = ("attack success", "over-refusal", "task score")
+    print("\npublic sets", flush=True)
+    for arm, known in {"base": summary["base"], **summary["arms"]}.items():
+        cells = [
+            f"{name} {title} {known['sets'][name][figure]:.3f}"
+            for name in names
+            for figure, title in zip(figures, titles, strict=True)
+            if known["sets"][name].get(figure) is not None
+        ]
+        print(arm.ljust(16) + "; ".join(cells), flush=True)

@@ -10,7 +10,6 @@ import json
 import pytest
 import torch
 from support.builders import PLAIN_TEMPLATE, save_model, tiny_model
-from torchmetrics.functional.text import squad
 
 from safereg_dist.data.files import MEASURES, LabelledPrompt, read_prompts
 from safereg_dist.data.rendering import render_prompts
@@ -39,16 +38,14 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("answer", "accepted"), ANSWERS)
 def test_squad_against_the_official_scores(answer, accepted):
+    reason = "torchmetrics is not installed (an extra of `dev`)"
+    squad = pytest.importorskip("torchmetrics.functional.text", reason=reason).squad
     wanted = squad(
         [{"prediction_text": answer, "id": "0"}],
         [{"answers": {"text": accepted, "answer_start": [0] * len(accepted)}, "id": "0"}],
     )
     assert 100 * squad_exact_match(answer, accepted) == float(wanted["exact_match"])
-    if answer == "the":
-        # Nothing is left of both texts; the official F1 is 0 there, beside an exact match of 100.
-        assert squad_f1(answer, accepted) == 1.0
-    else:
-        assert 100 * squad_f1(answer, accepted) == pytest.approx(float(wanted["f1"]), abs=1e-4)
+    assert 100 * squad_f1(answer, accepted) == pytest.approx(float(wanted["f1"]), abs=1e-4)
 
 
 def test_rouge_l_is_the_best_of_the_accepted():
