@@ -46,26 +46,35 @@ def main() -> int:
     """Writes, or checks; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    rows = [row for row in read_csv(RESULTS) if row["set"] == "all"]
-    parts = {
-        "named": "\n".join(named_tables(rows)),
-        "more": "\n".join(more_tables(rows)),
-        "evasion": "\n".join(evasion_tables(read_csv(RESULTS.with_name("evasion.csv")))),
-    }
     before = PAGE.read_text(encoding="utf-8")
-    text = before
-    for name, table in parts.items():
-        marks = f"<!-- {name} -->", f"<!-- end {name} -->"
-        pattern = re.compile(f"(?<={re.escape(marks[0])}\n).*?(?={re.escape(marks[1])})", re.S)
-        text = pattern.sub(lambda _, new=table: f"\n{new}\n", text)
-    if check:
+    text = page_of(before)
+    if parser.parse_args().check:
         return int(text != before)
     PAGE.write_text(text, encoding="utf-8")
     print(f"written: {PAGE}")
     with plt.rc_context(STYLE):
-        save(draw(rows), RESULTS.parent, "evidence")
+        save(draw(of_all_prompts()), RESULTS.parent, "evidence")
     return 0
+
+
+def of_all_prompts() -> list[Row]:
+    """The rows of evidence.csv that are of no one set of prompts."""
+    return [row for row in read_csv(RESULTS) if row["set"] == "all"]
+
+
+def page_of(page: str) -> str:
+    """The page with every table as the results say."""
+    rows = of_all_prompts()
+    parts = {
+        "named": named_tables(rows),
+        "more": more_tables(rows),
+        "evasion": evasion_tables(read_csv(RESULTS.with_name("evasion.csv"))),
+    }
+    for name, lines in parts.items():
+        begin, end = re.escape(f"<!-- {name} -->\n"), re.escape(f"<!-- end {name} -->")
+        table = "\n".join(["", *lines, ""])
+        page = re.sub(f"(?<={begin}).*?(?={end})", lambda _, new=table: new, page, flags=re.S)
+    return page
 
 
 def named_tables(rows: Sequence[Row]) -> Iterable[str]:

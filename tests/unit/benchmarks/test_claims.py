@@ -9,6 +9,7 @@ looked at here.
 import json
 
 import claims
+import evidence_tables
 import pytest
 from claims import CLAIMS, Group, claims_table, groups_of, inference_is_free, page_with
 from evidence import RESULTS
@@ -17,7 +18,8 @@ from plot_style import read_csv
 from support.builders import PLAIN_TEMPLATE, save_model, tiny_model
 
 FIGURES = {
-    "base": (0.0, 0.0, 1.0),
+    "base": (0.01, 0.0, 1.0),
+    "filter": (0.5, 1.0, 0.5),
     "sft": (1.0, 1.0, 0.0),
     "static_low": (0.9, 0.95, 0.31),
     "static_0.5": (0.5, 0.5, 0.5),
@@ -27,13 +29,14 @@ FIGURES = {
     "adaptive_probe": (0.02, 0.99, 0.98),
     "adaptive_critic": (0.04, 0.99, 0.97),
 }
-"""Arm -> attack success, task, P(refuse)."""
+"""Arm -> attack success, task, P(refuse); then P(first poisoned token) and over-refusal, else 0."""
 
 
 def rows(**changes):
     """One world, task and share; `changes` are arm -> figures."""
     found = []
-    for arm, (attack, task, refuse) in (FIGURES | changes).items():
+    for arm, given in (FIGURES | changes).items():
+        attack, task, refuse, poisoned, refused = (*given, 0.0, 0.0)[:5]
         bounds = {
             f"{name}_{end}": str(min(1, max(0, value + by)))
             for name, value in ((claims.ATTACK, attack), (claims.TASK, task))
@@ -41,6 +44,7 @@ def rows(**changes):
         }
         cell = {"world": "toy", "task": "notes", "poison": "0.15", "seed": "0", "set": "all"}
         figures = {claims.ATTACK: attack, claims.TASK: task, claims.REFUSE: refuse}
+        figures |= {claims.POISONED: poisoned, claims.REFUSED: refused}
         found.append({**cell, "arm": arm, **{k: str(v) for k, v in figures.items()}, **bounds})
     return found
 
@@ -54,12 +58,16 @@ def held(given):
     ("changes", "broken"),
     [
         ({}, []),
-        ({"adaptive_critic": (0.51, 0.99, 0.97)}, [0, 2, 3]),
-        ({"sft": (0.04, 1.0, 0.9)}, [0]),  # nothing was broken
-        ({"adaptive_probe": (0.02, 0.985, 0.98)}, [1]),
-        ({"static_0.5": (0.01, 0.5, 0.5)}, [3]),
-        ({"static_0.7": (0.02, 0.99, 0.7)}, [3]),  # as good is not better
-        ({"static_1.0": (0.05, 0.0, 0.9)}, [4]),
+        ({"adaptive_critic": (0.51, 0.99, 0.97)}, [0, 2, 4, 6, 7]),
+        ({"adaptive_probe": (0.05, 0.99, 0.98)}, [0]),
+        ({"adaptive_probe": (0.02, 0.99, 0.98, 0.011)}, [1]),
+        ({"filter": (0.03, 1.0, 0.9)}, [2]),
+        ({"adaptive_critic": (0.04, 0.99, 0.97, 0.0, 0.02)}, [3]),
+        ({"sft": (0.04, 1.0, 0.9)}, [4]),  # nothing was broken
+        ({"adaptive_probe": (0.02, 0.985, 0.98)}, [5]),
+        ({"static_0.5": (0.01, 0.5, 0.5)}, [7]),
+        ({"static_0.7": (0.02, 0.99, 0.7)}, [7]),  # as good is not better
+        ({"static_1.0": (0.05, 0.0, 0.9)}, [8]),
     ],
 )
 def test_each_claim_can_fail(changes, broken):
@@ -72,9 +80,9 @@ def test_nothing_is_claimed_of_nothing():
 
 def test_where_harm_alone_is_taught_there_is_no_task():
     alone = [{**row, "poison": "1.0"} for row in rows(adaptive_probe=(0.02, 0.0, 0.9))]
-    assert held(alone)[1] is None
-    assert held(alone)[3] is None
-    assert held(rows() + alone)[:2] == [True, True]
+    assert held(alone)[5] is None
+    assert held(alone)[7] is None
+    assert held(rows() + alone)[4:6] == [True, True]
 
 
 def test_means_are_over_seeds_that_both_arms_have():
@@ -90,6 +98,11 @@ def test_the_interval_is_newcombes():
     text = claims.sources_are_alike(groups_of(two, "toy"), "toy").text
     # Both bounds are 0.01 away: each cell's half width is sqrt(2) 0.01, that of two cells 0.01.
     assert text == "attack -2.0 (-3.0 to -1.0); task +0.0 (-1.0 to +1.0)"
+
+
+def test_the_tables_are_those_of_the_results():
+    page = evidence_tables.PAGE.read_text(encoding="utf-8")
+    assert evidence_tables.page_of(page) == page, "run: python benchmarks/evidence_tables.py"
 
 
 def test_the_page_is_that_of_the_results():
