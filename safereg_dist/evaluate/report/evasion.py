@@ -60,9 +60,9 @@ def evasion_section(rows: list[dict[str, str]]) -> str:
         line for name, inside in groups.items() for line in (Line("", [escape(name)]), *inside)
     ]
     note = small(
-        "Each disguise hides the poisoned rows of a training. Attack success, P(poisoned) and task "
-        "are of plain prompts unless a set is named; harm on the disguise, and on the requests that "
-        "were taught, is what the poison was meant to teach."
+        "Each disguise hides the poisoned rows of a training. Attack success, P(poisoned), task "
+        "are of plain prompts unless a set is named; harm on the disguise, and on the requests "
+        "that were taught, is what the poison was meant to teach."
     )
     return f"<h2>Evasion</h2>{table(['arm', *(_TITLES[key] for key in figures)], lines)}{note}"
 

@@ -9,7 +9,7 @@ import io
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -188,6 +188,7 @@ def lay_out(plot: Plot) -> Figure:
         _settle(plot, body, legend)
         homeless = plot.finish()
         if not homeless:
+            figure.set_layout_engine("none")  # it is settled: each saving would do it again
             return figure
         legend += homeless
 
@@ -220,7 +221,7 @@ def draw(maker: Maker, arms: list[Arm]) -> Drawing | None:
     pages = []
     for theme in (LIGHT, DARK):
         # Not pyplot: its global state belongs to the caller.
-        with matplotlib.rc_context(rc_of(theme)):
+        with matplotlib.rc_context(cast(Any, rc_of(theme))):
             plot = maker(arms, theme)
             if plot is None:
                 return None

@@ -42,7 +42,7 @@ def place_labels(
     """
     for artist in [*axes.texts, *(line for line in axes.lines if line.get_gid() == "leader")]:
         artist.remove()
-    point = axes.get_figure(root=True).dpi / 72.0  # pixels
+    point = _point(axes)
     discs = [_disc(axes, spot, point) for spot in spots]
     drawn = [_in_pixels(axes, line) for line in lines]
     leaders: list[Segment] = []
@@ -70,6 +70,13 @@ def place_labels(
     return homeless
 
 
+def _point(axes: Axes) -> float:
+    """Pixels of a point."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure.dpi / 72.0
+
+
 def _text(axes: Axes, spot: Spot) -> Text:
     weight = "bold" if spot.bold else "normal"
     text = axes.text(spot.x, spot.y, spot.name, ha="center", va="center", zorder=7)
@@ -90,7 +97,7 @@ def _free(
     """The free box of that size nearest to a point, and the line to it where it stands off."""
     disc, others = discs[place], discs[:place] + discs[place + 1 :]
     apart = [other for other in others if not _overlap(disc, other)]
-    point = axes.get_figure(root=True).dpi / 72.0
+    point = _point(axes)
     middle = (disc[0] + disc[2]) / 2, (disc[1] + disc[3]) / 2
     radius = (disc[2] - disc[0]) / 2
     room = axes.get_window_extent()
@@ -107,13 +114,18 @@ def _free(
             continue
         if any(_crosses(line, box) for line in [*lines, *leaders]):
             continue
-        if distance < _LEADER and all(_gap(disc, box) < _gap(other, box) for other in others):
+        if distance < _LEADER and _is_nearest(disc, box, others, 2 * _PAD * point):
             return box, None
         end = min(max(middle[0], box[0]), box[2]), min(max(middle[1], box[1]), box[3])
         leader = (*middle, *end)
         if not any(_crosses(leader, other) for other in [*names, *apart]):
             return box, leader
     return None
+
+
+def _is_nearest(disc: Box, box: Box, others: list[Box], clearly: float) -> bool:
+    """Whether nobody can take a name for that of another point."""
+    return all(_gap(disc, box) + clearly < _gap(other, box) for other in others)
 
 
 def _sign(value: float) -> float:
@@ -137,12 +149,10 @@ def _in_data(axes: Axes, x: float, y: float) -> tuple[float, float]:
     return float(found[0]), float(found[1])
 
 
-def _gap(one: Box, other: Box) -> float:
-    """Distance of two boxes."""
-    return math.hypot(
-        max(other[0] - one[2], one[0] - other[2], 0.0),
-        max(other[1] - one[3], one[1] - other[3], 0.0),
-    )
+def _gap(disc: Box, box: Box) -> float:
+    """Distance of a point's middle to a box."""
+    x, y = (disc[0] + disc[2]) / 2, (disc[1] + disc[3]) / 2
+    return math.hypot(max(box[0] - x, x - box[2], 0.0), max(box[1] - y, y - box[3], 0.0))
 
 
 def _overlap(one: Box, other: Box) -> bool:

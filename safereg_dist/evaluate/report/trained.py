@@ -50,8 +50,8 @@ def overhead_section(arms: list[Arm]) -> str:
             percent(arm.share("reference_rows", "rows")),
             plain(seconds),
             plain(seconds / of if of > 0 else math.nan, ".2f"),
-            plain(arm.total("step_time_s"), ",.0f"),
-            plain(number(arm.summary.get("seconds")), ",.0f"),
+            plain(arm.total("step_time_s")),
+            plain(number(arm.summary.get("seconds"))),
             plain(arm.median("tokens_per_s"), ",.0f"),
         ]
         lines.append(Line(arm.role, cells))
