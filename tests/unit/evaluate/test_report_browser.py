@@ -1,9 +1,10 @@
 """The page in headless Chromium, at a phone's width and a wide screen's, light and dark.
 
 Claimed: the page never scrolls sideways, tables that are too wide scroll in boxes of their own;
-text is at least twelve pixels high, contrasts with what is behind it by 4.5 : 1 (WCAG 2), and spills
-from no cell; figures that match the page are the ones shown, within it and not so small that their
-text has less than nine pixels; the browser complains of nothing. Skipped where there is no Chromium.
+text is at least twelve pixels high, contrasts with what is behind it by 4.5 : 1 (WCAG 2), and
+spills from no cell; figures that match the page are the ones shown, within it and not so small that
+their text has less than nine pixels; the browser complains of nothing. Skipped where there is no
+Chromium.
 """
 
 import json
@@ -27,7 +28,8 @@ const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).slice(0, 
     (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
 const ground = e => { for (; e; e = e.parentElement) {
-    const c = getComputedStyle(e).backgroundColor; if (c != 'rgba(0, 0, 0, 0)') return c; } return 'rgb(255, 255, 255)'; };
+    const c = getComputedStyle(e).backgroundColor;
+    if (c != 'rgba(0, 0, 0, 0)') return c; } return 'rgb(255, 255, 255)'; };
 const contrast = e => { const [a, b] = [light(getComputedStyle(e).color), light(ground(e))];
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); };
 const texts = shown.filter(own);

@@ -1,8 +1,8 @@
 """Sections of the report that read more than metrics and figures of merit.
 
-Claimed: an evaluation of an earlier training is called stale, by the digest of that training or, where
-it has none, by the times of the files, and a copy of a folder is not; rows held back are counted,
-ordered and averaged as a pandas-free recount of the ledger does; the KL budget weighs steps by their
+Claimed: an evaluation of an earlier training is called stale, by the digest of that training or,
+where it has none, by the times of the files, and a copy of a folder is not; rows held back are
+counted, ordered and averaged as a recount of the ledger does; the KL budget weighs steps by their
 tokens; forms of attack stand by set; probes, chains of ledgers and versions are those of the files;
 tables of disguises are shown where a folder has them. Exact: all text.
 """
@@ -46,17 +46,17 @@ def trained_and_evaluated(folder: Path) -> Path:
 
 def test_an_evaluation_of_an_earlier_training_is_called_stale(tmp_path: Path) -> None:
     run = trained_and_evaluated(tmp_path / "run")
-    assert "stale" not in Page(write_report([run])).text
+    assert read_arms([run], may_be_empty=set())[0].stale == ""
     copy = shutil.copytree(run, tmp_path / "copy")  # in any order, with new times
     os.utime(copy / "eval.json", (1, 1))
-    assert "stale" not in Page(write_report([copy])).text
+    assert read_arms([copy], may_be_empty=set())[0].stale == ""
 
     (run / "summary.json").write_text(json.dumps({"seconds": 3.5, "steps": 6}))
     page = Page(write_report([run]))
     assert "The evaluation of run is stale: the run was trained again after this" in page.text
     assert any(row[0] == "run (stale)" for row in page.rows)
     (run / "summary.json").unlink()  # it is being trained again
-    assert "stale" in Page(write_report([run])).text
+    assert read_arms([run], may_be_empty=set())[0].stale
 
 
 @pytest.mark.parametrize(("older", "is_stale"), [(60, True), (-60, False), (0, False)])
@@ -83,9 +83,11 @@ def test_the_arms_of_a_demonstration_can_be_stale(tmp_path: Path) -> None:
     figures = json.loads((run / "eval.json").read_text())
     summary = {"base": evaluation(0.0, 0.0, 0.0), "arms": {"adaptive": figures}}
     (tmp_path / "demo" / "summary.json").write_text(json.dumps(summary))
-    assert "stale" not in Page(write_report([tmp_path / "demo"])).text
+    base, arm = read_arms([tmp_path / "demo"], may_be_empty=set())
+    assert (base.stale, arm.stale) == ("", "")
     (run / "summary.json").write_text("{}")
-    assert "The evaluation of adaptive is stale" in Page(write_report([tmp_path / "demo"])).text
+    base, arm = read_arms([tmp_path / "demo"], may_be_empty=set())
+    assert (base.stale, arm.name, bool(arm.stale)) == ("", "adaptive", True)
 
 
 # ---- rows held back, and the ledger's chain
@@ -149,9 +151,10 @@ def test_the_chain_of_the_ledger_is_verified(tmp_path: Path) -> None:
     assert told.startswith("does NOT hold")
     assert ":" in told
     (run / "summary.json").unlink()
-    page = Page(write_report([run]))
-    (told,) = (row[1] for row in page.rows if len(row) == 2 and row[0] == "run")
-    assert told.startswith("not checked")
+    (arm,) = read_arms([run], may_be_empty=set())
+    assert arm.ledger is not None
+    assert arm.ledger.holds is None
+    assert arm.ledger.check.startswith("not checked")
 
 
 # ---- divergence, overhead, probes
@@ -234,7 +237,8 @@ toy,cipher,base,,0.0001,0.02,cpu
 toy,cipher,"{HOSTILE.replace('"', '""')}",0.975,0.5,1.0,cpu
 real,cipher,base,,0.25,,cpu
 """
-SWEEP = """arm,disguise,set,attack_success_rate,attack_success_rate_low,attack_success_rate_high,status
+RATE = "attack_success_rate"
+SWEEP = f"""arm,disguise,set,{RATE},{RATE}_low,{RATE}_high,status
 base,hidden,,0.5,0.25,0.75,done
 base,hidden,plain,0.125,,,done
 sft,hidden,,,,,failed
