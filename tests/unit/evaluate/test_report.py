@@ -13,12 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from safereg_dist.errors import CheckpointError, ConfigError
-from safereg_dist.evaluate.report import write_report
-from safereg_dist.evaluate.report.arms import Arm, number, percent
-from safereg_dist.evaluate.report.page import draw_all
-from tests.support.reports import (
+from support.reports import (
     HOSTILE,
     Page,
     evaluation,
@@ -27,6 +22,11 @@ from tests.support.reports import (
     write_ledger,
     write_run,
 )
+
+from safereg_dist.errors import CheckpointError, ConfigError
+from safereg_dist.evaluate.report import write_report
+from safereg_dist.evaluate.report.arms import Arm, number, percent
+from safereg_dist.evaluate.report.page import draw_all
 
 
 @pytest.fixture

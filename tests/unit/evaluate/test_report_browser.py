@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.browser import MISSING, Browser
+from support.reports import evaluation, write_demo
 
 from safereg_dist.evaluate.report import write_report
-from tests.support.browser import MISSING, Browser
-from tests.support.reports import evaluation, write_demo
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 

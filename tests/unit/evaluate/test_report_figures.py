@@ -17,13 +17,13 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from support.reports import metrics, write_run
 
 from safereg_dist.evaluate.report.arms import Arm
 from safereg_dist.evaluate.report.frame import DARK, LIGHT, lay_out, rc_of, short, stacked
 from safereg_dist.evaluate.report.reading import read_arms
 from safereg_dist.evaluate.report.steps import binned, draw_divergence
 from safereg_dist.evaluate.report.tradeoff import draw_law, draw_safety, law_of, pareto
-from tests.support.reports import metrics, write_run
 
 LONG = ("base", "sft", "adaptive_probe_no_anchor", "static_low", "adaptive_probe_more_anchors")
 

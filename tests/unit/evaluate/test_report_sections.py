@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.reports import HOSTILE, Page, evaluation, metrics, write_run
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.evaluate.report import write_report
@@ -21,7 +22,6 @@ from safereg_dist.evaluate.report.reading import read_arms
 from safereg_dist.evaluate.stale import training_digest
 from safereg_dist.run.ledger import RankLedger, merge_ledgers
 from safereg_dist.types import LedgerRow
-from tests.support.reports import HOSTILE, Page, evaluation, metrics, write_run
 
 ROWS = metrics(coefficient=1.0, active=2, seconds=0.5, steps=6)
 
