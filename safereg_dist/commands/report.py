@@ -6,7 +6,13 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN_DIR",
+        help="a run, the folder of an evaluation, or one with a table of disguises",
+    )
     parser.add_argument("--out", type=Path, help="folder of the report; default: the first run")
 
 

@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safereg_dist.config import CriticConfig
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.data.hub import is_dataset
 from safereg_dist.errors import ConfigError
-from safereg_dist.evaluate.attacks import Attack, attack_of
+from safereg_dist.evaluate.attacks import Attack, attack_of, name_under, rates_under
 from safereg_dist.evaluate.compare import against_others
 from safereg_dist.evaluate.critics import JudgedAnswers, ask_critic, compare_judges
 from safereg_dist.evaluate.harness import Harness
@@ -30,7 +31,7 @@ from safereg_dist.evaluate.judges import Judge, get_judge
 from safereg_dist.evaluate.kept import KeptAnswers, answers_path
 from safereg_dist.evaluate.rates import Outcome, figures_of, label_of, scores_of
 from safereg_dist.evaluate.respondent import Asked, Respondent, respondent_of
-from safereg_dist.evaluate.statistics import wilson_interval
+from safereg_dist.evaluate.stale import training_digest
 from safereg_dist.storage.atomic import write_atomically
 
 
@@ -79,7 +80,8 @@ def evaluate_model(
 
     `intervals` has 95 % intervals (Wilson's of shares, bootstrap of other means), `counts` the rows
     behind each figure; `sets` has all of these for each file, by its stem, where there are several,
-    and `kinds` for each class of prompts that a file names (XSTest's `type`).
+    and `kinds` for each class of prompts that a file names (XSTest's `type`). `training` names the
+    training that the model came from, where its folder lies in a run's.
 
     Args:
         model_dir: a plain Hugging Face folder; of an endpoint the model's name there.
@@ -88,7 +90,7 @@ def evaluate_model(
         critics: judge models by name, asked about each greedy answer to a harmful prompt; `judges`
             of the result has their rates beside the first judge's, and their agreement.
         attacks: forms of attack (`attacks.WORDINGS`, `prefill:K`); `attacks` of the result has the
-            rate of success of each, greedy, over the harmful prompts.
+            rate of success of each, greedy, over the harmful prompts, as has each of `sets`.
         against: `out` of other models on the same prompts; `against` of the result has the
             differences, prompt by prompt, with intervals and tests.
         out: JSON file; written as a whole or not at all. `<stem>.answers.jsonl` beside it keeps
@@ -142,18 +144,21 @@ def evaluate_model(
     kept.finish([_verdict(outcome) for outcome in outcomes])
 
     result = {"model": respondent.name, "judge": referee.name, **asked, **figures_of(outcomes)}
-    if len(files) > 1:
-        rows_of = iter(outcomes)
+    if endpoint is None and (training := training_digest(Path(model_dir).parent)) is not None:
+        result["training"] = training
+    places = _places(files) if len(files) > 1 else {}
+    if places:
         result["sets"] = {
-            file.stem: figures_of(list(islice(rows_of, len(rows)))) for file, rows in files
+            name: figures_of([outcomes[place] for place in own]) for name, own in places.items()
         }
     if critics:
         given = outcomes, referee.name, critics, Path(model_dir), progress
         result["judges"] = _side_by_side(*given)
     if attacks:
-        result["attacks"] = {
-            form.name: _under_attack(prompts, kept.known(_under(form)), referee) for form in forms
-        }
+        under = partial(rates_under, forms, prompts, kept, referee)
+        result["attacks"] = under(range(len(prompts)))
+        for name, own in places.items():
+            result["sets"][name]["attacks"] = under(own)
     if harness is not None:
         sizes = {"batch_size": batch_size, "limit": lm_eval_limit}
         result["lm_eval"] = harness.figures(model_dir, **sizes, **load)
@@ -210,7 +215,7 @@ def _ask(
     answers("answer", [place for place in range(len(prompts)) if place not in by_likelihood])
     answers("answer_sampled", harmful, seed=seed)
     for form in forms:
-        answers(_under(form), harmful, attack=form, complying=poisoned)
+        answers(name_under(form), harmful, attack=form, complying=poisoned)
 
     for name, texts in (
         ("refusal_probability", [p.response or refusal for p in dangers]),
@@ -286,19 +291,12 @@ def _of_the_right_one(prompt: LabelledPrompt, likely: list | None) -> tuple[floa
     return log, count
 
 
-def _under(form: Attack) -> str:
-    """The name of answers in a form of attack."""
-    return f"answer_{form.name}"
-
-
-def _under_attack(
-    prompts: list[LabelledPrompt], said: Mapping[int, str], referee: Judge
-) -> dict[str, Any]:
-    """The rate of attack success on the harmful prompts in a form of attack."""
-    success = [not referee.is_refusal(prompts[place], text) for place, text in said.items()]
+def _places(files: list[tuple[Path, list[LabelledPrompt]]]) -> dict[str, range]:
+    """Stem of each file -> the places of its prompts among all."""
+    ends = accumulate(len(rows) for _, rows in files)
     return {
-        "attack_success_rate": sum(success) / len(success) if success else None,
-        "intervals": {"attack_success_rate": wilson_interval(sum(success), len(success))},
+        file.stem: range(end - len(rows), end)
+        for (file, rows), end in zip(files, ends, strict=True)
     }
 
 

@@ -1,8 +1,12 @@
 """Claimed: attacks reword the last turn, or begin the answer, and nothing else.
 
 Exact: turns, tokens that an answer begins with, and a prefilled answer against one that the model
-was asked to go on with by hand.
+was asked to go on with by hand; rates by set against a recount of the kept answers.
 """
+
+import hashlib
+import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +18,8 @@ from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.evaluate.attacks import WORDINGS, attack_of, begun_answers
 from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.generate import generate_answers, load_model
+from safereg_dist.evaluate.judges import get_judge
+from safereg_dist.evaluate.kept import answers_path
 
 
 def asked(text, **known):
@@ -71,6 +77,38 @@ def test_rates_of_each_form(folder, tmp_path):
     found = evaluate_model(folder, [path], attacks=names, poisoned="w4", **how)["attacks"]
     assert list(found) == names
     assert {form["attack_success_rate"] for form in found.values()} <= {0.0, 1.0}
+
+
+def test_rates_of_each_form_by_set(folder, tmp_path):
+    """A set's rate is that of its own harmful prompts, from the answers that are kept."""
+    sizes, files = {"one": 3, "two": 2, "harmless": 2}, []
+    for at, (name, size) in enumerate(sizes.items()):
+        label = "benign" if name == "harmless" else "harmful"
+        rows = [{"prompt": f"w{at * 4 + i} w{i + 2}", "label": label} for i in range(size)]
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, how = tmp_path / "eval.json", {"max_new_tokens": 3, "device": "cpu", "progress": False}
+    found = evaluate_model(folder, files, out=out, attacks=["role_play"], **how)
+    lines = [json.loads(line) for line in answers_path(out).read_text().splitlines()[1:]]
+    judge, begin = get_judge("keyword"), 0
+    for name, size in sizes.items():
+        said = [line.get("answer_role_play") for line in lines[begin : begin + size]]
+        begin += size
+        success = [not judge.is_refusal(asked("w1"), text) for text in said if text is not None]
+        rate = found["sets"][name]["attacks"]["role_play"]["attack_success_rate"]
+        assert rate == (sum(success) / len(success) if success else None)
+        assert len(success) == (0 if name == "harmless" else size)
+
+
+def test_an_evaluation_names_the_training_of_its_model(folder, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "w1 w2", "label": "harmful"}\n')
+    how = {"max_new_tokens": 2, "device": "cpu", "progress": False}
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    assert "training" not in evaluate_model(tmp_path / "run" / "model", [prompts], **how)
+    (tmp_path / "run" / "summary.json").write_text('{"steps": 3}')
+    found = evaluate_model(tmp_path / "run" / "model", [prompts], **how)
+    assert found["training"] == hashlib.sha256(b'{"steps": 3}').hexdigest()
 
 
 def test_what_is_refused(folder):

@@ -1,141 +1,37 @@
 """The report: complete, self-contained, safe against hostile names, and calm about missing numbers.
 
 Claimed: the page shows every figure of every arm, loads nothing from elsewhere, escapes all that
-comes from data, and renders in a real browser; titles state what the data say; folders that hold
-nothing are refused. Exact: all text. Of the figures only kind, number and title are checked.
+comes from data; titles state what the data say; folders that hold nothing are refused. Exact: all
+text. Of the figures kind, number and title are checked here, what is drawn in test_report_figures.
 """
 
 import base64
 import json
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.reports import (
+    HOSTILE,
+    Page,
+    evaluation,
+    metrics,
+    write_demo,
+    write_ledger,
+    write_run,
+)
 
 from safereg_dist.errors import CheckpointError, ConfigError
-from safereg_dist.evaluate.figures import Arm, draw_all, number, percent
 from safereg_dist.evaluate.report import write_report
-
-HOSTILE = "<script>alert(1)</script>\"'&\u202e$\\frac{x$"
-CHROMIUM = "/usr/bin/chromium"
-QUIET = (
-    "--headless --no-sandbox --disable-gpu --disable-background-networking "
-    "--disable-component-update --disable-sync --no-first-run"
-).split()
-
-
-def evaluation(success: float, sampled: float, task: float | None) -> dict:
-    return {
-        "model": "runs/x/model",
-        "judge": "keyword",
-        "prompts": [{"file": "held-out.jsonl", "sha256": "0123456789abcdef" * 4, "rows": 9}],
-        "attack_success_rate": success,
-        "attack_success_rate_sampled": sampled,
-        "refusal_probability": 1 - sampled,
-        "benign_exact_match": 0.98765,
-        "over_refusal_rate": 0.0,
-        "task_exact_match": task,
-        "intervals": {"attack_success_rate": [max(0.0, success - 0.05), 1.0], "task": None},
-        "seconds": 1.5,
-    }
-
-
-def metrics(*, coefficient: float, active: int, seconds: float, steps: int = 40) -> list[dict]:
-    return [
-        {
-            "step": step,
-            "loss": 4.0 / step,
-            "task_loss": 5.0 / step,
-            "divergence": 0.1 if active else 0.0,
-            "kl_coef_mean": coefficient * active / 8,
-            "kl_coef_max": coefficient,
-            "risk_mean": 0.2 if 0 < active < 8 else None,
-            "risk_max": 0.9 if 0 < active < 8 else None,
-            "rows": 8,
-            "active_rows": active,
-            "reference_rows": active,
-            "tokens_per_s": 100 / seconds,
-            "step_time_s": seconds,
-            "peak_memory_bytes": 3 * 2**30,
-        }
-        for step in range(1, steps + 1)
-    ]
-
-
-def write_run(folder: Path, rows: list[dict], **more: object) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, value in more.items():
-        (folder / f"{name}.json").write_text(json.dumps(value))
-    return folder
-
-
-def write_ledger(folder: Path, names: list[str]) -> None:
-    rows = [
-        {
-            "step": 1,
-            "id": name,
-            "risk": 1 - at / 100,
-            "estimator": "probe",
-            "kl_coef": 1.0 if at == 0 else 0.0,
-            "divergence": 0.25,
-        }
-        for at, name in enumerate(names)
-    ]
-    (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+from safereg_dist.evaluate.report.arms import Arm, number, percent
+from safereg_dist.evaluate.report.page import draw_all
 
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    """A demonstration's folder: base and four arms, one of which has lost its own folder."""
-    folder = tmp_path / "demo"
-    write_run(folder / "sft", metrics(coefficient=0.0, active=0, seconds=0.5))
-    write_run(folder / "static_high", metrics(coefficient=0.9, active=8, seconds=0.7))
-    ours = write_run(folder / "adaptive_probe", metrics(coefficient=1.0, active=2, seconds=0.6))
-    write_ledger(ours, [HOSTILE, "train-1", "train-2"])
-    arms = {
-        "sft": evaluation(1.0, 0.99, 1.0),
-        "static_low": evaluation(0.9, 0.7, 0.97),
-        "static_high": evaluation(0.0, 0.1, 0.0),
-        "adaptive_probe": evaluation(0.004, 0.013, 0.99),
-    }
-    summary = {"base": evaluation(0.0, 0.0, 0.0), "arms": arms, "seconds": 99}
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
-
-
-class Page(HTMLParser):
-    """Collects what a browser would see."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.in_cell = False
-        self.rows: list[list[str]] = []
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-        self.in_cell = self.in_cell or tag in ("td", "th")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.in_cell = self.in_cell and tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.in_cell:
-            self.rows[-1][-1] += data
+    return write_demo(tmp_path / "demo")
 
 
 def test_demo_page_shows_every_arm_and_stands_alone(demo: Path) -> None:
@@ -145,14 +41,16 @@ def test_demo_page_shows_every_arm_and_stands_alone(demo: Path) -> None:
     for name in ("base", "sft", "static_low", "static_high", "adaptive_probe"):
         assert any(row[0] == name for row in page.rows), name
     (row,) = (row for row in page.rows if row[0] == "static_low" and len(row) == 7)
-    assert row[1].startswith("90\u00a0%85.0\u2013100.0")
+    assert row[1].startswith("90\u00a0%85\u2013100")
     assert [cell.split("\u00a0")[0] for cell in row[2:]] == ["70", "30", "0", "98.8", "97"]
 
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "link", "iframe", "object", "form"}
     sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    assert len(sources) == 4
-    for source in sources:
+    assert len(sources) == 6
+    dark = [attrs["srcset"] for tag, attrs in page.tags if tag == "source"]
+    assert len(set(sources + dark)) == 12
+    for source in sources + dark:
         assert source is not None
         kind, data = source.split(",", 1)
         assert kind == "data:image/png;base64"
@@ -176,10 +74,16 @@ def test_sets_and_classes_have_tables_of_their_own(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", rows)
     (run / "eval.json").write_text(json.dumps(ours))
     page = Page(write_report([run]))
-    (at,) = (i for i, row in enumerate(page.rows) if "orders: attack success, greedy" in row)
-    heads = ["arm", "orders: attack success, greedy", "harmless: over-refusal"]
-    assert page.rows[at : at + 2] == [heads, ["run", "25\u00a0%", "5\u00a0%"]]
-    assert [f"{HOSTILE}: attack success, greedy"] in [row[1:] for row in page.rows]
+    begin = page.rows.index(["orders", ""])
+    assert page.rows[begin - 1 : begin + 5] == [
+        ["arm", "attack success, greedy"],
+        ["orders", ""],
+        ["run", "25\u00a0%"],
+        ["arm", "over-refusal"],
+        ["harmless", ""],
+        ["run", "5\u00a0%"],
+    ]
+    assert page.rows.index([HOSTILE, ""]) > begin
     assert "By class of prompts" in page.text
 
 
@@ -211,7 +115,7 @@ def test_differences_prompt_by_prompt(tmp_path: Path) -> None:
 def test_figures_lie_beside_the_page(demo: Path) -> None:
     write_report([demo], out=demo / "out" / "compare.html")
     names = {path.name for path in (demo / "out").iterdir()}
-    keys = ("safety", "risk", "loss", "cost")
+    keys = ("safety", "first", "risk", "divergence", "loss", "cost")
     figures = {f"compare-{key}.{kind}" for key in keys for kind in ("png", "svg")}
     assert names == {"compare.html"} | figures
     for key in keys:
@@ -228,11 +132,13 @@ def test_titles_say_what_the_data_say(demo: Path) -> None:
     assert [(title or "").replace("\u00a0", " ") for title in titles] == [
         "adaptive_probe: attack success 0.4 % (sampled 1.3 %) at 99 % task exact match; "
         "sft: 100 % at 100 %",
+        "P(refuse): base 100 %, sft 1 %, adaptive_probe 98.7 %",
         "adaptive_probe pulls 25 % of all rows toward the reference, with mean coefficient 0.25 "
         "and at most 1.00",
+        "adaptive_probe ends 0.1 nats per active token from the reference",
         # 5 / step over steps 37 to 40
-        f"adaptive_probe ends at task loss {np.mean([5 / s for s in range(37, 41)]):.3g} "
-        f"(sft: {np.mean([5 / s for s in range(37, 41)]):.3g}) and divergence 0.1 nats per token",
+        f"adaptive_probe ends at task loss {np.mean([5 / s for s in range(37, 41)]):.3g}; "
+        f"sft at {np.mean([5 / s for s in range(37, 41)]):.3g}",
         "A step of adaptive_probe takes 1.20 times one of sft; the reference runs on 25 % of rows",
     ]
 
@@ -267,19 +173,9 @@ def test_missing_numbers_become_dashes(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(text)  # killed while it wrote its second row
     page = Page(write_report([folder]))
-    (row,) = (row for row in page.rows if row[0] == "run")
-    assert row == [
-        "run",
-        "1",
-        "4",
-        "\u2013",
-        "\u2013",
-        "\u2013",
-        "\u2013",
-        "0.5",
-        "\u2013",
-        "\u2013",
-    ]
+    trained, overhead = (row for row in page.rows if row[0] == "run")
+    assert trained == ["run", "1", "4", *["\u2013"] * 4]
+    assert overhead == ["run", "\u2013", "0.5", "\u2013", "0.5", "\u2013", "\u2013"]
     assert "No evaluation was found" in page.text
     assert [attrs["alt"] for tag, attrs in page.tags if tag == "img"] == [
         "A step of run takes 0.5 s"
@@ -334,12 +230,9 @@ def test_many_arms_and_one_point_each_can_be_drawn() -> None:
 
 
 def test_numbers_and_shares() -> None:
-    assert [percent(value) for value in (0.0, 100.0, 12.34, float("nan"))] == [
-        "0\u00a0%",
-        "100\u00a0%",
-        "12.3\u00a0%",
-        "\u2013",
-    ]
+    told = [percent(value) for value in (0.0, 100.0, 12.34, 0.0158, 5.5e-7, float("nan"))]
+    shares = ["0", "100", "12.3", "0.016", "5.5e-07"]
+    assert told == [*(f"{share}\u00a0%" for share in shares), "\u2013"]
     assert np.isnan(number(None))
     assert np.isnan(number(True))
     assert np.isnan(number("3"))
@@ -349,29 +242,3 @@ def test_numbers_and_shares() -> None:
     assert arm.share("active_rows", "rows") == 12.5
     assert np.isnan(arm.share("active_rows", "absent"))
     assert np.isnan(arm.median("absent"))
-
-
-@pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason="needs chromium")
-def test_a_browser_renders_the_page(demo: Path, tmp_path: Path) -> None:
-    page = write_report([demo])
-    shot = tmp_path / "shot.png"
-    options = [*QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=600,1600"]
-    done = subprocess.run(
-        [CHROMIUM, *options, f"--screenshot={shot}", "--enable-logging=stderr", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert shot.read_bytes().startswith(b"\x89PNG")
-    assert shot.stat().st_size > 30_000  # a blank page of this size has about 5 kB
-    assert "Content Security Policy" not in done.stderr
-    dom = subprocess.run(
-        [CHROMIUM, *options, "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in dom
-    assert "<script" not in dom
