@@ -89,6 +89,7 @@ def fit_collected(collected: Collected) -> FitReport:
     probe.save(collected.out)
     _draw(collected, fit, reports)
     print_sweep(reports, chosen)
+    print(why(reports, chosen))
     print_chosen(probe)
     if options.self_supervised:
         print_comparison(facts["comparison"])
@@ -132,6 +133,22 @@ def choose(reports: Sequence[LayerReport]) -> LayerReport:
     best = min(good, key=lambda r: r.choice_log_loss)
     bar = best.choice_log_loss + best.choice_log_loss_error
     return next(r for r in good if r.choice_log_loss <= bar)
+
+
+def why(reports: Sequence[LayerReport], chosen: LayerReport) -> str:
+    """One line: what was chosen by `choose`, and against which best of all."""
+    best = max(reports, key=lambda r: r.choice_auroc)
+    said = (
+        f"layer {chosen.layer}, {chosen.kind}, {chosen.pooling}: out-of-fold in the fit part, "
+        f"AUROC {chosen.choice_auroc:.3f}"
+    )
+    if chosen is best:
+        return f"{said}, the best of {len(reports)}"
+    return (
+        f"{said}: the earliest within one error of the best of {len(reports)}, in AUROC (layer "
+        f"{best.layer}, {best.kind}, {best.pooling}: {best.choice_auroc:.3f}, error "
+        f"{best.choice_auroc_error:.3f}) and in log loss"
+    )
 
 
 def json_numbers(value: Any) -> Any:
