@@ -74,6 +74,7 @@ def rows_of(sets: dict[str, list[LabelledPrompt]]) -> tuple[list[LabelledPrompt]
         sets=names,
         harmful=np.array([prompt.label == "harmful" for prompt in prompts]),
         fold=fold,
+        alike=near_duplicate_groups([prompt.messages[0]["content"] for prompt in prompts]),
         states={},
     )
     return prompts, rows
@@ -97,9 +98,8 @@ def measured(rows: Rows, scores: np.ndarray, test: str, chosen: np.ndarray) -> d
     labels, spread = rows.harmful[chosen], scores[chosen].std() or 1.0
     # The figures ask for probabilities; these keep the order, which is all that is read here.
     risk = 1 / (1 + np.exp(-(scores[chosen] - scores[chosen].mean()) / spread))
-    groups = near_duplicate_groups([rows.texts[row] for row in chosen])
-    if test == OWN:
-        groups = np.arange(len(chosen)) // 2
+    own_pairs = np.arange(len(chosen)) // 2
+    groups = own_pairs if test == OWN else rows.alike[chosen]
     drawn = bootstrap(risk, labels, groups, threshold=0.5, draws=DRAWS, seed=SEED)
     found = measure(risk, labels, threshold=0.5)
     figures = {name: float(found[name][0]) for name in FIGURES}
@@ -109,7 +109,7 @@ def measured(rows: Rows, scores: np.ndarray, test: str, chosen: np.ndarray) -> d
     return {"test": test, **counts, **figures, **bounds, **own}
 
 
-def test_rows(rows: Rows, scores: np.ndarray) -> Iterator[dict[str, Any]]:
+def rows_of_tests(rows: Rows, scores: np.ndarray) -> Iterator[dict[str, Any]]:
     """Rows of the table for both tests."""
     for test, sets in TESTS.items():
         yield measured(rows, scores, test, rows.of(*sets))
@@ -127,7 +127,7 @@ def lab_rows(prompts: list[LabelledPrompt], rows: Rows) -> Iterator[dict[str, An
         report = choose([fit.report for fit in fits])
         fit = fits[LAB_LAYERS.index(report.layer)]
         scores = fit.probe.logit(every[report.layer]).double().numpy()
-        for found in test_rows(rows, scores):
+        for found in rows_of_tests(rows, scores):
             chosen = f"layer {report.layer}, penalty {report.l2}"
             yield {"attempt": f"{LAB}{pooling}", "chosen": chosen, **found}
 
@@ -136,7 +136,7 @@ def curve_rows(rows: Rows) -> Iterator[dict[str, Any]]:
     """More pairs beside the same unpaired rows: the tests, and the pairs that were left out."""
     for count, draw, left, scores in learning_curve(rows, draws=3):
         common = {"attempt": CURVE, "pairs": count, "draw": draw}
-        for found in test_rows(rows, scores):
+        for found in rows_of_tests(rows, scores):
             yield {**common, **found}
         if len(left) > 200:
             yield {**common, **measured(rows, scores, OWN, left)}
@@ -148,7 +148,7 @@ def table(prompts: list[LabelledPrompt], rows: Rows) -> list[dict[str, Any]]:
     for name, scores in attempts(rows):
         common = {"attempt": name, "chosen": scores.chosen}
         mine = [measured(rows, scores.out_of_fold, OWN, rows.pairs)]
-        mine += test_rows(rows, scores.out_of_fold)
+        mine += rows_of_tests(rows, scores.out_of_fold)
         found += [{**common, **row} for row in mine]
         print(_line(name, mine), flush=True)
     mark(found)
@@ -164,7 +164,7 @@ def advbench_rows(rows: Rows) -> Iterator[dict[str, Any]]:
     common = {"attempt": "layers concatenated, last and mean, AdvBench too"}
     common["chosen"] = scores.chosen
     yield {**common, **measured(rows, scores.out_of_fold, OWN, rows.pairs)}
-    for row in test_rows(rows, scores.out_of_fold):
+    for row in rows_of_tests(rows, scores.out_of_fold):
         yield {**common, **row}
 
 
@@ -203,6 +203,8 @@ def main() -> None:
     logging.disable_progress_bar()
     states = States(*load_model(arguments.model, progress=False), arguments.cache)
     written = {**shipped_sets(), **public_sets(vars(arguments))}
+    common = {k: v for k, v in provenance(torch.device("cpu")).items() if k in COLUMNS}
+    common |= {"transformers": installed("transformers"), "model": arguments.model.name}
     found: list[dict[str, Any]] = []
     for text in TEXTS:
         sets = written if text == TEXTS[0] else stripped(written)
@@ -217,9 +219,7 @@ def main() -> None:
             more = list(advbench_rows(with_states(rows, sets, states, ["prompt"])))
             print(_line(more[0]["attempt"], more), flush=True)
             found += [{"text": text, **row} for row in more]
-    common = {k: v for k, v in provenance(torch.device("cpu")).items() if k in COLUMNS}
-    common |= {"transformers": installed("transformers"), "model": arguments.model.name}
-    write_csv([{**common, **row} for row in found], arguments.out / "honest.csv", COLUMNS)
+        write_csv([{**common, **row} for row in found], arguments.out / "honest.csv", COLUMNS)
     print(f"\nwritten: {arguments.out / 'honest.csv'}")
 
 

@@ -1,9 +1,9 @@
 """What `bench_probe_honest.py` tries: every way to make a score of the same states.
 
 Most are least squares on two balanced classes with an L2 penalty, which is linear discriminant
-analysis with a shrunk covariance, in its kernel form: a Gram matrix is added up over layers and
-poolings once (concatenated features have the sum of their Gram matrices), and everything after is
-on [rows, rows]. Penalty and layer are chosen out-of-fold on our own pairs.
+analysis with a shrunk covariance. Of several layers it is solved in its kernel form: Gram matrices
+are added up over layers and poolings (concatenated features have the sum of theirs), and everything
+after is on [rows, rows]. Penalty and layer are chosen out-of-fold on our own pairs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from honest_features import LAYERS
+from scipy.linalg import cho_factor, cho_solve
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -49,6 +50,8 @@ class Rows:
     harmful: Array
     fold: Array
     """[rows] in [0, FOLDS) for rows fitted on, near-duplicates and pairs together; else -1."""
+    alike: Array
+    """[rows] number that near-duplicates share."""
     states: dict[str, dict[str, Tensor]]
     """View -> name -> [layers, (places,) rows, H]."""
 
@@ -60,6 +63,11 @@ class Rows:
     def of(self, *names: str) -> Array:
         """Numbers of the rows of these sets."""
         return np.flatnonzero(np.isin(self.sets, names))
+
+    def joined(self, poolings: Sequence[str], layer: int) -> Array:
+        """[rows, H x poolings] features of one layer of the view `prompt`, one after the other."""
+        each = [self.features("prompt", pooling, layer) for pooling in poolings]
+        return np.concatenate(each, axis=1)
 
     def features(self, view: str, pooling: str, layer: int) -> Array:
         """[rows, H] float64, each standardised by the rows fitted on, labels unseen."""
@@ -87,7 +95,9 @@ class Grams:
     def _one(self, key: tuple[str, str, int]) -> Array:
         if key not in self._known:
             features = self._rows.features(*key)
-            self._known[key] = features @ features.T / features.shape[1]
+            # float32: its rounding is far below the penalty.
+            features = features.astype(np.float32)
+            self._known[key] = (features @ features.T / features.shape[1]).astype(float)
         return self._known[key]
 
 
@@ -122,12 +132,29 @@ def least_squares(gram: Array, rows: Rows, penalty: float) -> Fit:
     def fit(inside: Array, asked: Array) -> Array:
         harmful = rows.harmful[inside]
         weight = np.where(harmful, 0.5 / harmful.mean(), 0.5 / (1 - harmful.mean()))
-        count = len(inside)
-        system = np.ones((count + 1, count + 1))
-        system[:count, :count] = gram[np.ix_(inside, inside)] + penalty * np.diag(1 / weight)
-        system[count, count] = 0
-        solved = np.linalg.solve(system, np.append(np.where(harmful, 1.0, -1.0), 0))
-        return gram[np.ix_(asked, inside)] @ solved[:count] + solved[count]
+        kernel = gram[np.ix_(inside, inside)]
+        kernel[np.diag_indices_from(kernel)] += penalty / weight
+        sides = np.stack([np.where(harmful, 1.0, -1.0), np.ones(len(inside))], axis=1)
+        answer, constant = cho_solve(cho_factor(kernel, overwrite_a=True), sides).T
+        bias = answer.sum() / constant.sum()
+        return gram[np.ix_(asked, inside)] @ (answer - bias * constant) + bias
+
+    return fit
+
+
+def least_squares_of(features: Array, rows: Rows, penalty: float) -> Fit:
+    """The same as `least_squares` of features @ features.T / H, solved in H features."""
+
+    def fit(inside: Array, asked: Array) -> Array:
+        harmful, known = rows.harmful[inside], features[inside]
+        weight = np.where(harmful, 0.5 / harmful.mean(), 0.5 / (1 - harmful.mean()))
+        center = weight @ known / weight.sum()
+        known = known - center
+        inner = (known * weight[:, None]).T @ known
+        inner[np.diag_indices_from(inner)] += penalty * features.shape[1]
+        target = np.where(harmful, 1.0, -1.0)  # its weighted mean is 0, so the bias is too
+        solved = cho_solve(cho_factor(inner, overwrite_a=True), known.T @ (weight * target))
+        return (features[asked] - center) @ solved
 
     return fit
 
@@ -197,6 +224,13 @@ def penalised(rows: Rows, gram: Array, fitted: Array) -> Iterator[tuple[str, Arr
         yield f"penalty {penalty}", out_of_fold(rows, fitted, least_squares(gram, rows, penalty))
 
 
+def penalised_features(rows: Rows, features: Array, fitted: Array) -> Iterator[tuple[str, Array]]:
+    """The same in the features."""
+    for penalty in PENALTIES:
+        fit = least_squares_of(features, rows, penalty)
+        yield f"penalty {penalty}", out_of_fold(rows, fitted, fit)
+
+
 def by_layer(
     tried: Callable[[int], Iterator[tuple[str, Array]]], layers: Sequence[int] = SINGLE
 ) -> Iterator[tuple[str, Array]]:
@@ -232,7 +266,7 @@ def attempts(rows: Rows) -> Iterator[tuple[str, Scores]]:
 
     def layerwise(poolings: Sequence[str]) -> Scores:
         def tried(layer: int) -> Iterator[tuple[str, Array]]:
-            return penalised(rows, grams.of("prompt", poolings, [layer]), fitted)
+            return penalised_features(rows, rows.joined(poolings, layer), fitted)
 
         return best(rows, by_layer(tried))
 
@@ -248,7 +282,7 @@ def attempts(rows: Rows) -> Iterator[tuple[str, Scores]]:
     whole = several["last and mean"]
     yield "layers concatenated, last and mean, pairs alone", ridge(whole, rows.pairs)
     yield "layers averaged, last and mean", ridge(_averaged(rows, both))
-    yield "ensemble over layers, last and mean", _ensemble(rows, grams, fitted)
+    yield "ensemble over layers, last and mean", _ensemble(rows, fitted)
     yield from _contrastive(rows, grams)
     yield "layers concatenated, Gaussian kernel", best(rows, _radial(rows, whole, fitted))
     yield "MLP on one layer, last and mean", best(rows, _networks(rows, fitted))
@@ -287,10 +321,10 @@ def _averaged(rows: Rows, poolings: Sequence[str]) -> Array:
     return total
 
 
-def _ensemble(rows: Rows, grams: Grams, fitted: Array) -> Scores:
+def _ensemble(rows: Rows, fitted: Array) -> Scores:
     """The mean of one score for each layer and pooling."""
     single = [
-        best(rows, penalised(rows, grams.of("prompt", [pooling], [layer]), fitted)).out_of_fold
+        best(rows, penalised_features(rows, rows.joined([pooling], layer), fitted)).out_of_fold
         for pooling in ("last", "mean")
         for layer in SEVERAL
     ]
@@ -312,7 +346,7 @@ def _contrastive(rows: Rows, grams: Grams) -> Iterator[tuple[str, Scores]]:
             yield f"penalty {penalty}", out_of_fold(rows, pairs, direction)
 
     def logistic(layer: int) -> Iterator[tuple[str, Array]]:
-        features = np.concatenate([rows.features("prompt", p, layer) for p in both], axis=1)
+        features = rows.joined(both, layer)
         for strength in (1e-3, 1e-2):
             fit = centred_logistic(features, rows, strength)
             yield f"C {strength}", out_of_fold(rows, pairs, fit)
@@ -324,8 +358,7 @@ def _contrastive(rows: Rows, grams: Grams) -> Iterator[tuple[str, Scores]]:
 
 def _networks(rows: Rows, fitted: Array) -> Iterator[tuple[str, Array]]:
     for layer in (18, 22):
-        each = [rows.features("prompt", pooling, layer) for pooling in ("last", "mean")]
-        features = np.concatenate(each, axis=1)
+        features = rows.joined(("last", "mean"), layer)
         for penalty in (0.01, 0.1):
             scores = out_of_fold(rows, fitted, network(features, rows, penalty))
             yield f"layer {layer}, penalty {penalty}", scores

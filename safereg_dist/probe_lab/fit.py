@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from safereg_dist.probe_lab.comparison import compare_with_labels
-from safereg_dist.probe_lab.control import bag_of_words
+from safereg_dist.probe_lab.control import auroc_of_pairs, bag_of_words
 from safereg_dist.probe_lab.figures import draw_reliability, draw_roc, draw_sweep
 from safereg_dist.probe_lab.job import Collected, alone, collect
 from safereg_dist.probe_lab.layer_fit import LayerFit, LayerReport, Recipe, fit_layer
@@ -73,12 +73,9 @@ def fit_collected(collected: Collected) -> FitReport:
     if options.self_supervised:
         facts["comparison"] = compare_with_labels(collected, fit)
     else:
-        facts["control"] = bag_of_words(
-            collected.sources.examples,
-            collected.rows,
-            position=options.position,
-            seed=options.seed,
-        )
+        given = collected.sources.examples, collected.rows
+        facts["control"] = bag_of_words(*given, position=options.position, seed=options.seed)
+        facts["pairs_auroc"] = auroc_of_pairs(*given, fit.probability)
     facts |= {"metrics": asdict(chosen), "guarantee": _guarantee(facts, options)}
     facts["layers"] = [asdict(report) for report in reports]
     probe = replace(
@@ -94,7 +91,7 @@ def fit_collected(collected: Collected) -> FitReport:
     if options.self_supervised:
         print_comparison(facts["comparison"])
     else:
-        print_control(facts["control"], asdict(chosen))
+        print_control(facts["control"], asdict(chosen) | {"pairs_auroc": facts["pairs_auroc"]})
     collected.clean_up()
     return FitReport(probe=probe, layers=reports, chosen=chosen)
 
