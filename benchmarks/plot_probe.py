@@ -2,7 +2,7 @@
 
 flops_share: what the reference-side probe costs of a step, against the formula, and over epochs.
 real_text: probes on real prompts, on rows like those fitted on and on other sets. layers: recall by
-depth. Each title is worked out from the rows that are drawn.
+depth. honest: `plot_honest`. Each title is worked out from the rows that are drawn.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, PercentFormatter
+from plot_honest import draw_honest
 from plot_style import COLOURS, OURS, Row, read_csv
 
 HEAVY_HEAD = 0.2
@@ -223,11 +224,13 @@ def figures_of(folder: Path) -> Iterator[tuple[str, Figure]]:
     """Name and figure of what the folder holds results for."""
     found = {
         name: read_csv(path) if (path := folder / f"{name}.csv").is_file() else []
-        for name in ("flops_share", "flops_layers", "real_text")
+        for name in ("flops_share", "flops_layers", "real_text", "honest")
     }
     if found["flops_share"]:
         yield "flops_share", draw_flops_share(found["flops_share"])
     if found["real_text"]:
         yield "real_text", draw_real_text(found["real_text"])
+    if found["honest"]:
+        yield "honest", draw_honest(found["honest"])
     if found["real_text"] and found["flops_layers"]:
         yield "layers", draw_layers(found["flops_layers"], found["real_text"])

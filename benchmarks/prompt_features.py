@@ -120,7 +120,7 @@ def collect(
         inputs = tokenizer([texts[i] for i in chosen], padding=True, return_tensors="pt")
         layers = model(**inputs, output_hidden_states=True).hidden_states
         mask = inputs["attention_mask"]
-        for name in POOLINGS:
+        for name in POOLINGS[:2]:
             states = torch.stack(
                 [pool_prompt(h, mask.sum(1), pooling=name, attention_mask=mask) for h in layers]
             )

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
     fit = actions.add_parser("fit", help="fit a probe on labelled prompts")
     _add_lab_options(fit, kinds=None)
-    fit.add_argument("--pooling", help="e.g. last_prompt_token (default) or mean_prompt")
+    fit.add_argument("--pooling", help="last_prompt_token (default), mean_prompt or both_prompt")
     fit.add_argument(
         "--self-supervised", action="store_true", help="labels from the model's own refusals"
     )

@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.probe_lab.layer_fit import figures_with_intervals
+from safereg_dist.probe_lab.scores import auroc
 from safereg_dist.probe_lab.split import SplitRows
 
 AS_GOOD = 0.02
@@ -26,7 +27,8 @@ def bag_of_words(
     """Figures of a logistic regression on TF-IDF of words and pairs of words, with intervals.
 
     It is fitted on the fit part and measured on the hold-out, both without background rows, as the
-    figures of a probe are. `examples` are the rows' texts, background rows apart.
+    figures of a probe are. `examples` are the rows' texts, background rows apart. `pairs_auroc` is
+    that of `auroc_of_pairs`.
     """
     texts = np.array([_text(example, position) for example in examples])
     real = np.arange(len(texts))
@@ -34,15 +36,32 @@ def bag_of_words(
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\S+")
     model = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
     model.fit(texts[fit], rows.harmful[fit])
-    probability = model.predict_proba(texts[held])[:, 1]
-    return figures_with_intervals(
-        probability, rows.harmful[held], rows.group[held], threshold=0.5, seed=seed
+    probability = model.predict_proba(texts)[:, 1]
+    found = figures_with_intervals(
+        probability[held], rows.harmful[held], rows.group[held], threshold=0.5, seed=seed
     )
+    return {**found, "pairs_auroc": auroc_of_pairs(examples, rows, probability)}
+
+
+def auroc_of_pairs(
+    examples: Sequence[LabelledPrompt], rows: SplitRows, probability: np.ndarray
+) -> float | None:
+    """AUROC on the matched pairs of the hold-out alone; None where there are none.
+
+    Other rows are easier: what tells a request for a recipe from one for a bomb need not tell who
+    asks about a bomb and why. `probability` is [examples or more], the examples first.
+    """
+    paired = [example.pair is not None for example in examples]
+    chosen = np.flatnonzero(rows.where("hold_out")[: len(examples)] & paired)
+    found = auroc(probability[chosen], rows.harmful[chosen]) if len(chosen) else float("nan")
+    return None if np.isnan(found) else found
 
 
 def is_as_good(control: dict[str, Any], metrics: dict[str, Any]) -> bool:
-    """Whether the bag of words does about as well as a probe of these figures."""
-    return control["auroc"] >= metrics["auroc"] - AS_GOOD
+    """Whether the bag of words does about as well as a probe of these figures, or on the pairs."""
+    named = ("auroc", "pairs_auroc")
+    both = [(control[name], metrics[name]) for name in named if metrics.get(name) is not None]
+    return any(words >= probe - AS_GOOD for words, probe in both)
 
 
 def _text(example: LabelledPrompt, position: str) -> str:

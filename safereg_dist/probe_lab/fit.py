@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from safereg_dist.probe_lab.comparison import compare_with_labels
-from safereg_dist.probe_lab.control import bag_of_words
+from safereg_dist.probe_lab.control import auroc_of_pairs, bag_of_words
 from safereg_dist.probe_lab.figures import draw_reliability, draw_roc, draw_sweep
 from safereg_dist.probe_lab.job import Collected, alone, collect
 from safereg_dist.probe_lab.layer_fit import LayerFit, LayerReport, Recipe, fit_layer
@@ -73,12 +73,9 @@ def fit_collected(collected: Collected) -> FitReport:
     if options.self_supervised:
         facts["comparison"] = compare_with_labels(collected, fit)
     else:
-        facts["control"] = bag_of_words(
-            collected.sources.examples,
-            collected.rows,
-            position=options.position,
-            seed=options.seed,
-        )
+        given = collected.sources.examples, collected.rows
+        facts["control"] = bag_of_words(*given, position=options.position, seed=options.seed)
+        facts["pairs_auroc"] = auroc_of_pairs(*given, fit.probability)
     facts |= {"metrics": asdict(chosen), "guarantee": _guarantee(facts, options)}
     facts["layers"] = [asdict(report) for report in reports]
     probe = replace(
@@ -89,11 +86,12 @@ def fit_collected(collected: Collected) -> FitReport:
     probe.save(collected.out)
     _draw(collected, fit, reports)
     print_sweep(reports, chosen)
+    print(why(reports, chosen))
     print_chosen(probe)
     if options.self_supervised:
         print_comparison(facts["comparison"])
     else:
-        print_control(facts["control"], asdict(chosen))
+        print_control(facts["control"], asdict(chosen) | {"pairs_auroc": facts["pairs_auroc"]})
     collected.clean_up()
     return FitReport(probe=probe, layers=reports, chosen=chosen)
 
@@ -132,6 +130,22 @@ def choose(reports: Sequence[LayerReport]) -> LayerReport:
     best = min(good, key=lambda r: r.choice_log_loss)
     bar = best.choice_log_loss + best.choice_log_loss_error
     return next(r for r in good if r.choice_log_loss <= bar)
+
+
+def why(reports: Sequence[LayerReport], chosen: LayerReport) -> str:
+    """One line: what was chosen by `choose`, and against which best of all."""
+    best = max(reports, key=lambda r: r.choice_auroc)
+    said = (
+        f"layer {chosen.layer}, {chosen.kind}, {chosen.pooling}: out-of-fold in the fit part, "
+        f"AUROC {chosen.choice_auroc:.3f}"
+    )
+    if chosen is best:
+        return f"{said}, the best of {len(reports)}"
+    return (
+        f"{said}: the earliest within one error of the best of {len(reports)}, in AUROC (layer "
+        f"{best.layer}, {best.kind}, {best.pooling}: {best.choice_auroc:.3f}, error "
+        f"{best.choice_auroc_error:.3f}) and in log loss"
+    )
 
 
 def json_numbers(value: Any) -> Any:

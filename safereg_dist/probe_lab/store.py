@@ -18,6 +18,7 @@ from torch import Tensor
 
 from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.probe_lab.rows import ProbedRow
+from safereg_dist.risk.probe import width_of
 from safereg_dist.storage.atomic import write_atomically
 
 _MANIFEST = "manifest.json"
@@ -119,12 +120,13 @@ class StateStore:
         write_atomically(self._path(shard), save(tensors, metadata={"key": self.manifest.key}))
 
     def layer(self, pooling: str, layer: int) -> Tensor:
-        """[rows, H] float32 states of one layer (1 to L), rows in the order given.
+        """[rows, H] (or 2H) float32 states of one layer (1 to L), rows in the order given.
 
         Raises:
             CheckpointError: a shard is missing, torn, or of another collection.
         """
-        states = torch.empty(self.manifest.num_rows, self.manifest.hidden_size)
+        features = self.manifest.hidden_size * width_of(pooling)
+        states = torch.empty(self.manifest.num_rows, features)
         for shard in range(self.manifest.num_shards):
             path = self._path(shard)
             try:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from safereg_dist.evaluate.statistics import bounds_of
 from safereg_dist.probe_lab.figures import draw_comparison
-from safereg_dist.probe_lab.fit import choose, fit_all, json_numbers
+from safereg_dist.probe_lab.fit import choose, fit_all, json_numbers, why
 from safereg_dist.probe_lab.job import Collected
 from safereg_dist.probe_lab.layer_fit import LayerReport
 from safereg_dist.probe_lab.tables import print_sweep
@@ -35,6 +35,7 @@ def sweep_collected(collected: Collected) -> list[LayerReport]:
     write_atomically(out / "sweep.csv", _csv(reports))
     draw_comparison(reports, chosen, out / "sweep.png")
     print_sweep(reports, chosen)
+    print(why(reports, chosen))
     print(f"sweep: {len(reports)} probes, written to {out}", flush=True)
     collected.clean_up()
     return reports

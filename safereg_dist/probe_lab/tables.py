@@ -68,6 +68,12 @@ def print_control(control: dict[str, Any], metrics: dict[str, Any]) -> None:
         f"{metrics['auroc']:.3f}",
         flush=True,
     )
+    if metrics.get("pairs_auroc") is not None:
+        print(
+            f"on matched pairs alone: the bag of words {control['pairs_auroc']:.3f}, the probe "
+            f"{metrics['pairs_auroc']:.3f}",
+            flush=True,
+        )
     if is_as_good(control, metrics):
         print(
             "warning: your labels are separable by form: counted words tell the classes apart "

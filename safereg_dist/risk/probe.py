@@ -25,10 +25,10 @@ from torch import Tensor
 from safereg_dist.errors import ProbeError
 from safereg_dist.storage.atomic import write_atomically
 
-POOLINGS = ("last_prompt_token", "mean_prompt")
-RESPONSE_POOLINGS = ("last_response_token", "mean_response")
+POOLINGS = ("last_prompt_token", "mean_prompt", "both_prompt")
+RESPONSE_POOLINGS = ("last_response_token", "mean_response", "both_response")
 POOLINGS_OF = {"prompt": POOLINGS, "response": RESPONSE_POOLINGS}
-"""Position -> its poolings."""
+"""Position -> its poolings: the last token's state, the mean over the span, one after the other."""
 KINDS = ("linear", "mlp", "direction")
 _FORMAT = 2
 _READABLE = (1, 2)  # format 1 had linear probes on prompts only
@@ -39,7 +39,10 @@ _TENSOR_FIELDS = ("mean", "scale", "weight", "hidden_weight", "hidden_bias", "kn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A fitted probe with the threshold it was calibrated for. H features, M hidden units."""
+    """A fitted probe with the threshold it was calibrated for. H features, M hidden units.
+
+    H is the model's hidden size, or twice that where the pooling is `both_*`.
+    """
 
     layer: int
     """Index into Hugging Face's `hidden_states`: 0 = embeddings, L = after the final norm."""
@@ -238,10 +241,11 @@ def check_model(
 
     Hidden size and layer must fit even when forced. `adapter` is the one that is on in the model.
     """
-    if probe.mean.numel() != hidden_size or not 1 <= probe.layer <= num_layers:
+    features = hidden_size * width_of(probe.pooling)
+    if probe.mean.numel() != features or not 1 <= probe.layer <= num_layers:
         raise ProbeError(
             f"the probe reads {probe.mean.numel()} features of layer {probe.layer}, the model "
-            f"has {hidden_size} and layers 1 to {num_layers}: fit a probe on this model"
+            f"has {features} and layers 1 to {num_layers}: fit a probe on this model"
         )
     if probe.fingerprint != fingerprint and not force and adapter is not None:
         raise ProbeError(
@@ -270,7 +274,8 @@ def pool_prompt(
     Args:
         hidden: [B, S, H]; rows may be padded on the left or on the right.
         prompt_ends: [N] int64, tokens of each prompt, at least 1.
-        pooling: `last_prompt_token` takes the last of them, `mean_prompt` their float32 mean.
+        pooling: `last_prompt_token` takes the last of them, `mean_prompt` their float32 mean,
+            `both_prompt` ([N, 2H]) the one and then the other.
         attention_mask: [B, S], 1 on real tokens.
         row_index: [N] row of each prompt (a conversation has several); None = prompt n is row n.
     Collectives: none, and no host synchronisation.
@@ -286,7 +291,7 @@ def pool_prompt(
 def pool_spans(
     hidden: Tensor, *, rows: Tensor, first: Tensor, last: Tensor, pooling: str
 ) -> Tensor:
-    """[N, H] pooled states of N spans; a padded or packed row may hold any number of them.
+    """[N, H] (or 2H) pooled states of N spans; a padded or packed row may hold any number of them.
 
     In a packed row, pieces are kept apart by the forward, not here: transformers does so where
     position ids start again at each piece, without an attention mask and with use_cache=False.
@@ -296,7 +301,8 @@ def pool_spans(
         rows: [N] int64 row of each span.
         first: [N] int64 its first position in the padded row.
         last: [N] int64 its last position, included.
-        pooling: `last_*` takes the last position, `mean_*` the float32 mean over the span.
+        pooling: `last_*` takes the last position, `mean_*` the float32 mean over the span,
+            `both_*` ([N, 2H] float32) the one and then the other.
     Collectives: none, and no host synchronisation.
     """
     if pooling.startswith("last_"):
@@ -308,7 +314,7 @@ def pool_spans(
 def pool_share(
     hidden: Tensor, positions: Tensor, *, rows: Tensor, first: Tensor, last: Tensor, pooling: str
 ) -> Tensor:
-    """[N, H] float32 what these positions of a sequence add to `pool_spans`.
+    """[N, H] (or 2H) float32 what these positions of a sequence add to `pool_spans`.
 
     The sum over ranks that hold all positions once is the pooled states.
 
@@ -317,6 +323,10 @@ def pool_share(
         positions: [S_own] int64 their places in the sequence, which `first` and `last` count in.
     Collectives: none, and no host synchronisation.
     """
+    if pooling.startswith("both_"):
+        each = {"rows": rows, "first": first, "last": last}
+        parts = (pool_share(hidden, positions, **each, pooling=name) for name in POOLINGS[:2])
+        return torch.cat([*parts], dim=-1)
     begin = last if pooling.startswith("last_") else first
     inside = (positions >= begin[:, None]) & (positions <= last[:, None])
     if begin is last:
@@ -325,6 +335,11 @@ def pool_share(
     states = hidden.index_select(0, rows).float()
     # Filled, not multiplied by 0: a state at a padded position may be nan.
     return states.masked_fill(~inside[..., None], 0.0).sum(1) / (last - first + 1)[:, None]
+
+
+def width_of(pooling: str) -> int:
+    """How many states of a token's size a pooling gives: 2 for `both_*`, else 1."""
+    return 2 if pooling.startswith("both_") else 1
 
 
 def rescale(risk: float, threshold: float) -> float:

@@ -175,3 +175,10 @@ def step_loss(
         "ce": ce,
         "div": div,
     }
+
+
+def pooled(span, pooling):
+    """[H] or [2H] float64 of a span's states [tokens, H]: last, mean, or the one and the other."""
+    states = np.asarray(span, np.float64)
+    parts = {"last": [states[-1]], "mean": [states.mean(0)], "both": [states[-1], states.mean(0)]}
+    return np.concatenate(parts[pooling.split("_")[0]])

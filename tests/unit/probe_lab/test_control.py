@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from safereg_dist.data.files import LabelledPrompt
-from safereg_dist.probe_lab.control import bag_of_words, is_as_good
+from safereg_dist.probe_lab.control import auroc_of_pairs, bag_of_words, is_as_good
 from safereg_dist.probe_lab.split import split_rows
 from safereg_dist.probe_lab.tables import print_control
 
 WORDS = [f"w{n}" for n in range(400)]
 
 
-def prompts(count, *, by_form, answer=None):
+def prompts(count, *, by_form, answer=None, seed=3):
     """Rows of random words; harmful ones are orders and benign ones questions, or none is."""
-    draw = np.random.default_rng(3)
+    draw = np.random.default_rng(seed)
     rows = []
     for index in range(count):
         label = ("harmful", "benign")[index % 2]
@@ -79,6 +79,36 @@ def test_at_the_response_the_answer_is_read():
     rows = prompts(200, by_form=False, answer={"harmful": "sure", "benign": "no"})
     assert control_of(rows)["auroc"] < 0.7
     assert control_of(rows, position="response")["auroc"] == 1
+
+
+def test_pairs_alone_are_harder_than_all_rows():
+    """Harmful orders beside benign questions, and pairs that no word tells apart."""
+    alone, pairs = prompts(200, by_form=True), prompts(200, by_form=False, seed=4)
+    pairs = [replace(row, pair=str(place // 2)) for place, row in enumerate(pairs)]
+    parts = split_rows([*alone, *pairs], [], 0.25, seed=0)
+    found = bag_of_words([*alone, *pairs], parts, position="prompt", seed=0)
+    held = [n for n in range(200, 400) if parts.part[n] == 2]
+    score = np.random.default_rng(0).random(400)
+    ordered = [
+        (score[one] > score[other]) + 0.5 * (score[one] == score[other])
+        for one in held
+        for other in held
+        if parts.harmful[one] and not parts.harmful[other]
+    ]
+    got = auroc_of_pairs([*alone, *pairs], parts, score)
+    assert got == pytest.approx(np.mean(ordered))
+    assert found["pairs_auroc"] == pytest.approx(0.5, abs=0.2)
+    assert found["auroc"] > found["pairs_auroc"] + 0.1
+    assert auroc_of_pairs(alone, split_rows(alone, [], 0.25, seed=0), score) is None
+
+
+@pytest.mark.parametrize(("words", "warned"), [(0.6, False), (0.79, True)])
+def test_a_bag_of_words_that_tells_the_pairs_is_warned_of(words, warned, capsys):
+    control = {"auroc": 0.8, "intervals": {"auroc": (0.7, 0.9)}, "pairs_auroc": words}
+    print_control(control, {"auroc": 0.95, "pairs_auroc": 0.8})
+    printed = capsys.readouterr().out
+    assert f"on matched pairs alone: the bag of words {words:.3f}, the probe 0.800" in printed
+    assert ("separable by form" in printed) == warned
 
 
 @pytest.mark.parametrize(("auroc", "warned"), [(0.99, True), (0.9, True), (0.7, False)])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracles
 from support.builders import WORDS, save_model, tiny_model, word_tokenizer, write_jsonl
 
 from safereg_dist.data.files import LabelledPrompt
@@ -249,15 +250,15 @@ def test_states_are_those_of_each_prompt_alone(pooling, batch_size):
     got = collect_hidden_states(
         model, tokenizer, prompts, pooling=pooling, batch_size=batch_size, progress=False
     )
-    assert got.shape == (4, 8, 32)
+    assert got.shape == (4, 8, 64 if pooling == "both_prompt" else 32)
     for place, p in enumerate(prompts):
         ids = tokenizer.apply_chat_template(
             p.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]
         with torch.no_grad():
             states = torch.stack(model(ids, output_hidden_states=True).hidden_states)[:, 0]
-        expected = states[:, -1] if pooling == "last_prompt_token" else states.mean(1)
-        torch.testing.assert_close(got[:, place], expected, rtol=1e-4, atol=1e-5)
+        expected = torch.stack([torch.from_numpy(oracles.pooled(s, pooling)) for s in states])
+        torch.testing.assert_close(got[:, place], expected.float(), rtol=1e-4, atol=1e-5)
 
 
 # End to end
@@ -293,7 +294,7 @@ def fit(model_dir, data, out, **changes):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_readable_label_is_found(model_dir, tmp_path, capsys, pooling):
     # In the mean one word of four is a weak sign, which takes more rows to learn.
-    count = {"last_prompt_token": 240, "mean_prompt": 800}[pooling]
+    count = {"last_prompt_token": 240, "mean_prompt": 800, "both_prompt": 240}[pooling]
     data = write_jsonl(tmp_path / "labelled.jsonl", readable(count))
     report = fit(model_dir, data, tmp_path / "probe", pooling=pooling)
     printed = capsys.readouterr().out

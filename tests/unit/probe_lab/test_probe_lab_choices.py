@@ -11,7 +11,7 @@ import torch
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.probe_lab.calibration import fit_temperature
 from safereg_dist.probe_lab.classifiers import cross_validated, fit_weights
-from safereg_dist.probe_lab.fit import choose
+from safereg_dist.probe_lab.fit import choose, why
 from safereg_dist.probe_lab.layer_fit import LayerReport, Recipe, fit_layer
 from safereg_dist.probe_lab.logistic import L2_GRID
 from safereg_dist.probe_lab.split import split_rows
@@ -87,4 +87,14 @@ def test_the_earliest_of_the_good_layers(areas, losses, chosen):
     for layer, (area, loss) in enumerate(zip(areas, losses, strict=True), start=1):
         measured = {"layer": layer, "choice_auroc": area, "choice_log_loss": loss}
         reports.append(LayerReport(**{**zeros, **errors, **measured}))
-    assert choose(reports).layer == chosen
+    found = choose(reports)
+    assert found.layer == chosen
+    best = areas.index(max(areas)) + 1
+    said = why(reports, found)
+    assert said.startswith(f"layer {chosen}, ")
+    assert f"AUROC {areas[chosen - 1]:.3f}" in said
+    if chosen == best:
+        assert said.endswith("the best of 3")
+    else:
+        assert f"(layer {best}, " in said
+        assert f": {max(areas):.3f}, error 0.010)" in said

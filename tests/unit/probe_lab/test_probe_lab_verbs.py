@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from support import oracles
 from support.builders import WORDS, save_model, tiny_model, word_tokenizer, write_jsonl
 
 from safereg_dist.cli import main
@@ -92,7 +93,7 @@ def plain_risk(model_dir, probe, messages):
             out = model(torch.tensor([full]), output_hidden_states=True)
         states = out.hidden_states[probe.layer][0]
         span = states[: len(prompt)] if probe.position == "prompt" else states[len(prompt) :]
-        pooled = span[-1] if probe.pooling.startswith("last") else span.mean(0)
+        pooled = torch.from_numpy(oracles.pooled(span, probe.pooling))
         risks.append(float(probe.probability(pooled[None])))
     return max(risks)
 
@@ -293,7 +294,7 @@ def test_a_sweep_saves_tables_and_no_probe(model_dir, tmp_path, capsys):
         (str(layer), kind, pooling)
         for layer in (1, 3)
         for kind in ("linear", "direction")
-        for pooling in ("last_prompt_token", "mean_prompt")
+        for pooling in ("last_prompt_token", "mean_prompt", "both_prompt")
     }
     assert {(r["layer"], r["kind"], r["pooling"]) for r in lines} == wanted
     for line, stored in zip(lines, facts["layers"], strict=True):

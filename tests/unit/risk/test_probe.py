@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import oracles
 from support.builders import FAMILIES, random_rows, save_model, tiny_model, word_tokenizer
 
 from safereg_dist.data import collate, filler, tokenize_row
@@ -79,7 +80,7 @@ def test_pooling_against_a_loop(pooling, side, dtype):
     )
     for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
         real = [hidden[row, s].double().numpy() for s in range(width) if mask[row, s]][:end]
-        expected = real[-1] if pooling == "last_prompt_token" else np.mean(real, axis=0)
+        expected = oracles.pooled(real, pooling)
         np.testing.assert_allclose(got[place].double().numpy(), expected, rtol=1e-5, atol=1e-6)
     one_each = pool_prompt(hidden, torch.tensor([6, 1, 4, 1]), pooling=pooling, attention_mask=mask)
     assert torch.equal(one_each, got[torch.tensor([1, 2, 3, 4])])
@@ -266,7 +267,7 @@ def expected_risk(model, batch, probe):
                 states = model(
                     torch.tensor([row.input_ids[:end]]), output_hidden_states=True
                 ).hidden_states[probe.layer][0]
-            pooled = states[-1] if probe.pooling == "last_prompt_token" else states.mean(0)
+            pooled = torch.from_numpy(oracles.pooled(states.double(), probe.pooling))
             values.append(float(probe.probability(pooled[None])[0]))
         risks.append(max(values) if values and not row.is_anchor else None)
     return risks
@@ -314,7 +315,8 @@ def test_states_of_a_prefix_are_hidden_states(loaded, layer):
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_policy_and_reference_give_the_same_risk(loaded, layer, pooling):
     plain, folder, backend = loaded
-    probe = make_probe(layer=layer, pooling=pooling)
+    size = 2 * H if pooling == "both_prompt" else H
+    probe = make_probe(layer=layer, pooling=pooling, size=size)
     batch = batch_of(ROWS, anchors=(1,))
     expected = expected_risk(plain, batch, probe)
     assert expected[1] is None

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support import oracles
 from support.ranks import ALONE
 from test_probe import H, ask, make_probe
 
@@ -41,14 +42,14 @@ def test_an_answer_is_read_with_its_last_token():
     assert prompts == Turns([0, 0, 1], [0, 0, 0], [1, 4, 0])
 
 
-@pytest.mark.parametrize("pooling", ["last_response_token", "mean_response"])
+@pytest.mark.parametrize("pooling", ["last_response_token", "mean_response", "both_response"])
 def test_rows_may_be_padded_on_the_left(pooling):
     probe = make_probe(position="response", pooling=pooling)
     turns = probed_turns(probe, [row([0, 1, 1], [1]), row([0, 0, 0, 1, 1], [3])])
     states = torch.randn(2, 5, H, generator=torch.Generator().manual_seed(0))
     got = pooled_turns(probe, states, [2, 5], turns)
     spans = states[0, 3:5], states[1, 3:5]
-    want = [span[-1] if pooling.startswith("last") else span.mean(0) for span in spans]
+    want = [torch.from_numpy(oracles.pooled(span, pooling)).float() for span in spans]
     torch.testing.assert_close(got, torch.stack(want))
 
 
