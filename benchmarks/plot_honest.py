@@ -56,7 +56,7 @@ def _draw_curve(axes: Axes, rows: list[Row]) -> None:
         axes.plot(x, y, "o", color=colour, ms=3, fillstyle="none")
         label = "our pairs that were left out" if test == OWN else test
         axes.plot(counts, [y[x == count].mean() for count in counts], color=colour, label=label)
-    axes.set_xlabel("matched pairs in the fit, beside 1120 unpaired prompts")
+    axes.set_xlabel("matched pairs in the fit")
     axes.set_ylabel("AUROC")
     axes.set_ylim(0.5, 1)
     axes.grid(axis="y")
