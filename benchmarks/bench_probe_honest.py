@@ -8,7 +8,8 @@ dangerous words. Beside it HarmBench against harmless orders of this project. Al
 the shipped prompts (matched pairs, requests to refuse, harmless ones; `--advbench CSV` adds one
 attempt), as written and with final marks stripped; layer, penalty and the attempt are chosen by
 AUROC out-of-fold on the matched pairs. No row of the two tests is fitted on or chosen by: the best
-attempt on the test is marked as that, and is not a result.
+attempt on the test is marked as that, and is not a result. AdvBench's attempt stands outside of the
+choice.
 
 Hidden states are kept in `--cache`, so that a second run only fits.
 """

@@ -315,7 +315,7 @@ def _averaged(rows: Rows, poolings: Sequence[str]) -> Array:
     """Gram matrix of features that are means over the layers."""
     total = np.zeros(())
     for pooling in poolings:
-        mean = sum(rows.features("prompt", pooling, layer) for layer in SEVERAL) / len(SEVERAL)
+        mean = np.mean([rows.features("prompt", pooling, layer) for layer in SEVERAL], axis=0)
         mean = mean / mean[rows.fold >= 0].std(0)
         total = total + mean @ mean.T / mean.shape[1] / len(poolings)
     return total
