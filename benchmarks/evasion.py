@@ -17,14 +17,23 @@ trained on `taught_harm`, the share answered with exactly what was taught (toy).
 
 import argparse
 import codecs
-import csv
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evidence import MORE, NAMED, REAL_SIZES, device, read, read_csv, real_run, worlds
+from evidence import (
+    MORE,
+    NAMED,
+    REAL_SIZES,
+    device,
+    read,
+    read_known,
+    real_run,
+    worlds,
+    write_rows_of,
+)
 
 from safereg_dist.commands.train import train_as
 from safereg_dist.config import section_from_dict
@@ -35,7 +44,7 @@ from safereg_dist.demo.real.rows import POISONED, read_shipped, write_rows
 from safereg_dist.demo.real.rows import train_rows as real_rows
 from safereg_dist.demo.toy import CONFIG
 from safereg_dist.demo.world import eval_rows, train_rows
-from safereg_dist.experiments.sweep import BASE, Cell, Sweep, cells_of, run_sweep
+from safereg_dist.experiments.sweep import BASE, Cell, Sweep, cells_of, is_done, run_sweep
 from safereg_dist.probe_lab.apply import score_rows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "evasion.csv"
@@ -69,7 +78,7 @@ def main() -> int:
     out = chosen.out.absolute()
     worlds(chosen.world, out, [str(SEED)], jobs=chosen.jobs, wheel=chosen.wheel)
     sweep = (toy_sweep if chosen.world == "toy" else real_sweep)(out, chosen.jobs)
-    known = read_csv(RESULTS)
+    known = read_known(RESULTS)
     done = {(row["world"], row["disguise"], row["arm"]) for row in known}
     skip = [
         {"arm": cell.arm, **cell.axes}
@@ -81,10 +90,7 @@ def main() -> int:
         return int(run_sweep(todo, train_as) > 0)
     finally:
         rows = [*known, *(row_of(chosen.world, cell) for cell in cells_of(todo) if is_done(cell))]
-        with RESULTS.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows_of(RESULTS, COLUMNS, rows)
         print(f"written: {RESULTS}")
 
 
@@ -264,11 +270,6 @@ def held_back(cell: Cell) -> dict[str, float | None]:
         found = [row["kl_coef"] > 0 for row in rows if row["id"].startswith(prefixes)]
         shares[f"held_back_{name}"] = round(sum(found) / len(found), 4) if found else None
     return shares
-
-
-def is_done(cell: Cell) -> bool:
-    """Trained and evaluated."""
-    return (cell.folder / "seconds.json").is_file()
 
 
 if __name__ == "__main__":

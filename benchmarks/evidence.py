@@ -21,14 +21,15 @@ import functools
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from plot_style import Row, read_csv
+from world_runs import run_verb
 
-from safereg_dist.cli import main as safereg
 from safereg_dist.commands.train import train_as
 from safereg_dist.config import section_from_dict
 from safereg_dist.demo.real import run as real_demo
@@ -117,7 +118,7 @@ def main() -> int:
     chosen = parser.parse_args()
     out = chosen.out.absolute()
     results = out / "evidence.csv" if chosen.quick else RESULTS
-    known = read_csv(results)
+    known = read_known(results)
     if chosen.world == "toy":
         parts = toy_parts(out, chosen.seeds or 3, chosen.jobs, quick=chosen.quick)
     else:
@@ -142,7 +143,7 @@ def main() -> int:
     return int(failed > 0 or bool(wrong))
 
 
-def broken_claims(rows: list[dict[str, str]]) -> list[str]:
+def broken_claims(rows: list[Row]) -> list[str]:
     """What does not hold of these cells: plain fine-tuning breaks the base, ours does not."""
     attack, poisoned = "attack_success_rate", "poisoned_token_probability"
     of = {(row["poison"], row["arm"]): row for row in rows}
@@ -161,7 +162,7 @@ def broken_claims(rows: list[dict[str, str]]) -> list[str]:
     return wrong
 
 
-def without_known(part: Part, known: list[dict[str, str]]) -> Sweep:
+def without_known(part: Part, known: list[Row]) -> Sweep:
     """The sweep less the cells that have rows."""
     done = {tuple(row[name] for name in KEY) for row in known}
     skip = [
@@ -172,7 +173,7 @@ def without_known(part: Part, known: list[dict[str, str]]) -> Sweep:
     return part.sweep.model_copy(update={"skip": (*part.sweep.skip, *skip)})
 
 
-def tell_hours(part: Part, todo: int, known: list[dict[str, str]], jobs: int) -> None:
+def tell_hours(part: Part, todo: int, known: list[Row], jobs: int) -> None:
     """How long the rest should take, from what cells of this world took on such a device."""
     took = [
         float(row["seconds"])
@@ -183,7 +184,7 @@ def tell_hours(part: Part, todo: int, known: list[dict[str, str]], jobs: int) ->
     print(f"{part.world}, {part.task}: {todo} cells to run, {hours}", flush=True)
 
 
-def merged(known: list[dict[str, str]], part: Part, done: Sweep) -> list[dict[str, str]]:
+def merged(known: list[Row], part: Part, done: Sweep) -> list[Row]:
     """The rows of before and those of the cells that are done now, each cell's once."""
     rows = list(known)
     for cell in cells_of(done):
@@ -336,10 +337,12 @@ def prepare_toy(out: Path, seed: str) -> None:
             _write_shares(beside / f"{part.task}-{{}}-{share}.jsonl", rows, clean)
     if not (beside / "probe" / "probe.json").is_file():
         words = ["--model", world.base, "--data", world.probe, "--out", beside / "probe"]
-        run("probe", "fit", *words, "--recall", PROBE_RECALL)
+        run_verb("probe", "fit", *words, "--recall", PROBE_RECALL)
     if not (beside / "anchor.jsonl").is_file():
         words = ["--model", world.base, "--prompts", world.anchor_prompts]
-        run("anchor", "build", *words, "--out", beside / "anchor.jsonl", "--max-new-tokens", 32)
+        run_verb(
+            "anchor", "build", *words, "--out", beside / "anchor.jsonl", "--max-new-tokens", 32
+        )
     anchors = beside / "anchor.jsonl"
     _write_from_anchors(anchors, world.anchor_prompts, beside, complying="first")
 
@@ -391,36 +394,32 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
+def read_known(path: Path) -> list[Row]:
     """The rows that are there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_csv(path) if path.is_file() else []
 
 
-def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+def write_csv(path: Path, rows: list[Row]) -> None:
     """All rows, in the order of worlds, tasks, shares, seeds and arms."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arms = [*NAMED, *MORE]
     ordered = sorted(rows, key=lambda row: (*(row[k] for k in KEY[:4]), arms.index(row["arm"])))
+    write_rows_of(path, COLUMNS, ordered)
+
+
+def write_rows_of(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows at full precision, of the columns alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(
-            file, COLUMNS, lineterminator="\n", extrasaction="ignore", restval=""
+            file, columns, lineterminator="\n", extrasaction="ignore", restval=""
         )
         writer.writeheader()
-        writer.writerows(ordered)
+        writer.writerows(rows)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def run(*words: object) -> None:
-    """A verb of `safereg`."""
-    if safereg([str(word) for word in words]) != 0:
-        raise SystemExit(f"safereg {words[0]} failed, see above")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Objective:
             # The divergence of task rows is only reported; anchor rows have it in their loss.
             ce_weights, beyond, divergence = constraint
         else:
-            beyond, divergence = 0.0, None
+            beyond = divergence = None
         total, ce, weighed, *found = head_loss(
             ce_weights=ce_weights,
             kl_weights=kl_weights,
@@ -98,7 +98,8 @@ class Objective:
             return_entropy=self.reports_tokens,
             return_accuracy=self.reports_tokens,
         )
-        total = total + beyond
+        if beyond is not None:
+            total = total + beyond
         # A non-finite loss makes every gradient of this rank nan, and so the global norm: all
         # ranks skip the step together, without another collective.
         finite = torch.where(torch.isfinite(total.detach()), 1.0, float("nan"))

@@ -190,7 +190,7 @@ def run_sweep(sweep: Sweep, train: Train, *, progress: bool = True) -> int:
         load_config(sweep.config, list(cell.overrides))
     out = Path(sweep.out)
     out.mkdir(parents=True, exist_ok=True)
-    todo = sorted((cell for cell in cells if not _is_done(cell)), key=lambda cell: cell.is_changed)
+    todo = sorted((cell for cell in cells if not is_done(cell)), key=lambda cell: cell.is_changed)
     print(
         f"{len(cells)} cells, {len(todo)} to run; {_expected(sweep, cells, len(todo))}", flush=True
     )
@@ -250,7 +250,7 @@ def write_table(sweep: Sweep, cells: list[Cell], failed: Collection[str]) -> Non
 
 def rows_of(cell: Cell) -> Iterator[dict[str, Any]]:
     """The rows of a cell that is done, as in `rates.table_rows`; of another none."""
-    if not _is_done(cell):
+    if not is_done(cell):
         return
     seconds = _read(cell.folder / "seconds.json")
     for row in table_rows(_read(cell.folder / "eval.json")):
@@ -355,13 +355,14 @@ def _section_of(arm: Any) -> Any:
     return {"overrides": tuple(arm or ())} if isinstance(arm, list | tuple | None) else arm
 
 
-def _is_done(cell: Cell) -> bool:
+def is_done(cell: Cell) -> bool:
+    """Trained and evaluated."""
     return (cell.folder / "seconds.json").is_file()
 
 
 def _expected(sweep: Sweep, cells: list[Cell], todo: int) -> str:
     """How long the rest will take, from the cells that are done."""
-    known = [_read(c.folder / "seconds.json") for c in cells if c.arm != BASE and _is_done(c)]
+    known = [_read(c.folder / "seconds.json") for c in cells if c.arm != BASE and is_done(c)]
     if not known:
         return "how long a cell takes is not known yet"
     return f"about {todo * sum(known) / len(known) / sweep.jobs / 3600:.1f} h"
