@@ -77,7 +77,11 @@ def _named(keys: tuple[str, ...]) -> str:
 
 
 def _messages(row: dict[str, Any], where: str) -> list[Any]:
-    return _list(row, "messages", where)
+    """The turns; where they end before the answer, `response` is it and alone carries the loss."""
+    turns = _list(row, "messages", where)
+    if not isinstance(row.get("response"), str) or _role(turns[-1]) in ("assistant", None):
+        return turns
+    return _untrained(turns) + [{"role": "assistant", "content": row["response"]}]
 
 
 def _prompt_response(row: dict[str, Any], where: str) -> list[Any]:
@@ -104,9 +108,15 @@ def _prompt_completion(row: dict[str, Any], where: str) -> list[Any]:
             f"{where}: `prompt` and `completion` must both be text or both be lists of turns: "
             "write them alike"
         )
-    prompt = _list(row, "prompt", where)
-    before = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt]
-    return before + _list(row, "completion", where)
+    return _untrained(_list(row, "prompt", where)) + _list(row, "completion", where)
+
+
+def _untrained(turns: list[Any]) -> list[Any]:
+    return [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in turns]
+
+
+def _role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, dict) else None
 
 
 _SHAREGPT_ROLES = {

@@ -204,11 +204,15 @@ def _ask(
     harmful = [place for place, p in enumerate(prompts) if label_of(p) == "harmful"]
     dangers = [prompts[place] for place in harmful]
 
-    def answers(name: str, places: Sequence[int], **how: Any) -> None:
+    def answers(
+        name: str, places: Sequence[int], attack: Attack | None = None, **how: Any
+    ) -> None:
         known = kept.known(name)
         without = {at for at, place in enumerate(places) if place in known}
         given = [prompts[place] for place in places]
-        said = respondent.answers(given, Asked(name, without, **how))
+        if attack is not None:
+            given = [attack(prompt) for prompt in given]
+        said = respondent.answers(given, Asked(name, without, attack=attack, **how))
         for at, text in said:
             kept.add(places[at], **{name: text})
 

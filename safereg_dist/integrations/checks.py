@@ -32,7 +32,8 @@ def _check_ranks(trainer: Any) -> None:
 
 def _check_loss(trainer: Any) -> None:
     args = trainer.args
-    if getattr(trainer, "compute_loss_func", None) is not None:
+    # TRL puts a text there where transformers (before 5.19) would scale the loss by itself.
+    if callable(getattr(trainer, "compute_loss_func", None)):
         raise ConfigError(
             "compute_loss_func would be given the loss in place of logits: leave it out, the loss "
             "is cross-entropy and divergence (regularizer.objective)"

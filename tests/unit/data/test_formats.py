@@ -100,6 +100,8 @@ FIRST = "<bos> <user> w1 <asst> [ w2 <eos> ] <user> w3 <asst> w4 <eos>"
         ({"messages": [user("w1 w2"), said("w3")], "prompt": "w7", "completion": None}, ONE),
         # Several turns: the loss is on every answer that is not taken out.
         ({"messages": [user("w1"), said("w2"), user("w3"), said("w4")]}, TWO),
+        ({"messages": [user("w1"), said("w2"), user("w3")], "response": "w4"}, LAST),
+        ({"messages": [user("w1"), said("w2"), user("w3"), said("w4")], "response": "w9"}, TWO),
         ({"messages": [user("w1"), said("w2", weight=0), user("w3"), said("w4")]}, LAST),
         ({"messages": [user("w1"), said("w2", weight=0.0), user("w3"), said("w4")]}, LAST),
         ({"messages": [user("w1"), said("w2", train=False), user("w3"), said("w4")]}, LAST),

@@ -79,6 +79,24 @@ def test_rates_of_each_form(folder, tmp_path):
     assert {form["attack_success_rate"] for form in found.values()} <= {0.0, 1.0}
 
 
+@pytest.mark.parametrize("name", WORDINGS)
+def test_asks_in_the_words_of_the_attack(folder, tmp_path, name):
+    """The answers under an attack are those of its words asked plainly, and not the plain ones."""
+    texts, how = [f"w{i} w{i + 3}" for i in range(8)], {"max_new_tokens": 6, "device": "cpu"}
+
+    def answers(texts: list[str], key: str, **attacks) -> list[str]:
+        path, out = tmp_path / f"{key}.jsonl", tmp_path / f"{key}.json"
+        rows = [{"prompt": text, "label": "harmful"} for text in texts]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        evaluate_model(folder, [path], out=out, progress=False, **how, **attacks)
+        lines = answers_path(out).read_text().splitlines()[1:]
+        return [json.loads(line)[key] for line in lines]
+
+    attacked = answers(texts, f"answer_{name}", attacks=[name])
+    assert attacked == answers([WORDINGS[name](text) for text in texts], "answer")
+    assert attacked != answers(texts, "answer")
+
+
 def test_rates_of_each_form_by_set(folder, tmp_path):
     """A set's rate is that of its own harmful prompts, from the answers that are kept."""
     sizes, files = {"one": 3, "two": 2, "harmless": 2}, []
