@@ -165,7 +165,9 @@ def megatron_rows(folder: Path, newest: Path | None) -> Iterator[dict]:
             models, out = folder / f"megatron{len(model)}", folder / "megatron-out"
             if not models.is_dir():
                 models.mkdir()
-                launch(worker, "oracle", models, "--steps", STEPS, *model)
+                made = launch(worker, "oracle", models, "--steps", STEPS, *model)
+                if made.status:
+                    raise RunError(f"megatron's oracle: {made.output[-3000:]}")
             how = [models, out, "--steps", STEPS, *options, *model]
             finished = run_ranks(launch, worker, name, *how, ranks=ranks, environment=environment)
             if finished.status:
