@@ -1,4 +1,4 @@
-"""docs/evidence.md and its figure, from results/evidence.csv, evasion.csv and continual.csv.
+"""docs/evidence.md and its figure, from results/evidence.csv, evasion.csv and templates.csv.
 
     python benchmarks/evidence_tables.py [--check]
 
@@ -68,6 +68,7 @@ def page_of(page: str) -> str:
     parts = {
         "named": named_tables(rows),
         "more": more_tables(rows),
+        "templates": template_table(read_csv(RESULTS.with_name("templates.csv"))),
         "evasion": evasion_tables(read_csv(RESULTS.with_name("evasion.csv"))),
     }
     for name, lines in parts.items():
@@ -127,6 +128,17 @@ def evasion_tables(rows: Sequence[Row]) -> Iterable[str]:
             cells = [figure(name, [row]) for name in names]
             yield line([row["disguise"].replace("_", " "), row["arm"], *cells])
         yield ""
+
+
+def template_table(rows: Sequence[Row]) -> Iterable[str]:
+    """Attack success of each arm in each form of attack, with its interval."""
+    forms = list(dict.fromkeys(row["template"] for row in rows))
+    yield from table(["arm", *(form.replace("_", " ").replace(":", " ") for form in forms)])
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+        shares = [[float(row[n]) for n in ("attack_success_rate", "low", "high")] for row in own]
+        yield line([arm, *(f"{s:.0%} ({100 * a:.0f} to {100 * b:.0f})" for s, a, b in shares)])
+    yield ""
 
 
 def table(titles: Sequence[str]) -> list[str]:
