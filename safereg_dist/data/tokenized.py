@@ -28,7 +28,7 @@ from safereg_dist.types import Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
-_FORMAT = "5"  # part of the cache key: raise it when the tokenised form changes
+_FORMAT = "6"  # part of the cache key: raise it when the tokenised form changes
 
 _FEATURES = datasets.Features(
     {
