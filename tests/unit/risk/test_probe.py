@@ -36,6 +36,7 @@ from safereg_dist.risk.probe_risk import (
 )
 from safereg_dist.risk.stage import ProbedStates
 from safereg_dist.storage.score_cache import ScoreCache
+from safereg_dist.storage.seal import seal_of
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), dp_group=None)
 H = 32
@@ -124,8 +125,10 @@ def test_save_and_load(tmp_path):
 
 def edit_facts(folder, **changes):
     path = folder / "probe.json"
-    facts = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in facts.items() if v is not ...}))
+    facts = {**json.loads(path.read_text()), **changes, "seal": ...}
+    facts = {k: v for k, v in facts.items() if v is not ...}
+    seal = seal_of(json.dumps(facts, sort_keys=True).encode())  # as one would who knows the format
+    path.write_text(json.dumps(facts | {"seal": seal}))
 
 
 def edit_tensors(folder, **changes):
@@ -152,7 +155,7 @@ TAMPERED = {
     "json that is no text": lambda f: (f / "probe.json").write_bytes(b"\xff"),
     "torn tensors": lambda f: (f / "probe.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{"),
     "empty tensors": lambda f: (f / "probe.safetensors").write_bytes(b""),
-    "other format": lambda f: edit_facts(f, format=3),
+    "other format": lambda f: edit_facts(f, format=4),
     "no format": lambda f: edit_facts(f, format=...),
     "no layer": lambda f: edit_facts(f, layer=...),
     "layer of text": lambda f: edit_facts(f, layer="first"),
