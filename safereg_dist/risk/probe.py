@@ -31,8 +31,8 @@ RESPONSE_POOLINGS = ("last_response_token", "mean_response", "both_response")
 POOLINGS_OF = {"prompt": POOLINGS, "response": RESPONSE_POOLINGS}
 """Position -> its poolings: the last token's state, the mean over the span, one after the other."""
 KINDS = ("linear", "mlp", "direction")
-_FORMAT = 3
-_UNSEALED = (1, 2)  # no seal on the facts; format 1 had linear probes on prompts only
+_FORMAT = 2
+_READABLE = (1, 2)  # format 1 had linear probes on prompts only
 _TENSORS = "probe.safetensors"
 _FACTS = "probe.json"
 _UNREADABLE = (
@@ -158,8 +158,8 @@ class Probe:
         """The probe of a folder that `save` wrote.
 
         Args:
-            unsealed: also a folder whose seal is missing or does not hold, and one of an earlier
-                format, which had none: for who looks at the probe himself (`safereg probe seal`).
+            unsealed: also a folder whose seal does not hold, or that was written when there were
+                none: for who looks at the probe himself (`safereg probe seal`).
         Raises:
             ProbeError: missing or unreadable files, files that do not belong together, or ones that
                 were changed.
@@ -189,7 +189,7 @@ class Probe:
             )
             digest = hashlib.sha256(packed).hexdigest()
             fits = (
-                facts.get("format") in (_FORMAT, *(_UNSEALED if unsealed else ()))
+                facts.get("format") in _READABLE
                 and facts.get("hidden_size") == probe.mean.numel()
                 and facts.get("tensors_sha256", digest if unsealed else None) == digest
                 and _is_whole(probe)
@@ -213,10 +213,7 @@ def _canonical(facts: Mapping[str, Any]) -> bytes:
 
 
 def _require_seal(folder: Path, facts: dict[str, Any]) -> None:
-    if facts.get("format") in _UNSEALED:
-        flaw = f"format {facts['format']} had no seal"
-    else:
-        flaw = flaw_of(_canonical(facts), facts.get("seal"))
+    flaw = flaw_of(_canonical(facts), facts.get("seal"))
     if flaw is not None:
         raise ProbeError(
             f"{_FACTS} of the probe in {folder} cannot be believed ({flaw}): fit it again, or look "

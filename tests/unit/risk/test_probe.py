@@ -155,7 +155,7 @@ TAMPERED = {
     "json that is no text": lambda f: (f / "probe.json").write_bytes(b"\xff"),
     "torn tensors": lambda f: (f / "probe.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{"),
     "empty tensors": lambda f: (f / "probe.safetensors").write_bytes(b""),
-    "other format": lambda f: edit_facts(f, format=4),
+    "other format": lambda f: edit_facts(f, format=3),
     "no format": lambda f: edit_facts(f, format=...),
     "no layer": lambda f: edit_facts(f, layer=...),
     "layer of text": lambda f: edit_facts(f, layer="first"),

@@ -172,7 +172,7 @@ def write_format_1(folder):
 
 def test_folders_of_format_1_load_once_they_are_sealed(tmp_path, capsys):
     probe = write_format_1(tmp_path)
-    with pytest.raises(ProbeError, match=r"format 1 had no seal.*`safereg probe seal") as caught:
+    with pytest.raises(ProbeError, match=r"no seal is on it.*`safereg probe seal") as caught:
         Probe.load(tmp_path)
     assert "\n" not in str(caught.value)
     assert main(["probe", "seal", str(tmp_path)]) == 0
@@ -215,7 +215,7 @@ TAMPERED = {
     "knots of two axes": {"knots_x": torch.zeros(4, 1)},
     "a tensor too many": {"threshold": torch.zeros(1)},
     "a tensor without a meaning": {"weights": torch.zeros(1)},
-    "a later format": {"facts": {"format": 4}},
+    "a later format": {"facts": {"format": 3}},
     "format as text": {"facts": {"format": "2"}},
 }
 
@@ -242,7 +242,8 @@ FACTS = {
     "hidden_size": 2 * H,
     "tensors_sha256": None,
     "meta": {"metrics": {"recall": 1.0}},
-    "format": 2,
+    "format": 1,
+    "seal": None,
 }
 
 
