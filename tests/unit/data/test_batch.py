@@ -436,7 +436,7 @@ def test_another_run_may_fill_the_cache_first(cache, tmp_path, monkeypatch):
     def slow(*given, **how):
         monkeypatch.setattr(tokenized, "_write_rows", plain)
         load(path)  # the other run, from begin to end
-        plain(*given, **how)
+        return plain(*given, **how)
 
     monkeypatch.setattr(tokenized, "_write_rows", slow)
     assert len(load(path)) == 5
