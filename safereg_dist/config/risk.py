@@ -33,7 +33,9 @@ class CriticConfig(Section):
     cache: str | None = Field(default=None, json_schema_extra=ASIDE)
     """SQLite file of known scores; null = below $SAFEREG_CACHE, `none` = no cache."""
     api_key_env: str = Field(default="SAFEREG_API_KEY", json_schema_extra=ASIDE)
-    """Environment variable that holds the endpoint's key, if it wants one."""
+    """Environment variable that holds the endpoint's key, if it wants one; begins with SAFEREG_."""
+    allow_plain_http: bool = Field(default=False, json_schema_extra=ASIDE)
+    """Send the key over plain http to another machine too, where anybody on the way reads it."""
 
     def check(self, where: str) -> None:
         """Raises ConfigError unless exactly one judge is described."""

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -208,13 +208,10 @@ def _fill_cache(
         counts = _write_rows(path, tokenizer, config, partial, progress=progress)
         sealed = {**counts, "seal": _entry_seal(partial, folder.name, counts).hex()}
         (partial / "counts.json").write_text(json.dumps(sealed), encoding="utf-8")
-        try:
-            partial.rename(folder)
-        except OSError:
-            with _alone_in(folder.parent):  # of several runs none removes what another has mended
-                if _believed_counts(folder) is None:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    partial.rename(folder)
+        with _alone_in(folder.parent):
+            if _believed_counts(folder) is None:  # else another run was faster
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -224,7 +221,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """One process of all that use the folder; a lock ends with the process that holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks: then two must not mend at once
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

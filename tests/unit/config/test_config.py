@@ -588,6 +588,7 @@ ASIDE = {
     *("train.keep_checkpoints", "train.export_shard_bytes", "engine.timeout_s"),
     *("risk.critic.endpoint", "risk.critic.concurrency", "risk.critic.timeout_s"),
     *("risk.critic.retries", "risk.critic.cache", "risk.critic.api_key_env"),
+    "risk.critic.allow_plain_http",
 }
 OTHER_VALUES = {
     "output_dir": "elsewhere",
@@ -598,7 +599,8 @@ OTHER_VALUES = {
     "risk.cache": "none",
     "risk.critic.endpoint": "http://h:2/v1",
     "risk.critic.cache": "none",
-    "risk.critic.api_key_env": "KEY",
+    "risk.critic.api_key_env": "SAFEREG_KEY",
+    "risk.critic.allow_plain_http": True,
     "risk.max_held_back": 0.75,
 }
 

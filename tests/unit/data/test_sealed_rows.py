@@ -132,7 +132,7 @@ def test_processes_that_mend_an_entry_at_once_agree(tmp_path, cache, entry):
     path = data_file(tmp_path)
     ids = [row.id for row in contents(load(path))]
     context = multiprocessing.get_context("fork")
-    for _ in range(3):
+    for _ in range(2):
         freed(entry)
         start, found = context.Event(), context.Queue()
         processes = [
@@ -141,7 +141,7 @@ def test_processes_that_mend_an_entry_at_once_agree(tmp_path, cache, entry):
         for process in processes:
             process.start()
         start.set()
-        assert [found.get(timeout=60) for _ in processes] == [ids] * len(processes)
+        assert [found.get(timeout=120) for _ in processes] == [ids] * len(processes)
         for process in processes:
             process.join(60)
         assert [each.name for each in cache.iterdir()] == [entry.name]
