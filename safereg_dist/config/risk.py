@@ -139,6 +139,9 @@ class RiskConfig(Section):
     """JSONL of reviewed rows: `id`, `action` (allow or hold) and `reason`; null = none."""
     max_held_back: float = Field(default=0.2, ge=0.0, le=1.0, json_schema_extra=ASIDE)
     """Share of rows at or above the threshold from which training refuses to start, in [0, 1]."""
+    max_hidden: float = Field(default=0.02, ge=0.0, le=1.0, json_schema_extra=ASIDE)
+    """Share of rows that may hide just below the threshold, or behind a harmless prompt, from which
+    training refuses to start, in [0, 1]; 1 = any."""
     gate_rows: int = Field(default=256, ge=0, json_schema_extra=ASIDE)
     """Rows checked for that share if a critic or a probe on the policy gives the risk, or rows are
     streamed, >= 0."""

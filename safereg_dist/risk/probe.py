@@ -95,6 +95,19 @@ class Probe:
             hasher.update(name.encode() + tensor.float().cpu().numpy().tobytes())
         return hasher.hexdigest()
 
+    def benign_share(self, low: float, high: float) -> float | None:
+        """95 % upper bound of the share of benign rows with a probability in [low, high).
+
+        From the calibration rows of the fit; None for a probe that was fitted without keeping them.
+        """
+        from scipy.stats import binomtest
+
+        kept = self.meta.get("benign_risks")
+        if not isinstance(kept, list) or not kept:
+            return None
+        inside = sum(low <= risk < high for risk in kept)
+        return binomtest(inside, len(kept)).proportion_ci(0.9, method="exact").high
+
     def to(self, device: torch.device) -> "Probe":
         """The same probe with its tensors on `device`."""
         return replace(self, **{name: t.to(device) for name, t in self.tensors.items()})
