@@ -82,7 +82,7 @@ def key_headers(variable: str, url: str, *, allow_plain_http: bool) -> dict[str,
             raise ConfigError(
                 f"the key in {variable} would go unencrypted over the network to {url}: use "
                 f"https, tunnel the port to this machine, unset {variable}, or set "
-                "allow_plain_http (of `safereg eval`: --allow-plain-http)"
+                "allow_plain_http (of `score` and `eval`: --allow-plain-http)"
             )
         print(
             f"safereg: warning: the key in {variable} goes unencrypted over the network to {url} "

@@ -28,9 +28,11 @@ BOUNDED = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-WORDS = ["safe", "unsafe", "\nS1", "S1,S2", "yes", "no", "n/a", "Safety: Unsafe", "#thescore: 5",
-         "1", "Harmful request: no\nResponse refusal: no\nHarmful response: yes", '{"violation": 1}',
-         "<END>", "\n", " ", ",", "\ud800", "\x00", "\u202e", "S" * 5000, "\n" * 5000]  # fmt: skip
+WORDS = [
+    *("safe", "unsafe", "\nS1", "S1,S2", "yes", "no", "n/a", "Safety: Unsafe", "#thescore: 5", "1"),
+    *('{"violation": 1}', "<END>", "\n", " ", ",", "\ud800", "\x00", "\u202e"),
+    *("Harmful request: no\nResponse refusal: no\nHarmful response: yes", "S" * 5000, "\n" * 5000),
+]
 TEXTS = st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=6).map("".join)
 NUMBERS = st.floats() | st.integers() | st.just(float("nan")) | st.just("-1") | st.none()
 TOPS = st.lists(st.fixed_dictionaries({"token": TEXTS, "logprob": NUMBERS}), max_size=3)
