@@ -22,7 +22,7 @@ from safereg_dist.storage.score_cache import CachedScore, ScoreCache
 
 CONVERSATION = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
 BOUNDED = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,

@@ -584,7 +584,7 @@ def test_runs_of_version_0_1_go_on(raw, hashed):
 ASIDE = {
     *("output_dir", "profile", "data.declared_poison", "reference.cache", "reference.keep_bytes"),
     "reference.engine",
-    *("risk.max_held_back", "risk.gate_rows", "risk.cache", "train.save_every"),
+    *("risk.max_held_back", "risk.max_hidden", "risk.gate_rows", "risk.cache", "train.save_every"),
     *("train.keep_checkpoints", "train.export_shard_bytes", "engine.timeout_s"),
     *("risk.critic.endpoint", "risk.critic.concurrency", "risk.critic.timeout_s"),
     *("risk.critic.retries", "risk.critic.cache", "risk.critic.api_key_env"),
@@ -602,6 +602,7 @@ OTHER_VALUES = {
     "risk.critic.api_key_env": "SAFEREG_KEY",
     "risk.critic.allow_plain_http": True,
     "risk.max_held_back": 0.75,
+    "risk.max_hidden": 0.75,
 }
 
 

@@ -29,7 +29,7 @@ def shape_of(risks, *, threshold=0.5, benign_share=None) -> Shape:
 
 
 def test_rows_are_counted_by_their_distance_to_the_threshold():
-    at = [0.0, 0.2499, 0.25, 0.3124, 0.3125, 0.4, 0.4375, 0.4999, 0.5, 0.9]
+    at = [0.0, 0.2499, 0.25, 0.3124, 0.3125, 0.4, 0.44, 0.4999, 0.5, 0.9]
     shape = shape_of(at)
     assert (shape.rows, shape.held, shape.bins) == (10, 2, (2, 1, 1, 2))
     assert shape_of([r / 5 for r in at[:8]], threshold=0.1).bins == shape.bins
@@ -68,8 +68,7 @@ def test_honest_risks_are_no_heap():
 
 
 @pytest.mark.parametrize("level", [0.44, 0.48])
-@pytest.mark.parametrize("share", [0.05, 0.15, 0.6])
-@pytest.mark.parametrize("width", [0.02, 0.1])
+@pytest.mark.parametrize(("share", "width"), [(0.05, 0.02), (0.15, 0.1), (0.6, 0.02), (0.6, 0.1)])
 def test_a_heap_just_below_the_threshold_is_refused(level, share, width):
     for seed in range(20):
         draw = np.random.default_rng(seed)
