@@ -4,10 +4,12 @@
 
 GET /v1/models, POST /v1/chat/completions and /v1/completions: one answer at a time, greedy whatever
 the temperature asked for, with logprobs and top_logprobs. `--port 0` takes a free port; one line
-says which. Ends on SIGTERM and SIGINT. There is no key: keep it on loopback.
+says which. Ends on SIGTERM and SIGINT. There is no key: keep it on loopback; there it answers only
+to requests that name this machine, so that no web page reaches it by a name of its own.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from safereg_dist.critic.endpoint import is_loopback
 from safereg_dist.critic.formats import FORMATS, Format
 from safereg_dist.critic.local_models import CausalGuard
 from safereg_dist.errors import SafeRegError
@@ -27,7 +30,10 @@ from safereg_dist.evaluate.generate import load_model
 from safereg_dist.models.fingerprint import model_fingerprint
 
 MAX_BODY_BYTES = 16 << 20
+MAX_CONNECTIONS = 256  # each has a thread; clients keep theirs open between requests
+IDLE_S = 60.0  # without a byte, then a connection ends
 MAX_ALTERNATIVES = 20  # as vLLM and OpenAI
+_BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\nRetry-After: 1\r\n\r\n"
 DEFAULT_TOKENS = 64  # a verdict of any format but those that reason
 
 
@@ -76,7 +82,10 @@ class Guard:
         """Token ids of a raw prompt, with the special tokens that the tokenizer puts around it."""
         if not isinstance(prompt, str) or not prompt:
             raise BadRequest("`prompt` must be one text")
-        return list(self._tokenizer(prompt)["input_ids"])
+        try:
+            return list(self._tokenizer(prompt)["input_ids"])
+        except (TypeError, ValueError) as err:  # half a surrogate pair is no text
+            raise BadRequest("`prompt` cannot be tokenised") from err
 
     @torch.inference_mode()
     def answer(self, ids: list[int], limit: int, alternatives: int) -> tuple[str, str, list[Step]]:
@@ -117,7 +126,19 @@ class Handler(BaseHTTPRequestHandler):
     """The three paths of the API; the server's `guard` and `name` answer."""
 
     protocol_version = "HTTP/1.1"
+    timeout = IDLE_S
     server: "GuardServer"
+
+    def parse_request(self) -> bool:
+        """False, after a reply, where the request is malformed or not meant for this machine."""
+        if not super().parse_request():
+            return False
+        host = self.headers.get("Host", "")
+        if self.server.is_local and not _is_local(host):
+            self.close_connection = True
+            self._reply(403, {"error": {"message": "ask by the name localhost, or the address"}})
+            return False
+        return True
 
     def do_GET(self) -> None:
         """The list of models."""
@@ -133,7 +154,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """One answer of the guard."""
-        length = int(self.headers.get("Content-Length") or 0)
+        told = self.headers.get("Content-Length", "")
+        length = int(told) if told.isascii() and told.isdecimal() and len(told) < 10 else 0
         if not 0 < length <= MAX_BODY_BYTES:
             self.close_connection = True
             return self._reply(400, {"error": {"message": "no body, or one beyond 16 MiB"}})
@@ -166,7 +188,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class GuardServer(ThreadingHTTPServer):
-    """One thread for each connection; a client that goes away is no error."""
+    """One thread for each of a bounded number of connections; more get a 503.
+
+    A client that goes away is no error.
+    """
 
     daemon_threads = True
     request_queue_size = 256
@@ -174,11 +199,41 @@ class GuardServer(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], guard: Guard, name: str) -> None:
         super().__init__(address, Handler)
         self.guard, self.name = guard, name
+        self.is_local = _is_local(f"[{address[0]}]" if ":" in address[0] else address[0])
+        self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts a thread that answers, where one is left."""
+        if self._free.acquire(blocking=False):
+            try:
+                return super().process_request(request, client_address)
+            except BaseException:
+                self._free.release()
+                raise
+        with contextlib.suppress(OSError):
+            request.settimeout(0.1)
+            request.sendall(_BUSY)
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """One connection to its end."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Prints what went wrong, unless the connection was lost."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
+
+
+def _is_local(host: str) -> bool:
+    """True where a Host header names this machine."""
+    try:
+        return is_loopback(f"http://{host}")
+    except ValueError:
+        return False
 
 
 def _chat(guard: Guard, body: dict) -> dict:

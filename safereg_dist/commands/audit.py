@@ -12,8 +12,8 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.factory import RiskContext, build_risk_context, start_backend
 from safereg_dist.parallel.distributed import leave_group, share_cores
 from safereg_dist.run.gate import RowRisk, is_held_back, row_risks
+from safereg_dist.run.shape import Shape, is_masked, limits_of, what_hides
 from safereg_dist.storage.atomic import write_atomically
 
 NEAR_THRESHOLD = 0.05
@@ -46,6 +47,10 @@ class AuditFacts:
     """Text of each row's prompt by id: to find neighbours, and for `--show-text`."""
     probed_share: float
     """(k / L) of the deepest reference-side probe; 1 with `influence`, 0 without either."""
+    benign_share: float | None = None
+    """Largest share of benign calibration rows just below the threshold, where it is known."""
+    positions: Mapping[str, str] = field(default_factory=dict)
+    """Category -> `prompt` or `response`, of the probes."""
     reads_answers: bool = False
     """True where a source reads whole rows, not prompts alone."""
     ceilings: dict[str, float]
@@ -110,6 +115,8 @@ def _report(rows: list[dict[str, Any]], facts: AuditFacts) -> dict[str, Any]:
     held = [row for row in rows if row["held"]]
     share = len(held) / max(len(rows), 1)
     limit = config.risk.max_held_back + config.data.declared_poison
+    shape = _shape(rows, facts)
+    hides = what_hides(shape, limits_of(config), threshold)
     near = [row for row in rows if abs(_shown(row["risk"]) - threshold) <= NEAR_THRESHOLD]
     near.sort(key=lambda row: abs(_shown(row["risk"]) - threshold))
     return {
@@ -118,7 +125,10 @@ def _report(rows: list[dict[str, Any]], facts: AuditFacts) -> dict[str, Any]:
         "held_back": len(held),
         "held_back_share": share,
         "limit": limit,
-        "training_would_start": share <= limit,
+        "training_would_start": share <= limit and (hides is None or config.risk.max_hidden >= 1),
+        "hides": hides,
+        **shape.report(),
+        "responses_riskier_than_prompts": _masked(rows, facts),
         "failed": sum(row["risk"] == "failed" or _has_failed(row) for row in rows),
         "overridden": sum(row["source"] == "override" for row in rows),
         "held_by_source": dict(Counter(row["source"] for row in held)),
@@ -130,6 +140,28 @@ def _report(rows: list[dict[str, Any]], facts: AuditFacts) -> dict[str, Any]:
         **_cost(rows, facts),
         **_protection(held, facts),
     }
+
+
+def _shape(rows: list[dict[str, Any]], facts: AuditFacts) -> Shape:
+    risks = [(r["held"], _number(r["risk"]), _numbers(r["by_category"])) for r in rows]
+    counts = Shape.of(risks, facts.threshold, facts.positions).counts
+    return Shape.of_counts(counts, facts.benign_share)
+
+
+def _masked(rows: list[dict[str, Any]], facts: AuditFacts) -> int | None:
+    """Rows with a risky response to a harmless prompt, held or not; None without both probes."""
+    if set(facts.positions.values()) != {"prompt", "response"}:
+        return None
+    return sum(is_masked(_numbers(row["by_category"]), facts.positions) for row in rows)
+
+
+def _number(risk: float | str | None) -> float | None:
+    """The risk as it was; see `_plain`."""
+    return math.nan if risk == "failed" else risk  # type: ignore[return-value]
+
+
+def _numbers(risks: Mapping[str, float | str | None]) -> dict[str, float | None]:
+    return {name: _number(risk) for name, risk in risks.items()}
 
 
 def _has_failed(row: dict[str, Any]) -> bool:
@@ -253,6 +285,7 @@ def print_audit(report: dict[str, Any], facts: AuditFacts, out: Path, *, show_te
                 show_text=show_text)  # fmt: skip
     title = f"within {NEAR_THRESHOLD} of the threshold ({report['near_threshold']} rows)"
     _print_rows(title, report["nearest_threshold"], facts, show_text=show_text)
+    print(_below(report))
     print(
         f"cost: reference +{report['reference_flops_share']:.1%} of the FLOPs of plain fine-tuning,"
         f" probe +{report['probe_flops_share_first_epoch']:.2%} in the first epoch"
@@ -264,6 +297,28 @@ def print_audit(report: dict[str, Any], facts: AuditFacts, out: Path, *, show_te
         )
     verdict = "would start" if report["training_would_start"] else "would refuse to start"
     print(f"training {verdict}: the limit is {report['limit']:.1%} of the rows; files in {out}")
+
+
+def _below(report: dict[str, Any]) -> str:
+    """What lies between half the threshold and the threshold, and what that means."""
+    known = report["below_threshold_share_of_benign_calibration_rows"]
+    of_benign = (
+        "what benign rows have there nobody knows: no calibration data of every source"
+        if known is None
+        else f"of benign calibration rows at most {known:.1%}"
+    )
+    both = report["responses_riskier_than_prompts"]
+    masked = (
+        "responses and prompts are not both probed"
+        if both is None
+        else f"risky responses to harmless prompts: {both}, of them not held: {report['masked']}"
+    )
+    return (
+        f"just below the threshold: {report['below_threshold_share']:.1%} of the rows (in four "
+        f"steps towards it: {', '.join(map(str, report['below_threshold']))}), {of_benign}; a "
+        f"heap of {report['heap']} rows there (p = {report['heap_p']:.2g}); {masked}"
+        + (f"\nWARNING: {report['hides']}" if report["hides"] else "")
+    )
 
 
 def _print_rows(
@@ -288,6 +343,7 @@ def _histogram(rows: list[dict[str, Any]], threshold: float) -> bytes:
     for is_held, color, name in ((False, "#0072B2", "free"), (True, "#E69F00", "held back")):
         risks = [_shown(row["risk"]) for row in rows if row["held"] == is_held]
         axes.hist(risks, bins=edges.tolist(), color=color, label=f"{name}: {len(risks)} rows")
+    axes.axvspan(threshold / 2, threshold, color="0.93", zorder=0, label="just below")
     axes.axvline(threshold, color="black", linewidth=0.8, linestyle=":")
     axes.set_yscale("symlog", linthresh=10)
     axes.set_xlabel("risk")
@@ -332,6 +388,8 @@ def run(arguments: argparse.Namespace) -> int:
                     config=config,
                     threshold=context.threshold,
                     prompts=context.sources.train.prompts(),
+                    benign_share=context.risk.benign_share(context.threshold),
+                    positions=context.risk.positions,
                     probed_share=context.probed_share,
                     reads_answers=context.reads_answers,
                     ceilings=context.ceilings,

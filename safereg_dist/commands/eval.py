@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder, or its name there:")
     parser.add_argument("--endpoint", help="an OpenAI-compatible server, e.g. http://host:8000/v1")
     parser.add_argument("--api-key-env", default="SAFEREG_API_KEY", help="variable with its key")
+    parser.add_argument("--allow-plain-http", action="store_true", help="send the key over http")
     parser.add_argument(
         "--prompts", type=Path, nargs="+", default=[], help="files, hub:OWNER/NAME[:CONFIG][@SPLIT]"
     )
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             for name in ("endpoint", "api_key_env", "max_new_tokens", "batch_size")
         }
         sides = {"dtype": None, "device": ranks.device, "progress": ranks.is_main}
+        sides |= {"allow_plain_http": arguments.allow_plain_http}
         own = respondent_of(arguments.model, **given, **sides)
         with shared_among(ranks, own) as respondent:
             if respondent is None:

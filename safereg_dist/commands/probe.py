@@ -1,4 +1,4 @@
-"""`safereg probe fit | sweep | evaluate`: the probe laboratory."""
+"""`safereg probe fit | sweep | evaluate | seal`: the probe laboratory."""
 
 import argparse
 from pathlib import Path
@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     evaluate.add_argument("--force", action="store_true", help="also a probe of another model")
     evaluate.add_argument("--batch-size", type=at_least(1), default=32)
+    seal = actions.add_parser("seal", help="accept a probe as it is: its files get a new seal")
+    seal.add_argument("folder", type=Path)
 
 
 def _add_lab_options(verb: argparse.ArgumentParser, *, kinds: str | None) -> None:
@@ -47,8 +49,9 @@ def _add_lab_options(verb: argparse.ArgumentParser, *, kinds: str | None) -> Non
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Fits, sweeps or evaluates; 0."""
-    {"fit": _fit, "sweep": _sweep, "evaluate": _evaluate}[arguments.action](arguments)
+    """Fits, sweeps, evaluates or seals; 0."""
+    actions = {"fit": _fit, "sweep": _sweep, "evaluate": _evaluate, "seal": _seal}
+    actions[arguments.action](arguments)
     return 0
 
 
@@ -78,6 +81,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         force=arguments.force,
         batch_size=arguments.batch_size,
     )
+
+
+def _seal(arguments: argparse.Namespace) -> None:
+    """Prints what each probe of the folder holds, which nothing else vouches for, and seals it."""
+    from safereg_dist.risk.probe import Probe, probe_folders
+
+    for folder in probe_folders(arguments.folder):
+        probe = Probe.load(folder, unsealed=True)
+        probe.save(folder)
+        print(
+            f"sealed {folder}: {probe.kind} on the {probe.position}, layer {probe.layer}, "
+            f"{probe.pooling}, threshold {probe.threshold:.4g}, of model {probe.fingerprint[:12]}"
+        )
 
 
 def _collected(arguments: argparse.Namespace, **options: Any) -> list[Any]:

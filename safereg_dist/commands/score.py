@@ -211,6 +211,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fail", choices=("closed", "open", "stop"), default="closed")
     parser.add_argument("--concurrency", type=at_least(1), default=16)
     parser.add_argument("--timeout-s", type=float, default=30.0, help="of one judgement")
+    parser.add_argument("--allow-plain-http", action="store_true", help="send the key over http")
     parser.add_argument("--cache", metavar="FILE", help="of known scores; `none` for no cache")
 
 
@@ -231,7 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _score_indexed_with_probe(*own, job)
         return 0
-    same = "endpoint model format local fail concurrency timeout_s cache".split()
+    same = "endpoint model format local fail concurrency timeout_s cache allow_plain_http".split()
     given = {name: getattr(arguments, name) for name in same}
     settings = section_from_dict(CriticConfig, given, "risk.critic")
     if job is None:

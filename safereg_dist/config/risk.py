@@ -33,7 +33,9 @@ class CriticConfig(Section):
     cache: str | None = Field(default=None, json_schema_extra=ASIDE)
     """SQLite file of known scores; null = below $SAFEREG_CACHE, `none` = no cache."""
     api_key_env: str = Field(default="SAFEREG_API_KEY", json_schema_extra=ASIDE)
-    """Environment variable that holds the endpoint's key, if it wants one."""
+    """Environment variable that holds the endpoint's key, if it wants one; begins with SAFEREG_."""
+    allow_plain_http: bool = Field(default=False, json_schema_extra=ASIDE)
+    """Send the key over plain http to another machine too, where anybody on the way reads it."""
 
     def check(self, where: str) -> None:
         """Raises ConfigError unless exactly one judge is described."""
@@ -137,6 +139,9 @@ class RiskConfig(Section):
     """JSONL of reviewed rows: `id`, `action` (allow or hold) and `reason`; null = none."""
     max_held_back: float = Field(default=0.2, ge=0.0, le=1.0, json_schema_extra=ASIDE)
     """Share of rows at or above the threshold from which training refuses to start, in [0, 1]."""
+    max_hidden: float = Field(default=0.02, ge=0.0, le=1.0, json_schema_extra=ASIDE)
+    """Share of rows that may hide just below the threshold, or behind a harmless prompt, from which
+    training refuses to start, in [0, 1]; 1 = any."""
     gate_rows: int = Field(default=256, ge=0, json_schema_extra=ASIDE)
     """Rows checked for that share if a critic or a probe on the policy gives the risk, or rows are
     streamed, >= 0."""

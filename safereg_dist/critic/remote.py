@@ -24,7 +24,14 @@ import httpx
 
 from safereg_dist.config.risk import CriticConfig
 from safereg_dist.critic.answers import Judgement, MalformedAnswer, read_reply
-from safereg_dist.critic.endpoint import base_url, is_loopback, key_headers
+from safereg_dist.critic.endpoint import (
+    PLAIN,
+    AnswerRefused,
+    base_url,
+    bounded_body,
+    is_loopback,
+    key_headers,
+)
 from safereg_dist.critic.formats import FORMATS, VERSION, Format, Question
 from safereg_dist.critic.retrying import CircuitBreaker, backoff_s, retry_after_s
 from safereg_dist.critic.verdict import JudgementFailed, Messages, Verdict, failed_verdict
@@ -63,7 +70,9 @@ class RemoteCritic:
             _ = httpx.URL(self._url).host
         except (httpx.InvalidURL, UnicodeError) as err:  # a host that cannot be one
             raise ConfigError("expected the endpoint as a URL, got one that names no host") from err
-        self._headers = key_headers(settings.api_key_env)
+        self._key = key_headers(
+            settings.api_key_env, self._url, allow_plain_http=settings.allow_plain_http
+        )
         self._breaker = CircuitBreaker()
         self._has_succeeded = False
         self._clients: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
@@ -119,7 +128,7 @@ class RemoteCritic:
         trusted = httpx.create_ssl_context()
         for _ in range(self._settings.concurrency):
             client = httpx.AsyncClient(
-                headers=self._headers,
+                headers=PLAIN | self._key,
                 verify=trusted,
                 # Deadlines are set around whole requests: these would start anew at every byte.
                 timeout=httpx.Timeout(None, connect=_CONNECT_S),
@@ -270,7 +279,7 @@ class RemoteCritic:
     def _refused(self, status: int) -> ConfigError | CriticUnavailable:
         if status in _KEY_REFUSED:
             key = self._settings.api_key_env
-            state = "holds a key that it does not accept" if self._headers else "is not set"
+            state = "holds a key that it does not accept" if self._key else "is not set"
             return CriticUnavailable(
                 f"the judge at {self._url} wants a key (HTTP {status}) and the environment "
                 f"variable {key} {state}: export the right key in it"
@@ -312,6 +321,8 @@ async def _weights_of(response: httpx.Response, model: str | None) -> str:
 async def _content(response: httpx.Response) -> bytes:
     """The whole body; half of it is a malformed answer, since the endpoint is not down."""
     try:
-        return await response.aread()
-    except (httpx.TransportError, httpx.DecodingError) as err:
+        return await bounded_body(response.headers, response.aiter_raw())
+    except httpx.TransportError as err:
         raise _Retry("malformed answer: half of it") from err
+    except AnswerRefused as err:
+        raise _Retry(f"malformed answer: {err}") from err

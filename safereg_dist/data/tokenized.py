@@ -1,13 +1,17 @@
 """Rows of a data file, tokenised once and cached."""
 
+import fcntl
 import hashlib
+import hmac
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -24,6 +28,7 @@ from safereg_dist.data.files import read_rows
 from safereg_dist.data.formats import Conversation, conversation_of
 from safereg_dist.errors import ConfigError, DataError, reason_of
 from safereg_dist.models.fingerprint import prompt_key
+from safereg_dist.storage.seal import cache_folder, keyed, user_key
 from safereg_dist.types import Row
 
 _GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -117,15 +122,26 @@ def load_rows(
     """The rows of a JSONL or CSV file or a Hugging Face dataset id, tokenised once and cached.
 
     The cache is in $SAFEREG_CACHE (default ~/.cache/safereg), keyed by the content of the file and
-    everything that its tokens depend on; a new entry is written aside and renamed.
+    everything that its tokens depend on; a new entry is written aside and renamed. An entry whose
+    seal does not hold is made again, and that is said.
 
     Raises:
         DataError: a row that cannot be used; the message names file and line.
+        ConfigError: there is no key to seal with (`seal.user_key`).
     """
     key = _cache_key(path, tokenizer, config)
-    root = Path(os.environ.get("SAFEREG_CACHE", "~/.cache/safereg")).expanduser() / "rows"
+    root = cache_folder() / "rows"
     folder = root / key
-    if not (folder / "counts.json").is_file():
+    counts = _believed_counts(folder)
+    if counts is None:
+        if folder.exists():
+            print(
+                f"safereg: the tokenised rows of {path} in {folder} do not carry the seal of this "
+                "user's key (changed, damaged, or written by another user or an earlier version): "
+                "they are made again",
+                file=sys.stderr,
+                flush=True,
+            )
         try:
             _fill_cache(folder, path, tokenizer, config, progress=progress)
         except OSError as err:
@@ -134,7 +150,12 @@ def load_rows(
                 f"({reason_of(err)}): free disk space, or set SAFEREG_CACHE to a folder that can "
                 "be written"
             ) from err
-    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+        counts = _believed_counts(folder)
+    if counts is None:
+        raise DataError(
+            f"the tokenised rows in {folder} have changed as soon as they were written: another "
+            "program writes there, or the disk loses data; set SAFEREG_CACHE to another folder"
+        )
     if counts["kept"] == 0:
         raise DataError(
             f"{path} has no usable row ({counts['dropped']} dropped, {counts['overlong']} longer "
@@ -184,15 +205,48 @@ def _fill_cache(
     # Nodes may share the cache and process ids may coincide, so the name is unique.
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
     try:
-        _write_rows(path, tokenizer, config, partial, progress=progress)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / "counts.json").is_file():  # else another run was faster
+        counts = _write_rows(path, tokenizer, config, partial, progress=progress)
+        sealed = {**counts, "seal": _entry_seal(partial, folder.name, counts).hex()}
+        (partial / "counts.json").write_text(json.dumps(sealed), encoding="utf-8")
+        with _alone_in(folder.parent):
+            if _believed_counts(folder) is None:  # else another run was faster
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process of all that use the folder; a lock ends with the process that holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: then two must not mend at once
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _believed_counts(folder: Path) -> dict[str, int] | None:
+    """The counts of an entry, after all its bytes were read; None unless its seal holds.
+
+    Costs one SHA-256 of the rows (1 GB/s on a core), as the data file itself does for the key.
+    """
+    try:
+        counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+        found = bytes.fromhex(counts.pop("seal"))
+        seal = _entry_seal(folder, folder.name, counts)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return counts if hmac.compare_digest(found, seal) else None
+
+
+def _entry_seal(folder: Path, key: str, counts: dict[str, int]) -> bytes:
+    """The seal of an entry in `folder`: over its name `key`, its counts and all its rows."""
+    with (folder / "rows.arrow").open("rb") as file:
+        rows = hashlib.file_digest(file, "sha256").digest()
+    return keyed(user_key(), key.encode(), json.dumps(counts, sort_keys=True).encode(), rows)
 
 
 def _cache_key(path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
@@ -247,7 +301,8 @@ def _write_rows(
     folder: Path,
     *,
     progress: bool,
-) -> None:
+) -> dict[str, int]:
+    """Writes `rows.arrow`; how many rows were kept, too long, and left out."""
     kept = overlong = dropped = 0
     seen: set[str] = set()
     bar = tqdm(desc=f"tokenise {Path(path).name}", unit=" rows", disable=not progress)
@@ -268,8 +323,7 @@ def _write_rows(
             stored = {name: getattr(row, name) for name in _FEATURES}
             writer.write({**stored, "risk": math.nan if row.risk is None else row.risk})
         writer.finalize()
-    counts = {"kept": kept, "overlong": overlong, "dropped": dropped}
-    (folder / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+    return {"kept": kept, "overlong": overlong, "dropped": dropped}
 
 
 def shorten(row: Row, where: str, config: DataConfig) -> Row | None:

@@ -1,7 +1,10 @@
 """Who answers the prompts of an evaluation: a model of this machine, or one behind an endpoint."""
 
+import asyncio
+import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -13,7 +16,14 @@ import httpx
 import torch
 from tqdm import tqdm
 
-from safereg_dist.critic.endpoint import base_url, is_loopback, key_headers
+from safereg_dist.critic.endpoint import (
+    PLAIN,
+    AnswerRefused,
+    base_url,
+    bounded_body,
+    is_loopback,
+    key_headers,
+)
 from safereg_dist.critic.retrying import backoff_s, retry_after_s
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.data.rendering import first_response_token
@@ -29,6 +39,7 @@ from safereg_dist.evaluate.generate import (
 _TOP = 20
 """Tokens of which an endpoint is asked for probabilities; usual servers give no more."""
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
+_JSON = {"Content-Type": "application/json"}
 _NOT_OFFERED = {400, 422, 501}
 """What servers answer to a parameter that they do not know."""
 
@@ -152,6 +163,62 @@ class LocalModel:
         self.__dict__.pop("_loaded", None)
 
 
+class _Answer(NamedTuple):
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+class _Client:
+    """An HTTP client whose requests end in time, however slowly the bytes come; for any thread."""
+
+    def __init__(self, **how: Any) -> None:
+        self._client = httpx.AsyncClient(**how)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> "_Client":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._call(self._client.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def post(self, url: str, content: dict[str, Any], *, timeout_s: float) -> _Answer:
+        """The whole answer.
+
+        Raises:
+            httpx.HTTPError, TimeoutError: none came.
+            AnswerRefused: it is too large, or packed.
+        """
+        return self._call(self._post(url, content, timeout_s))
+
+    def _call(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _post(self, url: str, content: dict[str, Any], timeout_s: float) -> _Answer:
+        async with (
+            asyncio.timeout(timeout_s),
+            self._client.stream("POST", url, content=json.dumps(content), headers=_JSON) as answer,
+        ):
+            body = await bounded_body(answer.headers, answer.aiter_raw())
+            return _Answer(answer.status_code, answer.headers, body)
+
+
+def _first_choice(body: bytes) -> dict[str, Any]:
+    """The first choice of a chat completion, with a text as its content; raises if it is none."""
+    choice = json.loads(body)["choices"][0]
+    content = choice["message"].get("content")
+    if not isinstance(content, str | None):
+        raise TypeError("the content is no text")
+    # Half a surrogate pair is no text that a file can hold.
+    text = (content or "").encode("utf-8", "replace").decode()
+    return {**choice, "message": {**choice["message"], "content": text}}
+
+
 class Endpoint:
     """A model behind an OpenAI-compatible server (`/chat/completions`).
 
@@ -161,7 +228,8 @@ class Endpoint:
         concurrency: requests in flight.
         timeout_s: of one prompt, its retries included.
     Raises:
-        ConfigError: no URL; an attack that begins the answer, which this API does not have.
+        ConfigError: no URL; a key that may not be sent (`endpoint.key_headers`); an attack that
+            begins the answer, which this API does not have.
         EndpointError: nobody answers in time, or the request is refused.
     """
 
@@ -172,6 +240,7 @@ class Endpoint:
         *,
         max_new_tokens: int,
         api_key_env: str = "SAFEREG_API_KEY",
+        allow_plain_http: bool = False,
         concurrency: int = 8,
         timeout_s: float = 300.0,
         progress: bool = True,
@@ -182,7 +251,8 @@ class Endpoint:
         self._max_new_tokens = max_new_tokens
         self._concurrency, self._timeout_s, self._progress = concurrency, timeout_s, progress
         self._connection: dict[str, Any] = {
-            "headers": key_headers(api_key_env),
+            "headers": PLAIN
+            | key_headers(api_key_env, self._url, allow_plain_http=allow_plain_http),
             "timeout": timeout_s,
             "trust_env": not is_loopback(self._url),
         }
@@ -196,12 +266,12 @@ class Endpoint:
             )
         wanted = {place: p for place, p in enumerate(prompts) if place not in how.without}
 
-        def ask(client: httpx.Client, place: int) -> str:
+        def ask(client: _Client, place: int) -> str:
             drawn: dict[str, Any] = {"temperature": 0.0}
             if how.seed is not None:
                 drawn = {"temperature": 1.0, "seed": how.seed * 1_000_003 + place}
             said = self._complete(client, wanted[place], max_tokens=self._max_new_tokens, **drawn)
-            return (said["message"].get("content") or "").strip()
+            return said["message"]["content"].strip()
 
         yield from self._each(ask, list(wanted), how.description)
 
@@ -211,7 +281,7 @@ class Endpoint:
         None of them is known, and it says so, where the server gives no `logprobs`.
         """
 
-        def ask(client: httpx.Client, place: int) -> float | None:
+        def ask(client: _Client, place: int) -> float | None:
             prompt, text = asked[place]
             how: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "logprobs": True}
             said = self._complete(client, prompt, is_optional=True, **how, top_logprobs=_TOP)
@@ -250,7 +320,7 @@ class Endpoint:
 
     def _each(self, ask: Any, places: Sequence[int], description: str) -> Iterator[tuple[int, Any]]:
         with (
-            httpx.Client(**self._connection) as client,
+            _Client(**self._connection) as client,
             ThreadPoolExecutor(self._concurrency) as pool,
             tqdm(total=len(places), desc=description, disable=not self._progress) as bar,
         ):
@@ -265,7 +335,7 @@ class Endpoint:
 
     def _complete(
         self,
-        client: httpx.Client,
+        client: _Client,
         prompt: LabelledPrompt,
         *,
         is_optional: bool = False,
@@ -277,17 +347,20 @@ class Endpoint:
         while True:
             wait_s = 0.0
             try:
-                answer = client.post(f"{self._url}/chat/completions", json=asked)
-                if answer.is_success:
-                    return answer.json()["choices"][0]
-                if is_optional and answer.status_code in _NOT_OFFERED:
+                left_s = max(until - time.monotonic(), 0.001)
+                answer = client.post(f"{self._url}/chat/completions", asked, timeout_s=left_s)
+                if answer.status // 100 == 2:
+                    return _first_choice(answer.body)
+                if is_optional and answer.status in _NOT_OFFERED:
                     return {}
-                reason = f"status {answer.status_code}"
+                reason = f"status {answer.status}"
                 wait_s = retry_after_s(answer.headers.get("Retry-After"))
-                is_final = answer.status_code not in _RETRIED
-            except httpx.HTTPError as err:
+                is_final = answer.status not in _RETRIED
+            except (httpx.HTTPError, TimeoutError) as err:
                 reason, is_final = type(err).__name__, False
-            except (ValueError, KeyError, IndexError, TypeError):
+            except AnswerRefused as err:
+                reason, is_final = f"an answer that is {err}", True
+            except (ValueError, LookupError, TypeError, RecursionError):
                 reason, is_final = "an answer that is no chat completion", True
             failures += 1
             wait_s = max(wait_s, backoff_s(failures))
@@ -305,6 +378,7 @@ def respondent_of(
     *,
     endpoint: str | None,
     api_key_env: str,
+    allow_plain_http: bool = False,
     batch_size: int,
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
@@ -316,7 +390,8 @@ def respondent_of(
         ConfigError: see `Endpoint`.
     """
     if endpoint is not None:
-        return Endpoint(endpoint, str(model), api_key_env=api_key_env, **how)
+        sent = {"api_key_env": api_key_env, "allow_plain_http": allow_plain_http}
+        return Endpoint(endpoint, str(model), **sent, **how)
     return LocalModel(model, batch_size=batch_size, dtype=dtype, device=device, **how)
 
 

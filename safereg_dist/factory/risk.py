@@ -53,7 +53,7 @@ def build_risk(
     if not config.needs_risk:
         return RiskStage([WeightedSource("", RiskSource(), DEFAULT_THRESHOLD)])
     build = _Builder(config, backend, reference, policy, tokenizer, probe_risk)
-    sources = [WeightedSource(s.category, build(s), s.threshold, s.weight) for s in specs]
+    sources = [WeightedSource(s.category, build(s), s.threshold, s.weight, s.probe) for s in specs]
     rule = "max" if len(sources) > 1 else "single"  # one folder: prompts and responses
     if config.risk.is_composite:
         rule = config.risk.estimator

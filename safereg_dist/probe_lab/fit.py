@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -34,6 +35,7 @@ class FitReport:
     chosen: LayerReport
 
 
+_MOST_KEPT = 1000  # risks of benign calibration rows: their tail to a tenth of a per cent
 WORTH_A_GPU = 1 << 25
 """Elements of pooled states from which they are fitted on the GPU: 4096 rows of 8192. L-BFGS waits
 for each of its thousands of small products: 2010 rows of 576 took 60 s a layer on an H200, 10 s on
@@ -78,6 +80,7 @@ def fit_collected(collected: Collected) -> FitReport:
         facts["pairs_auroc"] = auroc_of_pairs(*given, fit.probability)
     facts |= {"metrics": asdict(chosen), "guarantee": _guarantee(facts, options)}
     facts["layers"] = [asdict(report) for report in reports]
+    facts["benign_risks"] = _benign_risks(collected, fit)
     probe = replace(
         fit.probe,
         fingerprint=collected.store.manifest.fingerprint,
@@ -155,6 +158,19 @@ def json_numbers(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [json_numbers(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _benign_risks(collected: Collected, fit: LayerFit) -> list[float]:
+    """The risks of the benign calibration prompts, ascending: what honest rows look like.
+
+    Without background rows, which are no requests; of many, a thousand evenly by rank.
+    """
+    rows = collected.rows
+    benign = rows.where("calibrate") & ~rows.harmful
+    real = benign & ~rows.background
+    risks = np.sort(fit.probability[real if real.any() else benign])
+    at = np.linspace(0, len(risks) - 1, min(len(risks), _MOST_KEPT)).round().astype(int)
+    return [round(float(risk), 6) for risk in risks[at]]
 
 
 def _draw(collected: Collected, fit: LayerFit, reports: Sequence[LayerReport]) -> None:

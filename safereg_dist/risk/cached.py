@@ -97,10 +97,16 @@ class CachedRisk(RiskSource):
         """Restores what `save_state` wrote.
 
         Raises:
-            CheckpointError: the cache cannot be read, or belongs to another scorer.
+            CheckpointError: the cache cannot be read, belongs to another scorer, or holds what is
+                no risk.
         """
         state = read_state(path, self._scorer)
         keys, risk = state["keys"].numpy(), state["risk"].tolist()
+        if len(keys) != len(risk) or any(value < 0 or value > 1 for value in risk):
+            raise CheckpointError(
+                f"the risk cache {path} holds values that are no risk in [0, 1]: it was changed or "
+                "damaged; remove this checkpoint to resume from an earlier one"
+            )
         self.cache = {key.tobytes().hex(): value for key, value in zip(keys, risk, strict=True)}
 
 

@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from safereg_dist.errors import ProbeError
+from safereg_dist.errors import ProbeError, reason_of
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.seal import flaw_of, seal_of
 
 POOLINGS = ("last_prompt_token", "mean_prompt", "both_prompt")
 RESPONSE_POOLINGS = ("last_response_token", "mean_response", "both_response")
@@ -34,6 +35,11 @@ _FORMAT = 2
 _READABLE = (1, 2)  # format 1 had linear probes on prompts only
 _TENSORS = "probe.safetensors"
 _FACTS = "probe.json"
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RuntimeError, SafetensorError),  # a RecursionError among them
+)
+"""What reading a file raises that anybody may have written."""
 _TENSOR_FIELDS = ("mean", "scale", "weight", "hidden_weight", "hidden_bias", "knots_x", "knots_y")
 
 
@@ -89,6 +95,19 @@ class Probe:
             hasher.update(name.encode() + tensor.float().cpu().numpy().tobytes())
         return hasher.hexdigest()
 
+    def benign_share(self, low: float, high: float) -> float | None:
+        """95 % upper bound of the share of benign rows with a probability in [low, high).
+
+        From the calibration rows of the fit; None for a probe that was fitted without keeping them.
+        """
+        from scipy.stats import binomtest
+
+        kept = self.meta.get("benign_risks")
+        if not isinstance(kept, list) or not kept:
+            return None
+        inside = sum(low <= risk < high for risk in kept)
+        return binomtest(inside, len(kept)).proportion_ci(0.9, method="exact").high
+
     def to(self, device: torch.device) -> "Probe":
         """The same probe with its tensors on `device`."""
         return replace(self, **{name: t.to(device) for name, t in self.tensors.items()})
@@ -117,7 +136,7 @@ class Probe:
 
         Raises:
             ProbeError: the folder cannot be written. `load` detects a partly replaced probe, since
-                `probe.json` holds the hash of the tensors.
+                `probe.json` holds the hash of the tensors, and a seal over itself.
         """
         tensors = {name: t.float().cpu().contiguous() for name, t in self.tensors.items()}
         tensors["bias"] = torch.tensor([self.bias], dtype=torch.float32)
@@ -134,6 +153,7 @@ class Probe:
             "tensors_sha256": hashlib.sha256(packed).hexdigest(),
             "meta": dict(self.meta),
         }
+        facts["seal"] = seal_of(_canonical(facts))
         text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
         folder = Path(folder)
         try:
@@ -147,11 +167,15 @@ class Probe:
             ) from err
 
     @classmethod
-    def load(cls, folder: Path | str) -> "Probe":
-        """The probe of a folder that `save` wrote, of this format or of format 1.
+    def load(cls, folder: Path | str, *, unsealed: bool = False) -> "Probe":
+        """The probe of a folder that `save` wrote.
 
+        Args:
+            unsealed: also a folder whose seal does not hold, or that was written when there were
+                none: for who looks at the probe himself (`safereg probe seal`).
         Raises:
-            ProbeError: missing or unreadable files, or files that do not belong together.
+            ProbeError: missing or unreadable files, files that do not belong together, or ones that
+                were changed.
         """
         folder = Path(folder)
         if not (folder / _FACTS).is_file() or not (folder / _TENSORS).is_file():
@@ -161,6 +185,8 @@ class Probe:
             )
         try:
             facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            if not unsealed:
+                _require_seal(folder, facts)
             packed = (folder / _TENSORS).read_bytes()
             tensors = load(packed)
             probe = cls(
@@ -174,20 +200,38 @@ class Probe:
                 meta=facts["meta"],
                 **tensors,
             )
+            digest = hashlib.sha256(packed).hexdigest()
             fits = (
                 facts.get("format") in _READABLE
                 and facts.get("hidden_size") == probe.mean.numel()
-                and facts.get("tensors_sha256") in (None, hashlib.sha256(packed).hexdigest())
+                and facts.get("tensors_sha256", digest if unsealed else None) == digest
                 and _is_whole(probe)
             )
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
-            raise ProbeError(f"the probe in {folder} cannot be read ({err}): fit it again") from err
+        except _UNREADABLE as err:
+            raise ProbeError(
+                f"the probe in {folder} cannot be read ({reason_of(err)}): fit it again"
+            ) from err
         if not fits:
             raise ProbeError(
                 f"the files of the probe in {folder} do not belong together or are of another "
                 f"format than {_FORMAT}: fit it again"
             )
         return probe
+
+
+def _canonical(facts: Mapping[str, Any]) -> bytes:
+    """What the seal is over: all facts but the seal itself, however the file is laid out."""
+    rest = {name: value for name, value in facts.items() if name != "seal"}
+    return json.dumps(rest, sort_keys=True).encode()
+
+
+def _require_seal(folder: Path, facts: dict[str, Any]) -> None:
+    flaw = flaw_of(_canonical(facts), facts.get("seal"))
+    if flaw is not None:
+        raise ProbeError(
+            f"{_FACTS} of the probe in {folder} cannot be believed ({flaw}): fit it again, or look "
+            f"at what it says and accept it with `safereg probe seal {folder}`"
+        )
 
 
 def _is_whole(probe: Probe) -> bool:
@@ -361,7 +405,10 @@ def load_probes(folder: Path | str) -> list[Probe]:
     Raises:
         ProbeError: neither is there, or one cannot be read.
     """
-    both = [Path(folder) / position for position in ("prompt", "response")]
-    if any(part.is_dir() for part in both) and not (Path(folder) / _FACTS).is_file():
-        return [Probe.load(part) for part in both if part.is_dir()]
-    return [Probe.load(folder)]
+    return [Probe.load(part) for part in probe_folders(folder)]
+
+
+def probe_folders(folder: Path | str) -> list[Path]:
+    """The folder itself, or those of its folders `prompt` and `response` that there are."""
+    both = [part for name in ("prompt", "response") if (part := Path(folder) / name).is_dir()]
+    return both if both and not (Path(folder) / _FACTS).is_file() else [Path(folder)]

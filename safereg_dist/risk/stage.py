@@ -15,7 +15,7 @@ from torch import Tensor
 from safereg_dist.errors import DataError
 from safereg_dist.parallel.comm import capture
 from safereg_dist.risk.override import Override
-from safereg_dist.risk.probe import rescale
+from safereg_dist.risk.probe import Probe, rescale
 from safereg_dist.types import NAMED_BY_CONTENT, Row, RowRisks, known_risk
 
 COMMON_THRESHOLD = 0.5
@@ -129,6 +129,8 @@ class WeightedSource(NamedTuple):
     threshold: float
     """The source's threshold, on its own scale."""
     weight: float = 1.0
+    probe: Probe | None = None
+    """The source's probe, where it is one: it knows the risks of benign calibration rows."""
 
 
 class RiskStage:
@@ -167,6 +169,26 @@ class RiskStage:
     def reads_policy(self) -> bool:
         """True where risk is known only after the policy's forward; the same on all ranks."""
         return any(entry.source.reads_policy for entry in self.sources)
+
+    @property
+    def positions(self) -> dict[str, str]:
+        """Category -> `prompt` or `response`, of the sources that are probes."""
+        return {e.category: e.probe.position for e in self.sources if e.probe is not None}
+
+    def benign_share(self, threshold: float) -> float | None:
+        """Largest share of benign calibration rows with a risk from half the threshold to it.
+
+        By `max` at most the sum of the sources'. None where a source has no such rows.
+        """
+        if self.rule != "single" and (self.rule != "max" or threshold != COMMON_THRESHOLD):
+            return None
+        own = [threshold if self.rule == "single" else entry.threshold for entry in self.sources]
+        shares = [
+            None if entry.probe is None else entry.probe.benign_share(at / 2, at)
+            for entry, at in zip(self.sources, own, strict=True)
+        ]
+        known = [share for share in shares if share is not None]
+        return min(1.0, math.fsum(known)) if len(known) == len(shares) else None
 
     @property
     def _categories(self) -> list[str]:

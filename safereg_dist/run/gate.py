@@ -1,4 +1,4 @@
-"""The gate before training: computes the risk of rows, and refuses if too many are held back.
+"""The gate before training: the risk of rows; refuses if too many are held back, or hide.
 
 Risks from the frozen reference are computed for the rows that the run begins with, and cached: the
 cost of the first epoch is paid earlier, not twice.
@@ -16,9 +16,8 @@ from safereg_dist.errors import ConfigError
 from safereg_dist.factory import Run
 from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.risk.stage import RiskStage
+from safereg_dist.run.shape import Shape, lower_share, refuse_what_hides
 from safereg_dist.types import Row
-
-_CONFIDENCE = 0.95  # of the bound for a sample; a complete data set needs no bound
 
 
 class RowRisk(NamedTuple):
@@ -77,7 +76,7 @@ def is_held_back(risk: float | None, threshold: float) -> bool:
 
 
 def refuse_too_many_held_back(run: Run) -> None:
-    """Raises if more rows would be held back than the configuration allows.
+    """Raises if more rows would be held back, or hide (`shape`), than the configuration allows.
 
     Counts the rows that the run will see (all rows if risk is a column), or the first
     `risk.gate_rows` if a judge or a probe on the policy gives the risk or rows are streamed. If
@@ -85,8 +84,8 @@ def refuse_too_many_held_back(run: Run) -> None:
     compared with the limit.
 
     Raises:
-        ConfigError: too many rows at or above the threshold.
-    Collectives: those of `row_risks`, one SUM of 16 bytes, gathers of texts.
+        ConfigError: too many rows at or above the threshold, or too many that hide below it.
+    Collectives: those of `row_risks`, one SUM of 56 bytes, gathers of texts.
     """
     config, ranks, sources, risk = run.config, run.ranks, run.sources, run.regularizer.risk
     limit = config.risk.max_held_back + config.data.declared_poison
@@ -109,12 +108,16 @@ def refuse_too_many_held_back(run: Run) -> None:
         filler=sources.filler,
         ranks=ranks,
     )
-    held = [is_held_back(row.risk, run.regularizer.coefficient.threshold) for row in screened]
-    total = ranks.sum_(torch.tensor([sum(held), len(held)], device=ranks.device)).tolist()
+    threshold = run.regularizer.coefficient.threshold
+    seen = ((is_held_back(r.risk, threshold), r.risk, r.by_category) for r in screened)
+    own = Shape.of(seen, threshold, risk.positions)
+    total = ranks.sum_(torch.tensor(own.counts, device=ranks.device)).tolist()
+    shape = Shape.of_counts(total, risk.benign_share(threshold))
     with ranks.together():
-        is_sample = sources.train is None or len(sources.train) > total[1]
-        look = "with `safereg audit CONFIG.yaml`"
-        check_share(*total, limit=limit, is_sample=is_sample, look=look)
+        is_sample = sources.train is None or len(sources.train) > shape.rows
+        how = {"is_sample": is_sample, "look": "with `safereg audit CONFIG.yaml`"}
+        check_share(shape.held, shape.rows, limit=limit, **how)
+        refuse_what_hides(shape, config, threshold, **how)
 
 
 def check_share(held: int, rows: int, *, limit: float, is_sample: bool, look: str) -> None:
@@ -122,12 +125,7 @@ def check_share(held: int, rows: int, *, limit: float, is_sample: bool, look: st
 
     Of a sample the exact one-sided 95 % lower bound of the share is compared.
     """
-    share = held / max(rows, 1)
-    if is_sample and rows:
-        from scipy.stats import binomtest
-
-        share = binomtest(held, rows).proportion_ci(2 * _CONFIDENCE - 1, method="exact").low
-    if share > limit:
+    if lower_share(held, rows, is_sample=is_sample) > limit:
         kind = "rows looked at" if is_sample else "rows"
         raise ConfigError(
             f"{held} of {rows} {kind} ({held / rows:.1%}) would be held back, more than "

@@ -203,7 +203,10 @@ def gate(held, rows, *, is_sample):
         ranks=single_ranks(),
         config=SimpleNamespace(
             needs_risk=True,
-            risk=SimpleNamespace(max_held_back=0.15, estimator="probe", source="reference"),
+            risk=SimpleNamespace(
+                max_held_back=0.15, max_hidden=0.02, estimator="probe", source="reference"
+            ),
+            regularizer=SimpleNamespace(schedule="step"),
             data=SimpleNamespace(declared_poison=0.05),
             train=SimpleNamespace(micro_batch_size=8),
         ),

@@ -584,10 +584,11 @@ def test_runs_of_version_0_1_go_on(raw, hashed):
 ASIDE = {
     *("output_dir", "profile", "data.declared_poison", "reference.cache", "reference.keep_bytes"),
     "reference.engine",
-    *("risk.max_held_back", "risk.gate_rows", "risk.cache", "train.save_every"),
+    *("risk.max_held_back", "risk.max_hidden", "risk.gate_rows", "risk.cache", "train.save_every"),
     *("train.keep_checkpoints", "train.export_shard_bytes", "engine.timeout_s"),
     *("risk.critic.endpoint", "risk.critic.concurrency", "risk.critic.timeout_s"),
     *("risk.critic.retries", "risk.critic.cache", "risk.critic.api_key_env"),
+    "risk.critic.allow_plain_http",
 }
 OTHER_VALUES = {
     "output_dir": "elsewhere",
@@ -598,8 +599,10 @@ OTHER_VALUES = {
     "risk.cache": "none",
     "risk.critic.endpoint": "http://h:2/v1",
     "risk.critic.cache": "none",
-    "risk.critic.api_key_env": "KEY",
+    "risk.critic.api_key_env": "SAFEREG_KEY",
+    "risk.critic.allow_plain_http": True,
     "risk.max_held_back": 0.75,
+    "risk.max_hidden": 0.75,
 }
 
 

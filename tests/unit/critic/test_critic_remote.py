@@ -211,9 +211,9 @@ def test_settings_that_describe_no_judge(changes: dict, said: str) -> None:
 
 def test_the_key_goes_into_the_header_and_nowhere_else(monkeypatch, caplog) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("MY_KEY", f" {SECRET}\n")
+    monkeypatch.setenv("SAFEREG_MY_KEY", f" {SECRET}\n")
     with running_server("good") as server:
-        (verdict,) = judge(server.url, [3], api_key_env="MY_KEY")
+        (verdict,) = judge(server.url, [3], api_key_env="SAFEREG_MY_KEY")
         (request,) = server.counts()["requests"]
     assert not verdict.failed
     assert f"authorization: bearer {SECRET}" in request["head"].lower()
@@ -233,12 +233,12 @@ def test_a_key_that_is_no_header_is_refused_without_showing_it(monkeypatch, key)
 
 
 def test_a_refused_key_names_the_variable_before_anything_is_judged(monkeypatch) -> None:
-    monkeypatch.setenv("MY_KEY", SECRET)
+    monkeypatch.setenv("SAFEREG_MY_KEY", SECRET)
     with _handler_server(lambda path: 403) as (url, asked):
         with pytest.raises(
-            CriticUnavailable, match="MY_KEY holds a key that it does not"
+            CriticUnavailable, match="SAFEREG_MY_KEY holds a key that it does not"
         ) as caught:
-            build_critic(settings(url, api_key_env="MY_KEY"))
+            build_critic(settings(url, api_key_env="SAFEREG_MY_KEY"))
         assert asked == ["/v1/models"]
     assert SECRET not in str(caught.value)
 

@@ -36,6 +36,7 @@ from safereg_dist.risk.probe_risk import (
 )
 from safereg_dist.risk.stage import ProbedStates
 from safereg_dist.storage.score_cache import ScoreCache
+from safereg_dist.storage.seal import seal_of
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), dp_group=None)
 H = 32
@@ -124,8 +125,10 @@ def test_save_and_load(tmp_path):
 
 def edit_facts(folder, **changes):
     path = folder / "probe.json"
-    facts = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in facts.items() if v is not ...}))
+    facts = {**json.loads(path.read_text()), **changes, "seal": ...}
+    facts = {k: v for k, v in facts.items() if v is not ...}
+    seal = seal_of(json.dumps(facts, sort_keys=True).encode())  # as one would who knows the format
+    path.write_text(json.dumps(facts | {"seal": seal}))
 
 
 def edit_tensors(folder, **changes):

@@ -1,15 +1,17 @@
 """Claimed: a probe of any kind and calibration computes its equation, in float32 whatever autocast
-says, and goes through its files unchanged; folders of format 1 still load; files that say something
-else than a probe are refused, and no pickle is ever read; spans are pooled right in padded and in
-packed rows.
+says, and goes through its files unchanged; files that were changed, or say something else than a
+probe, are refused, and so are folders of format 1 until somebody seals them; no pickle is ever
+read; spans are pooled right in padded and in packed rows.
 
 The judges are NumPy in float64, `numpy.interp`, and separate unpadded rows of plain transformers.
 Exact: files, identities, refusals. Rounds: float32 sums (1e-5), whole forwards (1e-4).
 """
 
+import hashlib
 import json
 import math
 import pickle
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from support import oracles
 from support.builders import tiny_model
 
+from safereg_dist.cli import main
 from safereg_dist.errors import ProbeError
 from safereg_dist.risk.probe import (
     POOLINGS,
@@ -28,6 +31,7 @@ from safereg_dist.risk.probe import (
     pool_spans,
     rescale,
 )
+from safereg_dist.storage.seal import seal_of
 
 H, UNITS = 19, 5
 
@@ -166,21 +170,28 @@ def write_format_1(folder):
     return probe
 
 
-def test_folders_of_format_1_load(tmp_path):
+def test_folders_of_format_1_load_once_they_are_sealed(tmp_path, capsys):
     probe = write_format_1(tmp_path)
+    with pytest.raises(ProbeError, match=r"no seal is on it.*`safereg probe seal") as caught:
+        Probe.load(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert main(["probe", "seal", str(tmp_path)]) == 0
+    assert "layer 2, mean_prompt, threshold 0.375" in capsys.readouterr().out
     loaded = Probe.load(tmp_path)
     assert (loaded.kind, loaded.position) == ("linear", "prompt")
     assert loaded.identity == probe.identity
 
 
 def edit(folder, *, facts=None, **tensors):
-    """Changes files as one who knows the format would; the hash of the tensors is left out."""
+    """Changes files as one who knows the format would: with the digests of what they hold now."""
     path = folder / "probe.safetensors"
     kept = {k: v for k, v in {**load_file(path), **tensors}.items() if v is not None}
     save_file(kept, path)
     stored = {**json.loads((folder / "probe.json").read_text()), **(facts or {})}
-    stored.pop("tensors_sha256", None)
-    (folder / "probe.json").write_text(json.dumps(stored))
+    stored["tensors_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    del stored["seal"]
+    stored["seal"] = seal_of(json.dumps(stored, sort_keys=True).encode())
+    (folder / "probe.json").write_text(json.dumps(stored, indent=1))
 
 
 TAMPERED = {
@@ -219,6 +230,81 @@ def test_files_that_are_no_probe_are_refused(tmp_path, name):
         Probe.load(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "fit it again" in str(caught.value)
+
+
+FACTS = {
+    "threshold": 1.0,
+    "layer": 1,
+    "pooling": "last_prompt_token",
+    "fingerprint": "0" * 64,
+    "position": "response",
+    "kind": "mlp",
+    "hidden_size": 2 * H,
+    "tensors_sha256": None,
+    "meta": {"metrics": {"recall": 1.0}},
+    "format": 1,
+    "seal": None,
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_fact_that_was_changed_by_hand_is_refused_in_one_line(tmp_path, name):
+    make_probe(meta={"metrics": {"recall": 0.5}}).save(tmp_path)
+    path = tmp_path / "probe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: FACTS[name]}))
+    with pytest.raises(ProbeError, match="cannot be believed") as caught:
+        Probe.load(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert f"`safereg probe seal {tmp_path}`" in str(caught.value)
+
+
+def test_the_layout_of_the_file_is_free(tmp_path):
+    probe = make_probe()
+    probe.save(tmp_path)
+    path = tmp_path / "probe.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert Probe.load(tmp_path).identity == probe.identity
+
+
+def test_a_forged_probe_is_refused_where_a_key_is_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFEREG_CACHE_KEY", "a secret of the whole team")
+    make_probe().save(tmp_path)
+    Probe.load(tmp_path)
+    monkeypatch.delenv("SAFEREG_CACHE_KEY")  # the forger does not have it
+    edit(tmp_path, facts={"threshold": 1.0})
+    assert Probe.load(tmp_path).threshold == 1.0
+    monkeypatch.setenv("SAFEREG_CACHE_KEY", "a secret of the whole team")
+    with pytest.raises(ProbeError, match="not sealed with the key in SAFEREG_CACHE_KEY"):
+        Probe.load(tmp_path)
+
+
+def test_no_flip_in_a_probe_is_believed(tmp_path):
+    """300 flipped bits, cuts and doubled pieces over both files: refused, or nothing changed."""
+    probe = make_probe("mlp", knots=True, meta={"model": "m"})
+    probe.save(tmp_path)
+    pristine = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+    draw, refused = random.Random(0), []
+    for trial in range(300):
+        path = draw.choice(list(pristine))
+        spoilt = bytearray(pristine[path])
+        at = draw.randrange(len(spoilt))
+        if trial % 3 == 0:
+            spoilt[at] ^= 1 << draw.randrange(8)
+        elif trial % 3 == 1:
+            del spoilt[at:]
+        else:
+            spoilt[at:at] = spoilt[: draw.randrange(1, 50)]
+        path.write_bytes(spoilt)
+        try:
+            found = Probe.load(tmp_path)
+        except ProbeError as err:
+            refused.append(str(err))
+        else:
+            same = (found.identity, found.threshold, found.meta)
+            assert same == (probe.identity, probe.threshold, probe.meta)
+        path.write_bytes(pristine[path])
+    assert len(refused) > 280
+    assert not any("\n" in said for said in refused)
 
 
 class Explosive:

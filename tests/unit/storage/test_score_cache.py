@@ -224,7 +224,7 @@ def database_of_another_program(path: Path) -> None:
     ("spoil", "said"),
     [
         (lambda path: path.write_bytes(b"garbage" * 1000), "not a database"),
-        (foreign_database, "expected a score cache of format 1"),
+        (foreign_database, "expected a score cache of format 2"),
         (later_format, "format 99"),
         (database_of_another_program, "a database of application 0x7"),
         (lambda path: path.mkdir(), "unable to open"),
