@@ -77,13 +77,12 @@ class RunLock:
         try:
             self._made_folder |= not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
-            others = self._locks()
-            if not all(self._is_dead(path) for path in others):
-                time.sleep(_LOOK_S)
-                return False
-            return self._outbid(others)
-        except FileNotFoundError:
-            return False  # a run that gave up has just removed the empty folder
+            with suppress(FileNotFoundError):  # a run that gave up has just removed the folder
+                others = self._locks()
+                if all([self._is_dead(path) for path in others]):
+                    return self._outbid(others)
+            time.sleep(_LOOK_S)
+            return False
         except OSError as err:
             raise CheckpointError(
                 f"output_dir {self._folder} cannot be written: {err.strerror or err}: choose "
