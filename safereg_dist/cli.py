@@ -3,13 +3,16 @@
 import argparse
 import importlib
 import os
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from safereg_dist import __version__
+from safereg_dist.parallel.launchers import adopt_launcher
 
 VERBS = {
     "train": "fine-tune with the configuration of a YAML file",
@@ -27,6 +30,8 @@ VERBS = {
     "config": "JSON schema, a starter file, one key explained",
 }
 """The verbs, each with its purpose."""
+SILENT_S = 5.0
+"""How long a rank whose error another one prints stays, before there is a group."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,19 +41,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A model that does not fit is our own one-line error, not the library's report above it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    adopt_launcher()
     arguments = _arguments(argv)
     from safereg_dist import errors
 
     try:
         return arguments.run(arguments)
     except (errors.SafeRegError, errors.ShapeError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"safereg: {error}", file=sys.stderr, flush=True)
+        if not _speaks():
+            # Launchers end all ranks once one has ended: the one that speaks has to come first.
+            time.sleep(0 if _has_group() else SILENT_S)
+        else:
+            print(f"safereg: {_place()}{error}", file=sys.stderr, flush=True)
             if isinstance(error, errors.RemoteRankError):
                 traceback.print_exc()
         return 2 if errors.is_user_error(error) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _speaks() -> bool:
+    """True on rank 0, which speaks for all; before there is a group on each host's first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    return not _has_group() and os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _has_group() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
+def _place() -> str:
+    """Where a message comes from, unless it is from rank 0."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -34,7 +34,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     from safereg_dist.experiments.lisa import in_turns
     from safereg_dist.factory import build_run, start_backend
     from safereg_dist.parallel.distributed import leave_group, share_cores
-    from safereg_dist.run.folder import is_complete
+    from safereg_dist.run.folder import claimed
     from safereg_dist.run.gate import refuse_too_many_held_back
     from safereg_dist.trainer import train
 
@@ -43,22 +43,23 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     backend = start_backend(config)
     ranks = backend.ranks
     try:
-        if is_complete(config, ranks) and not dry_run:
+        with claimed(config, ranks, writes=not dry_run) as is_done:
+            if is_done and not dry_run:
+                if ranks.is_main:
+                    print(f"{config.output_dir} is already complete: nothing to do")
+                return 0
+            built = in_turns(build_run(config, backend))
             if ranks.is_main:
-                print(f"{config.output_dir} is already complete: nothing to do")
-            return 0
-        built = in_turns(build_run(config, backend))
-        if ranks.is_main:
-            _announce(built)
-        if dry_run:
-            refuse_too_many_held_back(built)
-            return 0
-        status = train(built)
-        if ranks.is_main and status == 0:
-            from safereg_dist.evaluate.report import write_report
+                _announce(built)
+            if dry_run:
+                refuse_too_many_held_back(built)
+                return 0
+            status = train(built)
+            if ranks.is_main and status == 0:
+                from safereg_dist.evaluate.report import write_report
 
-            print(f"report: {write_report([Path(config.output_dir)])}")
-        return status
+                print(f"report: {write_report([Path(config.output_dir)])}")
+            return status
     finally:
         leave_group()
 

@@ -21,6 +21,7 @@ from safereg_dist.data import (
     steps_for,
 )
 from safereg_dist.data.canary import Canary, canary_rows
+from safereg_dist.factory.agreement import require_same_inputs
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.risk import (
     configured_overrides,
@@ -92,6 +93,16 @@ class RowSources:
         return read.value
 
     @property
+    def tokenised_files(self) -> dict[str, tuple[str, list[Path]]]:
+        """Content hash and files of the tokenised rows, by the key that names the rows."""
+        named = {"data.train": self.train, "data.anchor": self.anchor}
+        return {
+            name: (store.content_hash, [Path(f["filename"]) for f in store.table.cache_files])
+            for name, store in named.items()
+            if store is not None
+        }
+
+    @property
     def content_hashes(self) -> list[str]:
         """Content hashes of the training rows and, if there are any, the anchor rows."""
         return [store.content_hash for store in (self.train, self.anchor) if store is not None]
@@ -102,6 +113,8 @@ def read_inputs(
 ) -> tuple[Path, PreTrainedTokenizerBase, RowSources, list[SourceSpec]]:
     """Reads the model's folder, its tokenizer, the rows and the sources of risk; no weights.
 
+    Raises:
+        GroupError: hosts have other files than rank 0's.
     Collectives: gathers of texts.
     """
     folder = resolve_model(config.model, ranks)
@@ -111,6 +124,9 @@ def read_inputs(
     specs = read_sources(config, ranks, tokenizer)
     with ranks.together():
         check_templates(specs, tokenizer)
+    require_same_inputs(
+        config, ranks, model=folder, tokenizer=tokenizer, rows=sources.tokenised_files
+    )
     return folder, tokenizer, sources, specs
 
 

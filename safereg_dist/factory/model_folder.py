@@ -11,14 +11,18 @@ def resolve_model(model: str, ranks: Ranks) -> Path:
 
     Raises:
         ConfigError: neither a folder nor a hub id that can be fetched.
+    Collectives: two gathers of texts, whatever each host has of it.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     with ranks.main_first():
+        if Path(model).is_dir():
+            return Path(model)
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
         try:
             patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
             return Path(snapshot_download(model, allow_patterns=patterns))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safereg_dist.coefficient import resolved_threshold
 from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
+from safereg_dist.factory.agreement import require_same_setup
 from safereg_dist.factory.inputs import RowSources, pad_id_of, read_inputs
 from safereg_dist.factory.prepare import assemble, policy_of
 from safereg_dist.factory.references import (
@@ -51,7 +52,18 @@ class Run:
 
 
 def start_backend(config: Config) -> Backend:
-    """The backend named by `engine.name`, with its ranks joined. Collectives: rendezvous."""
+    """The backend named by `engine.name`, with its ranks joined and found to be set up alike.
+
+    Raises:
+        GroupError: the group cannot be formed, or configuration, versions or code differ.
+    Collectives: rendezvous, gathers of texts.
+    """
+    backend = _backend_of(config)
+    require_same_setup(config, backend.ranks)
+    return backend
+
+
+def _backend_of(config: Config) -> Backend:
     if config.engine.name == "single":
         from safereg_dist.parallel.single import SingleBackend, single_ranks
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import yaml
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.factory.prepare import read_settings
+from safereg_dist.models.versions import versions_of
+from safereg_dist.run.folder import sole_writer
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
-from safereg_dist.run.versions import versions_of
 from safereg_dist.step import SafetyRegularizer, StepPlan
 from safereg_dist.storage.atomic import write_atomically
 
@@ -49,6 +51,8 @@ class Recorder:
         self._folder = folder
         self._settings = settings
         self._log: RunLog | None = None
+        self._held = ExitStack()
+        """The lock of the folder, from `start` to `finish`."""
         self._since: dict[str, list[float]] = defaultdict(list)
         self._last = time.perf_counter()
         self._steps = 0
@@ -57,9 +61,16 @@ class Recorder:
         """Opens the logs; from a checkpoint's `state` it goes on where that was written.
 
         Raises:
-            CheckpointError: the state is missing or belongs to other settings, on all ranks.
-        Collectives: gathers of texts.
+            CheckpointError: the state is missing or belongs to other settings, or another run
+                writes to the folder, on all ranks.
+        Collectives: those of `sole_writer`, gathers of texts.
         """
+        with ExitStack() as held:
+            held.enter_context(sole_writer(self._folder, self._ranks))
+            self._open(state)
+            self._held = held.pop_all()
+
+    def _open(self, state: Path | None) -> None:
         ranks = self._ranks
         position = {"metrics_bytes": 0, "ledger_bytes": [0] * ranks.world_size}
         with ranks.together():
@@ -161,9 +172,10 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         """Closes the logs of a run that has failed; `finish` has closed those of others."""
-        if self._log is not None:
-            with self._log:
-                self._log = None
+        with self._held:
+            if self._log is not None:
+                with self._log:
+                    self._log = None
 
     def finish(self) -> None:
         """Ends the logs: the ledgers of all ranks become one, whose last hash the summary keeps.
@@ -190,6 +202,7 @@ class Recorder:
                 write_atomically(
                     self._folder / "summary.json", json.dumps(summary, indent=2) + "\n"
                 )
+        self._held.close()
 
 
 _OF_THE_LOOP = frozenset(

@@ -45,6 +45,9 @@ def single_ranks() -> Ranks:
     """
     import os
 
+    from safereg_dist.parallel.launchers import adopt_launcher
+
+    adopt_launcher()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise GroupError(
             f"engine.name=single expects one process, the launcher started "

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from safereg_dist.run.versions import versions_of
+from safereg_dist.models.versions import versions_of
 
 
 def test_a_package_without_metadata_is_unknown():
