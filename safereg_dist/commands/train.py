@@ -36,6 +36,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     from safereg_dist.parallel.distributed import leave_group, share_cores
     from safereg_dist.run.folder import is_complete
     from safereg_dist.run.gate import refuse_too_many_held_back
+    from safereg_dist.run.stop import forget_stop
     from safereg_dist.trainer import train
 
     share_cores()
@@ -47,6 +48,8 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
             if ranks.is_main:
                 print(f"{config.output_dir} is already complete: nothing to do")
             return 0
+        if ranks.is_main and not dry_run:
+            forget_stop(Path(config.output_dir))  # it was meant for the run before
         built = in_turns(build_run(config, backend))
         if ranks.is_main:
             _announce(built)
