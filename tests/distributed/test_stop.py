@@ -1,5 +1,6 @@
 """Claimed: a stop file ends a run on all ranks together, with status 75 and a whole checkpoint, and
-the same command goes on to the same bits; one that an earlier run left behind stops nothing.
+the same command goes on to the same bits; one that an earlier run left behind stops nothing. Each
+rank says in a file of its own how it ended.
 
 Exact: ledger and exported weights against the run that nobody stopped.
 """
@@ -62,6 +63,11 @@ def test_a_stop_file_ends_all_ranks_together(config, launch, launcher):
     again = launch(FINETUNE, config, f"output_dir={out}", ranks=2)
     assert again.status == 0, again.output[-3000:]
     assert result(out) == result(whole)
+    for rank in range(2):
+        (kept,) = (out / "logs").glob(f"rank{rank:04d}.*.log")
+        lines = kept.read_text().splitlines()
+        assert [line.split("status ")[1] for line in lines if "ended with" in line] == ["75", "0"]
+        assert sum(f"start: rank {rank} of 2" in line for line in lines) == 2
     refused = stop(out)
     assert refused.returncode == 2
     assert "is complete" in refused.stderr

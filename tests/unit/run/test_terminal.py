@@ -1,5 +1,5 @@
-"""Claimed: a run outlives its terminal. Whether the reader of its output has gone or the terminal was
-closed (which sends SIGHUP), it ends with status 0 and the bits of the run that was left alone.
+"""Claimed: a run outlives its terminal. Whether the reader of its output has gone or the terminal
+was closed (which sends SIGHUP), it ends with status 0 and the bits of the run left alone.
 
 Exact. Real processes on real pipes and pseudo-terminals.
 """
