@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from safereg_dist import __version__
 from safereg_dist.parallel.launchers import adopt_launcher
+from safereg_dist.run.terminal import outlive_terminal
 
 VERBS = {
     "train": "fine-tune with the configuration of a YAML file",
@@ -23,6 +24,8 @@ VERBS = {
     "reference": "stored states of the reference",
     "eval": "attack success, over-refusal and task accuracy",
     "sweep": "many runs from one description, in one table",
+    "doctor": "what would fail, before a job is paid for",
+    "stop": "ask a run to save and end, whatever started it",
     "report": "HTML and figures of one or several runs",
     "plan": "memory, FLOPs, bytes and time before you pay for them",
     "ledger": "the log of every row's risk",
@@ -99,6 +102,7 @@ def entry(argv: Sequence[str] | None = None) -> NoReturn:
     to abort a process whose work was done (`terminate called without an active exception`, torch
     2.13), and the launcher to report the run as failed.
     """
+    outlive_terminal()
     status = main(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or threading.active_count() > 1:
         sys.stdout.flush()

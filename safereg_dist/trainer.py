@@ -1,10 +1,8 @@
 """Training: the optimizer step that any loop can call, and the loop of `safereg train`."""
 
 import json
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,13 +24,12 @@ from safereg_dist.run.folder import claim_folder, describe_run
 from safereg_dist.run.gate import refuse_too_many_held_back
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
+from safereg_dist.run.stop import EXIT_REQUEUE, forget_stop, stop_requests
 from safereg_dist.step import StepPlan
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.types import Row
 
 MAX_NON_FINITE_IN_A_ROW = 3
-EXIT_REQUEUE = 75
-"""Exit status after a checkpoint on SIGUSR1 or SIGTERM: the same command resumes the run."""
 
 
 class StepResult(NamedTuple):
@@ -91,7 +88,7 @@ class Progress:
 
 
 def train(run: Run) -> int:
-    """Trains to the last step; returns 0, or `EXIT_REQUEUE` after a checkpoint on a signal.
+    """Trains to the last step; returns 0, or `EXIT_REQUEUE` after a checkpoint on request.
 
     Resumes from the newest checkpoint of the run folder. Writes metrics, ledger, checkpoints, the
     exported model and `summary.json`.
@@ -117,23 +114,29 @@ def train(run: Run) -> int:
         first_step=progress.step,
     )
     last_row: dict[str, float | int] = {}
-    with log, _stop_signals() as stop_requested, _bar(run, progress) as bar:
+    stop = False
+    stops = stop_requests(folder, looks=run.ranks.is_main)
+    with log, stops as is_stop_requested, _bar(run, progress) as bar:
         while progress.step < run.sources.total_steps:
             with profiler.step(progress.step):
-                last_row, stop = _logged_step(run, progress, log, stop_requested)
+                last_row, stop = _logged_step(run, progress, log, is_stop_requested)
             _show(bar, last_row)
             if stop or _is_save_due(run, progress):
                 _save(run, progress, folder, log)
-            if stop and progress.step < run.sources.total_steps:
-                return EXIT_REQUEUE
+            if stop:
+                break
         log.finish(run.ranks)  # all ranks have closed their ledgers before any continues
-    profiler.finish()
-    _finish(run, progress, folder, last_row)
-    return 0
+    is_complete = progress.step == run.sources.total_steps
+    if is_complete:
+        profiler.finish()
+        _finish(run, progress, folder, last_row)
+    if stop and run.ranks.is_main:
+        forget_stop(folder)
+    return 0 if is_complete else EXIT_REQUEUE
 
 
 def _logged_step(
-    run: Run, progress: Progress, log: RunLog, stop_requested: list[bool]
+    run: Run, progress: Progress, log: RunLog, is_stop_requested: Callable[[], bool]
 ) -> tuple[dict[str, float | int], bool]:
     """One optimizer step of the run, logged: its row of metrics, and whether to stop."""
     started = time.perf_counter()
@@ -146,7 +149,7 @@ def _logged_step(
         step=step,
         lr=lr,
         in_first_epoch=sources.in_first_epoch(step),
-        flags=lambda: {"stop_requested": stop_requested[0], "log_failed": log.error is not None},
+        flags=lambda: {"stop_requested": is_stop_requested(), "log_failed": log.error is not None},
     )
     if totals.flags["log_failed"]:
         run.ranks.raise_together(log.error)
@@ -349,19 +352,3 @@ def _show(bar: tqdm, row: dict[str, float | int]) -> None:
     bar.set_postfix(
         loss=f"{row['loss']:.4f}", kl_coef=f"{row['kl_coef_mean']:.2f}", risky=row["active_rows"]
     )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[bool]]:
-    """A block in which SIGUSR1 and SIGTERM ask for a checkpoint and a stop after this step."""
-    requested = [False]
-
-    def request(*_: object) -> None:
-        requested[0] = True
-
-    before = {s: signal.signal(s, request) for s in (signal.SIGUSR1, signal.SIGTERM)}
-    try:
-        yield requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from safereg_dist.commands.options import add_config
 
 if TYPE_CHECKING:
+    from safereg_dist.config import Config
     from safereg_dist.factory import Run
+    from safereg_dist.parallel.engine import Backend
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +33,12 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
         SafeRegError: on all ranks, where something is wrong.
     """
     from safereg_dist.config import load_config
-    from safereg_dist.experiments.lisa import in_turns
-    from safereg_dist.factory import build_run, start_backend
+    from safereg_dist.factory import start_backend
     from safereg_dist.parallel.distributed import leave_group, share_cores
     from safereg_dist.run.folder import claimed
     from safereg_dist.run.gate import refuse_too_many_held_back
+    from safereg_dist.run.rank_log import rank_log
+    from safereg_dist.run.stop import forget_stop
     from safereg_dist.trainer import train
 
     share_cores()
@@ -48,25 +51,33 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
                 if ranks.is_main:
                     print(f"{config.output_dir} is already complete: nothing to do")
                 return 0
-            built = in_turns(build_run(config, backend))
-            if ranks.is_main:
-                _announce(built)
             if dry_run:
-                refuse_too_many_held_back(built)
+                refuse_too_many_held_back(_announced(config, backend))
                 return 0
-            status = train(built)
+            folder = Path(config.output_dir)
+            if ranks.is_main:
+                forget_stop(folder)  # it was meant for the run before
+            with rank_log(folder, rank=ranks.rank, world_size=ranks.world_size) as log:
+                status = train(_announced(config, backend))
+                log(f"ended with status {status}")
             if ranks.is_main and status == 0:
                 from safereg_dist.evaluate.report import write_report
 
-                print(f"report: {write_report([Path(config.output_dir)])}")
+                print(f"report: {write_report([folder])}")
             return status
     finally:
         leave_group()
 
 
-def _announce(run: "Run") -> None:
+def _announced(config: "Config", backend: "Backend") -> "Run":
+    """The run, built and described on the screen."""
+    from safereg_dist.experiments.lisa import in_turns
+    from safereg_dist.factory import build_run
     from safereg_dist.run.folder import describe_run
 
+    run = in_turns(build_run(config, backend))
+    if not run.ranks.is_main:
+        return run
     facts = describe_run(run)
     rows = ", ".join(
         f"{name} {c['kept']} rows ({c['overlong']} overlong, {c['dropped']} dropped)"
@@ -78,3 +89,4 @@ def _announce(run: "Run") -> None:
         f"{facts['threshold']:.3g}",
         flush=True,
     )
+    return run

@@ -35,9 +35,9 @@ class RunLog:
             if ranks.is_main:
                 reopen_ledger(folder)  # if the run was killed before its summary
         with ranks.together(), ExitStack() as stack:
-            self._ledger = RankLedger(folder, ranks.rank)
-            stack.callback(self._ledger.close)
             try:
+                self._ledger = RankLedger(folder, ranks.rank)
+                stack.callback(self._ledger.close)
                 self._ledger.truncate(ledger_bytes)
                 if ranks.is_main:
                     self._metrics = MetricsWriter(

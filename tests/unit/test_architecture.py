@@ -31,7 +31,7 @@ ROOMS = (
     {"run"},
     {"trainer"},
     {"evaluate", "plan"},
-    {"experiments", "probe_lab"},
+    {"doctor", "experiments", "probe_lab"},
     {"integrations"},
     {"commands"},
     {"cli"},

@@ -1,0 +1,29 @@
+"""`safereg stop`: asks a run to save a checkpoint after its step and to end."""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("run_dir", type=Path, help="output_dir of the run, seen from any host")
+    parser.add_argument("--wait", action="store_true", help="until it has saved and ended")
+    parser.add_argument(
+        *("--timeout", "-t"), type=float, default=3600.0, metavar="SECONDS", help="of --wait: 3600"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Asks, and waits if told to; 0."""
+    from safereg_dist.run.stop import request_stop, wait_for_stop
+
+    request_stop(arguments.run_dir)
+    if not arguments.wait:
+        print(f"asked: {arguments.run_dir} saves after its step, and its ranks end with status 75")
+        return 0
+    show = partial(print, file=sys.stderr, flush=True)
+    wait_for_stop(arguments.run_dir, timeout_s=arguments.timeout, show=show)
+    print(f"{arguments.run_dir} has ended; the same command as before goes on with it")
+    return 0

@@ -1,0 +1,191 @@
+"""What the answers of hosts mean for a run."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from safereg_dist.doctor.finding import Finding, finding
+from safereg_dist.doctor.host import Answer
+from safereg_dist.doctor.work import Work
+from safereg_dist.run.checkpoint import complete_checkpoints
+from safereg_dist.run.stop import stop_file
+
+KILLED_AFTER_S = 30.0
+"""deepspeed's `launch` and torchrun kill ranks so long after they were told to end."""
+_HEADROOM = 0.8  # of those seconds, for a save
+
+
+def host_findings(answers: Mapping[str, Answer], work: Work) -> Iterator[Finding]:
+    """Of all hosts together: they must be alike, see the same folder and know each other."""
+    several = len(answers) > 1
+    if several:
+        yield _alike("python", answers, lambda a: a.python)
+        for name in next(iter(answers.values())).versions:
+            yield _alike(f"version of {name}", answers, lambda a, name=name: a.versions[name])
+        yield _alike("our code", answers, lambda a: a.code)
+        yield _alike("GPU", answers, lambda a: a.gpu or "none")
+    yield _everywhere(
+        "output_dir is one folder",
+        {h: "" if a.sees_nonce else "does not see it" for h, a in answers.items()},
+        found="all see a file written by the first",
+        remedy="mount the folder that holds output_dir at the same path on all hosts",
+    )
+    yield _everywhere(
+        "inputs are there",
+        {h: ", ".join(a.missing) for h, a in answers.items()},
+        found="model, data, risk",
+        remedy="copy them there, or mount the folder they are in",
+    )
+    if any(a.unreachable for a in answers.values()) or work.endpoints:
+        yield _everywhere(
+            "judge answers",
+            {
+                h: "; ".join(f"{u}: {w}" for u, w in a.unreachable.items())
+                for h, a in answers.items()
+            },
+            found="takes connections",
+            remedy="start the judge, or correct `endpoint`; every rank asks it",
+        )
+    if several:
+        yield _everywhere(
+            "own name",
+            {h: _loopback(a) for h, a in answers.items()},
+            found="no loopback address",
+            remedy="ranks offer this address to the others: remove the line of 127.0.1.1 from "
+            "/etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface",
+        )
+        yield _everywhere(
+            "names of the others",
+            {
+                h: ", ".join(f"{p}: {w}" for p, w in a.unknown_peers.items())
+                for h, a in answers.items()
+            },
+            found="all resolve",
+            remedy="add them to DNS or /etc/hosts",
+        )
+
+
+def first_host_findings(first: Answer, *, port: int) -> Iterator[Finding]:
+    """Of the host that the ranks meet at."""
+    if port:
+        yield finding(
+            f"port {port} on {first.host}",
+            not first.port_error,
+            found=first.port_error or "free",
+            expected="free",
+            remedy="--master_port OTHER (deepspeed, torchrun), and end what holds it",
+        )
+
+
+def disk_findings(answers: Mapping[str, Answer], work: Work, folder: Path) -> Iterator[Finding]:
+    """Whether the run's files fit, and how long a save takes."""
+    if work.checkpoint_bytes is None:
+        return
+    needed = work.disk_bytes
+    free = min(a.free_bytes for a in answers.values())
+    yield finding(
+        "disk",
+        free >= needed,
+        found=f"{free / 1e9:.1f} GB free",
+        expected=f"{needed / 1e9:.1f} GB: {work.disk_text}",
+        remedy="free space, lower train.keep_checkpoints, or move output_dir",
+    )
+    slowest = min(a.write_bytes_per_s for a in answers.values())
+    if not slowest:
+        host = min(answers, key=lambda h: answers[h].write_bytes_per_s)
+        yield Finding(
+            check="writing",
+            found=f"{host} cannot write to {folder}",
+            expected="writable by all",
+            verdict="FAIL",
+            remedy="mount it writable, or give its user the right",
+        )
+        return
+    seconds = work.checkpoint_bytes / len(answers) / slowest
+    yield finding(
+        "time of a save",
+        seconds <= _HEADROOM * KILLED_AFTER_S,
+        found=f"{seconds:.1f} s at {slowest / 1e6:.0f} MB/s a host",
+        expected=f"under {_HEADROOM * KILLED_AFTER_S:.0f} s, if it is to be stopped by SIGTERM",
+        remedy="launchers kill ranks 30 s after SIGTERM: stop with `safereg stop` instead, or save "
+        "every few steps",
+        bad="warn",
+    )
+
+
+def folder_findings(folder: Path) -> Iterator[Finding]:
+    """The state of the run's folder."""
+    saved = complete_checkpoints(folder / "checkpoint")
+    state = "new" if not (folder / "config.yaml").is_file() else "holds a run"
+    state += f", resumes from {saved[-1].name}" if saved else ""
+    is_complete = (folder / "summary.json").is_file()
+    is_foreign = state == "new" and folder.is_dir() and any(folder.iterdir())
+    yield finding(
+        "run folder",
+        not (is_complete or is_foreign),
+        found="complete" if is_complete else "other files" if is_foreign else state,
+        expected="new, or a run to go on with",
+        remedy="nothing would be trained: choose another output_dir",
+    )
+    if stop_file(folder).exists():
+        yield Finding(
+            check="stop file",
+            found="there is one",
+            expected="none",
+            verdict="warn",
+            remedy="a run that uses this folder now is about to end; a new start removes it",
+        )
+
+
+def link_finding(rates: Mapping[str, float], work: Work, *, between_hosts: bool) -> Finding:
+    """The slowest link against the bytes of a step.
+
+    `rates` are bytes/s that each host, or rank, receives.
+    """
+    slowest = min(rates, key=lambda name: rates[name])
+    rate = rates[slowest]
+    found = f"{rate / 1e6:.0f} MB/s into {slowest}"
+    moved = work.moved_bytes(between_hosts=between_hosts)
+    if moved is None or work.step_seconds is None:
+        return Finding(check="bandwidth", found=found, expected="no plan to compare", verdict="ok")
+    seconds = moved / rate
+    return finding(
+        "bandwidth",
+        seconds <= work.step_seconds,
+        found=f"{found}: {seconds:.2g} s a step",
+        expected=f"{moved / 1e6:.3g} MB a step within its {work.step_seconds:.2g} s of products",
+        remedy="steps will wait for the network: use the fast interface (NCCL_SOCKET_IFNAME), more "
+        "rows a step, engine.hpz_partition_size, or reference.cache",
+        bad="warn",
+    )
+
+
+def _alike(check: str, answers: Mapping[str, Answer], value: Callable[[Answer], str]) -> Finding:
+    values = {host: value(answer) for host, answer in answers.items()}
+    usual = Counter(values.values()).most_common(1)[0][0]
+    others = [f"{host} has {v}" for host, v in values.items() if v != usual]
+    return finding(
+        check,
+        not others,
+        found=", ".join(others) or usual,
+        expected=f"{usual} on all" if others else "the same on all",
+        remedy="make the environments and checkouts alike",
+    )
+
+
+def _everywhere(check: str, wrong: Mapping[str, str], *, found: str, remedy: str) -> Finding:
+    bad = [f"{host}: {what}" for host, what in wrong.items() if what]
+    return finding(
+        check, not bad, found="; ".join(bad) or found, expected="on every host", remedy=remedy
+    )
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {why}" for name, why in reasons.items())
+
+
+def _loopback(answer: Answer) -> str:
+    """Why ranks of other hosts cannot reach this one by its name; empty where they can."""
+    address = answer.own_address
+    is_good = address[:1].isdigit() and not address.startswith("127.")
+    return "" if is_good else f"{answer.host} is {address}"

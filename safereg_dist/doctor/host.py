@@ -1,0 +1,173 @@
+"""What one host sees of a run that is planned. Over ssh: `python -m safereg_dist.doctor.host`.
+
+It loads no torch: a question is answered in a second. A question and its answer are JSON.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from safereg_dist.run.versions import versions_of
+
+PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "safetensors", "datasets", "peft")
+SAMPLE_BYTES = 64 << 20
+"""Written and synced to learn how long a save takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What to look at."""
+
+    folder: str
+    """Where the run's folder is or will be made: an existing folder."""
+    nonce: str = ""
+    """Name of a file that the asking host has put there."""
+    peers: list[str] = field(default_factory=list)
+    """Names of all hosts."""
+    paths: list[str] = field(default_factory=list)
+    """Files and folders that every rank reads."""
+    endpoints: list[str] = field(default_factory=list)
+    """URLs that every rank asks."""
+    port: int = 0
+    """Must be free; 0 = not asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What there is."""
+
+    host: str
+    python: str
+    versions: dict[str, str]
+    code: str
+    """Digest of the sources of both packages, as they are imported here."""
+    own_address: str
+    """What the host's own name resolves to, or why it does not."""
+    unknown_peers: dict[str, str]
+    """Names that do not resolve, or to this host's loopback though they are others: why."""
+    sees_nonce: bool
+    missing: list[str]
+    unreachable: dict[str, str]
+    port_error: str
+    free_bytes: int
+    write_bytes_per_s: float
+    """0 where nothing can be written."""
+    gpu: str
+    """Name of the first one, as the driver says it; empty without."""
+
+
+def answer(question: Question) -> Answer:
+    """Looks. Writes `SAMPLE_BYTES` into the folder for a moment."""
+    folder = Path(question.folder)
+    host = socket.gethostname()
+    return Answer(
+        host=host,
+        python=sys.version.split()[0],
+        versions=versions_of(*PACKAGES),
+        code=code_digest(),
+        own_address=_address(host),
+        unknown_peers={p: a for p in question.peers if not _is_address(a := _address(p))},
+        sees_nonce=bool(question.nonce) and (folder / question.nonce).is_file(),
+        missing=[path for path in question.paths if not Path(path).exists()],
+        unreachable={url: why for url in question.endpoints if (why := _unreachable(url))},
+        port_error=_port_error(question.port),
+        free_bytes=_free_bytes(folder),
+        write_bytes_per_s=_write_rate(folder),
+        gpu=_gpu(),
+    )
+
+
+def code_digest() -> str:
+    """SHA-256 (12 hex digits) of all sources of `safereg_dist` and `safereg_kernels`."""
+    import safereg_kernels
+
+    digest = hashlib.sha256()
+    roots = (Path(__file__).parents[1], Path(str(safereg_kernels.__file__)).parent)
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{root.name}/{path.relative_to(root)}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
+def _address(name: str) -> str:
+    try:
+        return socket.gethostbyname(name)
+    except OSError as err:
+        return f"unknown ({err.strerror or err})"
+
+
+def _is_address(text: str) -> bool:
+    return not text.startswith("unknown")
+
+
+def _unreachable(url: str) -> str:
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=5.0).close()
+    except OSError as err:
+        return str(err)
+    return ""
+
+
+def _port_error(port: int) -> str:
+    if not port:
+        return ""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store
+        try:
+            probe.bind(("", port))
+        except OSError as err:
+            return err.strerror or str(err)
+    return ""
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
+
+
+def _write_rate(folder: Path) -> float:
+    path = folder / f".doctor.{socket.gethostname()}.{os.getpid()}"
+    block = os.urandom(1 << 20)  # a file system that compresses must not look fast
+    try:
+        began = time.perf_counter()
+        with path.open("wb") as file:
+            for _ in range(SAMPLE_BYTES >> 20):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        return SAMPLE_BYTES / (time.perf_counter() - began)
+    except OSError:
+        return 0.0
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _gpu() -> str:
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(answer(Question(**json.load(sys.stdin))))))

@@ -1,0 +1,110 @@
+"""What a run will read, write and send, from its configuration and the planner."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safereg_dist.config import Config
+from safereg_dist.errors import ConfigError
+from safereg_dist.parallel.hardware import GPUS, find_gpu, rates_of_device
+from safereg_dist.plan.plan import Costs, arm_costs
+from safereg_dist.plan.settings import Settings
+from safereg_dist.plan.shape import read_shape
+
+CHECKPOINT_BYTES = 16
+"""A parameter in a checkpoint: master weight, two moments, and room for the layout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """The needs of a run; None where the planner cannot say them."""
+
+    paths: list[str]
+    endpoints: list[str]
+    checkpoint_bytes: int | None
+    disk_bytes: int
+    disk_text: str
+    step_seconds: float | None
+    """Of matrix products, on the slowest rank."""
+    inside_bytes: float | None
+    between_bytes: float | None
+
+    def moved_bytes(self, *, between_hosts: bool) -> float | None:
+        """Bytes that a rank receives in a step over the links that were measured."""
+        return self.between_bytes if between_hosts else self.inside_bytes
+
+
+def work_of(config: Config, *, world_size: int, per_host: int, gpu: str) -> Work:
+    """The needs of a run on so many ranks; `gpu` is the driver's name of one, or empty."""
+    parts = config.risk.parts or (config.risk,)
+    used = parts if config.needs_risk else ()
+    critics = [part.critic for part in used if part.estimator == "critic"]
+    paths = [config.reference.model, config.reference.cache, config.risk.override]
+    paths += [part.path for part in used] + [critic.local for critic in critics]
+    paths += [*_sources(config.data.train), config.data.validation, config.data.anchor]
+    model = Path(config.model)
+    shape = None
+    if model.is_dir():
+        paths.append(config.model)
+        try:
+            shape = read_shape(model)
+        except ConfigError:
+            pass  # a type that the planner does not know trains all the same
+    costs = None
+    checkpoint = export = None
+    if shape is not None:
+        trained = shape.parameters if config.lora is None else shape.parameters // 50
+        checkpoint = CHECKPOINT_BYTES * trained
+        export = (2 if config.train.precision == "bf16" else 4) * shape.parameters
+        costs = _costs(config, shape, world_size, per_host, gpu)
+    kept = config.train.keep_checkpoints + 1 if config.train.save_every else 1
+    return Work(
+        paths=[path for path in paths if path is not None and ("/" in path or Path(path).exists())],
+        endpoints=[critic.endpoint for critic in critics if critic.endpoint is not None],
+        checkpoint_bytes=checkpoint,
+        disk_bytes=kept * (checkpoint or 0) + (export or 0),
+        disk_text=f"{kept} checkpoints of {(checkpoint or 0) / 1e9:.2g} GB and the export",
+        step_seconds=None if costs is None else _products(costs, world_size, gpu),
+        inside_bytes=None if costs is None else sum(t.total for t in costs.traffic.values()),
+        between_bytes=None if costs is None else sum(t.between for t in costs.traffic.values()),
+    )
+
+
+def _sources(train: object) -> list[str]:
+    """The files of `data.train`: one, or several with their shares."""
+    if isinstance(train, str):
+        return [train]
+    parts = train if isinstance(train, list | tuple) else ()
+    return [part if isinstance(part, str) else part.path for part in parts]
+
+
+def _costs(config: Config, shape, world_size: int, per_host: int, gpu: str) -> Costs | None:
+    arm = "sft"
+    if config.needs_reference:
+        arm = "routed" if config.reference.cache is None else "stored"
+    try:
+        settings = Settings(
+            world_size=world_size,
+            gpus_per_node=per_host,
+            seq_length=config.data.max_length,
+            micro_batch=config.train.micro_batch_size,
+            grad_accum=config.train.grad_accum_steps,
+            activation_checkpointing=config.train.activation_checkpointing,
+            precision=config.train.precision,
+            hpz=config.engine.hpz_partition_size,
+            arm=arm,
+        )
+        return arm_costs(shape, settings, _nearest(gpu))
+    except ConfigError:
+        return None
+
+
+def _nearest(name: str):
+    try:
+        return find_gpu(name)
+    except ConfigError:
+        return GPUS[0]  # only FLOPs and bytes are read, which are the same on all
+
+
+def _products(costs: Costs, world_size: int, gpu: str) -> float:
+    rates = rates_of_device(gpu or None, spans_nodes=False)
+    return costs.total_flops / (rates.flops_per_s * world_size)

@@ -1,0 +1,106 @@
+"""Asking a run to save and end: by a file in its folder, which every launcher leaves alone, or by
+a signal to one of its ranks."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safereg_dist.errors import CheckpointError
+from safereg_dist.storage.atomic import write_atomically
+
+EXIT_REQUEUE = 75
+"""Exit status after a checkpoint on request (EX_TEMPFAIL): the same command resumes the run."""
+_SAVES = (signal.SIGUSR1, signal.SIGTERM)
+
+
+def stop_file(folder: Path) -> Path:
+    """The file that asks the run in this folder to save and end."""
+    return folder / "stop"
+
+
+@contextmanager
+def stop_requests(folder: Path, *, looks: bool) -> Iterator[Callable[[], bool]]:
+    """A block in which SIGUSR1, SIGTERM or the stop file ask for a checkpoint and a stop.
+
+    Yields a function that says whether this rank was asked. Where `looks`, a call costs one
+    `os.stat`: one rank looks, and the metrics of the step carry its answer to the others. torchrun
+    hands a closed terminal's SIGHUP on and kills ranks that outlive it by 30 s: there it asks too.
+    """
+    was_signalled = False
+
+    def request(*_: object) -> None:
+        nonlocal was_signalled
+        was_signalled = True
+
+    numbers = (*_SAVES, signal.SIGHUP) if "TORCHELASTIC_RUN_ID" in os.environ else _SAVES
+    before = {number: signal.signal(number, request) for number in numbers}
+    try:
+        yield lambda: was_signalled or (looks and stop_file(folder).exists())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def forget_stop(folder: Path) -> None:
+    """Removes the stop file: it was honoured, or was meant for an earlier run."""
+    with suppress(OSError):
+        stop_file(folder).unlink()
+
+
+def request_stop(folder: Path) -> None:
+    """Writes the stop file of a run.
+
+    Raises:
+        CheckpointError: not the folder of a run, a run that has ended, or a folder that cannot be
+            written.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(
+            f"expected the folder of a run, found no config.yaml in {folder}: give the run's "
+            "output_dir (it appears when the first step begins)"
+        )
+    if _has_ended(folder):
+        raise CheckpointError(f"the run in {folder} is complete: there is nothing to stop")
+    write_atomically(stop_file(folder), "")
+
+
+def wait_for_stop(folder: Path, *, timeout_s: float, show: Callable[[str], None]) -> None:
+    """Returns when the run has honoured the stop file or has ended; `show` is told how far it is.
+
+    Raises:
+        CheckpointError: it has done neither after `timeout_s` seconds.
+    """
+    began, told = time.monotonic(), 0.0
+    while stop_file(folder).exists() and not _has_ended(folder):
+        waited = time.monotonic() - began
+        if waited > timeout_s:
+            raise CheckpointError(
+                f"expected the run in {folder} to save and end within {timeout_s:.0f} s, its stop "
+                "file is still there: if it runs, wait longer (--timeout); if it does not, there "
+                "is nothing to stop, and its next start removes the file"
+            )
+        if waited >= told:
+            told += 5.0
+            show(f"waiting for {folder} to save and end: {waited:.0f} s, {_last_sign(folder)}")
+        time.sleep(0.2)
+
+
+def _has_ended(folder: Path) -> bool:
+    """Whether the summary, which is written last, is of the run that wrote the metrics."""
+    return _changed(folder / "summary.json") > _changed(folder / "metrics.jsonl")
+
+
+def _last_sign(folder: Path) -> str:
+    at = _changed(folder / "metrics.jsonl")
+    return f"last step logged {max(0.0, time.time() - at):.0f} s ago" if at else "no step yet"
+
+
+def _changed(path: Path) -> float:
+    """Time of the last change, in seconds of the epoch; 0 where there is no file."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
