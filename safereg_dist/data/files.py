@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TextIO
 from safereg_dist.data.formats import chat_messages
 from safereg_dist.data.hub import dataset_rows, is_dataset
 from safereg_dist.errors import DataError
+from safereg_dist.storage.json_text import parse_json
 
 _LABELS = {
     **dict.fromkeys(("harmful", "unsafe", "1", "true"), "harmful"),
@@ -122,7 +123,7 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[str, dict]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as err:
             raise DataError(
                 f"{path}:{number} is not JSON ({err.msg}): write one JSON object per line"

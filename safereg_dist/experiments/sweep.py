@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from safereg_dist.config import load_config, replace, section_from_dict
 from safereg_dist.config.section import Section
+from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.errors import ConfigError, SafeRegError
 from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.rates import table_rows
@@ -169,7 +170,7 @@ def read_sweep(path: Path) -> Sweep:
         ConfigError: it cannot be read, or is none.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ConfigError(f"cannot read the sweep {path}: {err}") from err
     if not isinstance(raw, Mapping):

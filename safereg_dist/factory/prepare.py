@@ -12,6 +12,7 @@ from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient
 from safereg_dist.config import POLICY_RISK_IS_TOO_LATE, Config, config_from_dict
 from safereg_dist.config.messages import unknown_key
 from safereg_dist.config.section import section_in
+from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.references import (
@@ -199,8 +200,8 @@ def read_settings(settings: Path | str | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(settings, Mapping):
         return dict(settings)
     try:
-        found = yaml.safe_load(Path(settings).read_text("utf-8")) or {}
-    except (OSError, yaml.YAMLError) as err:
+        found = read_yaml(settings) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ConfigError(f"the settings {settings} cannot be read: {err}") from err
     if not isinstance(found, dict):
         raise ConfigError(f"expected sections in the settings {settings}, got a {type(found)}")

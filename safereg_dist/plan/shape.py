@@ -4,7 +4,6 @@ The parameters are those of the model that transformers builds on the meta devic
 embeddings, biases and experts are counted as they are trained.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safereg_dist.errors import ConfigError, reason_of
+from safereg_dist.storage.json_text import parse_json
 
 SIZES = (
     "hidden_size",
@@ -119,7 +119,7 @@ def read_shape(path: Path) -> ModelShape:
     """
     path = path / "config.json" if path.is_dir() else path
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
     except OSError as err:
         raise ConfigError(f"--model-config {path} cannot be read: {err.strerror}") from err
     except ValueError as err:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from safereg_dist.errors import ProbeError
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import parse_json
 
 POOLINGS = ("last_prompt_token", "mean_prompt", "both_prompt")
 RESPONSE_POOLINGS = ("last_response_token", "mean_response", "both_response")
@@ -160,7 +161,7 @@ class Probe:
                 f"{folder}`, or correct risk.path"
             )
         try:
-            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            facts = parse_json((folder / _FACTS).read_bytes())
             packed = (folder / _TENSORS).read_bytes()
             tensors = load(packed)
             probe = cls(

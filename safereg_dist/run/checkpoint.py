@@ -29,6 +29,7 @@ from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
 from safereg_dist.step import SafetyRegularizer
+from safereg_dist.storage.json_text import parse_json
 
 _FORMAT = 2  # format 1 (safereg_dist 0.1) had other names for the policy's weights
 _RESERVE_BYTES = 64 << 20
@@ -213,7 +214,7 @@ def read_state(checkpoint: Path) -> RunState:
         CheckpointError: unreadable, or of another format.
     """
     try:
-        values: dict[str, Any] = json.loads((checkpoint / "state.json").read_text("utf-8"))
+        values: dict[str, Any] = parse_json((checkpoint / "state.json").read_bytes())
         written = values.get("format", 1)
         if written != _FORMAT:
             raise CheckpointError(

@@ -1,6 +1,5 @@
 """The folder of a run: which run it belongs to, whether that has ended, and its facts."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safereg_dist.parallel.comm import Ranks
 from safereg_dist.run.checkpoint import config_hash, differences
 from safereg_dist.run.versions import versions_of
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import parse_json
 
 
 def is_complete(config: Config, ranks: Ranks) -> bool:
@@ -44,7 +44,7 @@ def _is_marked_complete(summary: Path) -> bool:
     if not summary.is_file():
         return False
     try:
-        return json.loads(summary.read_text("utf-8"))["status"] == "complete"
+        return parse_json(summary.read_bytes())["status"] == "complete"
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise CheckpointError(
             f"{summary} cannot be read ({err}): remove it to go on from the last checkpoint"
