@@ -159,8 +159,8 @@ def read_prompts(path: Path | str, *, label: str | None = None) -> list[Labelled
                 id=str(row.get("id", f"{Path(path).stem}-{index}")),
                 messages=messages,
                 label=_label(row, where) or label,
-                response=row.get("response"),
-                complying=row.get("complying"),
+                response=_text_or_none(row, "response", where),
+                complying=_text_or_none(row, "complying", where),
                 kind=None if row.get("type") is None else str(row["type"]),
                 pair=None if row.get("pair") is None else str(row["pair"]),
                 **_measured(row, where),
@@ -171,6 +171,13 @@ def read_prompts(path: Path | str, *, label: str | None = None) -> list[Labelled
     return prompts
 
 
+def _text_or_none(row: dict, name: str, where: str) -> str | None:
+    found = row.get(name)
+    if found is not None and not isinstance(found, str):
+        raise DataError(f"{where}: expected `{name}` as text, got {found!r:.80}: write it as text")
+    return found
+
+
 def _measured(row: dict, where: str) -> dict[str, Any]:
     """What a row says of how its answer is measured; `response` is among the right answers.
 
@@ -178,7 +185,7 @@ def _measured(row: dict, where: str) -> dict[str, Any]:
         DataError: no such measure, lists that are no lists of texts, a choice that is none.
     """
     measure = row.get("measure", "exact")
-    if measure not in MEASURES:
+    if not isinstance(measure, str) or measure not in MEASURES:
         raise DataError(
             f"{where}: measure {measure!r} is not known: use one of {', '.join(MEASURES)}"
         )

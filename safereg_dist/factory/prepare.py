@@ -30,11 +30,11 @@ from safereg_dist.factory.risk_specs import (
     policy_layer,
     read_sources,
 )
+from safereg_dist.models.architecture import read_architecture
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.parallel.engine import Backend
-from safereg_dist.parallel.shards import read_architecture
 from safereg_dist.policy import Policy
 from safereg_dist.reference import EngineModel, NoReference, Reference, ReferenceModel
 from safereg_dist.reference.adapters_off import AdaptersOff

@@ -26,7 +26,8 @@ def read_overrides(path: Path | str) -> dict[str, Override]:
     overrides: dict[str, Override] = {}
     for where, row in read_rows(path):
         name, action, reason = (row.get(key) for key in ("id", "action", "reason"))
-        if name in (None, "") or action not in _RISK or not isinstance(reason, str) or not reason:
+        is_known = isinstance(action, str) and action in _RISK
+        if name in (None, "") or not is_known or not isinstance(reason, str) or not reason:
             raise DataError(
                 f"{where}: an override needs `id`, `action` (allow or hold) and a `reason`, got "
                 f"{ {key: row.get(key) for key in ('id', 'action', 'reason')} }: complete the row"
