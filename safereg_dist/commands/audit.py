@@ -264,9 +264,8 @@ def print_audit(report: dict[str, Any], facts: AuditFacts, out: Path, *, show_te
             f"{report['predicted_refusal_factor']:.3f} times the reference's own"
         )
     verdict = "would start" if report["training_would_start"] else "would refuse to start"
-    print(
-        f"training {verdict}: the limit is {report['limit']:.1%} of the rows; files in {printable(out)}"
-    )
+    limit, where = f"{report['limit']:.1%}", printable(out)
+    print(f"training {verdict}: the limit is {limit} of the rows; files in {where}")
 
 
 def _print_rows(

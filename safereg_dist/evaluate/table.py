@@ -41,11 +41,9 @@ def text_of(result: Mapping[str, Any]) -> str:
     if result.get("attacks"):
         parts.append(list(_rates(result["attacks"], "attack")))
     if result.get("judges"):
-        judges = result["judges"]
-        parts.append(list(_rates(judges["rates"], "judge")))
-        parts[-1] += [
-            f"agree  {printable(names)}: {_share(v)}" for names, v in judges["agreement"].items()
-        ]
+        rates, agreement = result["judges"]["rates"], result["judges"]["agreement"]
+        parts.append(list(_rates(rates, "judge")))
+        parts[-1] += [f"agree  {printable(names)}: {_share(v)}" for names, v in agreement.items()]
     if result.get("lm_eval"):
         parts.append(list(_harness(result["lm_eval"])))
     for name, other in result.get("against", {}).items():

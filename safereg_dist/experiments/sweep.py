@@ -202,9 +202,8 @@ def run_sweep(sweep: Sweep, train: Train, *, progress: bool = True) -> int:
             failed.add(cell.name)
             print(f"failed: {printable(cell.name)}: {error}", flush=True)
         write_table(sweep, cells, failed)
-    print(
-        f"\nwritten: {printable(out / TABLE)}" + (f"; {len(failed)} cells failed" if failed else "")
-    )
+    failures = f"; {len(failed)} cells failed" if failed else ""
+    print(f"\nwritten: {printable(out / TABLE)}{failures}")
     return len(failed)
 
 

@@ -137,8 +137,8 @@ def _same_template(probes: Sequence[Probe], tokenizer: PreTrainedTokenizerBase) 
 def _print(found: dict[str, Any], data_file: Path) -> None:
     for name, measured in found["probes"].items():
         print(
-            f"{printable(name)}: {found['rows']} rows of {printable(data_file)}, {found['harmful']} harmful, threshold "
-            f"{measured['threshold']:.4f}"
+            f"{printable(name)}: {found['rows']} rows of {printable(data_file)}, "
+            f"{found['harmful']} harmful, threshold {measured['threshold']:.4f}"
         )
         print_figures(measured)
     if found["same_template"] is False:
