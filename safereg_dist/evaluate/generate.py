@@ -28,7 +28,7 @@ from transformers.utils import logging
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.data.rendering import render_prompts
 from safereg_dist.errors import ConfigError, DataError, reason_of
-from safereg_dist.models.architecture import require_safetensors
+from safereg_dist.models.architecture import read_settings, require_safetensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +72,7 @@ def load_model(
     if not progress:
         logging.disable_progress_bar()
     try:
+        read_settings(model_dir, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=dtype or "auto",

@@ -26,8 +26,7 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
             experts without end, or the weights are quantised.
     """
     try:
-        found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        require_countable(found)
+        found = read_settings(folder)
     except Exception as err:  # its classes check their fields with errors of all kinds
         raise ConfigError(
             f"expected the config.json of a causal language model in {folder}, got: "
@@ -39,6 +38,17 @@ def read_architecture(folder: Path) -> PreTrainedConfig:
             f"the weights in {folder} are quantised (quantization_config: {kind}), expected plain "
             "ones: give the folder they were made from; engine.quantize packs the frozen weights"
         )
+    return found
+
+
+def read_settings(model: Path | str, **how: Any) -> PreTrainedConfig:
+    """The configuration of a folder or an id, quantised ones too; `how` as in `from_pretrained`.
+
+    Raises:
+        Exception: what transformers raises; ValueError where it has layers or experts without end.
+    """
+    found = AutoConfig.from_pretrained(model, trust_remote_code=False, **how)
+    require_countable(found)
     return found
 
 

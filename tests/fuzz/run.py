@@ -49,7 +49,8 @@ from safereg_dist.risk.probe import Probe
 
 CPU_S, WALL_S = 10, 180
 LONGEST_LINE = 520
-_BAR = re.compile(r"\d+%\||\d+ ?[a-z]* ?\[\d\d:\d\d")
+_ASIDE = re.compile(r"\d+%\||\d+ ?[a-z]* ?\[\d\d:\d\d|rows without a label|known from before")
+"""Lines that come before a refusal: bars, and two notes of `eval`."""
 
 
 class Target(NamedTuple):
@@ -197,7 +198,7 @@ def build(folder: Path) -> None:
     plain = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", "weight": 1}]
     write_jsonl(
         world / "messages.jsonl",
-        [{"messages": plain, "risk": 0.1}, {"messages": turns[:1] + turns[3:], "id": "b"}],
+        [{"messages": plain, "risk": 0.1}, {"messages": turns[:1] + turns[3:], "risk": 1}] * 2,
     )
     share = [{"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3"}]
     write_jsonl(
@@ -219,7 +220,7 @@ def build(folder: Path) -> None:
             "type": "t",
             "pair": "1",
         },
-        {"Goal": "w6", "Index": 1, "Category": "c", "Target": "w7"},
+        {"Goal": "w6", "Index": 1, "Category": "c", "Target": "w7", "label": "harmful"},
     ]
     write_jsonl(world / "prompts.jsonl", asked)
     tasks = [
@@ -269,8 +270,12 @@ def build(folder: Path) -> None:
     ended = run.ends((*EVAL, "--prompts", "prompts.jsonl"), seconds=100)
     assert ended == "accepted", (folder / "log").read_text()
     shutil.copytree(folder / "ran", folder / "cut")
-    for name in ("summary.json", "report.html", "ledger.jsonl"):
+    for name in ("summary.json", "report.html"):
         (folder / "cut" / "out" / name).unlink(missing_ok=True)
+    for name, target in TARGETS.items():
+        if "{content}" not in target.arguments:
+            _, ended, printed = next(cases(name, 1, folder, mutate=lambda content, _: content))
+            assert ended == "accepted", f"{name}: {printed}"
 
 
 def _shard(folder: Path) -> None:
@@ -317,7 +322,7 @@ class Case(NamedTuple):
         text = self.log.with_suffix(".err").read_text(errors="replace")
         if status == 0:
             return "traceback" if "Traceback" in text else "accepted"
-        said = [x for x in re.split("[\r\n]+", text) if x.strip() and not _BAR.search(x)]
+        said = [x for x in re.split("[\r\n]+", text) if x.strip() and not _ASIDE.search(x)]
         is_line = len(said) == 1 and said[0].startswith("safereg: ") and said[0].isprintable()
         is_usage = bool(said) and said[0].startswith("usage: ")
         short = bool(said) and len(said[-1]) <= LONGEST_LINE
@@ -353,16 +358,19 @@ class Case(NamedTuple):
             os._exit(status)
 
 
-def cases(name: str, count: int, root: Path, *, first: int = 0) -> Iterator[tuple[int, str, str]]:
+def cases(
+    name: str, count: int, root: Path, *, first: int = 0, mutate: Mutate | None = None
+) -> Iterator[tuple[int, str, str]]:
     """(number, how it ended, what it printed) of each case of a target."""
     target = TARGETS[name]
+    mutate = mutate or target.mutate
     for number in range(first, first + count):
         chance = random.Random(f"{name} {number}")
         folder = root / "case"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(root / target.base, folder)
         file = folder / target.file
-        file.write_bytes(target.mutate(file.read_bytes(), chance))
+        file.write_bytes(mutate(file.read_bytes(), chance))
         arguments = tuple(_filled(each, target, file, chance) for each in target.arguments)
         before = _files(folder)
         case = Case(folder, root / "log")
