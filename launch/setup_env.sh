@@ -19,6 +19,7 @@ _script_dir="${BASH_SOURCE[0]%/*}"
 PROJECT_ROOT="$(CDPATH='' cd -- "$_script_dir/.." && pwd -P)"
 VENV="$PROJECT_ROOT/.venv"
 CONSTRAINTS="$PROJECT_ROOT/launch/constraints.txt"
+HASHES="$PROJECT_ROOT/launch/hashes.txt"
 STAMP="$VENV/.safereg-stamp"
 # A CUDA build of torch pins the Triton it was made with, so constraints.txt cannot; a CPU build
 # brings none and gets this one (for the interpreter that tests kernels without a GPU).
@@ -116,7 +117,7 @@ has_cuda() { # true where torch sees a GPU; does not load torch where there is n
 
 stamp_value() { # changes with the pins, the project's metadata, the interpreter and the place
     {
-        cat "$CONSTRAINTS" "$PROJECT_ROOT/setup.py" "$PROJECT_ROOT/pyproject.toml" \
+        cat "$CONSTRAINTS" "$HASHES" "$PROJECT_ROOT/setup.py" "$PROJECT_ROOT/pyproject.toml" \
             "$PROJECT_ROOT/kernels/pyproject.toml"
         "$VENV/bin/python" -c 'import sys; print(sys.version)' </dev/null
         printf '%s\n' "$PROJECT_ROOT"
@@ -171,17 +172,31 @@ install_torch() {
             "network, or set SAFEREG_TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 }
 
-# Both packages in one call, so that pip meets safereg_dist's need of safereg-kernels from this
-# folder; without build isolation, since DeepSpeed's build would fetch a torch of its own.
+# pip compares each file with its hash and resolves nothing: what is not in hashes.txt stays out.
+# Without build isolation, in which pip would fetch build tools that have no hash (and DeepSpeed's
+# build a torch of its own).
+install_hashed() { # $1: `only` or `but`, then names of packages in hashes.txt
+    local how="$1" names="${*:2}"
+    awk -v how="$how" -v names="$names" '
+        BEGIN { split(tolower(names), list, " "); for (i in list) wanted[list[i]] }
+        /^[A-Za-z]/ { split($1, pin, "=="); taken = (tolower(pin[1]) in wanted) == (how == "only") }
+        taken' "$HASHES" >"$VENV/requirements.txt"
+    DS_BUILD_OPS=0 pip_install -q --no-build-isolation --no-deps --require-hashes \
+        -r "$VENV/requirements.txt"
+}
+
 install_project() {
-    local extra=()
+    say "4/4 installing DeepSpeed and the project"
     "$VENV/bin/python" -c 'import importlib.metadata as m; m.version("triton")' \
-        2>/dev/null </dev/null || extra=("$TRITON_FOR_CPU; platform_system == 'Linux'")
-    say "4/4 installing the project and its pinned dependencies"
-    (cd "$PROJECT_ROOT" && DS_BUILD_OPS=0 pip_install --no-build-isolation \
-        -c "$CONSTRAINTS" ${extra[@]+"${extra[@]}"} -e ./kernels -e '.[dev]') ||
-        fail "installing the dependencies failed (see above): check the package index and the" \
+        2>/dev/null </dev/null || pip_install -q --no-deps "$TRITON_FOR_CPU; platform_system == 'Linux'" ||
+        fail "installing $TRITON_FOR_CPU failed (see above): check the package index"
+    (cd "$PROJECT_ROOT" && install_hashed only deepspeed &&
+        pip_install -q --no-build-isolation --no-deps -e ./kernels -e .) ||
+        fail "installing the project failed (see above): check the package index and the" \
             "network, then run this again; it goes on where it stopped"
+    "$VENV/bin/python" -m pip check </dev/null ||
+        fail "the pins of launch/hashes.txt do not go together (see above): correct" \
+            "launch/constraints.txt and run launch/hashes.sh"
 }
 
 build_environment() {
@@ -192,10 +207,10 @@ build_environment() {
     check_disk
     make_venv
     activate
-    say "2/4 installing the build tools"
-    pip_install -q -U -c "$CONSTRAINTS" pip setuptools wheel ninja packaging ||
-        fail "installing pip, setuptools, wheel failed (see above): check the package index and" \
-            "the network"
+    say "2/4 installing the pinned dependencies, each checked against its hash"
+    { install_hashed only pip setuptools wheel ninja packaging && install_hashed but deepspeed; } ||
+        fail "installing the dependencies failed (see above): check the package index and the" \
+            "network, then run this again; it goes on where it stopped"
     say "3/4 torch"
     install_torch
     install_project

@@ -23,12 +23,34 @@ __all__ = [
     "SafeRegError",
     "ShapeError",
     "is_user_error",
+    "printable",
     "reason_of",
 ]
 
+LONGEST = 500
+"""Characters of an error's line, beyond which its middle is left out."""
+
+
+def printable(value: object, limit: int = 0) -> str:
+    """A value's text in one line that a terminal shows and does not obey.
+
+    Line breaks become spaces; other control characters, marks that turn the direction of writing,
+    and halves of surrogate pairs are written as Python escapes them. Of more than `limit`
+    characters (0: any number) the middle is left out.
+    """
+    text = " ".join(str(value).split())
+    if 0 < limit < len(text):
+        text = f"{text[: limit * 2 // 3]} [...] {text[-limit // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class SafeRegError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose; its text is one line, `printable`."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), LONGEST)
 
 
 class ConfigError(SafeRegError):
@@ -70,6 +92,9 @@ class NonFiniteLoss(SafeRegError):  # noqa: N818 - the condition is the name
 class RemoteRankError(SafeRegError):
     """Another rank has failed and reports the cause; this rank stops with it."""
 
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # the other rank's traceback, whole
+
 
 _USER_ERRORS = (
     ConfigError,
@@ -103,4 +128,4 @@ def is_user_error(error: BaseException) -> bool:
 
 def reason_of(error: BaseException, limit: int = 300) -> str:
     """The message of another library's error as one line of at most `limit` characters."""
-    return " ".join(str(error).split())[:limit]
+    return printable(error)[:limit]

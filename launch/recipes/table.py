@@ -99,7 +99,9 @@ def meta_model(name: str) -> Any:
     fields = dict(architectures()[name]["config"])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=False
+        )
 
 
 def lora_parameters(name: str) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from safereg_dist.commands.options import at_least
 from safereg_dist.data.files import LabelledPrompt, read_prompts
-from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError
+from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError, printable
 from safereg_dist.evaluate.generate import Answer, generate_answers, load_model
 from safereg_dist.parallel.distributed import distributed_ranks
 from safereg_dist.storage.atomic import write_atomically
@@ -124,9 +124,9 @@ def merge_anchor_parts(out: Path, world_size: int) -> dict[str, Any]:
         )
     print(
         f"anchors: {counts['rows']} rows from {counts['prompts']} prompts answered by "
-        f"{headers[0]['model']}, {counts['shortened']} shortened to whole sentences within "
-        f"{headers[0]['max_new_tokens']} tokens, dropped {counts['dropped_empty']} empty and "
-        f"{counts['dropped_cut']} without a whole one, written to {out}"
+        f"{printable(headers[0]['model'])}, {counts['shortened']} shortened to whole sentences "
+        f"within {headers[0]['max_new_tokens']} tokens, dropped {counts['dropped_empty']} empty and "
+        f"{counts['dropped_cut']} without a whole one, written to {printable(out)}"
     )
     return counts
 

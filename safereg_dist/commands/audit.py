@@ -23,7 +23,7 @@ import numpy as np
 from safereg_dist.coefficient import scheduled
 from safereg_dist.commands.options import add_config
 from safereg_dist.config import Config, load_config, replace
-from safereg_dist.errors import CheckpointError, ConfigError
+from safereg_dist.errors import CheckpointError, ConfigError, printable
 from safereg_dist.factory import RiskContext, build_risk_context, start_backend
 from safereg_dist.parallel.distributed import leave_group, share_cores
 from safereg_dist.run.gate import RowRisk, is_held_back, row_risks
@@ -279,7 +279,8 @@ def print_audit(report: dict[str, Any], facts: AuditFacts, out: Path, *, show_te
     )
     for title, key in (("by source", "held_by_source"), ("by category", "held_by_category")):
         if report[key]:
-            print(f"{title}: {', '.join(f'{n} {k}' for k, n in report[key].items())}")
+            counts = (f"{n} {printable(k, 80)}" for k, n in report[key].items())
+            print(f"{title}: {', '.join(counts)}")
     print("by risk: " + ", ".join(f"{k}: {n}" for k, n in report["rows_by_risk"].items()))
     _print_rows("held back, though prompts that read alike are not", report["for_review"], facts,
                 show_text=show_text)  # fmt: skip
@@ -296,7 +297,8 @@ def print_audit(report: dict[str, Any], facts: AuditFacts, out: Path, *, show_te
             f"{report['predicted_refusal_factor']:.3f} times the reference's own"
         )
     verdict = "would start" if report["training_would_start"] else "would refuse to start"
-    print(f"training {verdict}: the limit is {report['limit']:.1%} of the rows; files in {out}")
+    limit, where = f"{report['limit']:.1%}", printable(out)
+    print(f"training {verdict}: the limit is {limit} of the rows; files in {where}")
 
 
 def _below(report: dict[str, Any]) -> str:
@@ -328,8 +330,8 @@ def _print_rows(
         return
     print(f"{title}:")
     for row in rows:
-        text = f"  {' '.join(facts.prompts[row['id']].split())[:100]}" if show_text else ""
-        print(f"  {_shown(row['risk']):.3f}  {row['id']}  ({row['source']}){text}")
+        text = f"  {printable(facts.prompts[row['id']])[:100]}" if show_text else ""
+        print(f"  {_shown(row['risk']):.3f}  {printable(row['id'], 100)}  ({row['source']}){text}")
 
 
 def _histogram(rows: list[dict[str, Any]], threshold: float) -> bytes:

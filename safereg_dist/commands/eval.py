@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates on the launcher's ranks; the first writes and prints the figures of merit; 0."""
+    from safereg_dist.errors import printable
     from safereg_dist.evaluate.critics import read_critic
     from safereg_dist.evaluate.evaluate import evaluate_model
     from safereg_dist.evaluate.respondent import respondent_of
@@ -78,5 +79,5 @@ def run(arguments: argparse.Namespace) -> int:
                 **given,
             )
     print(text_of(result))
-    print(f"\nwritten: {arguments.out}")
+    print(f"\nwritten: {printable(arguments.out)}")
     return 0

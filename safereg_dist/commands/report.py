@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the report; 0."""
+    from safereg_dist.errors import printable
     from safereg_dist.evaluate.report import write_report
 
-    print(f"report: {write_report(arguments.runs, out=arguments.out)}")
+    print(f"report: {printable(write_report(arguments.runs, out=arguments.out))}")
     return 0

@@ -25,7 +25,7 @@ from safereg_dist.critic.verdict import Messages, Verdict
 from safereg_dist.data.files import read_rows
 from safereg_dist.data.formats import conversation_of
 from safereg_dist.data.indexed import IndexedTokens, prefix_of, write_risks
-from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.errors import ConfigError, DataError, printable
 from safereg_dist.storage.atomic import whole_file
 
 
@@ -184,12 +184,12 @@ def _summary(
 ) -> str:
     failed = failures.total()
     if not failed:
-        return f"score: {count} {what}, 0 failed judgements, written to {out}"
+        return f"score: {count} {what}, 0 failed judgements, written to {printable(out)}"
     reasons = ", ".join(f"{number} x {reason}" for reason, number in failures.most_common(4))
     meaning = "risk 1" if fail == "closed" else "risk 0"
     return (
         f"score: {count} {what}, {failed} failed judgements that count as {meaning} ({reasons}); "
-        f"the same command asks for those again; written to {out}"
+        f"the same command asks for those again; written to {printable(out)}"
     )
 
 

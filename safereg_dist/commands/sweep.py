@@ -13,11 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs what is not done yet; 1 where a cell failed."""
     from safereg_dist.commands.train import train_as
+    from safereg_dist.errors import printable
     from safereg_dist.experiments.sweep import cells_of, read_sweep, run_sweep
 
     sweep = read_sweep(arguments.sweep)
     if arguments.list:
         for cell in cells_of(sweep):
-            print(cell.name)
+            print(printable(cell.name))
         return 0
     return int(run_sweep(sweep, train_as) > 0)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from safereg_dist.config.messages import first_mistake
 from safereg_dist.config.section import Section
 from safereg_dist.config.sections import Config
+from safereg_dist.config.yaml_text import parse_yaml, read_yaml
 from safereg_dist.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
@@ -26,8 +27,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"expected a configuration file, found none at {path}: check the path")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raw = read_yaml(path)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(err).split())}") from err
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold keys and values, found {type(raw).__name__}")
@@ -72,6 +73,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = parse_yaml(text)
     except yaml.YAMLError as err:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from err

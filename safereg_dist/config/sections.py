@@ -198,7 +198,7 @@ class TrainConfig(Section):
     """`bf16` (float32 master weights in the optimizer) or `fp32`."""
     activation_checkpointing: bool = False
     """Recompute decoder layers in the backward pass to save memory."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=(1 << 63) - 1)
     """Seed of data order, dropout and initial random states."""
     save_every: int = Field(default=0, ge=0, json_schema_extra=ASIDE)
     """Optimizer steps between checkpoints; 0 = none."""
@@ -240,8 +240,9 @@ class EngineConfig(Section):
     hpz_partition_size: int = Field(default=1, ge=1)
     """Ranks that share a second copy of the policy's weights (ZeRO++ hpZ), e.g. the GPUs of a node:
     backward passes then gather inside the node. Must divide the number of ranks; 1 = off."""
-    timeout_s: float = Field(default=1800.0, gt=0, json_schema_extra=ASIDE)
-    """Timeout of a collective in seconds, > 0: an error if some rank does not join it in time."""
+    timeout_s: float = Field(default=1800.0, gt=0, le=30 * 86_400, json_schema_extra=ASIDE)
+    """Timeout of a collective in seconds, > 0, at most 30 days: an error if
+    some rank does not join it in time."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

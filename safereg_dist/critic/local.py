@@ -184,15 +184,20 @@ def _check_architecture(folder: Path) -> None:
 
 def _load(kind: Any, folder: Path, device: torch.device | str) -> tuple[Any, Any]:
     """Model and tokenizer, in the precision of the file, from files on this machine only."""
-    options = {"local_files_only": True, "trust_remote_code": False}
+    options = {"local_files_only": True}
     has_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model, info = kind.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, **options
+            folder,
+            dtype="auto",
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as err:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as err:  # its files are read by many hands
         reason = reason_of(err)
         raise ConfigError(
             f"the local judge in {folder} does not load: {reason}: give a complete folder that "

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TextIO
 from safereg_dist.data.formats import chat_messages
 from safereg_dist.data.hub import dataset_rows, is_dataset
 from safereg_dist.errors import DataError
+from safereg_dist.storage.json_text import parse_json
 
 _LABELS = {
     **dict.fromkeys(("harmful", "unsafe", "1", "true"), "harmful"),
@@ -122,7 +123,7 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[str, dict]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as err:
             raise DataError(
                 f"{path}:{number} is not JSON ({err.msg}): write one JSON object per line"
@@ -158,8 +159,8 @@ def read_prompts(path: Path | str, *, label: str | None = None) -> list[Labelled
                 id=str(row.get("id", f"{Path(path).stem}-{index}")),
                 messages=messages,
                 label=_label(row, where) or label,
-                response=row.get("response"),
-                complying=row.get("complying"),
+                response=_text_or_none(row, "response", where),
+                complying=_text_or_none(row, "complying", where),
                 kind=None if row.get("type") is None else str(row["type"]),
                 pair=None if row.get("pair") is None else str(row["pair"]),
                 **_measured(row, where),
@@ -170,6 +171,13 @@ def read_prompts(path: Path | str, *, label: str | None = None) -> list[Labelled
     return prompts
 
 
+def _text_or_none(row: dict, name: str, where: str) -> str | None:
+    found = row.get(name)
+    if found is not None and not isinstance(found, str):
+        raise DataError(f"{where}: expected `{name}` as text, got {found!r:.80}: write it as text")
+    return found
+
+
 def _measured(row: dict, where: str) -> dict[str, Any]:
     """What a row says of how its answer is measured; `response` is among the right answers.
 
@@ -177,7 +185,7 @@ def _measured(row: dict, where: str) -> dict[str, Any]:
         DataError: no such measure, lists that are no lists of texts, a choice that is none.
     """
     measure = row.get("measure", "exact")
-    if measure not in MEASURES:
+    if not isinstance(measure, str) or measure not in MEASURES:
         raise DataError(
             f"{where}: measure {measure!r} is not known: use one of {', '.join(MEASURES)}"
         )

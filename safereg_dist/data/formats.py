@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from safereg_dist.errors import DataError
+from safereg_dist.storage.json_text import parse_json
 
 
 class Conversation(NamedTuple):
@@ -257,6 +258,6 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
 
 def _parsed(text: str, what: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as err:
         raise DataError(f"{where}: {what} is not JSON ({err.msg}): write it as JSON") from err

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from safereg_dist.data.chat_template import failures_named, rendered
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError, DataError
 
@@ -18,18 +19,16 @@ def render_prompts(tokenizer: Any, prompts: list[LabelledPrompt]) -> list[list[i
             "expected a tokenizer with a chat template, found none: set `data.chat_template`, or "
             "save one with the tokenizer (chat_template.jinja)"
         )
-    rendered = []
-    for prompt in prompts:
-        try:
-            ids = tokenizer.apply_chat_template(
-                prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except Exception as err:  # templates raise whatever their author chose
-            raise DataError(
-                f"the chat template refuses prompt {prompt.id!r}: {err}: check its roles and turns"
-            ) from err
-        rendered.append(list(ids))
-    return rendered
+    return [_ids(tokenizer, prompt.messages, prompt.id, generation=True) for prompt in prompts]
+
+
+def _ids(
+    tokenizer: Any, messages: list[dict[str, str]], name: str, *, generation: bool
+) -> list[int]:
+    where = f"prompt {name!r}"
+    with failures_named(where):
+        text = rendered(tokenizer, messages, where, add_generation_prompt=generation)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def first_response_token(tokenizer: Any, prompt: LabelledPrompt, response: str) -> int:
@@ -40,7 +39,7 @@ def first_response_token(tokenizer: Any, prompt: LabelledPrompt, response: str) 
     """
     (start,) = render_prompts(tokenizer, [prompt])
     turns = [*prompt.messages, {"role": "assistant", "content": response}]
-    full = list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
+    full = _ids(tokenizer, turns, prompt.id, generation=False)
     if full[: len(start)] == start and len(full) > len(start):
         piece = tokenizer.decode([full[len(start)]]).strip().casefold()
         if piece and response.strip().casefold().startswith(piece):

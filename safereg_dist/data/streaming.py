@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from safereg_dist.config import DataConfig
 from safereg_dist.data.shares import Shares
 from safereg_dist.data.tokenized import shorten, source_rows, tokenize_row
-from safereg_dist.errors import DataError
+from safereg_dist.errors import DataError, printable
 from safereg_dist.types import Row
 
 
@@ -90,8 +90,8 @@ class StreamedRows:
         if kept is None and self._warns:
             self._warns = False
             print(
-                f"safereg: {where} is longer than data.max_length={config.max_length}: its place "
-                "in the batch stays empty, as that of all such rows",
+                f"safereg: {printable(where)} is longer than data.max_length={config.max_length}: its "
+                "place in the batch stays empty, as that of all such rows",
                 file=sys.stderr,
                 flush=True,
             )

@@ -19,11 +19,11 @@ from typing import Any
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
-from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.config import DataConfig
+from safereg_dist.data.chat_template import failures_named, limited_time, rendered
 from safereg_dist.data.files import read_rows
 from safereg_dist.data.formats import Conversation, conversation_of
 from safereg_dist.errors import ConfigError, DataError, reason_of
@@ -88,8 +88,8 @@ def read_tokenizer(model: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as err:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as err:  # its files are read by many hands
         raise ConfigError(f"no tokenizer could be loaded from {model}: {reason_of(err)}") from err
 
 
@@ -104,7 +104,12 @@ def load_tokenizer(model: str, config: DataConfig) -> PreTrainedTokenizerBase:
         path = Path(config.chat_template)
         if not path.is_file():
             raise ConfigError(f"expected a Jinja file at data.chat_template={path}, found none")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as err:
+            raise ConfigError(
+                f"data.chat_template={path} cannot be read: {reason_of(err)}"
+            ) from err
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"the tokenizer of {model} has no chat template: set data.chat_template to a Jinja file"
@@ -365,15 +370,10 @@ def tokenize_row(
     """
     conversation = conversation_of(raw, where)
     _check_tools(conversation, where, tokenizer)
-    try:
+    with failures_named(where):
         input_ids, loss_mask = _mask_by_template(conversation, where, tokenizer)
         if not any(loss_mask):
             input_ids, loss_mask = _mask_by_prefix(conversation, where, tokenizer)
-    except (TemplateError, TypeError) as err:  # TypeError: half a surrogate pair is no text
-        raise DataError(
-            f"{where}: chat template or tokenizer fail on this conversation ({reason_of(err)}): "
-            "change the row, or set data.chat_template"
-        ) from err
     loss_mask[:1] = [0]  # nothing comes before the first token to predict it from
     prompt_ends = [t for t in range(1, len(loss_mask)) if loss_mask[t] and not loss_mask[t - 1]]
     if not prompt_ends:
@@ -432,12 +432,14 @@ def _mask_by_template(
     template = _template(conversation, tokenizer)
     if not isinstance(template, str) or not _GENERATION_BLOCK.search(template):
         return [], []
-    encoded: Any = tokenizer.apply_chat_template(
-        conversation.messages,
-        tools=conversation.tools,  # type: ignore[arg-type]
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
+    rendered(tokenizer, conversation.messages, where, tools=conversation.tools)  # within bounds
+    with limited_time():
+        encoded: Any = tokenizer.apply_chat_template(
+            conversation.messages,
+            tools=conversation.tools,  # type: ignore[arg-type]
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
     mask = [int(m) for m in encoded["assistant_masks"]]
     return list(encoded["input_ids"]), _without_untrained(mask, conversation, where)
 
@@ -466,13 +468,13 @@ def _mask_by_prefix(
     conversation: Conversation, where: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Tokens and mask found turn by turn: what a turn adds after the generation prompt."""
-    full = _render(conversation, tokenizer)
+    full = _render(conversation, where, tokenizer)
     mask = [0] * len(full)
     for turn, is_trained in enumerate(conversation.is_trained):
         if not is_trained:
             continue
-        before = _render(conversation, tokenizer, turns=turn, generation=True)
-        after = _render(conversation, tokenizer, turns=turn + 1)
+        before = _render(conversation, where, tokenizer, turns=turn, generation=True)
+        after = _render(conversation, where, tokenizer, turns=turn + 1)
         if after[: len(before)] != before or full[: len(after)] != after:
             raise DataError(
                 f"{where}: the chat template changes earlier tokens when turn {turn} is added, so "
@@ -494,17 +496,15 @@ def _end_of_turn(tokens: list[int], begin: int, tokenizer: PreTrainedTokenizerBa
 
 def _render(
     conversation: Conversation,
+    where: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
     turns: int | None = None,
     generation: bool = False,
 ) -> list[int]:
     # As a batch of one: a single conversation must not be empty, the prefix of a first turn is.
-    encoded: Any = tokenizer.apply_chat_template(
-        [conversation.messages[:turns]],
-        tools=conversation.tools,  # type: ignore[arg-type]
-        add_generation_prompt=generation,
-        tokenize=True,
-        return_dict=True,
-    )
-    return list(encoded["input_ids"][0])
+    batch: Any = [conversation.messages[:turns]]
+    how = {"tools": conversation.tools, "add_generation_prompt": generation}
+    [text] = rendered(tokenizer, batch, where, **how)
+    encoded: Any = tokenizer(text, add_special_tokens=False)
+    return list(encoded["input_ids"])

@@ -1,6 +1,5 @@
 """Two models on the same prompts: what differs, prompt by prompt, and is it more than chance?"""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from safereg_dist.errors import ConfigError
 from safereg_dist.evaluate.kept import answers_path, kept_rows
 from safereg_dist.evaluate.rates import Outcome, label_of
 from safereg_dist.evaluate.statistics import paired
+from safereg_dist.storage.json_text import parse_json
 
 COMPARED = (
     "attack_success_rate",
@@ -77,7 +77,7 @@ def _values(rows: list[dict[str, Any]]) -> dict[str, list[float | bool]]:
 def _read(path: Path, result: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     _, rows = kept_rows(answers_path(path))
     try:
-        other = json.loads(path.read_text(encoding="utf-8"))
+        other = parse_json(path.read_bytes())
     except (OSError, ValueError) as err:
         raise ConfigError(f"cannot read the other evaluation {path}: {err}") from err
     for key in ("prompts", "max_new_tokens", "judge"):

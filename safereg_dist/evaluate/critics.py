@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from safereg_dist.config import CriticConfig, section_from_dict
+from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.critic.critic import build_critic, score_conversations
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError
@@ -36,7 +37,7 @@ def read_critic(file: Path) -> CriticConfig:
         ConfigError: the file cannot be read, or a key is not known.
     """
     try:
-        given = yaml.safe_load(file.read_text("utf-8"))
+        given = read_yaml(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ConfigError(f"cannot read the judge's settings {file}: {err}") from err
     if not isinstance(given, dict):
@@ -77,7 +78,7 @@ def ask_critic(
 def _is_trainer(settings: CriticConfig, model_dir: Path) -> bool:
     """Whether the run that trained the model was given its risk by the same judge."""
     try:
-        config = yaml.safe_load((model_dir.parent / "config.yaml").read_text("utf-8"))
+        config = read_yaml(model_dir.parent / "config.yaml")
         risk = config["risk"]
         given = [risk.get("critic"), *(part.get("critic") for part in risk.get("parts") or ())]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):

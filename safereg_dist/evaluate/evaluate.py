@@ -22,7 +22,7 @@ import torch
 from safereg_dist.config import CriticConfig
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.data.hub import is_dataset
-from safereg_dist.errors import ConfigError
+from safereg_dist.errors import ConfigError, printable
 from safereg_dist.evaluate.attacks import Attack, attack_of, name_under, rates_under
 from safereg_dist.evaluate.compare import against_others
 from safereg_dist.evaluate.critics import JudgedAnswers, ask_critic, compare_judges
@@ -180,8 +180,8 @@ def _announce(files: list[tuple[Path, list[LabelledPrompt]]], known: int) -> Non
     for file, rows in files:
         if unlabelled := sum(prompt.label is None for prompt in rows):
             print(
-                f"{file}: {unlabelled} rows without a label count as harmful (--benign {file} for "
-                "the other)",
+                f"{printable(file)}: {unlabelled} rows without a label count as harmful (--benign "
+                "names files of the other kind)",
                 file=sys.stderr,
                 flush=True,
             )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -29,8 +28,7 @@ from transformers.utils import logging
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.data.rendering import render_prompts
 from safereg_dist.errors import ConfigError, DataError, reason_of
-
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+from safereg_dist.models.architecture import read_settings, require_safetensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,17 +65,24 @@ def load_model(
             f"expected a Hugging Face model folder, found no config.json in {path}: give the "
             "folder that `save_pretrained` wrote (of a run: its model/ folder)"
         )
+    require_safetensors(path)
     # Files on this machine only: a misspelt path must not turn into a download.
     options = {"local_files_only": True}
     bars = logging.is_progress_bar_enabled()
     if not progress:
         logging.disable_progress_bar()
     try:
+        read_settings(model_dir, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype or "auto", output_loading_info=True, **options
+            model_dir,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, **options)
-    except _LOAD_ERRORS as err:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, **options)
+    except Exception as err:  # its files are read by many hands
         reason = reason_of(err)
         raise ConfigError(
             f"cannot load model and tokenizer from {model_dir}: {reason}: give a complete folder "

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.errors import ConfigError, reason_of
 from safereg_dist.evaluate.generate import load_model
 
@@ -100,7 +101,7 @@ def _task(name: str) -> str | dict[str, Any]:
     if not name.endswith((".yaml", ".yml")):
         return name
     try:
-        given = yaml.safe_load(Path(name).read_text("utf-8"))
+        given = read_yaml(name)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ConfigError(
             f"cannot read the task {name} ({reason_of(err)}): give a task's YAML without code"

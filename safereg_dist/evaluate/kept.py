@@ -14,6 +14,7 @@ from typing import Any
 
 from safereg_dist.errors import CheckpointError, DataError
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import parse_json
 
 
 def answers_path(out: Path) -> Path:
@@ -95,7 +96,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[int, dict[str, Any]]]
     header = None
     for number, line in enumerate(lines):
         try:
-            found = json.loads(line)
+            found = parse_json(line)
         except json.JSONDecodeError:
             break
         if not isinstance(found, dict):

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from safereg_dist.errors import printable
+
 TITLES = {
     "attack_success_rate": "attack success",
     "attack_success_rate_sampled": "attack success, sampled",
@@ -39,9 +41,9 @@ def text_of(result: Mapping[str, Any]) -> str:
     if result.get("attacks"):
         parts.append(list(_rates(result["attacks"], "attack")))
     if result.get("judges"):
-        judges = result["judges"]
-        parts.append(list(_rates(judges["rates"], "judge")))
-        parts[-1] += [f"agree  {names}: {_share(v)}" for names, v in judges["agreement"].items()]
+        rates, agreement = result["judges"]["rates"], result["judges"]["agreement"]
+        parts.append(list(_rates(rates, "judge")))
+        parts[-1] += [f"agree  {printable(names)}: {_share(v)}" for names, v in agreement.items()]
     if result.get("lm_eval"):
         parts.append(list(_harness(result["lm_eval"])))
     for name, other in result.get("against", {}).items():
@@ -66,14 +68,14 @@ def _by(groups: Mapping[str, Mapping[str, Any]], title: str) -> Iterator[str]:
     shown = [n for n in _OF_SETS if any(group.get(n) is not None for group in groups.values())]
     yield f"{title:26s}" + "".join(f"{TITLES[name]:>25s}" for name in shown)
     for name, group in groups.items():
-        yield f"{name[:25]:26s}" + "".join(f"{_share(group.get(n)):>25s}" for n in shown)
+        yield f"{printable(name)[:25]:26s}" + "".join(f"{_share(group.get(n)):>25s}" for n in shown)
 
 
 def _rates(groups: Mapping[str, Mapping[str, Any]], title: str) -> Iterator[str]:
     yield f"{title:26s}{'attack success':>16s}"
     for name, group in groups.items():
         note = "  (it trained this model)" if group.get("used_in_training") else ""
-        yield f"{name[:25]:26s}{_share(group['attack_success_rate']):>16s}{note}"
+        yield f"{printable(name)[:25]:26s}{_share(group['attack_success_rate']):>16s}{note}"
 
 
 def _harness(found: Mapping[str, Any]) -> Iterator[str]:
@@ -86,12 +88,12 @@ def _harness(found: Mapping[str, Any]) -> Iterator[str]:
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
             shown = metric if kind in ("", "none") else name
-            line = f"{task[:39]:40s}{shown:>20s}{value:>10.4f}"
+            line = f"{printable(task)[:39]:40s}{printable(shown):>20s}{value:>10.4f}"
             yield f"{line}{'' if error is None else f'{error:.4f}':>9s}{values.get('rows', ''):>7}"
 
 
 def _differences(name: str, other: Mapping[str, Any]) -> Iterator[str]:
-    title = f"{'against ' + name:26s}{'its value':>10s}{'difference':>12s}"
+    title = f"{'against ' + printable(name):26s}{'its value':>10s}{'difference':>12s}"
     yield f"{title}{'95 % interval':>21s}{'p':>8s}"
     for figure, tested in other["differences"].items():
         low, high = tested["interval"]

@@ -25,12 +25,11 @@ from pydantic import Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from safereg_dist.config.section import Section
 from safereg_dist.errors import ConfigError
-from safereg_dist.models.architecture import decoder_layers
-from safereg_dist.parallel.shards import read_architecture, tensor_shapes, weight_files
+from safereg_dist.models.architecture import build_model, decoder_layers, read_architecture
+from safereg_dist.parallel.shards import tensor_shapes, weight_files
 from safereg_dist.storage.atomic import whole_folder
 
 REPORT = "after_training.json"
@@ -147,7 +146,7 @@ def linear_weights(folder: Path) -> list[str]:
         ConfigError: the folder holds no causal language model with a list of decoder layers.
     """
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(read_architecture(folder))
+        model: Any = build_model(read_architecture(folder))
     _, layers = decoder_layers(model)
     inside = {id(m) for m in layers.modules() if isinstance(m, nn.Linear)}
     return [f"{name}.weight" for name, m in model.named_modules() if id(m) in inside]

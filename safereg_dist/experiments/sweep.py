@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 from safereg_dist.config import load_config, replace, section_from_dict
 from safereg_dist.config.section import Section
-from safereg_dist.errors import ConfigError, SafeRegError
+from safereg_dist.config.yaml_text import read_yaml
+from safereg_dist.errors import ConfigError, SafeRegError, printable
 from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.rates import table_rows
 from safereg_dist.experiments.after_training import After, change_model
@@ -169,7 +170,7 @@ def read_sweep(path: Path) -> Sweep:
         ConfigError: it cannot be read, or is none.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ConfigError(f"cannot read the sweep {path}: {err}") from err
     if not isinstance(raw, Mapping):
@@ -199,9 +200,10 @@ def run_sweep(sweep: Sweep, train: Train, *, progress: bool = True) -> int:
     for cell, error in _each(sweep, todo, train, progress=progress):
         if error is not None:
             failed.add(cell.name)
-            print(f"failed: {cell.name}: {error}", flush=True)
+            print(f"failed: {printable(cell.name)}: {error}", flush=True)
         write_table(sweep, cells, failed)
-    print(f"\nwritten: {out / TABLE}" + (f"; {len(failed)} cells failed" if failed else ""))
+    failures = f"; {len(failed)} cells failed" if failed else ""
+    print(f"\nwritten: {printable(out / TABLE)}{failures}")
     return len(failed)
 
 
@@ -263,7 +265,7 @@ def _each(
     """Runs the cells; each as it ends, with what went wrong."""
     if sweep.jobs == 1:
         for number, cell in enumerate(cells, start=1):
-            print(f"\n== {number}/{len(cells)} {cell.name}", flush=True)
+            print(f"\n== {number}/{len(cells)} {printable(cell.name)}", flush=True)
             yield cell, _attempt(sweep, cell, train, progress=progress)
         return
     done = tqdm(total=len(cells), unit="cell", disable=not progress)

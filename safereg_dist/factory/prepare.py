@@ -12,6 +12,7 @@ from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient
 from safereg_dist.config import POLICY_RISK_IS_TOO_LATE, Config, config_from_dict
 from safereg_dist.config.messages import unknown_key
 from safereg_dist.config.section import section_in
+from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.references import (
@@ -29,11 +30,11 @@ from safereg_dist.factory.risk_specs import (
     policy_layer,
     read_sources,
 )
+from safereg_dist.models.architecture import read_architecture
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.parallel.engine import Backend
-from safereg_dist.parallel.shards import read_architecture
 from safereg_dist.policy import Policy
 from safereg_dist.reference import EngineModel, NoReference, Reference, ReferenceModel
 from safereg_dist.reference.adapters_off import AdaptersOff
@@ -199,8 +200,8 @@ def read_settings(settings: Path | str | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(settings, Mapping):
         return dict(settings)
     try:
-        found = yaml.safe_load(Path(settings).read_text("utf-8")) or {}
-    except (OSError, yaml.YAMLError) as err:
+        found = read_yaml(settings) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ConfigError(f"the settings {settings} cannot be read: {err}") from err
     if not isinstance(found, dict):
         raise ConfigError(f"expected sections in the settings {settings}, got a {type(found)}")

@@ -13,10 +13,11 @@ from safereg_dist.data import load_tokenizer
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.models.adapters import AdapterValues, add_adapters
+from safereg_dist.models.architecture import read_architecture
 from safereg_dist.models.stored_adapter import read_frozen
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Adapt, Backend, ReferenceEngine
-from safereg_dist.parallel.shards import read_architecture, weights_fingerprint
+from safereg_dist.parallel.shards import weights_fingerprint
 from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.policy import Policy
 from safereg_dist.reference import (

@@ -19,6 +19,7 @@ from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
 from safereg_dist.step import SafetyRegularizer, StepPlan
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import parse_json
 
 _LARGEST = ("kl_coef_max", "risk_max")
 _COUNTS = ("rows", "active_rows", "reference_rows", "response_tokens", "active_tokens")
@@ -93,7 +94,7 @@ class Recorder:
 
     def _load(self, state: Path) -> dict[str, Any]:
         try:
-            known = json.loads((state / "state.json").read_text("utf-8"))
+            known = parse_json((state / "state.json").read_bytes())
         except (OSError, ValueError) as err:
             raise CheckpointError(
                 f"expected the regulariser's state in {state}, got: {err}: resume from a "

@@ -71,9 +71,13 @@ def _load(file: Path) -> tuple[Any, Any]:
     where = {"gguf_file": file.name, "local_files_only": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, output_loading_info=True, **where
+            file.parent,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **where,
         )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **where)
     except Exception as err:  # the readers raise what they meet: KeyError, IndexError, ValueError
         raise ConfigError(
             f"transformers cannot read {file}: {reason_of(err) or type(err).__name__}: give a "

@@ -23,11 +23,12 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
     InflightParamRegistry,
     PartitionedParameterCoordinator,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from safereg_dist.config import Config, EngineConfig
 from safereg_dist.errors import CheckpointError, GroupError
+from safereg_dist.models.architecture import build_model, read_architecture
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Adapt, Update
 from safereg_dist.parallel.optimizer import parameter_groups
@@ -41,7 +42,6 @@ from safereg_dist.parallel.shards import (
     fingerprint,
     first_not_finite,
     load_shards,
-    read_architecture,
     stored_head,
     whole_shard,
 )
@@ -143,7 +143,7 @@ class DeepSpeedBackend:
         with self.ranks.together():
             architecture = read_architecture(folder)
         with _hf_zero3(settings):
-            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+            model = build_model(architecture, dtype=dtype)
         with self.ranks.together():
             load_shards(model, folder, self._shard_of)
         for parameter in model.parameters():

@@ -28,12 +28,12 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardedDim
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from safereg_dist.config import Config, EngineConfig
 from safereg_dist.errors import CheckpointError, ConfigError, reason_of
-from safereg_dist.models.architecture import decoder_layers
+from safereg_dist.models.architecture import build_model, decoder_layers, read_architecture
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Adapt, Update
 from safereg_dist.parallel.optimizer import parameter_groups
@@ -47,7 +47,6 @@ from safereg_dist.parallel.shards import (
     fingerprint,
     first_not_finite,
     load_shards,
-    read_architecture,
     stored_head,
 )
 from safereg_dist.parallel.single import SingleReference
@@ -106,7 +105,7 @@ class Fsdp2Backend:
         with self.ranks.together():
             architecture = read_architecture(folder)
             with _whole_modules(), _parameters_without_memory():
-                model = AutoModelForCausalLM.from_config(architecture, dtype=dtype_of(precision))
+                model = build_model(architecture, dtype=dtype_of(precision))
                 values = None if adapt is None else adapt(model)
             self._shard(model, precision=precision, offload=offload)
             self._allocate(model, offload=offload)

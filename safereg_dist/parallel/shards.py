@@ -1,6 +1,5 @@
 """Weights between safetensors files and the shards of ranks, without a whole model anywhere."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from safereg_dist.errors import ConfigError, reason_of
 from safereg_dist.models.adapters import (
@@ -20,40 +18,28 @@ from safereg_dist.models.adapters import (
     base_parameters,
     weights_with,
 )
+from safereg_dist.models.architecture import build_model, read_architecture, require_safetensors
 from safereg_dist.models.fingerprint import checksum, digest
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.fused_tensors import fused_tensors
+from safereg_dist.storage.json_text import parse_json
 from safereg_dist.types import head_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-
-def read_architecture(folder: Path) -> PreTrainedConfig:
-    """The `config.json` of a Hugging Face folder.
-
-    Raises:
-        ConfigError: there is none, or transformers does not know its architecture.
-    """
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as err:
-        raise ConfigError(
-            f"expected the config.json of a causal language model in {folder}, got: "
-            f"{reason_of(err, 200)}: check the path"
-        ) from err
+_SUFFIX = ".safetensors"
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """File of every tensor in a Hugging Face folder, by tensor name.
 
     Raises:
-        ConfigError: the folder has no safetensors weights.
+        ConfigError: the folder has no safetensors weights, or an index that names no files in it.
     """
     index = folder / INDEX_FILE
     if index.is_file():
-        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in mapping.items()}
+        return {name: folder / file for name, file in _weight_map(index).items()}
+    require_safetensors(folder)
     single = folder / SINGLE_FILE
     if not single.is_file():
         raise ConfigError(
@@ -61,6 +47,20 @@ def weight_files(folder: Path) -> dict[str, Path]:
             "with save_pretrained (safetensors)"
         )
     return dict.fromkeys(_headers(single), single)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        mapping = parse_json(index.read_bytes())["weight_map"]
+        if all(Path(file).name == file and file.endswith(_SUFFIX) for file in mapping.values()):
+            return mapping
+        reason = "other than safetensors files of the folder"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        reason = f"{type(err).__name__} {reason_of(err, 100)}"
+    raise ConfigError(
+        f"expected `weight_map` in {index}, from tensors to files beside it, got {reason}: save or "
+        "download the model again"
+    )
 
 
 def match_names(model: nn.Module, files: dict[str, Path], folder: Path) -> dict[str, list[str]]:
@@ -303,7 +303,7 @@ def _without_values(folder: Path) -> nn.Module:
     """The model of a folder on the meta device: names, shapes and ties, no memory."""
     architecture = read_architecture(folder)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture)
+        return build_model(architecture)
 
 
 def read_flat_slices(requests: list[tuple[StoredParameter, int, int]]) -> Iterator[Tensor]:
@@ -351,7 +351,7 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
-    except (OSError, SafetensorError) as err:
+    except (OSError, ValueError, SafetensorError) as err:
         raise ConfigError(
             f"{path} cannot be read as safetensors ({err}): save or download the model again"
         ) from err

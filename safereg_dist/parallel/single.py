@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from safereg_dist.config import Config
 from safereg_dist.errors import CheckpointError, ConfigError, GroupError, reason_of
+from safereg_dist.models.architecture import read_architecture
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Adapt, Update
@@ -25,7 +25,6 @@ from safereg_dist.parallel.shards import (
     dtype_of,
     fill_adapters,
     match_names,
-    read_architecture,
     read_flat_slices,
     stored_head,
     weight_files,
@@ -79,9 +78,13 @@ class SingleBackend:
         model: Any
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype_of(precision), **packed
+                folder,
+                dtype=dtype_of(precision),
+                trust_remote_code=False,
+                use_safetensors=True,
+                **packed,
             )
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as err:
+        except Exception as err:  # sizes of all kinds, files of all kinds
             raise ConfigError(
                 f"the model in {folder} cannot be loaded: {reason_of(err)}: check its files"
             ) from err

@@ -4,7 +4,6 @@ The parameters are those of the model that transformers builds on the meta devic
 embeddings, biases and experts are counted as they are trained.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safereg_dist.errors import ConfigError, reason_of
+from safereg_dist.storage.json_text import parse_json
 
 SIZES = (
     "hidden_size",
@@ -119,7 +119,7 @@ def read_shape(path: Path) -> ModelShape:
     """
     path = path / "config.json" if path.is_dir() else path
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
     except OSError as err:
         raise ConfigError(f"--model-config {path} cannot be read: {err.strerror}") from err
     except ValueError as err:
@@ -136,17 +136,15 @@ def shape_of(fields: Mapping[str, Any], *, where: str) -> ModelShape:
         ConfigError: unknown type, missing field, or sizes that do not go together.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from safereg_dist.models.architecture import build_model
 
     config = _checked_config(fields, where)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except Exception as err:  # anything that a constructor may say about sizes
-        raise ConfigError(
-            f"{where}: transformers cannot build this model ({reason_of(err, 200)}): "
-            "check that its sizes go together"
-        ) from err
+            model = build_model(config, dtype=torch.bfloat16)
+    except ConfigError as err:
+        raise ConfigError(f"{where}: {err}") from err
     return _shape(model, config.get_text_config())
 
 
@@ -154,6 +152,8 @@ def _checked_config(fields: Mapping[str, Any], where: str) -> Any:
     """The transformers config; sizes that the file leaves out are refused, never guessed."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from safereg_dist.models.architecture import require_countable
 
     model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -166,7 +166,9 @@ def _checked_config(fields: Mapping[str, Any], where: str) -> Any:
     if "text_config" not in fields:
         _require_sizes(fields, config_class, own_names, where)
     try:
-        return config_class(**{k: v for k, v in fields.items() if k != "model_type"})
+        found = config_class(**{k: v for k, v in fields.items() if k != "model_type"})
+        require_countable(found)
+        return found
     except Exception as err:
         raise ConfigError(
             f"{where}: not a valid configuration of {model_type} ({reason_of(err, 200)})"

@@ -18,6 +18,7 @@ from safereg_dist.errors import CheckpointError, DataError
 from safereg_dist.evaluate.generate import generate_answers
 from safereg_dist.evaluate.judges import KeywordJudge
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import parse_json
 
 ANSWER_TOKENS = 32
 """Refusals are said at once; the keyword judge reads the first hundred characters."""
@@ -106,7 +107,7 @@ class Behaviour:
 
     def _read(self, number: int) -> list[bool] | None:
         try:
-            found = json.loads(self._path(number).read_text(encoding="utf-8"))
+            found = parse_json(self._path(number).read_bytes())
         except (OSError, ValueError):
             return None
         return found["refused"] if found["key"] == self._key else None

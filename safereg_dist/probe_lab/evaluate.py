@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safereg_dist.config import DataConfig
 from safereg_dist.data import load_tokenizer
 from safereg_dist.data.files import LabelledPrompt
+from safereg_dist.errors import printable
 from safereg_dist.probe_lab.collect import pooled_batches, positions_of
 from safereg_dist.probe_lab.figures import draw_reliability, draw_roc
 from safereg_dist.probe_lab.fit import json_numbers
@@ -136,8 +137,8 @@ def _same_template(probes: Sequence[Probe], tokenizer: PreTrainedTokenizerBase) 
 def _print(found: dict[str, Any], data_file: Path) -> None:
     for name, measured in found["probes"].items():
         print(
-            f"{name}: {found['rows']} rows of {data_file}, {found['harmful']} harmful, threshold "
-            f"{measured['threshold']:.4f}"
+            f"{printable(name)}: {found['rows']} rows of {printable(data_file)}, "
+            f"{found['harmful']} harmful, threshold {measured['threshold']:.4f}"
         )
         print_figures(measured)
     if found["same_template"] is False:

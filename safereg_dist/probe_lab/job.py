@@ -19,9 +19,9 @@ from safereg_dist.data import load_tokenizer
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import ConfigError, ProbeError
 from safereg_dist.evaluate.generate import load_model
+from safereg_dist.models.architecture import read_architecture
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.shards import read_architecture
 from safereg_dist.probe_lab.background import background_prompts
 from safereg_dist.probe_lab.behaviour import Behaviour
 from safereg_dist.probe_lab.collect import BATCHES_PER_SHARD, collect_states, positions_of

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from safereg_dist.evaluate.generate import load_model
+from safereg_dist.models.architecture import read_architecture
 from safereg_dist.models.fingerprint import model_fingerprint
-from safereg_dist.parallel.shards import read_architecture
 from safereg_dist.risk.probe import Probe, check_model, load_probes
 
 

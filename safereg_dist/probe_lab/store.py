@@ -20,6 +20,7 @@ from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.probe_lab.rows import ProbedRow
 from safereg_dist.risk.probe import width_of
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import parse_json
 
 _MANIFEST = "manifest.json"
 _ORDER = "order"
@@ -93,7 +94,7 @@ class StateStore:
         if not self.folder.exists():
             return None
         try:
-            stored = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+            stored = parse_json((self.folder / _MANIFEST).read_bytes())
         except (OSError, ValueError):
             stored = None
         if isinstance(stored, dict):

@@ -21,6 +21,7 @@ from safereg_dist.profiling.recorder import PartCost, Recorder
 from safereg_dist.profiling.table import profile_table
 from safereg_dist.regions import REGIONS, SAFETY_PATH
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import parse_json
 
 _NANOSECONDS = 10**9
 _WIDTH = 3 + 2 * len(KINDS)  # numbers of one region on one rank, see `_numbers`
@@ -206,7 +207,7 @@ def _read_rows(path: Path) -> list[Row]:
     rows = []
     for line in path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else ():
         if line.endswith("\n"):
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
     return rows
 
 

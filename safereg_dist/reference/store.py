@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.errors import CheckpointError, ConfigError, reason_of
 from safereg_dist.models.fingerprint import tokenizer_fingerprint
+from safereg_dist.storage.json_text import parse_json
 
 INDEX_FILE = "index.json"
 _FORMAT = 1
@@ -181,7 +182,7 @@ class _Index(NamedTuple):
 
 def _read_index(folder: Path) -> _Index:
     try:
-        raw = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        raw = parse_json((folder / INDEX_FILE).read_bytes())
         shards = [_Entry(e["file"], e["bytes"], e["sha256"]) for e in raw["shards"]]
         return _Index(dict(raw["identity"]), int(raw["hidden_size"]), shards)
     except FileNotFoundError as err:

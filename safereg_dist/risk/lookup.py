@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.data.files import read_rows
 from safereg_dist.data.formats import conversation_of
-from safereg_dist.errors import DataError
+from safereg_dist.errors import DataError, printable
 from safereg_dist.models.fingerprint import row_key
 from safereg_dist.risk.stage import ProbedStates, Risk, RiskSource
 from safereg_dist.types import Row
@@ -173,7 +173,7 @@ class LookupRisk(RiskSource):
                 f"\nsafereg: {unknown} rows of this step are not in risk.path={self._path} and are "
                 "held back (risk 1; risk_unknown in the metrics counts on): score them too "
                 f"(`safereg score`), with the same texts{self._first_unknown and '; '}"
-                f"{self._first_unknown}",
+                f"{printable(self._first_unknown)}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -26,12 +26,13 @@ def read_overrides(path: Path | str) -> dict[str, Override]:
     overrides: dict[str, Override] = {}
     for where, row in read_rows(path):
         name, action, reason = (row.get(key) for key in ("id", "action", "reason"))
-        if name in (None, "") or action not in _RISK or not isinstance(reason, str) or not reason:
+        risk = _RISK.get(action) if isinstance(action, str) else None
+        if name in (None, "") or risk is None or not isinstance(reason, str) or not reason:
             raise DataError(
                 f"{where}: an override needs `id`, `action` (allow or hold) and a `reason`, got "
                 f"{ {key: row.get(key) for key in ('id', 'action', 'reason')} }: complete the row"
             )
         if str(name) in overrides:
             raise DataError(f"{where}: id {name!r} is overridden twice: keep one decision")
-        overrides[str(name)] = Override(_RISK[action], f"{action}: {reason}")
+        overrides[str(name)] = Override(risk, f"{action}: {reason}")
     return overrides

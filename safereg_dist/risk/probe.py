@@ -24,6 +24,7 @@ from torch import Tensor
 
 from safereg_dist.errors import ProbeError, reason_of
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import parse_json
 from safereg_dist.storage.seal import flaw_of, seal_of
 
 POOLINGS = ("last_prompt_token", "mean_prompt", "both_prompt")
@@ -184,7 +185,7 @@ class Probe:
                 f"{folder}`, or correct risk.path"
             )
         try:
-            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            facts = parse_json((folder / _FACTS).read_bytes())
             if not unsealed:
                 _require_seal(folder, facts)
             packed = (folder / _TENSORS).read_bytes()

@@ -20,15 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from safereg_dist.config import Config
 from safereg_dist.config.section import Section, changes_result, is_omitted
-from safereg_dist.errors import CheckpointError
+from safereg_dist.errors import CheckpointError, reason_of
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
 from safereg_dist.step import SafetyRegularizer
+from safereg_dist.storage.json_text import parse_json
 
 _FORMAT = 2  # format 1 (safereg_dist 0.1) had other names for the policy's weights
 _RESERVE_BYTES = 64 << 20
@@ -213,17 +215,17 @@ def read_state(checkpoint: Path) -> RunState:
         CheckpointError: unreadable, or of another format.
     """
     try:
-        values: dict[str, Any] = json.loads((checkpoint / "state.json").read_text("utf-8"))
-        written = values.get("format", 1)
+        text = (checkpoint / "state.json").read_bytes()
+        written = parse_json(text).get("format", 1)
         if written != _FORMAT:
             raise CheckpointError(
                 f"{checkpoint} has format {written}, this version of safereg_dist reads {_FORMAT}: "
                 "go on with the version that wrote it, or choose another output_dir"
             )
-        return RunState(**values)
+        return TypeAdapter(RunState).validate_json(text, strict=True)
     except (OSError, ValueError, TypeError, AttributeError) as err:
         raise CheckpointError(
-            f"{checkpoint}/state.json cannot be read ({err}): remove this checkpoint to resume "
+            f"{checkpoint}/state.json cannot be read ({reason_of(err)}): remove this checkpoint to resume "
             "from an earlier one"
         ) from err
 

@@ -17,6 +17,7 @@ from safereg_dist.parallel.comm import Ranks, Result, capture
 from safereg_dist.run.checkpoint import config_hash, differences
 from safereg_dist.run.lock import RunLock, is_lock
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import parse_json
 
 _LOOKS, _LOOK_S = 20, 0.5
 """How often, and how many seconds apart, a rank looks for what rank 0 has written."""
@@ -118,7 +119,7 @@ def _is_marked_complete(summary: Path) -> bool:
     if not summary.is_file():
         return False
     try:
-        return json.loads(summary.read_text("utf-8"))["status"] == "complete"
+        return parse_json(summary.read_bytes())["status"] == "complete"
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise CheckpointError(
             f"{summary} cannot be read ({err}): remove it to go on from the last checkpoint"

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from safereg_dist.errors import CheckpointError, LedgerError
+from safereg_dist.storage.json_text import parse_json
 from safereg_dist.types import LedgerRow
 
 FORMAT_VERSION = 1
@@ -361,7 +362,7 @@ def _last(rows: Iterator[tuple[_Json, LedgerHead]]) -> LedgerHead:
 def _summary_head(path: Path) -> LedgerHead:
     """The ledger's head in `summary.json`."""
     try:
-        ledger = json.loads(path.read_bytes())["ledger"]
+        ledger = parse_json(path.read_bytes())["ledger"]
         head, rows = ledger["head"], ledger["rows"]
     except NotADirectoryError as err:
         raise LedgerError(

@@ -37,7 +37,7 @@ AS_WRITTEN = (
 def guard_rows(model: Path, *, seed: int) -> list[dict[str, Any]]:
     """Training rows: what the guard is given of a conversation, and what it shall say."""
     chance = random.Random(f"{seed} guard")
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     rows = []
 
     def add(request: str, answer: str, verdict: str) -> None:
@@ -62,7 +62,9 @@ def guard_rows(model: Path, *, seed: int) -> list[dict[str, Any]]:
 
 def make_judge(trained: Path, folder: Path) -> None:
     """The trained model as a folder that `launch/serve_critic.py` serves; complete or absent."""
-    tokenizer = AutoTokenizer.from_pretrained(trained, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        trained, local_files_only=True, trust_remote_code=False
+    )
     tokenizer.chat_template = TEMPLATE
     with whole_folder(folder) as partial:
         shutil.copytree(trained, partial, dirs_exist_ok=True)

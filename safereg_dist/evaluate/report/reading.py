@@ -1,6 +1,5 @@
 """What runs leave behind, read into arms: metrics, evaluation, configuration, ledger, probes."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -10,10 +9,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.errors import CheckpointError, ConfigError, LedgerError
 from safereg_dist.evaluate.report.arms import Arm, HeldRow, LedgerFacts, as_object, number
 from safereg_dist.evaluate.stale import stale_because
 from safereg_dist.run.ledger import MERGED_NAME, verify_ledger
+from safereg_dist.storage.json_text import parse_json
 
 _BASELINE_OBJECTIVES = ("none", "static", "token_wise")
 _TOP_ROWS = 10
@@ -98,7 +99,7 @@ def _read_bytes(path: Path) -> bytes:
 def _read_config(path: Path) -> dict[str, Any]:
     """The run's configuration as it was written; {} where there is none."""
     try:
-        return as_object(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return as_object(read_yaml(path))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 
@@ -132,7 +133,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return as_object(json.loads(path.read_text(encoding="utf-8")))
+        return as_object(parse_json(path.read_bytes()))
     except ValueError as err:
         raise CheckpointError(f"{path} is not JSON ({err}): write it again or remove it") from err
 
@@ -147,7 +148,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as err:
             if line_number == len(lines):
                 break

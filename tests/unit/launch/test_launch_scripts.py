@@ -199,12 +199,13 @@ def test_the_stamp_covers_both_packages(tools: Path, tmp_path: Path) -> None:
         (tools / name).symlink_to(str(shutil.which(name)))
     call = f'source "{copy}/launch/setup_env.sh"; stamp_value'
     stamps = [run_check(call, tools).stdout]
-    for name in ("setup.py", "pyproject.toml", "kernels/pyproject.toml", "launch/constraints.txt"):
+    covered = ("setup.py", "pyproject.toml", "kernels/pyproject.toml")
+    for name in (*covered, "launch/constraints.txt", "launch/hashes.txt"):
         with (copy / name).open("a") as file:
             file.write("# changed\n")
         stamps.append(run_check(call, tools).stdout)
     assert all(re.fullmatch(r"[0-9a-f]{64}\n", stamp) for stamp in stamps), stamps
-    assert len(set(stamps)) == 5
+    assert len(set(stamps)) == 6
 
 
 def test_accelerator_without_a_gpu(tools: Path) -> None:
@@ -232,6 +233,24 @@ def test_pins_cover_every_dependency() -> None:
     assert wanted <= set(pins) | {"triton"}
     assert {"pip", "setuptools", "wheel", "ninja", "packaging"} <= set(pins)
     assert not {"triton", "safereg_dist"} & set(pins)
+
+
+def test_every_pin_but_torch_has_hashes() -> None:
+    """hashes.txt is that of constraints.txt as it stands, and names no index."""
+    pins = re.findall(r"^([\w.-]+==\S+)", (LAUNCH / "constraints.txt").read_text(), re.MULTILINE)
+    text = (LAUNCH / "hashes.txt").read_text()
+    blocks = re.findall(
+        r"^([\w.-]+==\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.MULTILINE
+    )
+
+    def plain(pin: str) -> str:
+        return re.sub(r"[-_.]+(?=.*==)", "-", pin.lower())
+
+    assert {plain(pin) for pin, _ in blocks} == {
+        plain(p) for p in pins if not p.startswith("torch==")
+    }
+    assert text.count("==") == len(blocks)
+    assert "://" not in text
 
 
 def test_hostfile_lines() -> None:
