@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from safereg_dist.errors import CheckpointError, LedgerError
+from safereg_dist.storage.digests import AppendedFile, FileDigest
 from safereg_dist.types import LedgerRow
 
 FORMAT_VERSION = 1
@@ -71,8 +72,13 @@ class RankLedger:
                 f"expected an open ledger, found a finished one at {merged}: call `reopen_ledger` "
                 "before the ranks go on, or choose another output_dir"
             )
-        self._path = _rank_path(run_dir, rank)
-        self._file = self._path.open("ab")
+        self._path = rank_path(run_dir, rank)
+        self._file = AppendedFile(self._path)
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self._path.name
 
     def append(self, row: LedgerRow) -> None:
         """Adds one row to the buffer; rows come in the order (step, micro_batch, row).
@@ -92,10 +98,18 @@ class RankLedger:
             CheckpointError: the file could not be written.
         """
         try:
-            self._file.flush()
+            return self._file.flush()
         except OSError as err:
             raise _unwritable(self._path, err) from err
-        return self._file.tell()
+
+    def digest(self) -> FileDigest:
+        """As `flush`, with the SHA-256 of all rows so far: what a checkpoint keeps of the ledger.
+
+        Raises:
+            CheckpointError: the file could not be written.
+        """
+        self.flush()
+        return self._file.digest()
 
     def truncate(self, position: int) -> None:
         """Drops everything after byte `position`, a value that `flush` returned.
@@ -111,7 +125,6 @@ class RankLedger:
                 "output_dir"
             )
         self._file.truncate(position)
-        self._file.seek(position)
 
     def close(self) -> None:
         """Flushes and closes the file; closing twice is harmless.
@@ -144,7 +157,7 @@ def merge_ledgers(run_dir: Path | str, world_size: int) -> LedgerHead:
         for rank in range(world_size):
             if rank not in rank_files:
                 raise LedgerError(
-                    f"expected {_rank_path(run_dir, rank)} (rank {rank} of {world_size}), found no "
+                    f"expected {rank_path(run_dir, rank)} (rank {rank} of {world_size}), found no "
                     "file: restore it or resume from a checkpoint"
                 )
         head = _write_chain(merged, rank_files.values())
@@ -172,17 +185,17 @@ def reopen_ledger(run_dir: Path | str) -> None:
             for row, _ in _chained_rows(merged):
                 rank = row["rank"]
                 if rank not in files:
-                    path = _temporary(_rank_path(run_dir, rank))
+                    path = _temporary(rank_path(run_dir, rank))
                     files[rank] = stack.enter_context(path.open("wb"))
                 files[rank].write(_canonical(row) + b"\n")
         for rank in files:
-            path = _rank_path(run_dir, rank)
+            path = rank_path(run_dir, rank)
             os.replace(_temporary(path), path)
     except OSError as err:
         raise _unwritable(merged, err) from err
     finally:
         for rank in files:
-            _temporary(_rank_path(run_dir, rank)).unlink(missing_ok=True)
+            _temporary(rank_path(run_dir, rank)).unlink(missing_ok=True)
     merged.unlink()
 
 
@@ -269,7 +282,8 @@ def _lines(path: Path) -> Iterator[tuple[str, _Key, _Json]]:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def _rank_path(run_dir: Path | str, rank: int) -> Path:
+def rank_path(run_dir: Path | str, rank: int) -> Path:
+    """The file that a rank appends its rows to."""
     return Path(run_dir, f"ledger.rank{rank}.jsonl")
 
 
