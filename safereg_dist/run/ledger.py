@@ -11,8 +11,8 @@ between ranks. At the end `merge_ledgers` orders all rows by (step, micro_batch,
 against them. Rows carry ids, risks and coefficients; never text of the training data.
 
 What an unkeyed chain cannot promise: whoever can rewrite both `ledger.jsonl` and `summary.json` can
-compute a new chain that verifies. Keep the head hash somewhere else (a commit, a signed note, a
-ticket) where that matters; then nobody can change past rows without being seen.
+compute a new chain that verifies. Where that matters, have the run sign its summary (`signing`) and
+verify with the key, or keep the head hash somewhere else (a commit, a ticket).
 
 Where `ledger.jsonl` exists it is the truth, and rank files beside it are leftovers of an
 interrupted merge; `reopen_ledger` turns it back into rank files for a resumed run.
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from safereg_dist.errors import CheckpointError, LedgerError
+from safereg_dist.run.signing import Key, what_is_wrong
 from safereg_dist.storage.digests import AppendedFile, FileDigest
 from safereg_dist.types import LedgerRow
 
@@ -199,14 +200,17 @@ def reopen_ledger(run_dir: Path | str) -> None:
     merged.unlink()
 
 
-def verify_ledger(run_dir: Path | str) -> LedgerHead:
+def verify_ledger(run_dir: Path | str, key: Key | None = None) -> LedgerHead:
     """Recomputes the chain of `ledger.jsonl` and returns its head, if it is that of `summary.json`.
+
+    With a key the summary must be signed with it (`signing`).
 
     Raises:
         LedgerError: names the first bad line and what is wrong: a changed row, lost, added or
-            reordered rows, a cut file, or a summary that is missing or silent on the ledger.
+            reordered rows, a cut file, or a summary that is missing, silent on the ledger or not
+            signed with the key.
     """
-    wanted = _summary_head(Path(run_dir, "summary.json"))
+    wanted = _summary_head(Path(run_dir, "summary.json"), key)
     merged = Path(run_dir, MERGED_NAME)
     if not merged.is_file():
         raise LedgerError(
@@ -372,10 +376,13 @@ def _last(rows: Iterator[tuple[_Json, LedgerHead]]) -> LedgerHead:
     return tail[0][1] if tail else LedgerHead(GENESIS, 0)
 
 
-def _summary_head(path: Path) -> LedgerHead:
+def _summary_head(path: Path, key: Key | None) -> LedgerHead:
     """The ledger's head in `summary.json`."""
     try:
-        ledger = json.loads(path.read_bytes())["ledger"]
+        content = path.read_bytes()
+        if key is not None and (wrong := what_is_wrong(path, content, key)):
+            raise LedgerError(f"{wrong}: do not rely on this ledger, or give the key of the run")
+        ledger = json.loads(content)["ledger"]
         head, rows = ledger["head"], ledger["rows"]
     except NotADirectoryError as err:
         raise LedgerError(

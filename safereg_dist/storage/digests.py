@@ -50,7 +50,7 @@ class AppendedFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("ab")
-        self._running: "hashlib._Hash | None" = None  # until something is written or asked for
+        self._running: hashlib._Hash | None = None  # until something is written or asked for
 
     def write(self, data: bytes) -> None:
         """Adds to the buffer."""
