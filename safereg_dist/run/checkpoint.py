@@ -265,8 +265,7 @@ def read_state(checkpoint: Path) -> RunState:
         return _STATE.validate_json(text, strict=True)
     except (OSError, ValueError, AttributeError, RecursionError) as err:
         raise CheckpointError(
-            f"{checkpoint}/state.json cannot be read ({reason_of(err)}): remove this checkpoint to "
-            "resume from an earlier one"
+            f"{checkpoint}/state.json cannot be read ({reason_of(err)}): restore it from a copy"
         ) from err
 
 
