@@ -134,7 +134,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the disk is too small; earlier checkpoints stay as they are.
-    Collectives: the engine's own, and four gathers of texts.
+    Collectives: the engine's own, and five gathers of texts.
     """
     final = folder / f"step-{state.step:08d}"
     partial = _aside(final)

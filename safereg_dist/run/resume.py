@@ -124,7 +124,7 @@ def _looked_at(path: Path, config: Config, key: Key | None, ranks: Ranks) -> Run
     if ranks.is_main:
         try:
             text = _manifest(path, key)
-        except (ValueError, CheckpointError) as err:
+        except (ValueError, OSError, CheckpointError) as err:
             wrong = str(err)
     text, wrong = json.loads(ranks.from_main(json.dumps([text, wrong])))
     if wrong:
@@ -168,7 +168,7 @@ def _changed_file(path: Path, manifest: Manifest | None, ranks: Ranks) -> str | 
         for name in names:
             check_file(path / name)
         read_state(path)
-    except CheckpointError as err:
+    except (OSError, CheckpointError) as err:
         return str(err)
     return None
 

@@ -1,5 +1,5 @@
-"""Claimed: with a key `safereg ledger verify` holds against who can rewrite ledger and summary; keys
-are refused in one line where they are missing, weak or of another kind.
+"""Claimed: with a key `safereg ledger verify` holds against who can rewrite ledger and summary, and
+keys are refused in one line where they are missing, weak or of another kind.
 
 Exact. The signature of Ed25519 is held against openssl too, where it is installed.
 """
