@@ -34,6 +34,7 @@ setup(
         "trl": ["trl>=1.9"],
         "lora": ["peft>=0.17"],
         "megatron": ["megatron-core>=0.16"],
+        "sign": ["cryptography>=42"],
         "gguf": ["gguf>=0.10"],
         "real": ["gguf>=0.10"],  # `python -m safereg_dist.demo --real`
         "eval": ["rouge-score>=0.1.2"],
@@ -48,6 +49,7 @@ setup(
             "megatron-core>=0.16",
             "wandb",
             "mlflow-skinny",
+            "cryptography>=42",
             "pytest>=8",
             "pytest-xdist>=3",
             "hypothesis",

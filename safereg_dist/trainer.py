@@ -24,9 +24,10 @@ from safereg_dist.run.folder import claim_folder, describe_run
 from safereg_dist.run.gate import refuse_too_many_held_back
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
+from safereg_dist.run.resume import Found, find_checkpoint, set_aside_newer
+from safereg_dist.run.signing import signing_key, write_signed
 from safereg_dist.run.stop import EXIT_REQUEUE, forget_stop, stop_requests
 from safereg_dist.step import StepPlan
-from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.types import Row
 
 MAX_NON_FINITE_IN_A_ROW = 3
@@ -85,12 +86,15 @@ class Progress:
     non_finite_steps: int = 0
     non_finite_in_a_row: int = 0
     seconds: float = 0.0
+    damaged_checkpoints: int = 0
+    saves: int = 0
+    save_seconds: float = 0.0
 
 
 def train(run: Run) -> int:
     """Trains to the last step; returns 0, or `EXIT_REQUEUE` after a checkpoint on request.
 
-    Resumes from the newest checkpoint of the run folder. Writes metrics, ledger, checkpoints, the
+    Resumes from the checkpoint that `train.resume` says. Writes metrics, ledger, checkpoints, the
     exported model and `summary.json`.
 
     Raises:
@@ -99,12 +103,13 @@ def train(run: Run) -> int:
         CheckpointError: a checkpoint does not fit this run, or the disk is full.
     """
     folder = Path(run.config.output_dir)
-    if not checkpoint.complete_checkpoints(folder / "checkpoint"):
+    found = find_checkpoint(run.config, run.ranks)
+    if found is None:
         refuse_too_many_held_back(run)  # before the folder is claimed: it stays free to try again
     with run.ranks.together():
         if run.ranks.is_main:
             claim_folder(folder, run.config)
-    progress, metrics_bytes, ledger_bytes = _resume(run, folder)
+    progress, metrics_bytes, ledger_bytes = _resume(run, folder, found)
     profiler = _profiler(run, progress)
     log = RunLog(
         folder,
@@ -231,30 +236,35 @@ def _canary(run: Run, progress: Progress) -> dict[str, float]:
     return {"canary_refusal": refusal, "canary_poisoned": poisoned}
 
 
-def _resume(run: Run, folder: Path) -> tuple[Progress, int, int]:
+def _resume(run: Run, folder: Path, found: Found | None) -> tuple[Progress, int, int]:
     """Progress, and the positions of metrics and this rank's ledger; all 0 for a new run."""
     below = folder / "checkpoint"
     if run.ranks.is_main:
         checkpoint.remove_partial(below)
-    found = checkpoint.complete_checkpoints(below)
-    if not found:
+    if found is None:
         return Progress(), 0, 0
-    state = checkpoint.load_checkpoint(
-        found[-1],
-        config=run.config,
+    state = found.state
+    checkpoint.load_checkpoint(
+        found.path,
+        state,
         engine=run.engine,
         regularizer=run.regularizer,
         ranks=run.ranks,
         order_digest=run.sources.order_digest,
         frozen=_frozen(run),
     )
-    if run.ranks.is_main:
-        print(f"resuming from {found[-1]} at step {state.step}", flush=True)
+    with run.ranks.together():
+        if run.ranks.is_main:
+            set_aside_newer(below, state.step)
+            print(f"resuming from {found.path} at step {state.step}", flush=True)
     progress = Progress(
         step=state.step,
         non_finite_steps=state.non_finite_steps,
         non_finite_in_a_row=state.non_finite_in_a_row,
         seconds=state.seconds,
+        damaged_checkpoints=state.damaged_checkpoints + found.damaged,
+        saves=state.saves,
+        save_seconds=state.save_seconds,
     )
     return progress, state.metrics_bytes, state.ledger_bytes[run.ranks.rank]
 
@@ -282,7 +292,9 @@ def _frozen(run: Run) -> str:
 
 
 def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
+    started = time.perf_counter()
     with run.ranks.together():
+        logs = log.digests()
         own = torch.tensor(log.positions(), dtype=torch.int64, device=run.ranks.device)
     positions = run.ranks.gather(own).tolist()
     state = RunState(
@@ -296,6 +308,9 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
         ledger_bytes=[position[0] for position in positions],
         seconds=progress.seconds,
         frozen=_frozen(run),
+        damaged_checkpoints=progress.damaged_checkpoints,
+        saves=progress.saves,
+        save_seconds=progress.save_seconds,
     )
     checkpoint.save_checkpoint(
         folder / "checkpoint",
@@ -304,7 +319,11 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
         regularizer=run.regularizer,
         ranks=run.ranks,
         keep=run.config.train.keep_checkpoints,
+        logs=logs,
+        key=signing_key(run.config.signing) if run.ranks.is_main else None,
     )
+    progress.saves += 1
+    progress.save_seconds += time.perf_counter() - started
 
 
 def _finish(run: Run, progress: Progress, folder: Path, last_row: dict[str, float | int]) -> None:
@@ -330,10 +349,16 @@ def _finish(run: Run, progress: Progress, folder: Path, last_row: dict[str, floa
                 "steps": progress.step,
                 "seconds": progress.seconds,
                 "non_finite_steps": progress.non_finite_steps,
+                "checkpoints": {
+                    "saved": progress.saves,
+                    "seconds": progress.save_seconds,
+                    "damaged": progress.damaged_checkpoints,
+                },
                 "final_metrics": last_row,
                 "ledger": {"head": head.head, "rows": head.rows},
             }
-            write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            text = json.dumps(summary, indent=2) + "\n"
+            write_signed(folder / "summary.json", text.encode(), signing_key(run.config.signing))
 
 
 def _bar(run: Run, progress: Progress) -> tqdm:

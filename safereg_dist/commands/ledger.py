@@ -9,12 +9,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
     verify = actions.add_parser("verify", help="recompute the chain of hashes")
     verify.add_argument("run_dir", type=Path)
+    verify.add_argument(
+        "--key",
+        metavar="VARIABLE|FILE",
+        help="the summary must be signed with the secret in this variable (SAFEREG_...), or with "
+        "the private key of this public one (PEM)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Verifies; 0."""
     from safereg_dist.run.ledger import verify_ledger
+    from safereg_dist.run.signing import checking_key
 
-    head = verify_ledger(arguments.run_dir)
-    print(f"ledger holds: {head.rows} rows, head {head.head}")
+    key = None if arguments.key is None else checking_key(arguments.key)
+    head = verify_ledger(arguments.run_dir, key)
+    signed = "" if key is None else f", signed: {key.name}"
+    print(f"ledger holds: {head.rows} rows, head {head.head}{signed}")
     return 0

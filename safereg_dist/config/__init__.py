@@ -25,6 +25,7 @@ from safereg_dist.config.sections import (
     OptimizerConfig,
     ReferenceConfig,
     RegularizerConfig,
+    SigningConfig,
     TrainConfig,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "RegularizerConfig",
     "RiskConfig",
     "RiskPart",
+    "SigningConfig",
     "TrainConfig",
     "config_from_dict",
     "config_to_yaml",

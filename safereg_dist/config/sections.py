@@ -204,6 +204,10 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; 0 = none."""
     keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=ASIDE)
     """Newest checkpoints to keep, >= 1."""
+    resume: int | str = Field(default="latest", json_schema_extra=ASIDE | NEWER)
+    """The checkpoint to go on from: `latest` (the newest that is whole), a step or a checkpoint's
+    folder (that one or none; for one start: the next one would go back again), or `never`, which
+    refuses a run folder that has checkpoints."""
     eval_every: int = Field(default=0, ge=0)
     """Optimizer steps between validation losses; 0 = never."""
     head_bytes: int | None = Field(default=None, ge=1 << 20)
@@ -220,6 +224,11 @@ class TrainConfig(Section):
     def _check(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("train.steps and train.epochs are both set: keep one of them")
+        if self.resume == "" or (isinstance(self.resume, int) and self.resume < 1):
+            raise ConfigError(
+                f"train.resume is {self.resume!r}: expected latest, never, a step >= 1 or the "
+                "folder of a checkpoint"
+            )
         return self
 
 
@@ -346,6 +355,26 @@ class LisaConfig(Section):
     last change of turns."""
 
 
+class SigningConfig(Section):
+    """A key over checkpoints and `summary.json`, with the ledger's head in it; one of the two."""
+
+    hmac_env: str | None = Field(default=None, pattern=r"^SAFEREG_[A-Z0-9_]+$")
+    """Environment variable (SAFEREG_...) of rank 0 with a secret of 16 characters or more, for
+    HMAC-SHA256: who can check can also sign."""
+    ed25519: str | None = None
+    """Private key of rank 0 (PEM, no pass phrase; `openssl genpkey -algorithm ed25519`); its public
+    key checks. Needs the extra `sign`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.hmac_env is None) == (self.ed25519 is None):
+            raise ConfigError(
+                "signing needs one of hmac_env and ed25519: name a variable SAFEREG_... or the "
+                "file of a private key, or set signing=null"
+            )
+        return self
+
+
 class Config(Section):
     """One training run."""
 
@@ -364,6 +393,8 @@ class Config(Section):
     """What is watched in training; null = nothing."""
     lisa: LisaConfig | None = Field(default=None, json_schema_extra=NEWER)
     """Turns with safety rows, a rival to compare with; null = none."""
+    signing: SigningConfig | None = Field(default=None, json_schema_extra=ASIDE | NEWER)
+    """Key over checkpoints and the ledger's head; null = none."""
     output_dir: str = Field(default="runs/my-run", json_schema_extra=ASIDE)
     """Run folder: metrics, ledger, checkpoints, exported model."""
     profile: bool = Field(default=False, json_schema_extra=ASIDE)

@@ -150,6 +150,14 @@ class Ranks:
         dist.all_gather_object(texts, text, group=self.dp_group)
         return texts
 
+    def from_main(self, text: str) -> str:
+        """The main rank's text, on every rank. Collectives: one broadcast; not for a step."""
+        if self.dp_group is None:
+            return text
+        texts = [text]
+        dist.broadcast_object_list(texts, group=self.dp_group, group_src=0)
+        return texts[0]
+
     def raise_together(self, error: Exception | None) -> None:
         """Returns where no rank has an error; else raises the first rank's error on all ranks.
 

@@ -32,6 +32,7 @@ from safereg_dist.models.architecture import build_model, read_architecture
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Adapt, Update
 from safereg_dist.parallel.optimizer import parameter_groups
+from safereg_dist.parallel.pickles import only_tensors
 from safereg_dist.parallel.rendezvous import join_group
 from safereg_dist.parallel.shards import (
     Shard,
@@ -284,9 +285,10 @@ class DeepSpeedPolicy:
         """Restores DeepSpeed's own checkpoint.
 
         Raises:
-            CheckpointError: DeepSpeed found none.
+            CheckpointError: DeepSpeed found none, or a file asks for a class that is not listed.
         """
-        path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        with only_tensors():  # deepspeed 0.19 unpickles whatever its files say
+            path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise CheckpointError(f"expected a DeepSpeed checkpoint in {folder}, found none")
 

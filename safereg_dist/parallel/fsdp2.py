@@ -37,6 +37,7 @@ from safereg_dist.models.architecture import build_model, decoder_layers, read_a
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Adapt, Update
 from safereg_dist.parallel.optimizer import parameter_groups
+from safereg_dist.parallel.pickles import MetadataReader, only_tensors
 from safereg_dist.parallel.rendezvous import join_group
 from safereg_dist.parallel.shards import (
     Shard,
@@ -332,7 +333,8 @@ class Fsdp2Policy:
         """
         state = self._state()
         try:
-            load_shared(state, checkpoint_id=folder)
+            with only_tensors():
+                load_shared(state, storage_reader=MetadataReader(folder))
         except CheckpointException as err:
             raise CheckpointError(
                 f"expected a checkpoint of engine fsdp2 in {folder}, got: {reason_of(err)}: remove "

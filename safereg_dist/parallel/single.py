@@ -20,6 +20,7 @@ from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Adapt, Update
 from safereg_dist.parallel.optimizer import parameter_groups
+from safereg_dist.parallel.pickles import load_tensors
 from safereg_dist.parallel.shards import (
     StoredParameter,
     dtype_of,
@@ -206,12 +207,12 @@ class SinglePolicy:
         """Restores what `save` wrote.
 
         Raises:
-            CheckpointError: there is no such file.
+            CheckpointError: there is no such file, or it holds more than tensors and values.
         """
         path = folder / _STATE_FILE
         if not path.is_file():
             raise CheckpointError(f"expected {_STATE_FILE} in {folder}, found none")
-        state = torch.load(path, map_location=self._masters[0].device, weights_only=True)
+        state = load_tensors(path, map_location=self._masters[0].device)
         for master, trained, saved in zip(
             self._masters, self._trained, state["masters"], strict=True
         ):

@@ -5,6 +5,7 @@ checkpoint/step-00000100/
     rank0.safetensors   random states of rank 0 (one file per rank)
     risk0.safetensors   its risk cache, if it has one
     engine/             the engine's own checkpoint
+    manifest.json       digests of all these files and of the logs, see `manifest`; written last
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -29,10 +30,15 @@ from safereg_dist.config.section import Section, changes_result, is_omitted
 from safereg_dist.errors import CheckpointError, reason_of
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
+from safereg_dist.run.manifest import Digests, Manifest, own_digests, write_manifest
+from safereg_dist.run.signing import Key
 from safereg_dist.step import SafetyRegularizer
+from safereg_dist.storage.digests import FileDigest
 from safereg_dist.storage.json_text import parse_json
 
-_FORMAT = 2  # format 1 (safereg_dist 0.1) had other names for the policy's weights
+_FORMAT = 3
+UNCHECKED_FORMAT = 2
+"""Has no manifest; format 1 had other names for the policy's weights too."""
 _RESERVE_BYTES = 64 << 20
 """Free disk required beyond the size of a checkpoint, for logs."""
 
@@ -55,11 +61,22 @@ class RunState:
     """Position in each rank's ledger."""
     seconds: float
     """Training time so far."""
-    regularizer: dict[str, float | None] = field(default_factory=dict)
+    regularizer: dict[str, Any] = field(default_factory=dict)
     """The state that `SafetyRegularizer.save_state` returned."""
     frozen: str = ""
     """With `lora.frozen`: the fingerprint of the base model with these adapters."""
+    damaged_checkpoints: int = 0
+    """Checkpoints that this run could not go on from."""
+    saves: int = 0
+    """Checkpoints written before this one."""
+    save_seconds: float = 0.0
+    """Time that these took, in which no rank trained."""
     format: int = _FORMAT
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+_STATE = TypeAdapter(RunState)
 
 
 def config_hash(config: Config) -> str:
@@ -109,12 +126,16 @@ def save_checkpoint(
     regularizer: SafetyRegularizer,
     ranks: Ranks,
     keep: int,
+    logs: Digests | None = None,
+    key: Key | None = None,
 ) -> None:
     """Writes one checkpoint below `folder` and removes all but the newest `keep`.
 
+    `logs` are the digests of this rank's logs up to here; `key` signs, on rank 0.
+
     Raises:
         CheckpointError: the disk is too small; earlier checkpoints stay as they are.
-    Collectives: the engine's own, and two gathers of texts.
+    Collectives: the engine's own, and five gathers of texts.
     """
     final = folder / f"step-{state.step:08d}"
     partial = _aside(final)
@@ -128,15 +149,29 @@ def save_checkpoint(
     with ranks.together(), _clear_errors(partial):
         _save_random(partial / f"rank{ranks.rank}.safetensors", ranks.device)
         small = regularizer.save_state(partial / f"risk{ranks.rank}.safetensors")
-    with ranks.together(), _clear_errors(partial):
         if ranks.is_main:
             _write_json(partial / "state.json", asdict(replace(state, regularizer=small)))
+        own = own_digests(partial, ranks.rank, ranks.world_size)
+    files, all_logs = (_of_all_ranks(digests, ranks) for digests in (own, logs or {}))
+    with ranks.together(), _clear_errors(partial):
+        if ranks.is_main:
+            write_manifest(partial, Manifest(state.step, files, all_logs), key)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-            for old in complete_checkpoints(folder)[:-keep]:
+            _sync_folder(folder)  # before an older one goes
+            for old in saved_checkpoints(folder)[:-keep]:
                 # Renamed first: what a kill leaves of it, the next start removes.
                 os.replace(old, _aside(old))
                 shutil.rmtree(_aside(old))
+
+
+def _of_all_ranks(own: Digests, ranks: Ranks) -> Digests:
+    """All ranks' digests, on every rank. Collectives: one gather of texts."""
+    return {
+        name: FileDigest(*digest)
+        for text in ranks.gather_texts(json.dumps(own))
+        for name, digest in json.loads(text).items()
+    }
 
 
 def _aside(final: Path) -> Path:
@@ -157,9 +192,17 @@ def _clear_errors(partial: Path) -> Iterator[None]:
         ) from err
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were written whole, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that were written whole, oldest first; they may be damaged since."""
+    return sorted(folder.glob("step-*"))
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_partial(folder: Path) -> None:
@@ -170,24 +213,22 @@ def remove_partial(folder: Path) -> None:
 
 def load_checkpoint(
     checkpoint: Path,
+    state: RunState,
     *,
-    config: Config,
     engine: PolicyEngine,
     regularizer: SafetyRegularizer,
     ranks: Ranks,
     order_digest: str,
     frozen: str = "",
-) -> RunState:
-    """Restores engine, random states, moving average and risk cache.
+) -> None:
+    """Restores engine, random states, moving average and risk cache; `find_checkpoint` found it.
 
     Raises:
-        CheckpointError: written by another configuration, number of ranks or order of rows, or
-            beside other weights in `lora.frozen`.
+        CheckpointError: written with another order of rows, or beside other weights in
+            `lora.frozen`.
     Collectives: the engine's own, and two gathers of texts.
     """
     with ranks.together():
-        state = read_state(checkpoint)
-        _require_same_run(checkpoint, state, config=config, world_size=ranks.world_size)
         if state.order_digest != order_digest:
             raise CheckpointError(
                 f"the rows that are dealt as risky are not those of {checkpoint}: the order would "
@@ -205,7 +246,6 @@ def load_checkpoint(
         regularizer.load_state(checkpoint / f"risk{ranks.rank}.safetensors", state.regularizer)
         # Last, so that nothing draws from a generator between this and training.
         _load_random(checkpoint / f"rank{ranks.rank}.safetensors", ranks.device)
-    return state
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -217,22 +257,25 @@ def read_state(checkpoint: Path) -> RunState:
     try:
         text = (checkpoint / "state.json").read_bytes()
         written = parse_json(text).get("format", 1)
-        if written != _FORMAT:
+        if written not in (_FORMAT, UNCHECKED_FORMAT):
             raise CheckpointError(
-                f"{checkpoint} has format {written}, this version of safereg_dist reads {_FORMAT}: "
-                "go on with the version that wrote it, or choose another output_dir"
+                f"{checkpoint} has format {written}, this version of safereg_dist reads "
+                f"{UNCHECKED_FORMAT} and {_FORMAT}: go on with the version that wrote it, or "
+                "choose another output_dir"
             )
-        return TypeAdapter(RunState).validate_json(text, strict=True)
-    except (OSError, ValueError, TypeError, AttributeError) as err:
+        return _STATE.validate_json(text, strict=True)
+    except (OSError, ValueError, AttributeError) as err:
         raise CheckpointError(
-            f"{checkpoint}/state.json cannot be read ({reason_of(err)}): remove this checkpoint to resume "
-            "from an earlier one"
+            f"{checkpoint}/state.json cannot be read ({reason_of(err)}): restore it from a copy"
         ) from err
 
 
-def _require_same_run(
-    checkpoint: Path, state: RunState, *, config: Config, world_size: int
-) -> None:
+def require_same_run(checkpoint: Path, state: RunState, config: Config, world_size: int) -> None:
+    """Returns where a checkpoint is of this configuration and number of ranks.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     if state.config_hash != config_hash(config):
         raise CheckpointError(
             f"{checkpoint} was written by another configuration, or by an earlier version of "
@@ -248,7 +291,7 @@ def _require_same_run(
 
 def _checkpoint_bytes(regularizer: SafetyRegularizer, folder: Path) -> int:
     """Bytes of a checkpoint: the size of the last one, else 16 per parameter."""
-    written = complete_checkpoints(folder)
+    written = saved_checkpoints(folder)
     if written:
         return sum(f.stat().st_size for f in written[-1].rglob("*") if f.is_file())
     return 16 * sum(

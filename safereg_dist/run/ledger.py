@@ -11,8 +11,8 @@ between ranks. At the end `merge_ledgers` orders all rows by (step, micro_batch,
 against them. Rows carry ids, risks and coefficients; never text of the training data.
 
 What an unkeyed chain cannot promise: whoever can rewrite both `ledger.jsonl` and `summary.json` can
-compute a new chain that verifies. Keep the head hash somewhere else (a commit, a signed note, a
-ticket) where that matters; then nobody can change past rows without being seen.
+compute a new chain that verifies. Where that matters, have the run sign its summary (`signing`) and
+verify with the key, or keep the head hash somewhere else (a commit, a ticket).
 
 Where `ledger.jsonl` exists it is the truth, and rank files beside it are leftovers of an
 interrupted merge; `reopen_ledger` turns it back into rank files for a resumed run.
@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from safereg_dist.errors import CheckpointError, LedgerError
+from safereg_dist.run.signing import Key, what_is_wrong
+from safereg_dist.storage.digests import AppendedFile, FileDigest
 from safereg_dist.storage.json_text import parse_json
 from safereg_dist.types import LedgerRow
 
@@ -72,8 +74,13 @@ class RankLedger:
                 f"expected an open ledger, found a finished one at {merged}: call `reopen_ledger` "
                 "before the ranks go on, or choose another output_dir"
             )
-        self._path = _rank_path(run_dir, rank)
-        self._file = self._path.open("ab")
+        self._path = rank_path(run_dir, rank)
+        self._file = AppendedFile(self._path)
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self._path.name
 
     def append(self, row: LedgerRow) -> None:
         """Adds one row to the buffer; rows come in the order (step, micro_batch, row).
@@ -93,10 +100,18 @@ class RankLedger:
             CheckpointError: the file could not be written.
         """
         try:
-            self._file.flush()
+            return self._file.flush()
         except OSError as err:
             raise _unwritable(self._path, err) from err
-        return self._file.tell()
+
+    def digest(self) -> FileDigest:
+        """As `flush`, with the SHA-256 of all rows so far: what a checkpoint keeps of the ledger.
+
+        Raises:
+            CheckpointError: the file could not be written.
+        """
+        self.flush()
+        return self._file.digest()
 
     def truncate(self, position: int) -> None:
         """Drops everything after byte `position`, a value that `flush` returned.
@@ -112,7 +127,6 @@ class RankLedger:
                 "output_dir"
             )
         self._file.truncate(position)
-        self._file.seek(position)
 
     def close(self) -> None:
         """Flushes and closes the file; closing twice is harmless.
@@ -145,7 +159,7 @@ def merge_ledgers(run_dir: Path | str, world_size: int) -> LedgerHead:
         for rank in range(world_size):
             if rank not in rank_files:
                 raise LedgerError(
-                    f"expected {_rank_path(run_dir, rank)} (rank {rank} of {world_size}), found no "
+                    f"expected {rank_path(run_dir, rank)} (rank {rank} of {world_size}), found no "
                     "file: restore it or resume from a checkpoint"
                 )
         head = _write_chain(merged, rank_files.values())
@@ -173,28 +187,31 @@ def reopen_ledger(run_dir: Path | str) -> None:
             for row, _ in _chained_rows(merged):
                 rank = row["rank"]
                 if rank not in files:
-                    path = _temporary(_rank_path(run_dir, rank))
+                    path = _temporary(rank_path(run_dir, rank))
                     files[rank] = stack.enter_context(path.open("wb"))
                 files[rank].write(_canonical(row) + b"\n")
         for rank in files:
-            path = _rank_path(run_dir, rank)
+            path = rank_path(run_dir, rank)
             os.replace(_temporary(path), path)
     except OSError as err:
         raise _unwritable(merged, err) from err
     finally:
         for rank in files:
-            _temporary(_rank_path(run_dir, rank)).unlink(missing_ok=True)
+            _temporary(rank_path(run_dir, rank)).unlink(missing_ok=True)
     merged.unlink()
 
 
-def verify_ledger(run_dir: Path | str) -> LedgerHead:
+def verify_ledger(run_dir: Path | str, key: Key | None = None) -> LedgerHead:
     """Recomputes the chain of `ledger.jsonl` and returns its head, if it is that of `summary.json`.
+
+    With a key the summary must be signed with it (`signing`).
 
     Raises:
         LedgerError: names the first bad line and what is wrong: a changed row, lost, added or
-            reordered rows, a cut file, or a summary that is missing or silent on the ledger.
+            reordered rows, a cut file, or a summary that is missing, silent on the ledger or not
+            signed with the key.
     """
-    wanted = _summary_head(Path(run_dir, "summary.json"))
+    wanted = _summary_head(Path(run_dir, "summary.json"), key)
     merged = Path(run_dir, MERGED_NAME)
     if not merged.is_file():
         raise LedgerError(
@@ -270,7 +287,8 @@ def _lines(path: Path) -> Iterator[tuple[str, _Key, _Json]]:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def _rank_path(run_dir: Path | str, rank: int) -> Path:
+def rank_path(run_dir: Path | str, rank: int) -> Path:
+    """The file that a rank appends its rows to."""
     return Path(run_dir, f"ledger.rank{rank}.jsonl")
 
 
@@ -359,10 +377,13 @@ def _last(rows: Iterator[tuple[_Json, LedgerHead]]) -> LedgerHead:
     return tail[0][1] if tail else LedgerHead(GENESIS, 0)
 
 
-def _summary_head(path: Path) -> LedgerHead:
+def _summary_head(path: Path, key: Key | None) -> LedgerHead:
     """The ledger's head in `summary.json`."""
     try:
-        ledger = parse_json(path.read_bytes())["ledger"]
+        content = path.read_bytes()
+        if key is not None and (wrong := what_is_wrong(path, content, key)):
+            raise LedgerError(f"{wrong}: do not rely on this ledger, or give the key of the run")
+        ledger = parse_json(content)["ledger"]
         head, rows = ledger["head"], ledger["rows"]
     except NotADirectoryError as err:
         raise LedgerError(

@@ -7,7 +7,8 @@ from pathlib import Path
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.run.ledger import LedgerRow, RankLedger, reopen_ledger
-from safereg_dist.run.metrics import MetricsWriter
+from safereg_dist.run.metrics import METRICS_NAME, MetricsWriter
+from safereg_dist.storage.digests import FileDigest
 
 
 class RunLog:
@@ -66,10 +67,25 @@ class RunLog:
             "and run the same command again"
         )
 
+    def digests(self) -> dict[str, FileDigest]:
+        """Of this rank's files so far, flushed, by name: what a checkpoint keeps of them.
+
+        Raises:
+            CheckpointError: a file could not be written.
+        """
+        try:
+            found = {self._ledger.name: self._ledger.digest()}
+            if self._metrics is not None:
+                found[METRICS_NAME] = self._metrics.digest()
+            return found
+        except OSError as err:
+            raise self._unwritable(err) from err
+
     def positions(self) -> tuple[int, int]:
         """(bytes of this rank's ledger, bytes of metrics) flushed so far, for a checkpoint."""
-        metrics = 0 if self._metrics is None else self._metrics.position()
-        return self._ledger.flush(), metrics
+        found = self.digests()
+        metrics = found.get(METRICS_NAME)
+        return found[self._ledger.name].bytes, metrics.bytes if metrics else 0
 
     def finish(self, ranks: Ranks) -> None:
         """Closes all files; an error kept from the last step is raised by all ranks together.

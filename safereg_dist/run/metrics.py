@@ -5,6 +5,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from safereg_dist.storage.digests import AppendedFile, FileDigest
+
+METRICS_NAME = "metrics.jsonl"
+
 
 class MetricsWriter:
     """Appends rows to `metrics.jsonl` and TensorBoard events; on the main rank only."""
@@ -12,9 +16,8 @@ class MetricsWriter:
     def __init__(
         self, folder: Path, *, position: int, first_step: int, has_board: bool = True
     ) -> None:
-        self._file = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
+        self._file = AppendedFile(folder / METRICS_NAME)
         self._file.truncate(position)
-        self._file.seek(0, 2)
         self._board = None
         if has_board:
             from torch.utils.tensorboard import SummaryWriter
@@ -24,15 +27,15 @@ class MetricsWriter:
     def write(self, row: Mapping[str, float | int]) -> None:
         """One line of JSON (values that are not finite become null), flushed at once."""
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(finite).encode() + b"\n")
         self._file.flush()
         for name, value in row.items():
             if self._board is not None and name != "step":
                 self._board.add_scalar(name, value, int(row["step"]))
 
-    def position(self) -> int:
-        """Bytes written so far, for the checkpoint."""
-        return self._file.tell()
+    def digest(self) -> FileDigest:
+        """Of all that was written so far, for the checkpoint."""
+        return self._file.digest()
 
     def close(self) -> None:
         """Closes both writers."""

@@ -129,7 +129,7 @@ def test_ranks_add_up(tmp_path):
 def test_the_file_goes_on_where_the_checkpoint_was(tmp_path):
     writer = MetricsWriter(tmp_path, position=0, first_step=0)
     writer.write({"step": 0, "loss": 1.0})
-    position = writer.position()
+    position = writer.digest().bytes
     writer.write({"step": 1, "loss": 2.0})
     writer.close()
     writer = MetricsWriter(tmp_path, position=position, first_step=1)

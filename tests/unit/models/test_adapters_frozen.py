@@ -312,7 +312,7 @@ def test_prepare_refuses_an_adapter_of_another_reference():
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(folder):
-    """It has no `frozen`, and its run no frozen adapters."""
+    """It has no `frozen` and no manifest, and its run no frozen adapters."""
     chosen = settings(folder, reference={}, frozen={})
     assert trained(folder, chosen) == 0
     states = sorted((folder / "run" / "checkpoint").glob("*/state.json"))
@@ -320,6 +320,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(folder):
     for state in states:
         values = json.loads(state.read_text())
         assert values.pop("frozen") == ""
-        state.write_text(json.dumps(values))
+        state.write_text(json.dumps({**values, "format": 2}))
+        state.with_name("manifest.json").unlink()
     (folder / "run" / "summary.json").unlink()
     assert trained(folder, chosen) == 0
