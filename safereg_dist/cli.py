@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (errors.SafeRegError, errors.ShapeError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        # Who has lost a rank cannot leave the message to rank 0: that may be the lost one.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, errors.PeerLost):
             print(f"safereg: {error}", file=sys.stderr, flush=True)
             if isinstance(error, errors.RemoteRankError):
                 traceback.print_exc()

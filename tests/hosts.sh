@@ -127,9 +127,10 @@ up() { # N FOLDER ...
     [[ ! -e $dir/count ]] || fail "$dir has hosts already: $0 down $dir"
     echo "$count" >"$dir/count"
     printf '%s\n' "$@" | sed '/^$/d' >"$dir/folders"
-    [[ -z ${HOSTS_OWNER:-} ]] ||
+    if [[ -n ${HOSTS_OWNER:-} ]]; then
         setsid bash -c 'tail --pid="$1" -f /dev/null; exec bash "$2" down "$3"' owner \
             "$HOSTS_OWNER" "$self" "$dir" >/dev/null 2>&1 </dev/null &
+    fi
     rm -f "$dir/key" "$dir/key.pub"
     ssh-keygen -q -t ed25519 -N '' -f "$dir/key"
     printf '%s\n' 'Host node*' "IdentityFile $dir/key" 'StrictHostKeyChecking no' \
