@@ -18,7 +18,7 @@ _SIGNS = re.compile(
     re.IGNORECASE,
 )
 _ADDRESS = re.compile(r"\[?([0-9a-f]*[.:][0-9a-f.:]*)\]?:\d+")
-_NOT_THE_PLACE = ("/torch/", "/deepspeed/", "/contextlib.py")
+_THEIRS = ("/site-packages/", "/contextlib.py")
 
 
 @contextmanager
@@ -50,8 +50,9 @@ def is_lost_peer(error: RuntimeError) -> bool:
 def _message(error: RuntimeError) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f.name for f in frames if Path(f.filename).name == "distributed_c10d.py"]
-    ours = [f for f in frames if not any(part in f.filename for part in _NOT_THE_PLACE)]
-    where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "unknown"
+    ours = [f for f in frames if not any(part in f.filename for part in _THEIRS)]
+    place = (ours or frames)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
     address = _ADDRESS.search(str(error).rsplit(".cc:", 1)[-1].partition("]")[2])
     peer = f" at {address[1]}" if address else ""
     return (
@@ -62,5 +63,5 @@ def _message(error: RuntimeError) -> str:
 
 
 def _short(error: RuntimeError) -> str:
-    """The library's words without its source file and ours."""
-    return re.sub(r"\[/?\S*\.cc:\d+\]\s*", "", reason_of(error, limit=160))
+    """The library's first sentence, without its source file."""
+    return re.sub(r"\[/?\S*\.cc:\d+\]\s*", "", reason_of(error)).split(". ")[0][:160]
