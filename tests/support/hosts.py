@@ -13,7 +13,17 @@ from support.launching import FINETUNE, ROOT, Finished, tail
 
 SCRIPT = ROOT / "tests" / "hosts.sh"
 BIN = Path(sys.executable).parent
-PROGRAMS = ("ip", "nsenter", "unshare", "pgrep", "ssh", "ssh-keygen", "pdsh", "/usr/sbin/sshd")
+PROGRAMS = (
+    "ip",
+    "nsenter",
+    "unshare",
+    "pgrep",
+    "ssh",
+    "ssh-keygen",
+    "pdsh",
+    "mpirun",
+    "/usr/sbin/sshd",
+)
 LAUNCHERS = ("pdsh", "no_ssh", "torchrun", "openmpi")
 
 
@@ -23,9 +33,8 @@ def missing() -> str | None:
         return "hosts of their own need root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
-        return (
-            f"hosts need {', '.join(absent)}: apt-get install iproute2 openssh-server pdsh procps"
-        )
+        packages = "iproute2 procps openssh-server pdsh openmpi-bin"
+        return f"hosts need {', '.join(absent)}: apt-get install {packages}"
     made = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], check=False)
     return "this machine allows no namespaces (unshare fails)" if made.returncode else None
 
