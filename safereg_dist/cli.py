@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (errors.SafeRegError, errors.ShapeError) as error:
-        if not _speaks():
+        # Who has lost a rank cannot leave the message to rank 0: that may be the lost one.
+        if isinstance(error, errors.PeerLost):
+            print(f"safereg: {error}", file=sys.stderr, flush=True)
+        elif not _speaks():
             # Launchers end all ranks once one has ended: the one that speaks has to come first.
             time.sleep(0 if _has_group() else SILENT_S)
         else:

@@ -18,6 +18,7 @@ __all__ = [
     "GroupError",
     "LedgerError",
     "NonFiniteLoss",
+    "PeerLost",
     "ProbeError",
     "RemoteRankError",
     "SafeRegError",
@@ -83,6 +84,10 @@ class LedgerError(SafeRegError):
 
 class GroupError(SafeRegError):
     """Process groups, ranks or the launcher's environment."""
+
+
+class PeerLost(GroupError):  # noqa: N818 - the condition is the name
+    """Another rank has ended without a word, or the network to it is gone."""
 
 
 class NonFiniteLoss(SafeRegError):  # noqa: N818 - the condition is the name

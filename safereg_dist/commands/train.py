@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safereg_dist.commands.options import add_config
+from safereg_dist.parallel.lost_peer import naming_lost_peers
 
 if TYPE_CHECKING:
     from safereg_dist.config import Config
@@ -24,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     return train_as(arguments.config, arguments.overrides, dry_run=arguments.dry_run)
 
 
+@naming_lost_peers()
 def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = False) -> int:
     """Trains as the file at `path` says; the exit status.
 

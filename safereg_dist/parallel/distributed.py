@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.lost_peer import naming_lost_peers
 
 
 @contextmanager
@@ -28,7 +29,8 @@ def distributed_ranks() -> Iterator[Ranks]:
 
         ranks = single_ranks()
     try:
-        yield ranks
+        with naming_lost_peers():
+            yield ranks
     finally:
         leave_group()
 
