@@ -82,7 +82,7 @@ def _messages(row: dict[str, Any], where: str) -> list[Any]:
     turns = _list(row, "messages", where)
     if not isinstance(row.get("response"), str) or _role(turns[-1]) in ("assistant", None):
         return turns
-    return _untrained(turns) + [{"role": "assistant", "content": row["response"]}]
+    return [*_untrained(turns), {"role": "assistant", "content": row["response"]}]
 
 
 def _prompt_response(row: dict[str, Any], where: str) -> list[Any]:
