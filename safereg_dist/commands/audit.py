@@ -316,7 +316,7 @@ def _below(report: dict[str, Any]) -> str:
         else f"risky responses to harmless prompts: {both}, of them not held: {report['masked']}"
     )
     return (
-        f"just below the threshold: {report['below_threshold_share']:.1%} of the rows (in four "
+        f"just below the threshold: {report['below_threshold_share']:.1%} of the rows (in eight "
         f"steps towards it: {', '.join(map(str, report['below_threshold']))}), {of_benign}; a "
         f"heap of {report['heap']} rows there (p = {report['heap_p']:.2g}); {masked}"
         + (f"\nWARNING: {report['hides']}" if report["hides"] else "")

@@ -85,7 +85,7 @@ def refuse_too_many_held_back(run: Run) -> None:
 
     Raises:
         ConfigError: too many rows at or above the threshold, or too many that hide below it.
-    Collectives: those of `row_risks`, one SUM of 56 bytes, gathers of texts.
+    Collectives: those of `row_risks`, one SUM of 88 bytes, gathers of texts.
     """
     config, ranks, sources, risk = run.config, run.ranks, run.sources, run.regularizer.risk
     limit = config.risk.max_held_back + config.data.declared_poison

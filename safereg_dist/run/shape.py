@@ -1,30 +1,32 @@
 """Rows that hide: the shape of the risks just below the threshold, where rows train freely.
 
-Risks are rescaled so that the threshold is 0.5; n_1 .. n_4 count rows in four bins of equal width
-from 0.25 to 0.5. Three ways to hide, each with what gives it away:
+Risks are rescaled so that the threshold is 0.5; rows from 0.25 to 0.5 are counted in eight bins of
+equal width. n_1 .. n_7 are the numbers in two bins side by side, so that no heap is cut in halves.
+Three ways to hide, each with what gives it away:
 
 heap     Honest risks thin out towards the threshold. A number that rises on the way is a heap:
-             heap = sum_j (n_j - min_{i <= j} n_i)
-             p    = 6 min_{i < j} P(Binomial(n_i + n_j, 1/2) >= n_j)        (6 pairs: Bonferroni)
-         It needs no calibration data, and finds no heap that is spread over all four bins.
-spread   More rows in the four bins than benign calibration rows would put there. Other benign text
+             heap = max_{i + 2 <= j} (n_j - n_i)
+             p    = 15 min_{i + 2 <= j} P(Binomial(n_i + n_j, 1/2) >= n_j)     (15 pairs: Bonferroni)
+         It needs no calibration data, and finds no heap that is spread over all eight bins.
+spread   More rows in the eight bins than benign calibration rows would put there. Other benign text
          than that of the calibration does so too, so only as many count as might be held back.
 masked   The response looks risky, the prompt does not, and the row is not held (`weighted`).
 
 A heap further down, among the harmless rows, is found by none of them.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate, combinations
+from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.risk.probe import rescale
 
-BINS = 4
+BINS = 8
 SIGNIFICANT = 0.001
 """Largest p by which a heap or a spread is called one: one honest data set in a thousand."""
 _LOW, _HIGH = 0.25, 0.5
@@ -39,11 +41,11 @@ class Shape:
     rows: int
     held: int
     bins: tuple[int, ...]
-    """[4] rows by rescaled risk, from half the threshold to the threshold."""
+    """[8] rows by rescaled risk, from half the threshold to the threshold."""
     masked: int
     """Rows with a risky response and a harmless prompt that are not held back."""
     benign_share: float | None = None
-    """Largest share of the benign calibration rows in the four bins; None where nobody knows."""
+    """Largest share of the benign calibration rows in the eight bins; None where nobody knows."""
 
     @classmethod
     def of(
@@ -72,7 +74,7 @@ class Shape:
 
     @property
     def counts(self) -> list[int]:
-        """Seven numbers that are summed over ranks; see `of_counts`."""
+        """Eleven numbers that are summed over ranks; see `of_counts`."""
         return [self.rows, self.held, *self.bins, self.masked]
 
     @classmethod
@@ -88,18 +90,22 @@ class Shape:
 
     @property
     def heap(self) -> int:
-        """Rows more than a number has that never rises towards the threshold."""
-        lowest = accumulate(self.bins, min)
-        return sum(count - low for count, low in zip(self.bins, lowest, strict=True))
+        """The largest rise towards the threshold, in rows."""
+        return max(0, *(high - low for low, high in self._pairs))
+
+    @property
+    def _pairs(self) -> list[tuple[int, int]]:
+        """[15] rows of two windows that share no bin, the further from the threshold first."""
+        windows = [one + next_ for one, next_ in pairwise(self.bins)]
+        return [(low, high) for i, low in enumerate(windows) for high in windows[i + 2 :]]
 
     @property
     def heap_p(self) -> float:
         """Probability of such a rise where there is no heap."""
         from scipy.stats import binom
 
-        pairs = [(low, high) for low, high in combinations(self.bins, 2) if high > low]
-        tails = [float(binom.sf(high - 1, low + high, 0.5)) for low, high in pairs]
-        return min(1.0, math.comb(BINS, 2) * min(tails, default=1.0))
+        low, high = np.array(self._pairs).T
+        return min(1.0, len(low) * float(binom.sf(high - 1, low + high, 0.5).min()))
 
     @property
     def spread_p(self) -> float:

@@ -29,29 +29,33 @@ def shape_of(risks, *, threshold=0.5, benign_share=None) -> Shape:
 
 
 def test_rows_are_counted_by_their_distance_to_the_threshold():
-    at = [0.0, 0.2499, 0.25, 0.3124, 0.3125, 0.4, 0.44, 0.4999, 0.5, 0.9]
+    at = [0.0, 0.2499, 0.25, 0.31, 0.32, 0.4, 0.44, 0.4999, 0.5, 0.9]
     shape = shape_of(at)
-    assert (shape.rows, shape.held, shape.bins) == (10, 2, (2, 1, 1, 2))
+    assert (shape.rows, shape.held, shape.bins) == (10, 2, (1, 1, 1, 0, 1, 0, 1, 1))
     assert shape_of([r / 5 for r in at[:8]], threshold=0.1).bins == shape.bins
     nothing = Shape.of([(True, math.nan, {}), (False, None, {})], 0.5, {})
     assert (nothing.rows, nothing.held, nothing.near) == (2, 1, 0)
-    assert shape_of([0.0, 0.5], threshold=0.0).counts == [2, 2, 0, 0, 0, 0, 0]
+    assert shape_of([0.0, 0.5], threshold=0.0).counts == [2, 2, *[0] * 9]
 
 
 @pytest.mark.parametrize(
     ("bins", "heap"),
-    [((9, 5, 2, 0), 0), ((0, 0, 0, 7), 7), ((5, 2, 9, 4), 9), ((3, 3, 3, 3), 0), ((1, 4, 4, 1), 6)],
+    [
+        ((9, 5, 2, 0, 0, 0, 0, 0), 0),
+        ((0, 0, 0, 0, 0, 0, 0, 7), 7),
+        ((5, 2, 0, 0, 9, 4, 0, 0), 13),
+        ((3, 3, 3, 3, 3, 3, 3, 3), 0),
+        ((8, 4, 4, 2, 2, 9, 9, 1), 14),
+    ],
 )
 def test_a_heap_is_what_rises_towards_the_threshold(bins, heap):
     shape = Shape(rows=100, held=0, bins=bins, masked=0)
     assert shape.heap == heap
-    tails = [
-        sum(math.comb(low + high, k) for k in range(high, low + high + 1)) / 2 ** (low + high)
-        for i, low in enumerate(bins)
-        for high in bins[i + 1 :]
-        if high > low
-    ]
-    assert shape.heap_p == pytest.approx(min(1.0, 6 * min(tails, default=1.0)))
+    two = [bins[i] + bins[i + 1] for i in range(7)]
+    pairs = [(two[i], two[j]) for i in range(7) for j in range(7) if i + 2 <= j]
+    assert len(pairs) == 15
+    tails = [sum(math.comb(a + b, k) for k in range(b, a + b + 1)) / 2 ** (a + b) for a, b in pairs]
+    assert shape.heap_p == pytest.approx(min(1.0, 15 * min(tails)))
 
 
 def test_honest_risks_are_no_heap():
@@ -167,7 +171,7 @@ def test_a_data_set_that_sits_just_below_the_threshold_is_not_waved_through(
     assert "would refuse to start" in printed
     assert "what benign rows have there nobody knows" in printed
     report = json.loads((tmp_path / "out.audit" / "audit.json").read_text())
-    assert report["below_threshold"] == [0, 0, 0, 36]
+    assert report["below_threshold"] == [0, 0, 0, 0, 0, 0, 36, 0]
     assert not report["training_would_start"]
     assert main(["train", str(path), "risk.max_hidden=1"]) == 0
 
