@@ -60,7 +60,7 @@ def test_the_peer_s_address_is_told(tmp_path):
 
 
 def test_a_wait_after_a_time_out_is_told_too():
-    """gloo's words where an earlier collective has timed out: seen in the parameters' all-gather."""
+    """gloo's words where an earlier collective has timed out: seen in an all-gather."""
     with pytest.raises(PeerLost), naming_lost_peers():
         raise RuntimeError("Application timeout caused pair closure")
 
