@@ -12,7 +12,8 @@ from pathlib import Path
 
 from safereg_dist.errors import PeerLost, reason_of
 
-_LIBRARIES = re.compile(r"gloo|nccl|tcpstore|store->", re.IGNORECASE)
+# gloo names itself, but in what it says to the waits after the first that has timed out.
+_LIBRARIES = re.compile(r"gloo|nccl|tcpstore|store->|caused pair closure", re.IGNORECASE)
 _SIGNS = re.compile(
     r"timed? ?out|closed|reset|broken pipe|refused|unreachable|no route|recv|remote process",
     re.IGNORECASE,

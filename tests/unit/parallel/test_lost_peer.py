@@ -59,6 +59,12 @@ def test_the_peer_s_address_is_told(tmp_path):
     assert "but one at " in message_of_survivor(tmp_path, lambda: None)
 
 
+def test_a_wait_after_a_time_out_is_told_too():
+    """gloo's words where an earlier collective has timed out: seen in an all-gather."""
+    with pytest.raises(PeerLost), naming_lost_peers():
+        raise RuntimeError("Application timeout caused pair closure")
+
+
 @pytest.mark.parametrize("text", ["shape mismatch", "CUDA error: timed out", "file closed"])
 def test_other_errors_stay_what_they_are(text):
     with pytest.raises(RuntimeError, match=text) as caught, naming_lost_peers():
