@@ -204,7 +204,7 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; 0 = none."""
     keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=ASIDE)
     """Newest checkpoints to keep, >= 1."""
-    resume: int | str = Field(default="latest", json_schema_extra=ASIDE | NEWER)
+    resume: str = Field(default="latest", json_schema_extra=ASIDE | NEWER)
     """The checkpoint to go on from: `latest` (the newest that is whole), a step or a checkpoint's
     folder (that one or none; for one start: the next one would go back again), or `never`, which
     refuses a run folder that has checkpoints."""
@@ -220,15 +220,21 @@ class TrainConfig(Section):
     export_shard_bytes: int = Field(default=5_000_000_000, ge=1, json_schema_extra=ASIDE)
     """Largest safetensors shard of the exported model, in bytes."""
 
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _step_or_folder(cls, given: Any) -> Any:
+        text = str(given) if type(given) is int else given
+        if text == "" or (isinstance(text, str) and re.fullmatch(r"-\d+|0+", text)):
+            raise ConfigError(
+                f"train.resume is {given!r}: expected latest, never, a step >= 1 or the folder of "
+                "a checkpoint"
+            )
+        return text
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("train.steps and train.epochs are both set: keep one of them")
-        if self.resume == "" or (isinstance(self.resume, int) and self.resume < 1):
-            raise ConfigError(
-                f"train.resume is {self.resume!r}: expected latest, never, a step >= 1 or the "
-                "folder of a checkpoint"
-            )
         return self
 
 

@@ -8,6 +8,7 @@ torch.distributed.checkpoint hold, none of which does anything when it is built.
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,8 @@ def load_tensors(file: Any, **options: Any) -> Any:
     # deepspeed's are there where deepspeed is: without it nothing needs them.
     listed = [getattr(sys.modules[m], name) for m, name in _OF_DEEPSPEED if m in sys.modules]
     try:
-        with torch.serialization.safe_globals(listed):
+        with torch.serialization.safe_globals(listed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol: it is read, or refused here
             return _load(file, **{**options, "weights_only": True})
     except Exception as err:  # a pickle that is cut or changed raises whatever it likes
         raise _refused(file, err) from err

@@ -108,7 +108,7 @@ def _candidates(config: Config) -> list[Path]:
                 "output_dir, or resume=latest to go on"
             )
         return []
-    path = folder / f"step-{wanted:08d}" if isinstance(wanted, int) else Path(wanted)
+    path = folder / f"step-{int(wanted):08d}" if wanted.isdecimal() else Path(wanted)
     if not path.is_dir():
         names = ", ".join(p.name for p in saved) or "none"
         raise CheckpointError(
