@@ -5,6 +5,7 @@ tested) in one place. In a single process every method works without a process g
 """
 
 import functools
+import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,17 +168,19 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        text = None if error is None else (type(error).__name__, _describe(error))
-        texts: list[tuple[str, str] | None] = [None] * self.world_size
+        own = socket.gethostname()
+        text = None if error is None else (type(error).__name__, _describe(error), own)
+        texts: list[tuple[str, str, str] | None] = [None] * self.world_size
         dist.all_gather_object(texts, text, group=self.dp_group)
         first = next((r for r, t in enumerate(texts) if t is not None), None)
         if first is None:
             return
         if error is not None and first == self.rank:
             raise error
-        kind, message = texts[first] or ("", "")
+        kind, message, host = texts[first] or ("", "", "")
         cls = getattr(errors, kind, errors.RemoteRankError)
-        raise cls(message if first == 0 else f"rank {first}: {message}") from error
+        where = f"rank {first}" if host == own else f"rank {first} on {host}"
+        raise cls(message if first == 0 else f"{where}: {message}") from error
 
     @contextmanager
     def together(self) -> Iterator[None]:
