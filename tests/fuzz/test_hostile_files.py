@@ -247,7 +247,9 @@ def pickled(tmp_path):
     (model / "config.json").write_text(json.dumps(config))
     (model / "code.py").write_text(f"import os; os.mkdir({str(tmp_path / 'trace')!r})\n")
     write_jsonl(tmp_path / "train.jsonl", random_rows(4))
-    prompts = [{"prompt": "w1", "label": "harmful"}, {"prompt": "w2", "label": "benign"}] * 20
+    labels = ("harmful", "benign")
+    asked = [row["prompt"] for row in random_rows(60, longest=20)]
+    prompts = [{"prompt": text, "label": labels[n % 2]} for n, text in enumerate(asked)]
     write_jsonl(tmp_path / "prompts.jsonl", prompts)
     run = {
         "model": str(model),
