@@ -262,6 +262,7 @@ def build(folder: Path) -> None:
     (world / "value").write_text(json.dumps({"train": {"steps": 3}, "risk": {"path": "x"}}))
     axes = {"seed": {"0": ["train.seed=0"], "1": ["train.seed=1"]}}
     sweep = {"config": "run.yaml", "out": "out", "axes": axes, "arms": {"a": ["train.steps=2"]}}
+    sweep |= {"evaluation": {"prompts": ["prompts.jsonl"], "max_new_tokens": 2}}
     (world / "sweep.yaml").write_text(json.dumps(sweep))
     shutil.copytree(world, folder / "ran")
     run = Case(folder / "ran", folder / "log")

@@ -97,10 +97,13 @@ def test_no_verb_fails_on_hostile_files(tmp_path):
     assert sum(int(row["refused"]) for row in rows) > len(rows)  # else nothing hostile was tried
 
 
+BOMB = "a0: &a0 [w, w]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 25))
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        *("a: &x [1]\nb: [*x, *x]", "a: 2001-99-99", "a: 0b_", f"a: {'9' * 5000}", "[" * 5000),
+        *(BOMB, "a: &x [*x]", "a: 2001-99-99", "a: 0b_", f"a: {'9' * 5000}", "[" * 5000),
         *("? " * 3000, "a: !!timestamp x", "a: !!bool x", f"a: 0x{'f' * 9000}", "a: 1\n" * 60_000),
         *("a: !!python/object/apply:os.getpid []", "a: \x00", "{" * 90_000),
     ],
@@ -114,8 +117,13 @@ def test_yaml_is_refused_in_one_line_and_at_once(tmp_path, capsys, text):
     assert_one_line(capsys.readouterr().err)
 
 
+def test_aliases_mean_what_they_stand_for():
+    text = "a: &sft [x=1, y=2]\nb: {c: *sft, <<: &more {d: 1}}\ne: *more"
+    assert parse_yaml(text) == yaml.safe_load(text)
+
+
 def test_yaml_of_configurations_means_what_it_meant():
-    for path in sorted([*ROOT.glob("launch/**/*.yaml"), *ROOT.glob("docs/**/*.yaml")]):
+    for path in sorted([*ROOT.glob("launch/**/*.yaml"), *ROOT.glob("benchmarks/**/*.yaml")]):
         text = path.read_text(encoding="utf-8")
         try:
             wanted = yaml.safe_load(text)
@@ -239,7 +247,9 @@ def pickled(tmp_path):
     (model / "config.json").write_text(json.dumps(config))
     (model / "code.py").write_text(f"import os; os.mkdir({str(tmp_path / 'trace')!r})\n")
     write_jsonl(tmp_path / "train.jsonl", random_rows(4))
-    prompts = [{"prompt": "w1", "label": "harmful"}, {"prompt": "w2", "label": "benign"}] * 20
+    labels = ("harmful", "benign")
+    asked = [row["prompt"] for row in random_rows(60, longest=20)]
+    prompts = [{"prompt": text, "label": labels[n % 2]} for n, text in enumerate(asked)]
     write_jsonl(tmp_path / "prompts.jsonl", prompts)
     run = {
         "model": str(model),
