@@ -10,7 +10,6 @@ Two ranks of a tiny model train, the stop is tried, and the processes are watche
                        rank took notice for 40 s, or they ended without a checkpoint
     launcher_status    exit status of the outermost process; negative: the signal that ended it
     rank_statuses      of the ranks, from their files in RUN/logs; `-` where a rank was killed
-    seconds            from the stop to the end of the last rank
 """
 
 import argparse
@@ -35,7 +34,7 @@ from support.launching import FINETUNE, free_port, with_ignored_missing  # noqa:
 WATCHED_S = 40.0  # launchers kill after 30 s
 PYTHON = sys.executable
 DEEPSPEED = (PYTHON, "-m", "deepspeed.launcher.runner")
-COLUMNS = ("launcher", "way", "outcome", "launcher_status", "rank_statuses", "seconds", "versions")
+COLUMNS = ("launcher", "way", "outcome", "launcher_status", "rank_statuses", "versions")
 
 
 class Trial:
@@ -104,12 +103,13 @@ class Trial:
             self._read_terminal()
             time.sleep(0.1)
         alive = self.processes(ranks=True)
-        seconds = time.monotonic() - began
+        while not (alive or self._has_ended()) and time.monotonic() - began < 4 * WATCHED_S:
+            time.sleep(0.1)  # on a busy machine
         saved = any((self.out / "checkpoint").glob("step-*"))
         outcome = "trains on" if alive else "saved" if saved else "lost"
         if alive:
             before = self._steps()
-            time.sleep(3.0)
+            time.sleep(15.0)  # several steps, on a busy machine too
             outcome += "" if self._steps() > before else " (stuck)"
         for pid in alive + self.processes(ranks=False):
             with_ignored_missing(os.kill, pid, signal.SIGKILL)
@@ -118,7 +118,6 @@ class Trial:
             "outcome": outcome,
             "launcher_status": launcher,
             "rank_statuses": " ".join(map(self._rank_status, range(len(self._logs())))),
-            "seconds": f"{seconds:.1f}",
         }
 
     def _logs(self) -> list[Path]:
@@ -192,10 +191,10 @@ def launchers(config: Path, hosts: tuple[Path, Path] | None) -> dict[str, list[s
             *(PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
             *("--master-port", port, *run),
         ],
-        "torchrun, SIGUSR1 handled": [
-            *("env", "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1"),
+        "torchrun --signals-to-handle ...": [
             *(PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--master-port", port, *run),
+            *("--master-port", port, "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR1"),
+            *run,
         ],
     }
     if hosts is not None:
@@ -211,7 +210,7 @@ def is_apt(launcher: str, way: str) -> bool:
     """Whether a way says something of a launcher."""
     if "launch" in way.split(" to ")[-1]:
         return launcher.startswith("deepspeed")
-    if launcher.startswith("torchrun,"):
+    if launcher.startswith("torchrun "):
         return way.startswith("SIGUSR1 to the")
     return not ("hosts" in launcher and way == "terminal closed")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from safereg_dist.doctor.finding import Finding, finding
-from safereg_dist.doctor.host import Answer
+from safereg_dist.doctor.host import Answer, leads_elsewhere
 from safereg_dist.doctor.work import Work
 from safereg_dist.run.checkpoint import complete_checkpoints
 from safereg_dist.run.stop import stop_file
@@ -19,6 +19,13 @@ def host_findings(answers: Mapping[str, Answer], work: Work) -> Iterator[Finding
     """Of all hosts together: they must be alike, see the same folder and know each other."""
     several = len(answers) > 1
     if several:
+        seen = Counter(answer.host for answer in answers.values())
+        yield _everywhere(
+            "each name is a host of its own",
+            {h: f"answers as {a.host}" if seen[a.host] > 1 else "" for h, a in answers.items()},
+            found=", ".join(answers),
+            remedy="a name leads to the wrong host: correct /etc/hosts, DNS or the hostfile",
+        )
         yield _alike("python", answers, lambda a: a.python)
         for name in next(iter(answers.values())).versions:
             yield _alike(f"version of {name}", answers, lambda a, name=name: a.versions[name])
@@ -187,5 +194,4 @@ def _listed(reasons: Mapping[str, str]) -> str:
 def _loopback(answer: Answer) -> str:
     """Why ranks of other hosts cannot reach this one by its name; empty where they can."""
     address = answer.own_address
-    is_good = address[:1].isdigit() and not address.startswith("127.")
-    return "" if is_good else f"{answer.host} is {address}"
+    return "" if leads_elsewhere(address) else f"{answer.host} is {address}"

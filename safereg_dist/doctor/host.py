@@ -51,7 +51,7 @@ class Answer:
     own_address: str
     """What the host's own name resolves to, or why it does not."""
     unknown_peers: dict[str, str]
-    """Names that do not resolve, or to this host's loopback though they are others: why."""
+    """Names of others that do not resolve, or to a loopback address, and what came instead."""
     sees_nonce: bool
     missing: list[str]
     unreachable: dict[str, str]
@@ -73,7 +73,11 @@ def answer(question: Question) -> Answer:
         versions=versions_of(*PACKAGES),
         code=code_digest(),
         own_address=_address(host),
-        unknown_peers={p: a for p in question.peers if not _is_address(a := _address(p))},
+        unknown_peers={
+            peer: found
+            for peer in question.peers
+            if peer != host and not leads_elsewhere(found := _address(peer))
+        },
         sees_nonce=bool(question.nonce) and (folder / question.nonce).is_file(),
         missing=[path for path in question.paths if not Path(path).exists()],
         unreachable={url: why for url in question.endpoints if (why := _unreachable(url))},
@@ -109,8 +113,9 @@ def _address(name: str) -> str:
         return f"unknown ({err.strerror or err})"
 
 
-def _is_address(text: str) -> bool:
-    return not text.startswith("unknown")
+def leads_elsewhere(address: str) -> bool:
+    """Whether it is an address, and none that every host takes for its own."""
+    return address[:1].isdigit() and not address.startswith("127.")
 
 
 def _unreachable(url: str) -> str:

@@ -17,6 +17,7 @@ from safereg_dist.models.versions import versions_of
 from safereg_dist.run.folder import sole_writer
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
+from safereg_dist.run.stop import forget_stop, stop_file
 from safereg_dist.step import SafetyRegularizer, StepPlan
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.storage.json_text import parse_json
@@ -57,6 +58,8 @@ class Recorder:
         self._since: dict[str, list[float]] = defaultdict(list)
         self._last = time.perf_counter()
         self._steps = 0
+        self.is_stop_requested = False
+        """Whether the stop file was seen at the last step; the same on all ranks."""
 
     def start(self, state: Path | None) -> None:
         """Opens the logs; from a checkpoint's `state` it goes on where that was written.
@@ -79,6 +82,7 @@ class Recorder:
                 position = self._load(state)
             if ranks.is_main:
                 self._folder.mkdir(parents=True, exist_ok=True)
+                forget_stop(self._folder)  # it was meant for the run before
                 if self._settings:
                     text = yaml.safe_dump(json.loads(json.dumps(self._settings, default=str)))
                     write_atomically(self._folder / "config.yaml", text)
@@ -112,7 +116,10 @@ class Recorder:
         """
         log = self._log
         has_failed = log is not None and log.error is not None
-        totals = self._regularizer.close(plan, flags={"log_failed": has_failed})
+        asked = self._ranks.is_main and stop_file(self._folder).exists()
+        flags = {"stop_requested": asked, "log_failed": has_failed}
+        totals = self._regularizer.close(plan, flags=flags)
+        self.is_stop_requested = totals.flags["stop_requested"]
         if totals.flags["log_failed"]:
             assert log is not None
             self._ranks.raise_together(log.error)
@@ -177,6 +184,15 @@ class Recorder:
             if self._log is not None:
                 with self._log:
                     self._log = None
+
+    def pause(self) -> None:
+        """Ends the logs of a run that goes on later. Collectives: one gather of texts."""
+        assert self._log is not None
+        self._log.finish(self._ranks)
+        self._log = None
+        if self._ranks.is_main:
+            forget_stop(self._folder)
+        self._held.close()
 
     def finish(self) -> None:
         """Ends the logs: the ledgers of all ranks become one, whose last hash the summary keeps.

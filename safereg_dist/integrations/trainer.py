@@ -24,6 +24,7 @@ from safereg_dist.integrations.recorder import Recorder, settings_of
 from safereg_dist.integrations.risk_column import check_risk_column
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.reference import NoReference
+from safereg_dist.run.stop import EXIT_REQUEUE
 from safereg_dist.step import SafetyRegularizer, StepPlan
 
 Settings = str | Path | Mapping[str, Any]
@@ -212,7 +213,10 @@ class SafeRegMixin(_Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; resumes our state and logs with its own."""
+        """The Trainer's; resumes our state and logs with its own.
+
+        After `safereg stop` the program ends with status 75, once the checkpoint is written.
+        """
         found = resume_from_checkpoint
         if found is True:
             found = get_last_checkpoint(str(self.args.output_dir))
@@ -221,6 +225,9 @@ class SafeRegMixin(_Trainer):
         self._recorder.start(Path(found, STATE) if isinstance(found, str | Path) else None)
         with self._recorder:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self._recorder.is_stop_requested and self.state.global_step < self.state.max_steps:
+                self._recorder.pause()
+                raise SystemExit(EXIT_REQUEUE)
             self._recorder.finish()
         return output
 
@@ -247,6 +254,8 @@ class _StepEnd(TrainerCallback):
             return
         trainer._recorder.close(trainer._plan, lr=trainer._lr, grad_norm=trainer._grad_norm)
         trainer._plan = None
+        if trainer._recorder.is_stop_requested:
+            control.should_save = control.should_training_stop = True
 
 
 class SafeRegTrainer(SafeRegMixin, Trainer):

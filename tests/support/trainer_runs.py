@@ -87,11 +87,20 @@ def trainer(folder: Path, *, cls: type = SafeRegTrainer, **how: Any) -> Any:
 
 
 class Losses(TrainerCallback):
-    """Keeps what is logged; `stop` ends the run after a step, `crash` with an error."""
+    """Keeps what is logged; `stop` ends the run after a step, `crash` with an error.
 
-    def __init__(self, *, stop: int | None = None, crash: int | None = None) -> None:
+    `ask` writes the stop file in a step.
+    """
+
+    def __init__(
+        self, *, stop: int | None = None, crash: int | None = None, ask: int | None = None
+    ) -> None:
         self.logs: list[dict[str, float]] = []
-        self._stop, self._crash = stop, crash
+        self._stop, self._crash, self._ask = stop, crash, ask
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self._ask:
+            Path(args.output_dir, "stop").touch()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         self.logs.append(dict(logs))

@@ -68,6 +68,24 @@ def test_resumed_run_has_the_same_bits(tmp_path, end):
     assert "Ledger" in write_report([tmp_path / "again"]).read_text()
 
 
+def test_a_stop_file_saves_and_ends_the_program(tmp_path):
+    """Between the checkpoints of the Trainer; a file that an earlier run left stops nothing."""
+    reference = write_reference(tmp_path / "reference")
+    losses, trained, _ = run(tmp_path / "whole", reference)
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "asked" / "stop").touch()
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "asked", reference, ask=2)
+    assert end.value.code == 75
+    assert not (tmp_path / "asked" / "stop").exists()
+    assert [p.name for p in (tmp_path / "asked").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / "asked" / "summary.json").exists()
+    after, resumed, _ = run(tmp_path / "asked", reference, resume=True)
+    assert after == losses[2:]
+    assert same_weights(resumed, trained)
+    assert verify_ledger(tmp_path / "asked").rows == 24
+
+
 def test_risks_of_a_probe_are_kept_over_a_resume(tmp_path, monkeypatch):
     """Twelve rows, four a step: after the checkpoint at step 3 each has been probed."""
     reference = write_reference(tmp_path / "reference")

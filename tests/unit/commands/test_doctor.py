@@ -1,0 +1,135 @@
+"""Claimed: `safereg doctor` says what would fail, with a remedy, and exits with 1 where something
+does: on this host, and for what hosts answer of themselves. It leaves nothing behind.
+
+Real sockets, folders and files; the answers of several hosts are written down here.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
+
+from safereg_dist.cli import main
+from safereg_dist.config import load_config
+from safereg_dist.doctor.checks import disk_findings, host_findings, link_finding
+from safereg_dist.doctor.host import Question, answer
+from safereg_dist.doctor.link import receive
+from safereg_dist.doctor.remote import read_hostfile
+from safereg_dist.doctor.work import work_of
+from safereg_dist.errors import ConfigError
+
+
+@pytest.fixture
+def config(tmp_path):
+    save_model(tmp_path / "model", tiny_model())
+    write_jsonl(tmp_path / "train.jsonl", random_rows(8))
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {tmp_path / 'model'}\n"
+        f"data: {{train: {tmp_path / 'train.jsonl'}}}\n"
+        "risk: {estimator: column, max_held_back: 1.0}\n"
+        "train: {steps: 10, precision: fp32, save_every: 5}\n"
+        f"output_dir: {tmp_path / 'runs' / 'one'}\n"
+    )
+    return path
+
+
+def findings(capsys, *words):
+    """Exit status and check -> finding."""
+    capsys.readouterr()
+    status = main(["doctor", "--json", *map(str, words)])
+    lines = map(json.loads, capsys.readouterr().out.splitlines())
+    return status, {line["check"]: line for line in lines}
+
+
+def test_a_healthy_host_and_what_fails_on_it(config, capsys):
+    folder = config.parent
+    before = sorted(folder.rglob("*"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        judge = f"{{endpoint: 'http://127.0.0.1:{port}/v1', model: m, format: harmbench}}"
+        judged = f"risk={{estimator: critic, critic: {judge}}}"
+        status, found = findings(capsys, config, "--port", 0)
+        assert (status, {f["verdict"] for f in found.values()}) == (0, {"ok"})
+        _, found = findings(capsys, config, judged, "--port", port)
+        assert found["judge answers"]["verdict"] == "ok"
+        (held,) = [f for name, f in found.items() if name.startswith("port")]
+        assert (held["verdict"], held["found"]) == ("FAIL", "Address already in use")
+    status, found = findings(capsys, config, judged, "--port", 0)
+    assert status == 1
+    assert "refused" in found["judge answers"]["found"]
+    status, found = findings(capsys, config, "data.train=/nowhere/x.jsonl", "--port", 0)
+    assert "/nowhere/x.jsonl" in found["inputs are there"]["found"]
+    assert sorted(folder.rglob("*")) == before
+    out = folder / "runs" / "one"
+    out.mkdir(parents=True)
+    for name in ("config.yaml", "summary.json", "stop"):
+        (out / name).touch()
+    status, found = findings(capsys, config, "--port", 0)
+    assert (status, found["run folder"]["found"]) == (1, "complete")
+    assert found["stop file"]["verdict"] == "warn"
+    main(["doctor", str(config)])
+    assert "-> nothing would be trained: choose another output_dir" in capsys.readouterr().out
+
+
+def test_hosts_that_differ_are_named(config, tmp_path):
+    (tmp_path / "nonce").touch()
+    seen = answer(Question(folder=str(tmp_path), nonce="nonce"))
+    assert seen.sees_nonce
+    assert seen.write_bytes_per_s > 0
+    one = replace(seen, host="a", own_address="10.0.0.1")
+    other = replace(
+        one,
+        host="b",
+        own_address="127.0.1.1",
+        code="0" * 12,
+        versions={**one.versions, "torch": "1.0"},
+        sees_nonce=False,
+        missing=["/data/x"],
+        unknown_peers={"a": "unknown (no such name)"},
+        free_bytes=10,
+        write_bytes_per_s=1.0,
+    )
+    work = work_of(load_config(config, []), world_size=16, per_host=8, gpu="NVIDIA H100 80GB HBM3")
+    good = {name: replace(one, host=name) for name in ("a", "c", "d")}
+    assert {f.verdict for f in host_findings(good, work)} == {"ok"}
+    found = {f.check: f for f in host_findings({**good, "b": other}, work)}
+    wrong = {name: f.found for name, f in found.items() if f.verdict == "FAIL"}
+    assert wrong == {
+        "version of torch": "b has 1.0",
+        "our code": "b has 000000000000",
+        "output_dir is one folder": "b: does not see it",
+        "inputs are there": "b: /data/x",
+        "own name": "b: b is 127.0.1.1",
+        "names of the others": "b: a: unknown (no such name)",
+    }
+    assert all(f.remedy for f in found.values() if f.verdict == "FAIL")
+    twice = {f.check: f for f in host_findings({"a": one, "b": one}, work)}
+    assert twice["each name is a host of its own"].verdict == "FAIL"
+    disk, save = disk_findings({"a": one, "b": other}, work, tmp_path)
+    assert (disk.verdict, save.verdict) == ("FAIL", "warn")
+    assert link_finding({"a": 1e12, "b": 1e12}, work, between_hosts=True).verdict == "ok"
+    slow = link_finding({"a": 1e12, "b": 1.0}, work, between_hosts=True)
+    assert (slow.verdict, "into b" in slow.found) == ("warn", True)
+
+
+def test_a_transfer_is_timed():
+    command = [sys.executable, "-m", "safereg_dist.doctor.link", "serve"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert receive("127.0.0.1", int(server.stdout.readline())) > 1e6
+    assert server.returncode == 0
+
+
+@pytest.mark.parametrize("line", ["node0", "node0 slots=x", "-oProxyCommand=x slots=1", "a b"])
+def test_a_hostfile_that_is_none_is_refused(tmp_path, line):
+    path = tmp_path / "hostfile"
+    path.write_text(f"# hosts\nnode1 slots=2\n{line}\n")
+    with pytest.raises(ConfigError, match=":3: expected `HOST slots=N`"):
+        read_hostfile(path)
+    path.write_text("node1 slots=2 # fast\nuser@10.0.0.2 slots=4\n")
+    assert read_hostfile(path) == {"node1": 2, "user@10.0.0.2": 4}
