@@ -128,7 +128,7 @@ up() { # N FOLDER ...
     echo "$count" >"$dir/count"
     printf '%s\n' "$@" | sed '/^$/d' >"$dir/folders"
     if [[ -n ${HOSTS_OWNER:-} ]]; then
-        setsid bash -c 'tail --pid="$1" -f /dev/null; exec bash "$2" down "$3"' owner \
+        setsid bash -c 'tail --pid="$1" -f /dev/null; [[ ! -e $3/count ]] || exec bash "$2" down "$3"' owner \
             "$HOSTS_OWNER" "$self" "$dir" >/dev/null 2>&1 </dev/null &
     fi
     rm -f "$dir/key" "$dir/key.pub"
@@ -152,8 +152,8 @@ down() {
 
 (($# >= 2)) || fail "usage: up DIR N | exec DIR I COMMAND | cut|join|off|boot DIR I | down DIR"
 verb=$1
-mkdir -p "$2"
-dir="$(realpath "$2")"
+[[ $verb != up ]] || mkdir -p "$2"
+dir="$(realpath -m "$2")"
 shift 2
 case $verb in
 up) up "$@" ;;
