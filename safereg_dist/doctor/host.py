@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from safereg_dist.run.versions import versions_of
+from safereg_dist.models.versions import versions_of
 
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "safetensors", "datasets", "peft")
 SAMPLE_BYTES = 64 << 20
