@@ -66,7 +66,7 @@ def optimizer_step(
     plan = regularizer.plan(
         rows,
         step=step,
-        micro_batches=run.config.train.grad_accum_steps,
+        micro_batches=run.sources.micro_batches,
         in_first_epoch=in_first_epoch,
     )
     for planned in plan.micro_batches:
@@ -107,17 +107,19 @@ def train(run: Run) -> int:
     with run.ranks.together():
         if run.ranks.is_main:
             claim_folder(folder, run.config)
-    progress, metrics_bytes, ledger_bytes = _resume(run, folder)
+    progress, before = _resume(run, folder)
     profiler = _profiler(run, progress)
     log = RunLog(
         folder,
         run.ranks,
-        metrics_bytes=metrics_bytes,
-        ledger_bytes=ledger_bytes,
+        metrics_bytes=0 if before is None else before.metrics_bytes,
+        ledger_bytes=[] if before is None else before.ledger_bytes,
         first_step=progress.step,
     )
     last_row: dict[str, float | int] = {}
     with log, _stop_signals() as stop_requested, _bar(run, progress) as bar:
+        if before is not None and before.world_size != run.ranks.world_size:
+            log.write_change(progress.step, before.world_size, run.ranks.world_size)
         while progress.step < run.sources.total_steps:
             with profiler.step(progress.step):
                 last_row, stop = _logged_step(run, progress, log, stop_requested)
@@ -228,14 +230,14 @@ def _canary(run: Run, progress: Progress) -> dict[str, float]:
     return {"canary_refusal": refusal, "canary_poisoned": poisoned}
 
 
-def _resume(run: Run, folder: Path) -> tuple[Progress, int, int]:
-    """Progress, and the positions of metrics and this rank's ledger; all 0 for a new run."""
+def _resume(run: Run, folder: Path) -> tuple[Progress, RunState | None]:
+    """Progress, and the state that it was read from; none for a new run."""
     below = folder / "checkpoint"
     if run.ranks.is_main:
         checkpoint.remove_partial(below)
     found = checkpoint.complete_checkpoints(below)
     if not found:
-        return Progress(), 0, 0
+        return Progress(), None
     state = checkpoint.load_checkpoint(
         found[-1],
         config=run.config,
@@ -246,14 +248,25 @@ def _resume(run: Run, folder: Path) -> tuple[Progress, int, int]:
         frozen=_frozen(run),
     )
     if run.ranks.is_main:
-        print(f"resuming from {found[-1]} at step {state.step}", flush=True)
+        print(f"resuming from {found[-1]} at step {state.step}{_changed(run, state)}", flush=True)
     progress = Progress(
         step=state.step,
         non_finite_steps=state.non_finite_steps,
         non_finite_in_a_row=state.non_finite_in_a_row,
         seconds=state.seconds,
     )
-    return progress, state.metrics_bytes, state.ledger_bytes[run.ranks.rank]
+    return progress, state
+
+
+def _changed(run: Run, state: RunState) -> str:
+    ranks, lanes = run.ranks.world_size, run.sources.lanes
+    if state.world_size == ranks:
+        return ""
+    return (
+        f", on {ranks} ranks (written by {state.world_size}): each step has the same "
+        f"{lanes.rows_per_step} rows as before, now in {lanes.of_rank.micro_batches} micro-batches "
+        f"of {lanes.of_rank.micro_batch_size} a rank"
+    )
 
 
 def _profiler(run: Run, progress: Progress) -> Profiler | NoProfiler:
@@ -262,7 +275,7 @@ def _profiler(run: Run, progress: Progress) -> Profiler | NoProfiler:
     return Profiler(
         Path(run.config.output_dir),
         run.ranks,
-        micro_batches=run.config.train.grad_accum_steps,
+        micro_batches=run.sources.micro_batches,
         first_step=progress.step,
     )
 
@@ -279,9 +292,7 @@ def _frozen(run: Run) -> str:
 
 
 def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
-    with run.ranks.together():
-        own = torch.tensor(log.positions(), dtype=torch.int64, device=run.ranks.device)
-    positions = run.ranks.gather(own).tolist()
+    metrics_bytes, ledger_bytes = log.positions(run.ranks)
     state = RunState(
         step=progress.step,
         world_size=run.ranks.world_size,
@@ -289,10 +300,11 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
         order_digest=run.sources.order_digest,
         non_finite_steps=progress.non_finite_steps,
         non_finite_in_a_row=progress.non_finite_in_a_row,
-        metrics_bytes=positions[0][1],
-        ledger_bytes=[position[0] for position in positions],
+        metrics_bytes=metrics_bytes,
+        ledger_bytes=ledger_bytes,
         seconds=progress.seconds,
         frozen=_frozen(run),
+        began_with=run.sources.lanes.count,
     )
     checkpoint.save_checkpoint(
         folder / "checkpoint",
@@ -329,6 +341,7 @@ def _finish(run: Run, progress: Progress, folder: Path, last_row: dict[str, floa
                 "non_finite_steps": progress.non_finite_steps,
                 "final_metrics": last_row,
                 "ledger": {"head": head.head, "rows": head.rows},
+                "rank_changes": [change._asdict() for change in head.rank_changes],
             }
             write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 

@@ -17,4 +17,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     head = verify_ledger(arguments.run_dir)
     print(f"ledger holds: {head.rows} rows, head {head.head}")
+    for step, before, now in head.rank_changes:
+        print(f"  from step {step} on {now} ranks, before on {before}")
     return 0

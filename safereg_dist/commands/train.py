@@ -34,6 +34,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     from safereg_dist.experiments.lisa import in_turns
     from safereg_dist.factory import build_run, start_backend
     from safereg_dist.parallel.distributed import leave_group, share_cores
+    from safereg_dist.run.checkpoint import began_with
     from safereg_dist.run.folder import is_complete
     from safereg_dist.run.gate import refuse_too_many_held_back
     from safereg_dist.trainer import train
@@ -47,7 +48,8 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
             if ranks.is_main:
                 print(f"{config.output_dir} is already complete: nothing to do")
             return 0
-        built = in_turns(build_run(config, backend))
+        began = None if dry_run else began_with(Path(config.output_dir, "checkpoint"), ranks)
+        built = in_turns(build_run(config, backend, began_with=began))
         if ranks.is_main:
             _announce(built)
         if dry_run:

@@ -5,6 +5,9 @@ checkpoint/step-00000100/
     rank0.safetensors   random states of rank 0 (one file per rank)
     risk0.safetensors   its risk cache, if it has one
     engine/             the engine's own checkpoint
+
+On another number of ranks a run goes on with the same rows in every step (`data.lanes`), the risks
+that all ranks knew, and new random states; its results are then not the same bits.
 """
 
 import hashlib
@@ -50,13 +53,15 @@ class RunState:
     non_finite_in_a_row: int
     metrics_bytes: int
     ledger_bytes: list[int]
-    """Position in each rank's ledger."""
+    """Position in each rank's ledger, and in those of ranks that are gone."""
     seconds: float
     """Training time so far."""
     regularizer: dict[str, float | None] = field(default_factory=dict)
     """The state that `SafetyRegularizer.save_state` returned."""
     frozen: str = ""
     """With `lora.frozen`: the fingerprint of the base model with these adapters."""
+    began_with: int = 0
+    """Ranks of the run at its first step; 0 (of earlier versions) = `world_size`."""
     format: int = _FORMAT
 
 
@@ -179,13 +184,13 @@ def load_checkpoint(
     """Restores engine, random states, moving average and risk cache.
 
     Raises:
-        CheckpointError: written by another configuration, number of ranks or order of rows, or
-            beside other weights in `lora.frozen`.
+        CheckpointError: written by another configuration or order of rows, or beside other weights
+            in `lora.frozen`.
     Collectives: the engine's own, and two gathers of texts.
     """
     with ranks.together():
         state = read_state(checkpoint)
-        _require_same_run(checkpoint, state, config=config, world_size=ranks.world_size)
+        _require_same_run(checkpoint, state, config=config)
         if state.order_digest != order_digest:
             raise CheckpointError(
                 f"the rows that are dealt as risky are not those of {checkpoint}: the order would "
@@ -200,10 +205,31 @@ def load_checkpoint(
             )
     engine.load(checkpoint / "engine")
     with ranks.together():
-        regularizer.load_state(checkpoint / f"risk{ranks.rank}.safetensors", state.regularizer)
+        risks = [checkpoint / f"risk{rank}.safetensors" for rank in range(state.world_size)]
+        is_same = state.world_size == ranks.world_size
+        regularizer.load_state(risks[ranks.rank] if is_same else risks, state.regularizer)
         # Last, so that nothing draws from a generator between this and training.
-        _load_random(checkpoint / f"rank{ranks.rank}.safetensors", ranks.device)
+        if is_same:
+            _load_random(checkpoint / f"rank{ranks.rank}.safetensors", ranks.device)
+        else:
+            _new_random(config.train.seed, state.step, ranks)
     return state
+
+
+def began_with(folder: Path, ranks: Ranks) -> int:
+    """Ranks that the run with checkpoints below `folder` began with; those of now if it has none.
+
+    Raises:
+        CheckpointError: the newest checkpoint cannot be read.
+    Collectives: two gathers of texts.
+    """
+    number = ranks.world_size
+    with ranks.together():
+        found = complete_checkpoints(folder)
+        if found:
+            state = read_state(found[-1])
+            number = state.began_with or state.world_size
+    return int(ranks.gather_texts(str(number))[0])
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -228,19 +254,11 @@ def read_state(checkpoint: Path) -> RunState:
         ) from err
 
 
-def _require_same_run(
-    checkpoint: Path, state: RunState, *, config: Config, world_size: int
-) -> None:
+def _require_same_run(checkpoint: Path, state: RunState, *, config: Config) -> None:
     if state.config_hash != config_hash(config):
         raise CheckpointError(
             f"{checkpoint} was written by another configuration, or by an earlier version of "
             "safereg: resume with the same ones, or choose another output_dir"
-        )
-    if state.world_size != world_size:
-        raise CheckpointError(
-            f"{checkpoint} was written by {state.world_size} ranks, this run has {world_size}: "
-            f"resume with {state.world_size} ranks (optimizer shards, random states and the "
-            "assignment of rows belong to a number of ranks)"
         )
 
 
@@ -294,3 +312,12 @@ def _load_random(path: Path, device: torch.device) -> None:
     np.random.set_state(("MT19937", key, int(tensors["numpy_pos"][0]), 0, 0.0))
     if device.type == "cuda":
         torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def _new_random(seed: int, step: int, ranks: Ranks) -> None:
+    """Generators for a number of ranks that wrote no states: they follow from seed, step, rank."""
+    drawn = np.random.SeedSequence([seed, step, ranks.world_size, ranks.rank]).generate_state(3)
+    own, python, numpy = (int(number) for number in drawn)
+    torch.manual_seed(own)  # of the device too
+    random.seed(python)
+    np.random.seed(numpy)
