@@ -5,6 +5,7 @@ refused. Exact. A whole run's resume, to the bit: tests/distributed/test_resume.
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from safereg_dist.config import RegularizerConfig, load_config
 from safereg_dist.errors import CheckpointError
 from safereg_dist.run.checkpoint import (
     RunState,
+    began_with,
     complete_checkpoints,
     config_hash,
     differences,
@@ -60,7 +62,8 @@ class Regularizer:
     def load_state(self, path, state):
         """Reads both."""
         self.coefficient.load_state_dict(state)
-        self.risk = float(path.read_text())
+        paths = [path] if isinstance(path, Path) else path
+        self.risk = sum(float(each.read_text()) for each in paths)
 
 
 @pytest.fixture
@@ -138,15 +141,32 @@ def test_only_whole_checkpoints_count(config, tmp_path):
 
 
 def test_what_is_of_another_run_is_refused(config, tmp_path):
-    for ranks in (1, 2):
-        save(tmp_path, state(config(), ranks, world_size=ranks), Engine())
-    first, second = complete_checkpoints(tmp_path)
+    save(tmp_path, state(config(), 1), Engine())
+    (first,) = complete_checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match="another configuration"):
         load(first, config("train.seed=5"), Regularizer())
     with pytest.raises(CheckpointError, match="dealt as risky"):
         load(first, config(), Regularizer(), order_digest="other rows")
-    with pytest.raises(CheckpointError, match="written by 2 ranks, this run has 1"):
-        load(second, config(), Regularizer())
+
+
+def test_another_number_of_ranks_has_all_risks_and_draws_anew(config, tmp_path):
+    """What it draws follows from the seed, the step and the rank; not from what drew before."""
+    assert began_with(tmp_path, ALONE) == 1
+    for step in (3, 4):
+        save(tmp_path, state(config(), step, world_size=2, began_with=4), Engine())
+        (tmp_path / f"step-{step:08d}" / "risk1.safetensors").write_text("5")
+    assert began_with(tmp_path, ALONE) == 4
+    third, fourth = complete_checkpoints(tmp_path)
+    drawn = []
+    for path, *changes in ((third,), (third,), (fourth,), (fourth, "train.seed=5")):
+        regularizer, own = Regularizer(), config(*changes)
+        values = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps(values | {"config_hash": config_hash(own)}))
+        load(path, own, regularizer)
+        drawn.append(draws())
+        assert regularizer.risk == values["step"] / 8 + 5
+    assert drawn[0] == drawn[1]
+    assert len({tuple(each) for each in drawn}) == 3
 
 
 @pytest.mark.parametrize("written", [1, 3, None])
