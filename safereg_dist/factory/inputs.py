@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ from safereg_dist.data import (
     steps_for,
 )
 from safereg_dist.data.canary import Canary, canary_rows
-from safereg_dist.data.lanes import Lanes, SharedStream, StepShape
+from safereg_dist.data.lanes import Lanes, StepShape
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.risk import (
@@ -43,7 +44,7 @@ DEFAULT_STEPS = 200
 class RowSources:
     """The data of a run on one rank."""
 
-    stream: Sampler | SharedStream
+    stream: Sampler
     train: TokenizedDataset | None
     """None where rows are streamed."""
     anchor: TokenizedDataset | None
@@ -198,7 +199,9 @@ def build_sources(
             parts=parts or None,
         )
         return RowSources(
-            stream=lanes.stream(lambda rank: lane(rank=rank)),
+            # On other ranks than at first it has what training asks of one; what else is asked of a
+            # `Sampler` is so before the first step.
+            stream=cast(Sampler, lanes.stream(lambda rank: lane(rank=rank))),
             train=train_rows,
             anchor=anchor_rows,
             validation=None

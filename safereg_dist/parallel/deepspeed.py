@@ -402,7 +402,7 @@ def _read_data(path: Path) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as err:
         raise CheckpointError(
-            f"{path} cannot be read ({str(err).splitlines()[0]}): remove this checkpoint to resume "
+            f"{path} cannot be read ({str(err).partition(chr(10))[0]}): remove this checkpoint to resume "
             "from an earlier one"
         ) from err
 

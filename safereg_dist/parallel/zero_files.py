@@ -4,9 +4,9 @@ Each rank's file holds flat float32 tensors: master weights and Adam's two momen
 parameter lies follows from the file itself. A rank of now reads the elements that are its own, and
 no others, from files that are mapped into memory.
 
-DeepSpeed's universal checkpoint does the same by a copy on disk, three times the size while it is
-made, that every rank then reads whole; deepspeed 0.19.8 loads it with one step counter shared by
-all sub-groups and the first group's weight decay in all of them (`notes` in docs/trust.md).
+DeepSpeed's universal checkpoint does the same by a copy on disk that every rank then reads whole;
+deepspeed 0.19.8 loads it with one counter of steps shared by all sub-groups, and with the first
+group's weight decay in all of them.
 """
 
 import math
