@@ -401,9 +401,9 @@ def _read_data(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_CLASSES_OF_FILES):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as err:
+        reason = str(err).partition("\n")[0]
         raise CheckpointError(
-            f"{path} cannot be read ({str(err).partition(chr(10))[0]}): remove this checkpoint to resume "
-            "from an earlier one"
+            f"{path} cannot be read ({reason}): remove this checkpoint to resume from an earlier one"
         ) from err
 
 

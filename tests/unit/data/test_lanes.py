@@ -90,5 +90,5 @@ def test_the_ranks_that_began_keep_their_own_stream():
 
 
 def test_more_ranks_than_rows_are_refused():
-    with pytest.raises(ConfigError, match="6 rows a step .* at most 6 ranks"):
+    with pytest.raises(ConfigError, match=r"6 rows a step .* at most 6 ranks"):
         _ = lanes_of(2, StepShape(1, 3), 7)[0].of_rank
