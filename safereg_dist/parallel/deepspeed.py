@@ -403,7 +403,8 @@ def _read_data(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as err:
         reason = str(err).partition("\n")[0]
         raise CheckpointError(
-            f"{path} cannot be read ({reason}): remove this checkpoint to resume from an earlier one"
+            f"{path} cannot be read ({reason}): remove this checkpoint to resume from an "
+            "earlier one"
         ) from err
 
 
