@@ -373,14 +373,20 @@ class SafetyRegularizer:
         self.risk.save_state(path)
         return self.coefficient.state_dict()
 
-    def load_state(self, path: Path, state: Mapping[str, Any]) -> None:
+    def load_state(self, path: Path | Sequence[Path], state: Mapping[str, Any]) -> None:
         """Restores what `save_state` wrote and returned.
+
+        `path` is this rank's own; or, where the number of ranks has changed, those of all ranks
+        that wrote one.
 
         Raises:
             CheckpointError: a file is missing, unreadable, or belongs to another source of risk.
         """
         self.coefficient.load_state_dict(state)
-        self.risk.load_state(path)
+        if isinstance(path, Path):
+            self.risk.load_state(path)
+        else:
+            self.risk.load_states(path)
 
 
 def _response_states(hidden: Tensor, batch: MicroBatch) -> Tensor:

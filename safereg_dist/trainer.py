@@ -24,7 +24,7 @@ from safereg_dist.run.folder import claim_folder, describe_run
 from safereg_dist.run.gate import refuse_too_many_held_back
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
-from safereg_dist.run.resume import Found, find_checkpoint, set_aside_newer
+from safereg_dist.run.resume import Found, set_aside_newer
 from safereg_dist.run.signing import signing_key, write_signed
 from safereg_dist.run.stop import EXIT_REQUEUE, forget_stop, stop_requests
 from safereg_dist.step import StepPlan
@@ -64,7 +64,7 @@ def optimizer_step(
     plan = regularizer.plan(
         rows,
         step=step,
-        micro_batches=run.config.train.grad_accum_steps,
+        micro_batches=run.sources.micro_batches,
         in_first_epoch=in_first_epoch,
     )
     for planned in plan.micro_batches:
@@ -91,11 +91,11 @@ class Progress:
     save_seconds: float = 0.0
 
 
-def train(run: Run) -> int:
+def train(run: Run, found: Found | None = None) -> int:
     """Trains to the last step; returns 0, or `EXIT_REQUEUE` after a checkpoint on request.
 
-    Resumes from the checkpoint that `train.resume` says. Writes metrics, ledger, checkpoints, the
-    exported model and `summary.json`.
+    Goes on from the checkpoint that `find_checkpoint` found, if any. Writes metrics, ledger,
+    checkpoints, the exported model and `summary.json`.
 
     Raises:
         ConfigError: more rows would be held back than `risk.max_held_back` allows.
@@ -103,25 +103,27 @@ def train(run: Run) -> int:
         CheckpointError: a checkpoint does not fit this run, or the disk is full.
     """
     folder = Path(run.config.output_dir)
-    found = find_checkpoint(run.config, run.ranks)
     if found is None:
         refuse_too_many_held_back(run)  # before the folder is claimed: it stays free to try again
     with run.ranks.together():
         if run.ranks.is_main:
             claim_folder(folder, run.config)
-    progress, metrics_bytes, ledger_bytes = _resume(run, folder, found)
+    progress = _resume(run, folder, found)
+    before = None if found is None else found.state
     profiler = _profiler(run, progress)
     log = RunLog(
         folder,
         run.ranks,
-        metrics_bytes=metrics_bytes,
-        ledger_bytes=ledger_bytes,
+        metrics_bytes=0 if before is None else before.metrics_bytes,
+        ledger_bytes=[] if before is None else before.ledger_bytes,
         first_step=progress.step,
     )
     last_row: dict[str, float | int] = {}
     stop = False
     stops = stop_requests(folder, looks=run.ranks.is_main)
     with log, stops as is_stop_requested, _bar(run, progress) as bar:
+        if before is not None and before.world_size != run.ranks.world_size:
+            log.write_change(progress.step, before.world_size, run.ranks.world_size)
         while progress.step < run.sources.total_steps:
             with profiler.step(progress.step):
                 last_row, stop = _logged_step(run, progress, log, is_stop_requested)
@@ -236,17 +238,18 @@ def _canary(run: Run, progress: Progress) -> dict[str, float]:
     return {"canary_refusal": refusal, "canary_poisoned": poisoned}
 
 
-def _resume(run: Run, folder: Path, found: Found | None) -> tuple[Progress, int, int]:
-    """Progress, and the positions of metrics and this rank's ledger; all 0 for a new run."""
+def _resume(run: Run, folder: Path, found: Found | None) -> Progress:
+    """Restores what was found; the progress of the run, 0 for a new one."""
     below = folder / "checkpoint"
     if run.ranks.is_main:
         checkpoint.remove_partial(below)
     if found is None:
-        return Progress(), 0, 0
+        return Progress()
     state = found.state
     checkpoint.load_checkpoint(
         found.path,
         state,
+        seed=run.config.train.seed,
         engine=run.engine,
         regularizer=run.regularizer,
         ranks=run.ranks,
@@ -256,8 +259,10 @@ def _resume(run: Run, folder: Path, found: Found | None) -> tuple[Progress, int,
     with run.ranks.together():
         if run.ranks.is_main:
             set_aside_newer(below, state.step)
-            print(f"resuming from {found.path} at step {state.step}", flush=True)
-    progress = Progress(
+            print(
+                f"resuming from {found.path} at step {state.step}{_changed(run, state)}", flush=True
+            )
+    return Progress(
         step=state.step,
         non_finite_steps=state.non_finite_steps,
         non_finite_in_a_row=state.non_finite_in_a_row,
@@ -266,7 +271,17 @@ def _resume(run: Run, folder: Path, found: Found | None) -> tuple[Progress, int,
         saves=state.saves,
         save_seconds=state.save_seconds,
     )
-    return progress, state.metrics_bytes, state.ledger_bytes[run.ranks.rank]
+
+
+def _changed(run: Run, state: RunState) -> str:
+    ranks, lanes = run.ranks.world_size, run.sources.lanes
+    if state.world_size == ranks:
+        return ""
+    return (
+        f", on {ranks} ranks (written by {state.world_size}): each step has the same "
+        f"{lanes.rows_per_step} rows as before, now in {lanes.of_rank.micro_batches} micro-batches "
+        f"of {lanes.of_rank.micro_batch_size} a rank"
+    )
 
 
 def _profiler(run: Run, progress: Progress) -> Profiler | NoProfiler:
@@ -275,7 +290,7 @@ def _profiler(run: Run, progress: Progress) -> Profiler | NoProfiler:
     return Profiler(
         Path(run.config.output_dir),
         run.ranks,
-        micro_batches=run.config.train.grad_accum_steps,
+        micro_batches=run.sources.micro_batches,
         first_step=progress.step,
     )
 
@@ -295,8 +310,7 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
     started = time.perf_counter()
     with run.ranks.together():
         logs = log.digests()
-        own = torch.tensor(log.positions(), dtype=torch.int64, device=run.ranks.device)
-    positions = run.ranks.gather(own).tolist()
+    metrics_bytes, ledger_bytes = log.positions(run.ranks)
     state = RunState(
         step=progress.step,
         world_size=run.ranks.world_size,
@@ -304,13 +318,14 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
         order_digest=run.sources.order_digest,
         non_finite_steps=progress.non_finite_steps,
         non_finite_in_a_row=progress.non_finite_in_a_row,
-        metrics_bytes=positions[0][1],
-        ledger_bytes=[position[0] for position in positions],
+        metrics_bytes=metrics_bytes,
+        ledger_bytes=ledger_bytes,
         seconds=progress.seconds,
         frozen=_frozen(run),
         damaged_checkpoints=progress.damaged_checkpoints,
         saves=progress.saves,
         save_seconds=progress.save_seconds,
+        began_with=run.sources.lanes.count,
     )
     checkpoint.save_checkpoint(
         folder / "checkpoint",
@@ -356,6 +371,7 @@ def _finish(run: Run, progress: Progress, folder: Path, last_row: dict[str, floa
                 },
                 "final_metrics": last_row,
                 "ledger": {"head": head.head, "rows": head.rows},
+                "rank_changes": [change._asdict() for change in head.rank_changes],
             }
             text = json.dumps(summary, indent=2) + "\n"
             write_signed(folder / "summary.json", text.encode(), signing_key(run.config.signing))

@@ -26,4 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
     head = verify_ledger(arguments.run_dir, key)
     signed = "" if key is None else f", signed: {key.name}"
     print(f"ledger holds: {head.rows} rows, head {head.head}{signed}")
+    for step, before, now in head.rank_changes:
+        print(f"  from step {step} on {now} ranks, before on {before}")
     return 0

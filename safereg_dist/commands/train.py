@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from safereg_dist.config import Config
     from safereg_dist.factory import Run
     from safereg_dist.parallel.engine import Backend
+    from safereg_dist.run.resume import Found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +41,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     from safereg_dist.run.folder import claimed
     from safereg_dist.run.gate import refuse_too_many_held_back
     from safereg_dist.run.rank_log import rank_log
+    from safereg_dist.run.resume import find_checkpoint
     from safereg_dist.run.stop import forget_stop
     from safereg_dist.trainer import train
 
@@ -60,7 +62,8 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
             if ranks.is_main:
                 forget_stop(folder)  # it was meant for the run before
             with rank_log(folder, rank=ranks.rank, world_size=ranks.world_size) as log:
-                status = train(_announced(config, backend))
+                found = find_checkpoint(config, ranks)
+                status = train(_announced(config, backend, found), found)
                 log(f"ended with status {status}")
             if ranks.is_main and status == 0:
                 from safereg_dist.evaluate.report import write_report
@@ -71,13 +74,14 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
         leave_group()
 
 
-def _announced(config: "Config", backend: "Backend") -> "Run":
+def _announced(config: "Config", backend: "Backend", found: "Found | None" = None) -> "Run":
     """The run, built and described on the screen."""
     from safereg_dist.experiments.lisa import in_turns
     from safereg_dist.factory import build_run
     from safereg_dist.run.folder import describe_run
 
-    run = in_turns(build_run(config, backend))
+    began_with = None if found is None else found.began_with
+    run = in_turns(build_run(config, backend, began_with=began_with))
     if not run.ranks.is_main:
         return run
     facts = describe_run(run)

@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,8 @@ from safereg_dist.data import (
     steps_for,
 )
 from safereg_dist.data.canary import Canary, canary_rows
+from safereg_dist.data.lanes import Lanes, StepShape
+from safereg_dist.errors import ConfigError
 from safereg_dist.factory.agreement import require_same_inputs
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.risk import (
@@ -50,8 +54,8 @@ class RowSources:
     canary: Canary | None
     """Prompts that are watched in training."""
     total_steps: int
-    rows_per_step: int
-    """Rows of this rank in one optimizer step."""
+    lanes: Lanes
+    """How each step's rows go from the ranks that the run began with to those of now."""
     order_digest: str
     """Digest (hex) of the rows dealt as active; empty if active rows are not dealt evenly."""
     filler: Row
@@ -59,6 +63,16 @@ class RowSources:
     overrides: dict[str, Override]
     """Reviewers' decisions by row id."""
     ranks: Ranks
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of this rank in one optimizer step."""
+        return self.lanes.of_rank.rows
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of this rank in one optimizer step."""
+        return self.lanes.of_rank.micro_batches
 
     def rows_of_step(self, step: int) -> list[Row]:
         """[rows_per_step] this rank's rows in an optimizer step.
@@ -109,7 +123,7 @@ class RowSources:
 
 
 def read_inputs(
-    config: Config, ranks: Ranks
+    config: Config, ranks: Ranks, *, began_with: int | None = None
 ) -> tuple[Path, PreTrainedTokenizerBase, RowSources, list[SourceSpec]]:
     """Reads the model's folder, its tokenizer, the rows and the sources of risk; no weights.
 
@@ -120,7 +134,7 @@ def read_inputs(
     folder = resolve_model(config.model, ranks)
     with ranks.together():
         tokenizer = load_tokenizer(str(folder), config.data)
-    sources = build_sources(config, tokenizer, ranks)
+    sources = build_sources(config, tokenizer, ranks, began_with=began_with)
     specs = read_sources(config, ranks, tokenizer)
     with ranks.together():
         check_templates(specs, tokenizer)
@@ -130,15 +144,32 @@ def read_inputs(
     return folder, tokenizer, sources, specs
 
 
-def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> RowSources:
+def build_sources(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: Ranks,
+    *,
+    began_with: int | None = None,
+) -> RowSources:
     """Training, anchor and validation rows of this rank.
 
+    Args:
+        began_with: ranks of the run at its first step; None = those of now.
     Raises:
+        ConfigError: the rows cannot be dealt to another number of ranks than the run began with.
         DataError: a file or row that cannot be used, or a missing risk column.
     Collectives: gathers of texts.
     """
     data, train = config.data, config.train
-    rows_per_step = train.micro_batch_size * train.grad_accum_steps
+    of_lane = StepShape(train.grad_accum_steps, train.micro_batch_size)
+    lanes = Lanes(
+        count=began_with or ranks.world_size,
+        of_lane=of_lane,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    with ranks.together():
+        _check_lanes(config, lanes)
 
     def load(path: str) -> TokenizedDataset:
         with ranks.main_first():
@@ -160,27 +191,6 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
             active = _known_active_rows(config, train_rows, overrides)
     parts = [(len(rows), each.weight) for each, rows in sets if each.weight is not None]
 
-    def stream(
-        rows: TokenizedDataset | StreamedRows,
-        anchor: TokenizedDataset | None,
-        epochs: float | None,
-        name: str,
-        active: np.ndarray | None = None,
-        parts: list[tuple[int, float]] | None = None,
-    ) -> Sampler:
-        return Sampler(
-            rows,
-            anchor,
-            anchor_fraction=data.anchor_fraction,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=train.seed,
-            epochs=epochs,
-            name=name,
-            active=active,
-            parts=parts,
-        )
-
     with ranks.together():
         rows = train_rows
         if rows is None:
@@ -190,23 +200,42 @@ def build_sources(config: Config, tokenizer: PreTrainedTokenizerBase, ranks: Ran
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 seed=train.seed,
-                keep=3 * rows_per_step,  # a step and the next, once read ahead and once used
+                keep=3 * of_lane.rows,  # a step and the next, once read ahead and once used
                 needs_risk=needs_column,
             )
             rows.row(0)  # a wrong path or form shows before any weights are loaded
+        order = partial(Sampler, seed=train.seed, anchor_fraction=data.anchor_fraction)
+        lane = partial(
+            order,
+            rows,
+            anchor_rows,
+            world_size=lanes.count,
+            epochs=train.epochs,
+            active=active,
+            parts=parts or None,
+        )
         return RowSources(
-            stream=stream(rows, anchor_rows, train.epochs, "data.train", active, parts or None),
+            # On other ranks than at first it has what training asks of one; what else is asked of a
+            # `Sampler` is so before the first step.
+            stream=cast(Sampler, lanes.stream(lambda rank: lane(rank=rank))),
             train=train_rows,
             anchor=anchor_rows,
             validation=None
             if validation is None
-            else stream(validation, None, 1.0, "data.validation"),
+            else order(
+                validation,
+                None,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                epochs=1.0,
+                name="data.validation",
+            ),
             validation_rows=0 if validation is None else len(validation),
             canary=None
             if config.eval is None
             else canary_rows(config.eval, tokenizer, max_length=data.max_length),
-            total_steps=_total_steps(config, train_rows, rows_per_step, ranks.world_size),
-            rows_per_step=rows_per_step,
+            total_steps=_total_steps(config, train_rows, lanes),
+            lanes=lanes,
             order_digest="" if active is None else hashlib.sha256(active.tobytes()).hexdigest(),
             filler=filler(pad_id_of(tokenizer)),
             overrides=overrides,
@@ -221,17 +250,24 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return pad_id
 
 
-def _total_steps(
-    config: Config, rows: TokenizedDataset | None, rows_per_step: int, world_size: int
-) -> int:
+def _check_lanes(config: Config, lanes: Lanes) -> None:
+    if lanes.count != lanes.world_size and config.data.streaming:
+        raise ConfigError(
+            f"data.streaming reads each rank's rows as they come, and this run began with "
+            f"{lanes.count} ranks, now there are {lanes.world_size}: go on with {lanes.count} ranks"
+        )
+    _ = lanes.of_rank  # raises
+
+
+def _total_steps(config: Config, rows: TokenizedDataset | None, lanes: Lanes) -> int:
     train, data = config.train, config.data
     if train.epochs is None or rows is None:
         return train.steps or DEFAULT_STEPS
     return steps_for(
         rows,
         epochs=train.epochs,
-        world_size=world_size,
-        rows_per_step=rows_per_step,
+        world_size=lanes.count,
+        rows_per_step=lanes.of_lane.rows,
         anchor_fraction=data.anchor_fraction if data.anchor is not None else 0.0,
     )
 

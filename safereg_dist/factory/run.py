@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.coefficient import resolved_threshold
-from safereg_dist.config import Config
+from safereg_dist.config import Config, replace
 from safereg_dist.errors import ConfigError
 from safereg_dist.factory.agreement import require_same_setup
 from safereg_dist.factory.inputs import RowSources, pad_id_of, read_inputs
@@ -78,9 +78,11 @@ def _backend_of(config: Config) -> Backend:
     return kind(start_ranks(config.engine))
 
 
-def build_run(config: Config, backend: Backend) -> Run:
+def build_run(config: Config, backend: Backend, *, began_with: int | None = None) -> Run:
     """Builds all objects of a run, with models loaded and wrapped.
 
+    Args:
+        began_with: ranks of the run at its first step; None = those of now.
     Raises:
         ConfigError, DataError, ProbeError, CriticUnavailable: something that the configuration
             names is missing or does not fit.
@@ -88,7 +90,7 @@ def build_run(config: Config, backend: Backend) -> Run:
     """
     ranks = backend.ranks
     torch.manual_seed(config.train.seed + ranks.rank)  # dropout differs between ranks
-    folder, tokenizer, sources, specs = read_inputs(config, ranks)
+    folder, tokenizer, sources, specs = read_inputs(config, ranks, began_with=began_with)
     with ranks.together():
         frozen = [] if config.lora is None else read_frozen(config.lora)
 
@@ -134,7 +136,7 @@ def build_run(config: Config, backend: Backend) -> Run:
             ranks=ranks,
         )
     model.train()
-    engine = backend.wrap_policy(model, config=config)
+    engine = backend.wrap_policy(model, config=_of_ranks_now(config, sources))
     regularizer.bind(engine.run)
     return Run(
         config=config,
@@ -148,6 +150,17 @@ def build_run(config: Config, backend: Backend) -> Run:
         pad_id=pad_id_of(tokenizer),
         fingerprints=_fingerprints(reference, policy=start),
     )
+
+
+def _of_ranks_now(config: Config, sources: RowSources) -> Config:
+    """The configuration with the micro-batches of a rank, which its engine counts."""
+    shape = sources.lanes.of_rank
+    train = replace(
+        config.train,
+        grad_accum_steps=shape.micro_batches,
+        micro_batch_size=shape.micro_batch_size,
+    )
+    return replace(config, train=train)
 
 
 def adapted(

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from safereg_dist.errors import CheckpointError
@@ -76,7 +75,7 @@ class Recorder:
 
     def _open(self, state: Path | None) -> None:
         ranks = self._ranks
-        position = {"metrics_bytes": 0, "ledger_bytes": [0] * ranks.world_size}
+        position = {"metrics_bytes": 0, "ledger_bytes": []}
         with ranks.together():
             if state is not None:
                 position = self._load(state)
@@ -86,12 +85,11 @@ class Recorder:
                 if self._settings:
                     text = yaml.safe_dump(json.loads(json.dumps(self._settings, default=str)))
                     write_atomically(self._folder / "config.yaml", text)
-        ledgers = dict(enumerate(position["ledger_bytes"]))
         self._log = RunLog(
             self._folder,
             ranks,
             metrics_bytes=position["metrics_bytes"],
-            ledger_bytes=ledgers.get(ranks.rank, 0),
+            ledger_bytes=position["ledger_bytes"],
             has_board=False,
         )
         self._last = time.perf_counter()
@@ -154,10 +152,8 @@ class Recorder:
             CheckpointError: it cannot be written, on all ranks.
         """
         ranks = self._ranks
-        with ranks.together():
-            assert self._log is not None
-            own = torch.tensor(self._log.positions(), dtype=torch.int64, device=ranks.device)
-        positions = ranks.gather(own).tolist()
+        assert self._log is not None
+        metrics_bytes, ledger_bytes = self._log.positions(ranks)
         with ranks.together():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -165,8 +161,8 @@ class Recorder:
                 if ranks.is_main:
                     state = {
                         "regularizer": small,
-                        "metrics_bytes": positions[0][1],
-                        "ledger_bytes": [position[0] for position in positions],
+                        "metrics_bytes": metrics_bytes,
+                        "ledger_bytes": ledger_bytes,
                     }
                     write_atomically(folder / "state.json", json.dumps(state) + "\n")
             except OSError as err:

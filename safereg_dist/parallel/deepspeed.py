@@ -4,6 +4,7 @@ The only file that imports deepspeed; `zero_config` builds its configuration.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
 
 import deepspeed
+from deepspeed.checkpoint.constants import (
+    BASE_OPTIMIZER_STATE,
+    FP32_FLAT_GROUPS,
+    FROZEN_PARAM_FRAGMENTS,
+    OPTIMIZER_STATE_DICT,
+    PARAM_SHAPES,
+    PARAM_SLICE_MAPPINGS,
+    SINGLE_PARTITION_OF_FP32_GROUPS,
+)
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import (
     InflightParamRegistry,
@@ -32,7 +42,7 @@ from safereg_dist.models.architecture import build_model, read_architecture
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import Adapt, Update
 from safereg_dist.parallel.optimizer import parameter_groups
-from safereg_dist.parallel.pickles import only_tensors
+from safereg_dist.parallel.pickles import load_tensors, only_tensors
 from safereg_dist.parallel.rendezvous import join_group
 from safereg_dist.parallel.shards import (
     Shard,
@@ -48,10 +58,19 @@ from safereg_dist.parallel.shards import (
 )
 from safereg_dist.parallel.single import SingleBackend
 from safereg_dist.parallel.zero_config import hidden_size_of, policy_config, zero_config
+from safereg_dist.parallel.zero_files import (
+    WEIGHTS,
+    FlatTensors,
+    Part,
+    WrittenShards,
+    parts_of_mappings,
+    parts_of_shapes,
+)
 from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
 from safereg_dist.types import Head
 
 _TAG = "engine"
+_SHARD_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 # DeepSpeed's all-reduce through shared memory on CPU serves inference engines, which we do not use.
 # Loading it would first compile it (40 s), and each run would leave 69 MB per rank in /dev/shm
@@ -228,7 +247,7 @@ def _policy(model: PreTrainedModel, config: Config, ranks: Ranks) -> "DeepSpeedP
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=policy_config(model, config)
     )
-    return DeepSpeedPolicy(engine, world_size=ranks.world_size)
+    return DeepSpeedPolicy(engine, ranks)
 
 
 class _FrozenHead(nn.Module):
@@ -245,10 +264,10 @@ class _FrozenHead(nn.Module):
 class DeepSpeedPolicy:
     """`engine.PolicyEngine` over a DeepSpeed training engine."""
 
-    def __init__(self, engine: Any, *, world_size: int) -> None:
+    def __init__(self, engine: Any, ranks: Ranks) -> None:
         self.engine = self.run = engine
         self.module: nn.Module = engine.module
-        self._world_size = world_size
+        self._ranks = ranks
 
     @region(POLICY_FORWARD)
     def __call__(self, input_ids: Tensor, **positions: Tensor) -> Tensor:
@@ -265,7 +284,7 @@ class DeepSpeedPolicy:
         of tokens, so the average is undone here, and nowhere else. Collectives: the engine's own.
         """
         self.engine.set_gradient_accumulation_boundary(is_last)
-        self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
+        self.engine.backward(loss * self._ranks.world_size, scale_wrt_gas=False)
 
     @region(OPTIMIZER)
     def update(self, lr: float) -> Update:
@@ -282,15 +301,94 @@ class DeepSpeedPolicy:
         self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Restores DeepSpeed's own checkpoint.
+        """Restores DeepSpeed's own checkpoint, also of another number of ranks.
 
         Raises:
             CheckpointError: DeepSpeed found none, or a file asks for a class that is not listed.
+        Collectives: DeepSpeed's own, and gathers of texts.
         """
+        written = _optimizer_files(folder / _TAG)
+        if written and len(written) != self._ranks.world_size:
+            return self._load_of_other_ranks(folder / _TAG, written)
         with only_tensors():  # deepspeed 0.19 unpickles whatever its files say
             path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise CheckpointError(f"expected a DeepSpeed checkpoint in {folder}, found none")
+
+    def _load_of_other_ranks(self, folder: Path, written: Sequence[Path]) -> None:
+        engine, optimizer = self.engine, self.engine.optimizer
+        is_sharded = engine.zero_optimization_partition_weights()
+        name = "zero_pp_rank_0_mp_rank_00" if is_sharded else "mp_rank_00"
+        with self._ranks.together():
+            whole = _mapped(folder / f"{name}_model_states.pt")
+            states = [_mapped(path)[OPTIMIZER_STATE_DICT] for path in written]
+            if is_sharded:
+                own = self._resharded_stage3(states, whole[PARAM_SHAPES])
+                # Of the ranks that wrote it; these weights are as they were loaded.
+                whole[FROZEN_PARAM_FRAGMENTS] = None
+            else:
+                own = self._resharded(states)
+        if is_sharded:
+            optimizer.checkpoint_event_prologue()
+        engine.load_module_state_dict(whole)
+        optimizer.load_state_dict([own] * self._ranks.world_size, load_from_fp32_weights=True)
+        if is_sharded:
+            optimizer.checkpoint_event_epilogue()
+        for counter in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(engine, counter, whole[counter])
+
+    def _resharded_stage3(self, states: Sequence[Any], shapes: Sequence[Any]) -> dict[str, Any]:
+        """This rank's state of the optimizer, from that of all ranks that wrote a checkpoint."""
+        ranks, count = self._ranks, len(states)
+        written = WrittenShards(
+            [_flat_tensors(each[FP32_FLAT_GROUPS], each[OPTIMIZER_STATE_DICT]) for each in states],
+            [parts_of_shapes(shapes, rank, count) for rank in range(count)],
+        )
+        state = self.engine.optimizer.state_dict()
+        parts = parts_of_shapes(self.engine._get_zero_param_shapes(), ranks.rank, ranks.world_size)
+        flat = state[FP32_FLAT_GROUPS]
+        groups = [written.group(parts, i, each.numel()) for i, each in enumerate(flat)]
+        state[FP32_FLAT_GROUPS] = [group.pop(WEIGHTS) for group in groups]
+        state[OPTIMIZER_STATE_DICT]["state"] = dict(enumerate(groups))
+        return state
+
+    def _resharded(self, states: Sequence[Any]) -> dict[str, Any]:
+        """The same of ZeRO-1 and 2."""
+        kept, weights = BASE_OPTIMIZER_STATE, SINGLE_PARTITION_OF_FP32_GROUPS
+        written = WrittenShards(
+            [_flat_tensors(each[weights], each[kept]) for each in states],
+            parts_of_mappings([each[PARAM_SLICE_MAPPINGS] for each in states]),
+        )
+        optimizer = self.engine.optimizer
+        state = optimizer.state_dict()
+        parameters = {name: p for p, name in self.engine.param_names.items()}
+        parts = {
+            name: Part(
+                i, each.start, parameters[name]._hp_mapping.lp_fragment_address.start, each.numel
+            )
+            for i, named in enumerate(state[PARAM_SLICE_MAPPINGS])
+            for name, each in named.items()
+        }
+        flat = optimizer.single_partition_of_fp32_groups
+        groups = [written.group(parts, i, each.numel()) for i, each in enumerate(flat)]
+        state[weights] = [group.pop(WEIGHTS) for group in groups]
+        state[kept]["state"] = dict(enumerate(groups))
+        return state
+
+
+def _optimizer_files(folder: Path) -> list[Path]:
+    """The files of the optimizer's shards, by rank."""
+    found = ((_SHARD_FILE.fullmatch(path.name), path) for path in folder.glob("*_optim_states.pt"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def _flat_tensors(weights: Sequence[Tensor], optimizer: Any) -> FlatTensors:
+    return [{WEIGHTS: flat, **optimizer["state"][i]} for i, flat in enumerate(weights)]
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    """A file of DeepSpeed's, its tensors mapped; runs no code of the file's."""
+    return load_tensors(path, map_location="cpu", mmap=True)
 
 
 class DeepSpeedReference:

@@ -109,6 +109,18 @@ class CachedRisk(RiskSource):
             )
         self.cache = {key.tobytes().hex(): value for key, value in zip(keys, risk, strict=True)}
 
+    def load_states(self, paths: Sequence[Path]) -> None:
+        """Restores the risks that any of these ranks knew: its rows may now be another's.
+
+        Raises:
+            CheckpointError: as `load_state`.
+        """
+        together: dict[str, float] = {}
+        for path in paths:
+            self.load_state(path)
+            together |= self.cache
+        self.cache = together
+
 
 def read_state(path: Path, scorer: Scorer) -> dict[str, Tensor]:
     """The tensors of a file that a source wrote beside a checkpoint, for this scorer.

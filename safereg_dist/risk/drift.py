@@ -217,3 +217,12 @@ class WatchedPolicyProbe(RiskSource):
                 "checkpoint to resume from an earlier one"
             ) from err
         self._say_who_answers()
+
+    def load_states(self, paths: Sequence[Path]) -> None:
+        """Restores the caches of all these ranks; the monitor's state is the same on each.
+
+        Raises:
+            CheckpointError: as `load_state`.
+        """
+        self.load_state(paths[0])
+        self._reference.load_states(paths)

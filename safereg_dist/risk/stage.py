@@ -96,6 +96,14 @@ class RiskSource:
             CheckpointError: a file is missing, unreadable, or belongs to another source.
         """
 
+    def load_states(self, paths: Sequence[Path]) -> None:
+        """Restores what all ranks of another number wrote; by default what the first did.
+
+        Raises:
+            CheckpointError: as `load_state`.
+        """
+        self.load_state(paths[0])
+
 
 class ColumnRisk(RiskSource):
     """The `risk` column of the data."""
@@ -354,6 +362,15 @@ class RiskStage:
         """
         for entry in self.sources:
             entry.source.load_state(_file_of(entry, path))
+
+    def load_states(self, paths: Sequence[Path]) -> None:
+        """Restores what all ranks of another number wrote.
+
+        Raises:
+            CheckpointError: as `load_state`.
+        """
+        for entry in self.sources:
+            entry.source.load_states([_file_of(entry, path) for path in paths])
 
 
 def _file_of(entry: WeightedSource, path: Path) -> Path:

@@ -6,6 +6,9 @@ checkpoint/step-00000100/
     risk0.safetensors   its risk cache, if it has one
     engine/             the engine's own checkpoint
     manifest.json       digests of all these files and of the logs, see `manifest`; written last
+
+On another number of ranks a run goes on with the same rows in every step (`data.lanes`), the risks
+that all ranks knew, and new random states; its results are then not the same bits.
 """
 
 import hashlib
@@ -58,7 +61,7 @@ class RunState:
     non_finite_in_a_row: int
     metrics_bytes: int
     ledger_bytes: list[int]
-    """Position in each rank's ledger."""
+    """Position in each rank's ledger, and in those of ranks that are gone."""
     seconds: float
     """Training time so far."""
     regularizer: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +74,8 @@ class RunState:
     """Checkpoints written before this one."""
     save_seconds: float = 0.0
     """Time that these took, in which no rank trained."""
+    began_with: int = 0
+    """Ranks of the run at its first step; 0 (of earlier versions) = `world_size`."""
     format: int = _FORMAT
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -215,6 +220,7 @@ def load_checkpoint(
     checkpoint: Path,
     state: RunState,
     *,
+    seed: int,
     engine: PolicyEngine,
     regularizer: SafetyRegularizer,
     ranks: Ranks,
@@ -222,6 +228,8 @@ def load_checkpoint(
     frozen: str = "",
 ) -> None:
     """Restores engine, random states, moving average and risk cache; `find_checkpoint` found it.
+
+    On another number of ranks the random states begin anew, from `seed` and the step.
 
     Raises:
         CheckpointError: written with another order of rows, or beside other weights in
@@ -243,9 +251,14 @@ def load_checkpoint(
             )
     engine.load(checkpoint / "engine")
     with ranks.together():
-        regularizer.load_state(checkpoint / f"risk{ranks.rank}.safetensors", state.regularizer)
+        risks = [checkpoint / f"risk{rank}.safetensors" for rank in range(state.world_size)]
+        is_same = state.world_size == ranks.world_size
+        regularizer.load_state(risks[ranks.rank] if is_same else risks, state.regularizer)
         # Last, so that nothing draws from a generator between this and training.
-        _load_random(checkpoint / f"rank{ranks.rank}.safetensors", ranks.device)
+        if is_same:
+            _load_random(checkpoint / f"rank{ranks.rank}.safetensors", ranks.device)
+        else:
+            _new_random(seed, state.step, ranks)
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -270,8 +283,8 @@ def read_state(checkpoint: Path) -> RunState:
         ) from err
 
 
-def require_same_run(checkpoint: Path, state: RunState, config: Config, world_size: int) -> None:
-    """Returns where a checkpoint is of this configuration and number of ranks.
+def require_same_run(checkpoint: Path, state: RunState, config: Config) -> None:
+    """Returns where a checkpoint is of this configuration.
 
     Raises:
         CheckpointError: it is not.
@@ -280,12 +293,6 @@ def require_same_run(checkpoint: Path, state: RunState, config: Config, world_si
         raise CheckpointError(
             f"{checkpoint} was written by another configuration, or by an earlier version of "
             "safereg: resume with the same ones, or choose another output_dir"
-        )
-    if state.world_size != world_size:
-        raise CheckpointError(
-            f"{checkpoint} was written by {state.world_size} ranks, this run has {world_size}: "
-            f"resume with {state.world_size} ranks (optimizer shards, random states and the "
-            "assignment of rows belong to a number of ranks)"
         )
 
 
@@ -339,3 +346,12 @@ def _load_random(path: Path, device: torch.device) -> None:
     np.random.set_state(("MT19937", key, int(tensors["numpy_pos"][0]), 0, 0.0))
     if device.type == "cuda":
         torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def _new_random(seed: int, step: int, ranks: Ranks) -> None:
+    """Generators for a number of ranks that wrote no states: they follow from seed, step, rank."""
+    drawn = np.random.SeedSequence([seed, step, ranks.world_size, ranks.rank]).generate_state(3)
+    own, python, numpy = (int(number) for number in drawn)
+    torch.manual_seed(own)  # of the device too
+    random.seed(python)
+    np.random.seed(numpy)

@@ -152,7 +152,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "world_size": run.ranks.world_size,
         "engine": run.config.engine.name,
         "total_steps": sources.total_steps,
-        "rows_per_step": sources.rows_per_step * run.ranks.world_size,
+        "rows_per_step": sources.lanes.rows_per_step,
         "threshold": run.regularizer.coefficient.threshold,
         "fingerprints": run.fingerprints,
         "rows": {

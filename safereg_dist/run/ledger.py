@@ -8,7 +8,9 @@ between ranks. At the end `merge_ledgers` orders all rows by (step, micro_batch,
     hash_i = sha256(hash_{i-1} || row_i)      row_i = canonical JSON of the row, without its hash
 
 `summary.json` keeps the last hash and the number of rows, and `verify_ledger` holds the file
-against them. Rows carry ids, risks and coefficients; never text of the training data.
+against them. Where a run went on with another number of ranks, a row of its own says so before the
+step's others: {"micro_batch": -1, "rank": 0, "ranks": [4, 2], "row": 0, "step": 100}. Rows carry
+ids, risks and coefficients; never text of the training data.
 
 What an unkeyed chain cannot promise: whoever can rewrite both `ledger.jsonl` and `summary.json` can
 compute a new chain that verifies. Where that matters, have the run sign its summary (`signing`) and
@@ -25,11 +27,11 @@ import math
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from safereg_dist.errors import CheckpointError, LedgerError
 from safereg_dist.run.signing import Key, what_is_wrong
@@ -42,8 +44,18 @@ GENESIS = hashlib.sha256(f"safereg-dist ledger format {FORMAT_VERSION}".encode()
 MERGED_NAME = "ledger.jsonl"
 _RANK_FILE = re.compile(r"ledger\.rank(\d+)\.jsonl")
 _ORDER = ("step", "micro_batch", "rank", "row")
+_BEFORE_THE_STEP = -1
+"""The `micro_batch` of a row about the step itself."""
 _Key = tuple[int, ...]
 _Json = dict[str, Any]
+
+
+class RankChange(NamedTuple):
+    """A step from which a run went on with another number of ranks."""
+
+    step: int
+    before: int
+    now: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,14 @@ class LedgerHead:
 
     head: str
     rows: int
+    rank_changes: tuple[RankChange, ...] = field(default=(), compare=False)
+    """Those that the rows tell; the hash covers them."""
+
+    def followed_by(self, row: _Json) -> "LedgerHead":
+        """The head of the chain with one row more."""
+        head = hashlib.sha256(self.head.encode() + _canonical(row)).hexdigest()
+        change = (RankChange(row["step"], *row["ranks"]),) if "ranks" in row else ()
+        return LedgerHead(head, self.rows + 1, self.rank_changes + change)
 
 
 class RankLedger:
@@ -59,7 +79,7 @@ class RankLedger:
 
     Opening keeps what the file holds: call `truncate` with the checkpoint's position (0 on a fresh
     start) before the first row, since a killed run leaves rows of steps that are run again. A run
-    resumed on fewer ranks also truncates the files of the ranks that are gone; they are merged too.
+    resumed on fewer ranks also calls `cut_ledgers_of_gone_ranks`; their files are merged too.
     """
 
     def __init__(self, run_dir: Path | str, rank: int) -> None:
@@ -88,8 +108,20 @@ class RankLedger:
         Raises:
             CheckpointError: the buffer was full and could not be written.
         """
+        self._write(_plain(row))
+
+    def append_change(self, step: int, before: int, now: int) -> None:
+        """Adds a row that says: from `step` on there are `now` ranks, and were `before`.
+
+        Raises:
+            CheckpointError: as `append`.
+        """
+        place = {"step": step, "micro_batch": _BEFORE_THE_STEP, "rank": 0, "row": 0}
+        self._write({**place, "ranks": [before, now]})
+
+    def _write(self, row: _Json) -> None:
         try:
-            self._file.write(_canonical(_plain(row)) + b"\n")
+            self._file.write(_canonical(row) + b"\n")
         except OSError as err:
             raise _unwritable(self._path, err) from err
 
@@ -138,6 +170,29 @@ class RankLedger:
             self._file.close()
         except OSError as err:
             raise _unwritable(self._path, err) from err
+
+
+def cut_ledgers_of_gone_ranks(
+    run_dir: Path | str, positions: Sequence[int], *, world_size: int
+) -> dict[str, FileDigest]:
+    """Truncates the rank files from `world_size` on to their positions in a checkpoint.
+
+    Those without a position were begun after it and are removed. Called by one rank. Returns the
+    digests of those that are left, by name.
+
+    Raises:
+        CheckpointError: a file is shorter than its position.
+    """
+    gone = {rank: path for rank, path in _rank_files(run_dir).items() if rank >= world_size}
+    kept = {}
+    for rank, path in gone.items():
+        if rank >= len(positions):
+            path.unlink()
+        else:
+            with closing(RankLedger(run_dir, rank)) as ledger:
+                ledger.truncate(positions[rank])
+                kept[ledger.name] = ledger.digest()
+    return kept
 
 
 def merge_ledgers(run_dir: Path | str, world_size: int) -> LedgerHead:
@@ -258,10 +313,6 @@ def _canonical(row: _Json) -> bytes:
     return json.dumps(row, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _link(previous: str, row: _Json) -> str:
-    return hashlib.sha256(previous.encode() + _canonical(row)).hexdigest()
-
-
 def _parse(line: bytes) -> tuple[_Key, _Json] | None:
     """(key, row) of a line that is the canonical text of a row with a whole-number key."""
     try:
@@ -327,14 +378,14 @@ def _increasing(path: Path) -> Iterator[tuple[_Key, _Json]]:
 
 def _write_chain(merged: Path, rank_files: Iterable[Path]) -> LedgerHead:
     """Writes the merged file to a temporary sibling and moves it into place."""
-    head, rows = GENESIS, 0
+    head = LedgerHead(GENESIS, 0)
     streams = [_increasing(path) for path in rank_files]
     temporary = _temporary(merged)
     try:
         with temporary.open("wb") as file:
             for _, row in heapq.merge(*streams, key=lambda item: item[0]):
-                head, rows = _link(head, row), rows + 1
-                file.write(_canonical({**row, "hash": head}) + b"\n")
+                head = head.followed_by(row)
+                file.write(_canonical({**row, "hash": head.head}) + b"\n")
             file.flush()
             os.fsync(file.fileno())  # the rank files are deleted on the strength of this one
         os.replace(temporary, merged)
@@ -342,7 +393,7 @@ def _write_chain(merged: Path, rank_files: Iterable[Path]) -> LedgerHead:
         raise _unwritable(merged, err) from err
     finally:
         temporary.unlink(missing_ok=True)
-    return LedgerHead(head, rows)
+    return head
 
 
 def _chained_rows(
@@ -352,7 +403,7 @@ def _chained_rows(
     head = LedgerHead(GENESIS, 0)
     for where, _, row in _lines(merged):
         stated = row.pop("hash", None)
-        head = LedgerHead(_link(head.head, row), head.rows + 1)
+        head = head.followed_by(row)
         if head.head != stated:
             kind = _likely_kind(merged, rows_wanted)
             raise LedgerError(

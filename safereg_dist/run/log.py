@@ -1,12 +1,14 @@
 """The logs of a training run: metrics on the main rank, a ledger on every rank."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import torch
+
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.run.ledger import LedgerRow, RankLedger, reopen_ledger
+from safereg_dist.run.ledger import LedgerRow, RankLedger, cut_ledgers_of_gone_ranks, reopen_ledger
 from safereg_dist.run.metrics import METRICS_NAME, MetricsWriter
 from safereg_dist.storage.digests import FileDigest
 
@@ -24,22 +26,33 @@ class RunLog:
         ranks: Ranks,
         *,
         metrics_bytes: int,
-        ledger_bytes: int,
+        ledger_bytes: Sequence[int],
         first_step: int = 0,
         has_board: bool = True,
     ) -> None:
-        """`has_board` is False where another stack writes to TensorBoard."""
+        """Opens all files where a checkpoint left them.
+
+        Args:
+            ledger_bytes: positions in the ledgers of ranks 0, 1, ..., also of ranks that are gone.
+            has_board: False where another stack writes to TensorBoard.
+        """
         self.error: CheckpointError | None = None
         self._folder = folder
         self._metrics: MetricsWriter | None = None
+        self._gone = list(ledger_bytes[ranks.world_size :])
+        self._digests_of_gone: dict[str, FileDigest] = {}
+        """Of the ledgers of ranks that are gone, on the main rank; they do not change any more."""
         with ranks.together():
             if ranks.is_main:
                 reopen_ledger(folder)  # if the run was killed before its summary
+                self._digests_of_gone = cut_ledgers_of_gone_ranks(
+                    folder, ledger_bytes, world_size=ranks.world_size
+                )
         with ranks.together(), ExitStack() as stack:
             try:
                 self._ledger = RankLedger(folder, ranks.rank)
                 stack.callback(self._ledger.close)
-                self._ledger.truncate(ledger_bytes)
+                self._ledger.truncate(dict(enumerate(ledger_bytes)).get(ranks.rank, 0))
                 if ranks.is_main:
                     self._metrics = MetricsWriter(
                         folder,
@@ -67,6 +80,11 @@ class RunLog:
             "and run the same command again"
         )
 
+    def write_change(self, step: int, before: int, now: int) -> None:
+        """Notes in the main rank's ledger that from `step` on there is another number of ranks."""
+        if self._metrics is not None:
+            self._ledger.append_change(step, before, now)
+
     def digests(self) -> dict[str, FileDigest]:
         """Of this rank's files so far, flushed, by name: what a checkpoint keeps of them.
 
@@ -74,18 +92,26 @@ class RunLog:
             CheckpointError: a file could not be written.
         """
         try:
-            found = {self._ledger.name: self._ledger.digest()}
+            found = {self._ledger.name: self._ledger.digest(), **self._digests_of_gone}
             if self._metrics is not None:
                 found[METRICS_NAME] = self._metrics.digest()
             return found
         except OSError as err:
             raise self._unwritable(err) from err
 
-    def positions(self) -> tuple[int, int]:
-        """(bytes of this rank's ledger, bytes of metrics) flushed so far, for a checkpoint."""
-        found = self.digests()
-        metrics = found.get(METRICS_NAME)
-        return found[self._ledger.name].bytes, metrics.bytes if metrics else 0
+    def positions(self, ranks: Ranks) -> tuple[int, list[int]]:
+        """(bytes of metrics, bytes of each ledger) flushed so far, for a checkpoint.
+
+        Raises:
+            CheckpointError: a rank could not write, on all ranks.
+        Collectives: one gather, and one of texts.
+        """
+        with ranks.together():
+            own = self.digests()
+            metrics = own[METRICS_NAME].bytes if METRICS_NAME in own else 0
+            lengths = torch.tensor([metrics, own[self._ledger.name].bytes], device=ranks.device)
+        found = ranks.gather(lengths).tolist()
+        return found[0][0], [ledger for _, ledger in found] + self._gone
 
     def finish(self, ranks: Ranks) -> None:
         """Closes all files; an error kept from the last step is raised by all ranks together.

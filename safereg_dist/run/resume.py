@@ -42,6 +42,11 @@ class Found(NamedTuple):
     damaged: int
     """Newer ones that were damaged."""
 
+    @property
+    def began_with(self) -> int:
+        """Ranks of the run at its first step."""
+        return self.state.began_with or self.state.world_size
+
 
 def find_checkpoint(config: Config, ranks: Ranks) -> Found | None:
     """The checkpoint that `train.resume` says; None where the run begins.
@@ -134,7 +139,7 @@ def _looked_at(path: Path, config: Config, key: Key | None, ranks: Ranks) -> Run
         return wrong
     with ranks.together():
         state = read_state(path)
-        require_same_run(path, state, config, ranks.world_size)
+        require_same_run(path, state, config)
     if manifest is None:
         return state
     with ranks.together():

@@ -6,7 +6,7 @@ Three ways to hide, each with what gives it away:
 
 heap     Honest risks thin out towards the threshold. A number that rises on the way is a heap:
              heap = max_{i + 2 <= j} (n_j - n_i)
-             p    = 15 min_{i + 2 <= j} P(Binomial(n_i + n_j, 1/2) >= n_j)     (15 pairs: Bonferroni)
+             p    = 15 min_{i + 2 <= j} P(Binomial(n_i + n_j, 1/2) >= n_j)  (15 pairs)
          It needs no calibration data, and finds no heap that is spread over all eight bins.
 spread   More rows in the eight bins than benign calibration rows would put there. Other benign text
          than that of the calibration does so too, so only as many count as might be held back.

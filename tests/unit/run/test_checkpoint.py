@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +53,8 @@ class Engine:
 class Regularizer:
     """A regulariser around a policy without weights: a moving average, and a risk of one number."""
 
-    def __init__(self, ema=None):
+    def __init__(self, ema=None, others=0):
+        self.others = others
         config = RegularizerConfig(granularity="batch", ema=0.5)
         self.policy = SimpleNamespace(model=torch.nn.Identity())
         self.coefficient = Coefficient(config, threshold=None, ranks=ALONE)
@@ -62,12 +64,15 @@ class Regularizer:
     def save_state(self, path):
         """Writes the risk, returns the average."""
         path.write_text(str(self.risk))
+        if self.others:
+            path.with_name("risk1.safetensors").write_text("5")
         return self.coefficient.state_dict()
 
     def load_state(self, path, state):
         """Reads both."""
         self.coefficient.load_state_dict(state)
-        self.risk = float(path.read_text())
+        paths = [path] if isinstance(path, Path) else path
+        self.risk = sum(float(each.read_text()) for each in paths)
 
 
 @pytest.fixture
@@ -104,9 +109,9 @@ def state(config, step, **changes):
     return replace(values, **changes)
 
 
-def save(folder, run_state, engine, **how):
-    """Beside the logs of a run that has written nothing yet."""
-    regularizer = Regularizer(run_state.step / 8)
+def save(folder, run_state, engine, *, risks=1, **how):
+    """Beside the logs of a run that has written nothing yet; `risks` = 2: rank 1 has risk 5."""
+    regularizer = Regularizer(run_state.step / 8, others=risks - 1)
     logs = {}
     for name in ("metrics.jsonl", *(f"ledger.rank{r}.jsonl" for r in range(run_state.world_size))):
         folder.parent.mkdir(exist_ok=True)
@@ -116,11 +121,12 @@ def save(folder, run_state, engine, **how):
     save_checkpoint(folder, run_state, **{**parts, **how})
 
 
-def load(found, regularizer, *, order_digest="rows"):
+def load(found, regularizer, *, order_digest="rows", seed=0):
     engine = Engine()
     load_checkpoint(
         found.path,
         found.state,
+        seed=seed,
         engine=engine,
         regularizer=regularizer,
         ranks=ALONE,
@@ -174,9 +180,26 @@ def test_what_is_of_another_run_is_refused(config, folder):
         found_by(config("train.seed=5"))
     with pytest.raises(CheckpointError, match="dealt as risky"):
         load(found_by(config()), Regularizer(), order_digest="other rows")
-    save(folder, state(config(), 2, world_size=2, ledger_bytes=[0, 0]), Engine())
-    with pytest.raises(CheckpointError, match="written by 2 ranks, this run has 1"):
-        found_by(config())
+
+
+def test_another_number_of_ranks_has_all_risks_and_draws_anew(config, folder):
+    """What it draws follows from the seed, the step and the rank; not from what drew before."""
+    for step in (3, 4):
+        two = state(config(), step, world_size=2, began_with=4, ledger_bytes=[0, 0])
+        save(folder, two, Engine(), risks=2)
+    found = found_by(config())
+    assert found.began_with == 4
+    drawn = []
+    for step, seed in ((3, 0), (3, 0), (4, 0), (4, 5)):
+        regularizer = Regularizer()
+        own = found._replace(
+            path=folder / f"step-{step:08d}", state=replace(found.state, step=step)
+        )
+        load(own, regularizer, seed=seed)
+        drawn.append(draws())
+        assert regularizer.risk == step / 8 + 5
+    assert drawn[0] == drawn[1]
+    assert len({tuple(each) for each in drawn}) == 3
 
 
 def rewrite_state(folder, change):

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import random
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safereg_dist.run.ledger import (
     LedgerHead,
     LedgerRow,
     RankLedger,
+    cut_ledgers_of_gone_ranks,
     merge_ledgers,
     reopen_ledger,
     verify_ledger,
@@ -295,6 +297,40 @@ def test_ranks_beyond_nine_are_ordered_as_numbers(tmp_path: Path) -> None:
 def test_ranks_of_an_earlier_world_size_are_kept(tmp_path: Path) -> None:
     write_ranks(tmp_path, world_size=3)
     assert finish(tmp_path, 2).rows == 26
+
+
+def test_another_number_of_ranks_is_told_and_chained(tmp_path: Path) -> None:
+    """4 ranks, then 2 that begin again at step 1, after an attempt of 6 that left files behind."""
+    write_ranks(tmp_path, world_size=6, steps=2)
+    ends = []
+    for rank in range(4):
+        with closing(RankLedger(tmp_path, rank)) as ledger_of_rank:
+            rows = (tmp_path / f"ledger.rank{rank}.jsonl").read_bytes().splitlines(keepends=True)
+            ends.append(sum(len(row) for row in rows if b'"step":0' in row))
+            if rank < 2:
+                ledger_of_rank.truncate(ends[rank])
+    cut_ledgers_of_gone_ranks(tmp_path, ends, world_size=2)
+    for rank in range(2):
+        with closing(RankLedger(tmp_path, rank)) as ledger_of_rank:
+            if rank == 0:
+                ledger_of_rank.append_change(1, 4, 2)
+            ledger_of_rank.append(make_row(1, 0, rank, 0))
+    head = finish(tmp_path)
+    assert head.rank_changes == verify_ledger(tmp_path).rank_changes == ((1, 4, 2),)
+    found = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_bytes().splitlines()]
+    assert {row["rank"] for row in found if row["step"] == 0} == {0, 1, 2, 3}
+    (place,) = [i for i, row in enumerate(found) if "ranks" in row]
+    assert [row["step"] for row in found] == [0] * place + [1] * (len(found) - place)
+    text = (tmp_path / "ledger.jsonl").read_text().replace('"ranks":[4,2]', '"ranks":[4,3]')
+    (tmp_path / "ledger.jsonl").write_text(text)
+    with pytest.raises(LedgerError, match="changed row"):
+        verify_ledger(tmp_path)
+
+
+def test_a_gone_ranks_ledger_that_was_cut_is_refused(tmp_path: Path) -> None:
+    write_ranks(tmp_path, world_size=2)
+    with pytest.raises(CheckpointError, match="rank1"):
+        cut_ledgers_of_gone_ranks(tmp_path, [0, 10**6], world_size=1)
 
 
 def test_a_missing_rank_is_refused(tmp_path: Path) -> None:
