@@ -4,6 +4,7 @@ line that names the host and the difference; ranks with equal copies train; MPI 
 Real processes: each rank runs in a folder of its own, as on a host with disks of its own. Exact.
 """
 
+import functools
 import os
 import shutil
 import socket
@@ -14,6 +15,8 @@ import pytest
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
 from support.extent import FULL
 from support.launching import FINETUNE, ROOT, Launcher, free_port, kill_session
+
+from safereg_dist.run.ledger import verify_ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
 HOST = socket.gethostname()
@@ -38,6 +41,10 @@ def hosts(tmp_path):
     return first, second
 
 
+launcher_of = functools.cache(Launcher)
+"""The launcher of a host's folder, which numbers its logs."""
+
+
 def start_both(hosts, *arguments, env=None):
     """Both ranks, as a launcher starts them; `env` is the second one's."""
     port = str(free_port())
@@ -47,7 +54,7 @@ def start_both(hosts, *arguments, env=None):
         variables |= {"MASTER_ADDR": "127.0.0.1", "SAFEREG_CACHE": str(folder / "cache")}
         variables |= (env or {}) if rank == 1 else {}
         started.append(
-            Launcher(folder).start(
+            launcher_of(folder).start(
                 FINETUNE, "run.yaml", *arguments, launcher="forked", env=variables
             )
         )
@@ -177,3 +184,22 @@ def test_open_mpi_ranks_are_ranks_of_one_run(hosts):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert "fsdp2 on 2 ranks" in done.stdout
         assert (out / "summary.json").is_file()
+
+
+def test_of_two_runs_of_two_ranks_one_trains(hosts):
+    """Started at the same moment in one folder; the other is refused, or finds it complete."""
+    both = [start_both(hosts), start_both(hosts)]
+    every = [pair for run in both for pair in run]
+    try:
+        ends = [[process.wait(200) for process, _ in run] for run in both]
+    finally:
+        for process, _ in every:
+            if process.poll() is None:
+                kill_session(process)
+    printed = ["".join(log.read_text(errors="replace") for _, log in run) for run in both]
+    trained = [text for text in printed if "fsdp2 on 2 ranks" in text]
+    assert len(trained) == 1, printed
+    other = printed[1 - printed.index(trained[0])]
+    assert "is in use by another run: host" in other or "already complete" in other, other
+    assert sorted(ends) in ([[0, 0], [0, 0]], [[0, 0], [2, 2]])
+    assert verify_ledger(hosts[0].parent / "out") is not None
