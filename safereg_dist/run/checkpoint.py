@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -41,19 +41,19 @@ _RESERVE_BYTES = 64 << 20
 class RunState:
     """The state of a run besides weights, optimizer, random states and risk cache."""
 
-    step: int
+    step: NonNegativeInt
     """Optimizer steps done; the data position follows from it."""
-    world_size: int
+    world_size: PositiveInt
     config_hash: str
     order_digest: str
     """`RowSources.order_digest`: the order of rows depends on it and the configuration."""
-    non_finite_steps: int
+    non_finite_steps: NonNegativeInt
     """Total number of skipped steps."""
-    non_finite_in_a_row: int
-    metrics_bytes: int
-    ledger_bytes: list[int]
+    non_finite_in_a_row: NonNegativeInt
+    metrics_bytes: NonNegativeInt
+    ledger_bytes: list[NonNegativeInt]
     """Position in each rank's ledger."""
-    seconds: float
+    seconds: NonNegativeFloat
     """Training time so far."""
     regularizer: dict[str, float | None] = field(default_factory=dict)
     """The state that `SafetyRegularizer.save_state` returned."""

@@ -364,6 +364,8 @@ def _summary_head(path: Path) -> LedgerHead:
     try:
         ledger = parse_json(path.read_bytes())["ledger"]
         head, rows = ledger["head"], ledger["rows"]
+        if not isinstance(head, str) or not isinstance(rows, int):
+            raise TypeError("head is a text, rows a number")
     except NotADirectoryError as err:
         raise LedgerError(
             f"expected the folder of a run, got the file {path.parent}: give the folder it is in"
