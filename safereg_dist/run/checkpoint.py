@@ -225,8 +225,8 @@ def read_state(checkpoint: Path) -> RunState:
         return TypeAdapter(RunState).validate_json(text, strict=True)
     except (OSError, ValueError, TypeError, AttributeError) as err:
         raise CheckpointError(
-            f"{checkpoint}/state.json cannot be read ({reason_of(err)}): remove this checkpoint to resume "
-            "from an earlier one"
+            f"{checkpoint}/state.json cannot be read ({reason_of(err)}): remove this checkpoint to "
+            "resume from an earlier one"
         ) from err
 
 
