@@ -1,6 +1,7 @@
 """The `safereg` command: each verb is a file in `commands/`, loaded when it is asked for."""
 
 import argparse
+import errno
 import importlib
 import os
 import socket
@@ -62,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, errors.RemoteRankError):
                 traceback.print_exc()
         return 2 if errors.is_user_error(error) else 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        # Whatever key or option it came from, it was no path.
+        name = errors.printable(error.filename, 80)
+        print(f"safereg: expected the name of a file, got {name}: correct it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

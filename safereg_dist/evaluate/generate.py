@@ -97,6 +97,12 @@ def load_model(
             f"the files in {model_dir} lack {len(info['missing_keys'])} weights, among them "
             f"{min(info['missing_keys'])}: the folder is incomplete, save or copy it again"
         )
+    ends = model.generation_config.eos_token_id
+    if not all(isinstance(end, int | None) for end in (ends if isinstance(ends, list) else [ends])):
+        raise ConfigError(
+            f"expected eos_token_id in {model_dir}/generation_config.json as a whole number or a "
+            f"list of them, got {ends!r}: correct it"
+        )
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -50,31 +50,31 @@ _RESERVE_BYTES = 64 << 20
 class RunState:
     """The state of a run besides weights, optimizer, random states and risk cache."""
 
-    step: int
+    step: NonNegativeInt
     """Optimizer steps done; the data position follows from it."""
-    world_size: int
+    world_size: PositiveInt
     config_hash: str
     order_digest: str
     """`RowSources.order_digest`: the order of rows depends on it and the configuration."""
-    non_finite_steps: int
+    non_finite_steps: NonNegativeInt
     """Total number of skipped steps."""
-    non_finite_in_a_row: int
-    metrics_bytes: int
-    ledger_bytes: list[int]
+    non_finite_in_a_row: NonNegativeInt
+    metrics_bytes: NonNegativeInt
+    ledger_bytes: list[NonNegativeInt]
     """Position in each rank's ledger, and in those of ranks that are gone."""
-    seconds: float
+    seconds: NonNegativeFloat
     """Training time so far."""
     regularizer: dict[str, Any] = field(default_factory=dict)
     """The state that `SafetyRegularizer.save_state` returned."""
     frozen: str = ""
     """With `lora.frozen`: the fingerprint of the base model with these adapters."""
-    damaged_checkpoints: int = 0
+    damaged_checkpoints: NonNegativeInt = 0
     """Checkpoints that this run could not go on from."""
-    saves: int = 0
+    saves: NonNegativeInt = 0
     """Checkpoints written before this one."""
-    save_seconds: float = 0.0
+    save_seconds: NonNegativeFloat = 0.0
     """Time that these took, in which no rank trained."""
-    began_with: int = 0
+    began_with: NonNegativeInt = 0
     """Ranks of the run at its first step; 0 (of earlier versions) = `world_size`."""
     format: int = _FORMAT
 

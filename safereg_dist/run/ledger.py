@@ -436,6 +436,8 @@ def _summary_head(path: Path, key: Key | None) -> LedgerHead:
             raise LedgerError(f"{wrong}: do not rely on this ledger, or give the key of the run")
         ledger = parse_json(content)["ledger"]
         head, rows = ledger["head"], ledger["rows"]
+        if not isinstance(head, str) or not isinstance(rows, int):
+            raise TypeError("head is a text, rows a number")
     except NotADirectoryError as err:
         raise LedgerError(
             f"expected the folder of a run, got the file {path.parent}: give the folder it is in"

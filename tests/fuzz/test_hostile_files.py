@@ -269,7 +269,7 @@ def test_pickled_weights_are_refused_by_every_verb(pickled, capsys):
     for arguments in (
         ["train", str(pickled / "run.yaml")],
         ["eval", "--model", model, "--prompts", prompts, "--out", out],
-        ["probe", "fit", "--model", model, "--data", prompts, "--out", out],
+        ["probe", "fit", "--model", model, "--data", prompts, "--out", out, "--recall", "0.5"],
         ["anchor", "build", "--model", model, "--prompts", prompts, "--out", out],
     ):
         assert main(arguments) == 2, arguments
