@@ -1,6 +1,6 @@
 """Tries every way to stop a run under every launcher, and writes what happened.
 
-    python benchmarks/stops.py --out benchmarks/results/stops.csv [--only LAUNCHER]
+    python benchmarks/stops.py --out benchmarks/results/stops.csv [--only LAUNCHER] [--way WAY]
         [--hosts SCRIPT]    makes hosts for pdsh: up DIR N, exec DIR I COMMAND, down DIR; needs root
 
 Two ranks of a tiny model train, the stop is tried, and the processes are watched. Columns:
@@ -80,19 +80,19 @@ class Trial:
 
     def launch_process(self) -> int:
         """DeepSpeed's `launch` on this host, or on the first of several."""
-        for pid in self.processes(ranks=False):
-            if b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return pid
-        raise AssertionError("no launch process")
+        return self._running("deepspeed.launcher.launch")[0]
 
     def outermost(self) -> int:
         """What the user has started: within a host, the runner."""
-        runners = [
-            pid
-            for pid in self.processes(ranks=False)
-            if b"deepspeed.launcher.runner" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        return runners[0] if runners else self.pid
+        return (*self._running("deepspeed.launcher.runner"), self.pid)[0]
+
+    def _running(self, module: str) -> list[int]:
+        """Processes of ours that are Python with this module, not what carries its command line."""
+        start = f"{PYTHON}\0"
+        texts = {
+            pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in self.processes(ranks=False)
+        }
+        return [pid for pid, text in texts.items() if text.startswith(start) and module in text]
 
     def watch(self) -> dict[str, str]:
         """What happened since the stop."""
@@ -234,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="launchers whose name begins so")
+    parser.add_argument("--way", default="", help="ways whose name begins so")
     parser.add_argument("--hosts", type=Path, help="a script that makes hosts (needs root)")
     arguments = parser.parse_args()
     versions = " ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
@@ -250,7 +251,8 @@ def main() -> None:
         try:
             for way, act in WAYS.items():
                 for launcher, command in launchers(config, hosts).items():
-                    if not launcher.startswith(arguments.only) or not is_apt(launcher, way):
+                    chosen = launcher.startswith(arguments.only) and way.startswith(arguments.way)
+                    if not (chosen and is_apt(launcher, way)):
                         continue
                     number += 1
                     out = folder / f"run{number}"

@@ -72,3 +72,18 @@ def test_a_stop_file_ends_all_ranks_together(config, launch, launcher):
     assert refused.returncode == 2
     assert "is complete" in refused.stderr
     assert not (out / "stop").exists()
+
+
+def test_the_doctor_asks_the_ranks_of_a_launcher(config, launch):
+    doctor = ("-m", "safereg_dist", "doctor", config, f"output_dir={config.parent / 'sick'}")
+    done = launch(*doctor, ranks=2)
+    assert done.status == 0, done.output
+    assert done.output.count("output_dir is one folder") == 1
+    assert " MB/s into rank " in done.output
+    done = launch(*doctor, "model=/nowhere/model", ranks=2)
+    assert done.status == 0  # a name on the hub, for all that is known
+    done = launch(*doctor, "data.train=/nowhere/rows.jsonl", ranks=2)
+    assert done.status == 1
+    assert "/nowhere/rows.jsonl" in done.output
+    assert not (config.parent / "sick").exists()
+    assert not list(config.parent.glob(".doctor*"))
