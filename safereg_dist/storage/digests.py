@@ -82,5 +82,5 @@ class AppendedFile:
         if self._running is None:
             self._file.flush()
             with self._path.open("rb") as file:
-                self._running, _ = _hashed(file, None)
+                self._running, _ = _hashed(file, self._file.tell())
         return self._running

@@ -30,6 +30,7 @@ from safereg_dist.run.checkpoint import (
     saved_checkpoints,
 )
 from safereg_dist.run.metrics import MetricsWriter
+from safereg_dist.run.resume import find_checkpoint
 from safereg_dist.trainer import EXIT_REQUEUE, train
 
 ROWS, STEPS, ROWS_PER_STEP = 8, 4, 4
@@ -197,7 +198,8 @@ ONE_BATCH = ("train.micro_batch_size=4", "train.grad_accum_steps=1", "train.step
 def test_skipped_steps_and_seconds_go_on_after_a_stop(world):
     run = with_lost_gradients(built(world, "counted", *ONE_BATCH), {1, 2}, stop_at=2)
     assert train(run) == EXIT_REQUEUE
-    assert train(with_lost_gradients(built(world, "counted", *ONE_BATCH), {4}, first=3)) == 0
+    again = with_lost_gradients(built(world, "counted", *ONE_BATCH), {4}, first=3)
+    assert train(again, find_checkpoint(again.config, again.ranks)) == 0
     metrics = lines(world / "counted" / "metrics.jsonl")
     assert [row["grad_norm"] is None for row in metrics] == [False, True, True, False, True, False]
     summary = json.loads((world / "counted" / "summary.json").read_text())
@@ -211,7 +213,7 @@ def test_skipped_steps_in_a_row_are_counted_over_a_stop(world):
     assert train(run) == EXIT_REQUEUE
     again = with_lost_gradients(built(world, "lost", *ONE_BATCH), range(6), first=3)
     with pytest.raises(NonFiniteLoss, match="up to step 3,"):
-        train(again)
+        train(again, find_checkpoint(again.config, again.ranks))
 
 
 def test_steps_that_are_run_again_appear_once_in_tensorboard(tmp_path: Path):
