@@ -263,6 +263,6 @@ def test_random_states_go_through_a_checkpoint(world, tmp_path: Path):
     expected = draws()
     draws()
     (path,) = saved_checkpoints(tmp_path)
-    load_checkpoint(path, state, order_digest="rows", **parts)
+    load_checkpoint(path, state, seed=0, order_digest="rows", **parts)
     for found, wanted in zip(draws(), expected, strict=True):
         assert list(found) == list(wanted)
