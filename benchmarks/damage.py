@@ -97,11 +97,13 @@ class Damaged:
         logs = [run / "metrics.jsonl", *(run / f"ledger.rank{r}.jsonl" for r in range(RANKS))]
         self.kept = {p: p.read_bytes() for p in (*(checkpoint / n for n in names), *logs)}
         ends = read_manifest(checkpoint, None).logs
+        self._touched: set[Path] = set()
         self._log_ends = {path: ends[path.name].bytes for path in logs}
 
     def damage(self, kind: str, rng: random.Random, path: Path) -> bool:
         """Damages `path`; False where the chance left all bytes as they were."""
         content = self.kept[path]
+        self._touched.add(path)
         if kind == "file lost":
             path.unlink()
         elif kind == "file added":
@@ -111,6 +113,7 @@ class Damaged:
             other = rng.choice([p for p in self.kept if p not in self._log_ends])
             if path in self._log_ends or self.kept[other] == content:
                 return False
+            self._touched.add(other)
             path.write_bytes(self.kept[other])
             other.write_bytes(content)
         else:  # of a log the part that the checkpoint is about
@@ -121,9 +124,10 @@ class Damaged:
 
     def mend(self) -> None:
         """Puts everything back."""
-        for path, content in self.kept.items():
+        for path in self._touched:
             path.with_name(f"more-{path.name}").unlink(missing_ok=True)
-            path.write_bytes(content)
+            path.write_bytes(self.kept[path])
+        self._touched.clear()
 
     def found(self) -> str | None:
         """What the ranks find; None where they would load it."""

@@ -364,10 +364,12 @@ class LisaConfig(Section):
 class SigningConfig(Section):
     """A key over checkpoints and `summary.json`, with the ledger's head in it; one of the two."""
 
-    hmac_env: str | None = Field(default=None, pattern=r"^SAFEREG_[A-Z0-9_]+$")
-    """Environment variable (SAFEREG_...) of rank 0 with a secret of 16 characters or more, for
-    HMAC-SHA256: who can check can also sign."""
-    ed25519: str | None = None
+    hmac_env: str | None = Field(
+        default=None, pattern=r"^SAFEREG_[A-Z0-9_]+$", json_schema_extra=ASIDE
+    )
+    """Environment variable (SAFEREG_...) of rank 0 with a secret of 16 characters or more, for an
+    HMAC (SHA256); who can check it can also sign."""
+    ed25519: str | None = Field(default=None, json_schema_extra=ASIDE)
     """Private key of rank 0 (PEM, no pass phrase; `openssl genpkey -algorithm ed25519`); its public
     key checks. Needs the extra `sign`."""
 
