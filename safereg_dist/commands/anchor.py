@@ -125,8 +125,8 @@ def merge_anchor_parts(out: Path, world_size: int) -> dict[str, Any]:
     print(
         f"anchors: {counts['rows']} rows from {counts['prompts']} prompts answered by "
         f"{printable(headers[0]['model'])}, {counts['shortened']} shortened to whole sentences "
-        f"within {headers[0]['max_new_tokens']} tokens, dropped {counts['dropped_empty']} empty and "
-        f"{counts['dropped_cut']} without a whole one, written to {printable(out)}"
+        f"within {headers[0]['max_new_tokens']} tokens, dropped {counts['dropped_empty']} empty "
+        f"and {counts['dropped_cut']} without a whole one, written to {printable(out)}"
     )
     return counts
 

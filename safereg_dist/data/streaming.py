@@ -90,8 +90,8 @@ class StreamedRows:
         if kept is None and self._warns:
             self._warns = False
             print(
-                f"safereg: {printable(where)} is longer than data.max_length={config.max_length}: its "
-                "place in the batch stays empty, as that of all such rows",
+                f"safereg: {printable(where)} is longer than data.max_length={config.max_length}: "
+                "its place in the batch stays empty, as that of all such rows",
                 file=sys.stderr,
                 flush=True,
             )
