@@ -18,4 +18,4 @@ export PYTHONUNBUFFERED=1
 # A process a core; those of several ranks come first, since they wait for one another a lot.
 cores="$(getconf _NPROCESSORS_ONLN)"
 export OMP_NUM_THREADS=1
-exec python -m pytest -n "$cores" --dist worksteal tests/distributed kernels/tests tests/unit
+exec python -m pytest -n "$cores" --dist worksteal tests/distributed kernels/tests tests/fuzz tests/unit

@@ -1,6 +1,6 @@
 """Gives the verbs hostile files, counts how they end; the table is `benchmarks/results/fuzz.csv`.
 
-    python tests/fuzz/run.py --cases 300 --out benchmarks/results/fuzz.csv      about 40 minutes
+    python tests/fuzz/run.py --cases 40 --first 5000 --out benchmarks/results/fuzz.csv
     python tests/fuzz/run.py --cases 2 --only config --keep FOLDER              a look at some
 
 Each case runs in a fork of this process: the verb as the command line runs it, on files of which
