@@ -19,4 +19,4 @@ export PYTHONUNBUFFERED=1
 cores="$(getconf _NPROCESSORS_ONLN)"
 export OMP_NUM_THREADS=1
 exec python -m pytest -n "$cores" --dist worksteal \
-    tests/multinode tests/distributed kernels/tests tests/unit
+    tests/multinode tests/distributed kernels/tests tests/fuzz tests/unit

@@ -1,7 +1,7 @@
 """Gives the verbs hostile files, counts how they end; the table is `benchmarks/results/fuzz.csv`.
 
-    python tests/fuzz/run.py --cases 300 --out benchmarks/results/fuzz.csv      about 40 minutes
-    python tests/fuzz/run.py --cases 2 --only config --keep FOLDER              a look at some
+    python tests/fuzz/run.py --cases 40 --first 5000 --out benchmarks/results/fuzz.csv
+    python tests/fuzz/run.py --cases 2 --only config                               some of them
 
 Each case runs in a fork of this process: the verb as the command line runs it, on files of which
 one is changed by a seed that is the target's name and the case's number. A case is

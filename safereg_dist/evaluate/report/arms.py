@@ -11,10 +11,12 @@ DASH = "\u2013"
 
 
 def number(value: Any) -> float:
-    """The value as a float; NaN where it is no number."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    return float("nan")
+    """The value as a float; NaN where it is no number, or beyond those that a float has."""
+    try:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return float(value) if is_number else float("nan")
+    except OverflowError:
+        return float("nan")
 
 
 def percent(value: float) -> str:
