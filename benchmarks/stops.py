@@ -2,6 +2,7 @@
 
     python benchmarks/stops.py --out benchmarks/results/stops.csv [--only LAUNCHER] [--way WAY]
         [--hosts SCRIPT]    makes hosts for pdsh: up DIR N, exec DIR I COMMAND, down DIR; needs root
+    python benchmarks/stops.py --table benchmarks/results/stops.csv        as the docs show it
 
 Two ranks of a tiny model train, the stop is tried, and the processes are watched. Columns:
 
@@ -229,14 +230,31 @@ def make_world(folder: Path) -> Path:
     return config
 
 
+def table(path: Path) -> str:
+    """The rows in Markdown: a launcher's ways together."""
+    lines = [
+        "| launcher | way to stop | what happened | ranks | launcher's status |",
+        "|---" * 5 + "|",
+    ]
+    with path.open(newline="") as file:
+        for row in sorted(csv.DictReader(file), key=lambda row: row["launcher"]):
+            cells = (row["launcher"], row["way"], row["outcome"], row["rank_statuses"] or "-")
+            lines.append(f"| {' | '.join(cells)} | {row['launcher_status']} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Runs all trials; each row is written when it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/stops.csv")
+    parser.add_argument("--table", type=Path, metavar="CSV", help="only prints this one")
     parser.add_argument("--only", default="", help="launchers whose name begins so")
     parser.add_argument("--way", default="", help="ways whose name begins so")
     parser.add_argument("--hosts", type=Path, help="a script that makes hosts (needs root)")
     arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(table(arguments.table), end="")
+        return
     versions = " ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
     with tempfile.TemporaryDirectory() as name, arguments.out.open("w", newline="") as file:
         folder = Path(name)
@@ -245,8 +263,8 @@ def main() -> None:
         if arguments.hosts is not None:
             hosts = arguments.hosts, folder / "hosts"
             subprocess.run(["bash", hosts[0], "up", hosts[1], "2"], check=True)
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
+        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        rows.writeheader()
         number = 0
         try:
             for way, act in WAYS.items():
@@ -259,7 +277,7 @@ def main() -> None:
                     trial = Trial(command, out, terminal=way == "terminal closed")
                     act(trial)
                     row = {"launcher": launcher, "way": way, **trial.watch(), "versions": versions}
-                    table.writerow(row)
+                    rows.writerow(row)
                     file.flush()
                     print(row, flush=True)
         finally:
