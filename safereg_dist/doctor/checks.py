@@ -7,7 +7,7 @@ from pathlib import Path
 from safereg_dist.doctor.finding import Finding, finding
 from safereg_dist.doctor.host import Answer, leads_elsewhere
 from safereg_dist.doctor.work import Work
-from safereg_dist.run.checkpoint import complete_checkpoints
+from safereg_dist.run.checkpoint import saved_checkpoints
 from safereg_dist.run.stop import stop_file
 
 KILLED_AFTER_S = 30.0
@@ -122,7 +122,7 @@ def disk_findings(answers: Mapping[str, Answer], work: Work, folder: Path) -> It
 
 def folder_findings(folder: Path) -> Iterator[Finding]:
     """The state of the run's folder."""
-    saved = complete_checkpoints(folder / "checkpoint")
+    saved = saved_checkpoints(folder / "checkpoint")
     state = "new" if not (folder / "config.yaml").is_file() else "holds a run"
     state += f", resumes from {saved[-1].name}" if saved else ""
     is_complete = (folder / "summary.json").is_file()
