@@ -52,9 +52,13 @@ def read(name: str) -> list[Row]:
 
 def damage() -> Trials:
     """Damaged checkpoints; survived: found before anything was loaded."""
+    sums: dict[str, list[int]] = {}
     for row in read("damage.csv"):
-        what = f"checkpoint, {row['kind']}"
-        yield what, int(row["tried"]), int(row["detected"]), "python benchmarks/damage.py"
+        known = sums.setdefault(row["kind"], [0, 0])
+        known[0] += int(row["tried"])
+        known[1] += int(row["detected"])
+    for kind, (tried, survived) in sums.items():
+        yield f"checkpoint: {kind}", tried, survived, "python benchmarks/damage.py"
 
 
 def hosts() -> Trials:
