@@ -54,6 +54,8 @@ class RowSources:
     canary: Canary | None
     """Prompts that are watched in training."""
     total_steps: int
+    micro_batches: int
+    """Of this rank in one optimizer step."""
     lanes: Lanes
     """How each step's rows go from the ranks that the run began with to those of now."""
     order_digest: str
@@ -68,11 +70,6 @@ class RowSources:
     def rows_per_step(self) -> int:
         """Rows of this rank in one optimizer step."""
         return self.lanes.of_rank.rows
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of this rank in one optimizer step."""
-        return self.lanes.of_rank.micro_batches
 
     def rows_of_step(self, step: int) -> list[Row]:
         """[rows_per_step] this rank's rows in an optimizer step.
@@ -235,6 +232,7 @@ def build_sources(
             if config.eval is None
             else canary_rows(config.eval, tokenizer, max_length=data.max_length),
             total_steps=_total_steps(config, train_rows, lanes),
+            micro_batches=lanes.of_rank.micro_batches,
             lanes=lanes,
             order_digest="" if active is None else hashlib.sha256(active.tobytes()).hexdigest(),
             filler=filler(pad_id_of(tokenizer)),

@@ -1,6 +1,7 @@
 """The folder of a run: which run it belongs to, whether that has ended, and its facts."""
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from safereg_dist.run.lock import RunLock, is_lock
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.storage.json_text import parse_json
 
+_LOG_BYTES = 16 << 10
+"""With less room TensorBoard's own thread fails, where nobody can catch it."""
 _LOOKS, _LOOK_S = 20, 0.5
 """How often, and how many seconds apart, a rank looks for what rank 0 has written."""
 
@@ -142,6 +145,12 @@ def claim_folder(folder: Path, config: Config) -> None:
         write_atomically(folder / "config.yaml", config_to_yaml(config))
     except OSError as err:
         raise CheckpointError(f"output_dir {folder} cannot be written: {err.strerror}") from err
+    free = shutil.disk_usage(folder).free
+    if free < _LOG_BYTES:
+        raise CheckpointError(
+            f"expected {_LOG_BYTES >> 10} KiB free in {folder} for logs, found {free >> 10} KiB: "
+            "free some space, or move output_dir"
+        )
 
 
 def describe_run(run: Run) -> dict[str, Any]:

@@ -17,12 +17,16 @@ class MetricsWriter:
         self, folder: Path, *, position: int, first_step: int, has_board: bool = True
     ) -> None:
         self._file = AppendedFile(folder / METRICS_NAME)
-        self._file.truncate(position)
         self._board = None
-        if has_board:
-            from torch.utils.tensorboard import SummaryWriter
+        try:
+            self._file.truncate(position)
+            if has_board:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        except OSError:
+            self._file.close()
+            raise
 
     def write(self, row: Mapping[str, float | int]) -> None:
         """One line of JSON (values that are not finite become null), flushed at once."""

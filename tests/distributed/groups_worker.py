@@ -35,6 +35,7 @@ from torch.distributed.distributed_c10d import _world  # noqa: E402
 from safereg_dist.commands.reference import build_store  # noqa: E402
 from safereg_dist.config import load_config  # noqa: E402
 from safereg_dist.factory import build_risk_context, build_run, start_backend  # noqa: E402
+from safereg_dist.run.resume import find_checkpoint  # noqa: E402
 from safereg_dist.trainer import train  # noqa: E402
 
 CASES = {
@@ -86,7 +87,7 @@ def run_case(folder: Path, name: str, backend) -> None:
         crash(config, backend)
     run = start(config, backend, steps)
     GATHERS.clear()
-    train(run)
+    train(run, find_checkpoint(run.config, run.ranks))
     facts = describe(run) | {"gathers": dict(GATHERS), "steps": len(steps)}
     run.engine.engine.destroy()
     where = folder / f"{name}-{backend.ranks.world_size}"

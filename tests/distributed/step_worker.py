@@ -37,7 +37,8 @@ def record_collectives() -> None:
 
         def recorded(*args, _original=original, _name=name, **kwargs):
             first = args[0] if args else next(iter(kwargs.values()))
-            tensors = [first] if torch.is_tensor(first) else [t for t in first if t is not None]
+            given = [first] if torch.is_tensor(first) else first
+            tensors = [each for each in given if torch.is_tensor(each)]
             size = "" if _name == "all_to_all_single" else sum(t.numel() for t in tensors)
             COLLECTIVES.append(f"{_name}:{size}")
             given = args[1] if len(args) > 1 and torch.is_tensor(args[1]) else first

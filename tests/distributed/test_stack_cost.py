@@ -74,7 +74,8 @@ def test_a_stack_costs_what_our_trainer_costs(stack, cost):
     assert bytes_found["reference"] == bytes_own["reference"] > 0
     assert bytes_own["agreement"] == RANKS * 8
     assert bytes_found["agreement"] == RANKS * 8 * (2 * ACCUMULATION + 1)
-    assert 0 <= bytes_found["metrics"] - bytes_own["metrics"] <= RANKS * RANKS * 8
+    # Both ask for a stop and for a log that failed; a stack counts two more things of its own.
+    assert 0 <= bytes_found["metrics"] - bytes_own["metrics"] <= 2 * RANKS * RANKS * 8
     assert of_the_step(found.waits) == of_the_step(own.waits)
     assert len(of_the_step(found.waits)) >= 2
 

@@ -582,6 +582,7 @@ def test_runs_of_version_0_1_go_on(raw, hashed):
 
 
 ASIDE = {
+    *("signing.hmac_env", "signing.ed25519", "train.resume"),
     *("output_dir", "profile", "data.declared_poison", "reference.cache", "reference.keep_bytes"),
     "reference.engine",
     *("risk.max_held_back", "risk.max_hidden", "risk.gate_rows", "risk.cache", "train.save_every"),
@@ -592,6 +593,9 @@ ASIDE = {
 }
 OTHER_VALUES = {
     "output_dir": "elsewhere",
+    "signing.hmac_env": "SAFEREG_OTHER",
+    "signing.ed25519": "other.pem",
+    "train.resume": "never",
     "profile": False,
     "data.declared_poison": 0.5,
     "reference.cache": "store",

@@ -116,7 +116,8 @@ def test_a_lone_process_is_alone(env):
 
 
 def test_a_process_of_several_never_trains_alone(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+    local = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", *local):
         monkeypatch.setenv(name, "")  # so that what is set here goes again
         monkeypatch.delenv(name)
     for name, value in OPEN_MPI.items():

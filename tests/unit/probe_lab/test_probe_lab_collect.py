@@ -320,7 +320,7 @@ def test_states_that_are_not_finite_are_told_by_row_and_layer(tmp_path):
     [
         ([{"prompt": "w1", "label": "benign"}], "has no answer"),
         ([{"prompt": "w1", "response": "", "label": "benign"}], "has no answer"),
-        ([{"prompt": "w1", "response": 3, "label": "benign"}], "has no answer"),
+        ([{"prompt": "w1", "response": 3, "label": "benign"}], "`response` as text"),
         ([{"messages": [{"role": "assistant", "content": "w1"}]}], "no prompt"),
     ],
 )
