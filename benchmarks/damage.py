@@ -118,8 +118,9 @@ class Damaged:
             other.write_bytes(content)
         else:  # of a log the part that the checkpoint is about
             end = self._log_ends.get(path, len(content))
-            path.write_bytes(INSIDE[kind](content[:end], rng) + content[end:])
-            return path.read_bytes()[:end] != content[:end]
+            changed = INSIDE[kind](content[:end], rng)
+            path.write_bytes(changed + content[end:])
+            return changed != content[:end] and not (kind == "longer" and path in self._log_ends)
         return True
 
     def mend(self) -> None:

@@ -26,6 +26,7 @@ from safereg_dist.run.checkpoint import (
     RunState,
     config_hash,
     load_checkpoint,
+    read_state,
     save_checkpoint,
     saved_checkpoints,
 )
@@ -261,6 +262,6 @@ def test_random_states_go_through_a_checkpoint(world, tmp_path: Path):
     expected = draws()
     draws()
     (path,) = saved_checkpoints(tmp_path)
-    load_checkpoint(path, state, order_digest="rows", **parts)
+    load_checkpoint(path, read_state(path), order_digest="rows", **parts)
     for found, wanted in zip(draws(), expected, strict=True):
         assert list(found) == list(wanted)
