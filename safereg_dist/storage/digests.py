@@ -82,5 +82,6 @@ class AppendedFile:
         if self._running is None:
             self._file.flush()
             with self._path.open("rb") as file:
-                self._running, _ = _hashed(file, self._file.tell())
+                size = os.fstat(file.fileno()).st_size  # a device may never end
+                self._running, _ = _hashed(file, size)
         return self._running
