@@ -586,11 +586,15 @@ ASIDE = {
     "reference.engine",
     *("risk.max_held_back", "risk.gate_rows", "risk.cache", "train.save_every"),
     *("train.keep_checkpoints", "train.export_shard_bytes", "engine.timeout_s"),
+    *("train.resume", "signing.hmac_env", "signing.ed25519"),
     *("risk.critic.endpoint", "risk.critic.concurrency", "risk.critic.timeout_s"),
     *("risk.critic.retries", "risk.critic.cache", "risk.critic.api_key_env"),
 }
 OTHER_VALUES = {
     "output_dir": "elsewhere",
+    "train.resume": "never",
+    "signing.hmac_env": "SAFEREG_KEY",
+    "signing.ed25519": "private.pem",
     "profile": False,
     "data.declared_poison": 0.5,
     "reference.cache": "store",
