@@ -140,7 +140,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the disk is too small; earlier checkpoints stay as they are.
-    Collectives: the engine's own, and five gathers of texts.
+    Collectives: the engine's own, and six gathers of texts.
     """
     final = folder / f"step-{state.step:08d}"
     partial = _aside(final)
@@ -156,6 +156,7 @@ def save_checkpoint(
         small = regularizer.save_state(partial / f"risk{ranks.rank}.safetensors")
         if ranks.is_main:
             _write_json(partial / "state.json", asdict(replace(state, regularizer=small)))
+    with ranks.together(), _clear_errors(partial):  # all have written: no file comes or goes
         own = own_digests(partial, ranks.rank, ranks.world_size)
     files, all_logs = (_of_all_ranks(digests, ranks) for digests in (own, logs or {}))
     with ranks.together(), _clear_errors(partial):
