@@ -204,9 +204,7 @@ def _ask(
     harmful = [place for place, p in enumerate(prompts) if label_of(p) == "harmful"]
     dangers = [prompts[place] for place in harmful]
 
-    def answers(
-        name: str, places: Sequence[int], attack: Attack | None = None, **how: Any
-    ) -> None:
+    def answers(name: str, places: Sequence[int], attack: Attack | None = None, **how: Any) -> None:
         known = kept.known(name)
         without = {at for at, place in enumerate(places) if place in known}
         given = [prompts[place] for place in places]
