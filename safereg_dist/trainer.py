@@ -310,6 +310,7 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
     started = time.perf_counter()
     with run.ranks.together():
         logs = log.digests()
+        key = signing_key(run.config.signing) if run.ranks.is_main else None
     metrics_bytes, ledger_bytes = log.positions(run.ranks)
     state = RunState(
         step=progress.step,
@@ -335,7 +336,7 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
         ranks=run.ranks,
         keep=run.config.train.keep_checkpoints,
         logs=logs,
-        key=signing_key(run.config.signing) if run.ranks.is_main else None,
+        key=key,
     )
     progress.saves += 1
     progress.save_seconds += time.perf_counter() - started
