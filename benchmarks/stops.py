@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # `support`
 
-from support.builders import random_rows, save_model, tiny_model, write_jsonl  # noqa: E402
+from support.builders import write_run  # noqa: E402
 from support.launching import FINETUNE, free_port, with_ignored_missing  # noqa: E402
 
 WATCHED_S = 40.0  # launchers kill after 30 s
@@ -218,16 +218,8 @@ def is_apt(launcher: str, way: str) -> bool:
 
 def make_world(folder: Path) -> Path:
     """A run that takes minutes."""
-    save_model(folder / "model", tiny_model())
-    write_jsonl(folder / "train.jsonl", random_rows(24))
-    config = folder / "run.yaml"
-    config.write_text(
-        f"model: {folder / 'model'}\n"
-        f"data: {{train: {folder / 'train.jsonl'}}}\n"
-        "risk: {estimator: column, max_held_back: 1.0}\n"
-        "train: {steps: 100000, precision: fp32, micro_batch_size: 2}\n"
-    )
-    return config
+    train = {"steps": 100000, "precision": "fp32", "micro_batch_size": 2}
+    return write_run(folder, rows=24, train=train)
 
 
 def table(path: Path) -> str:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.builders import write_run
 from support.extent import FULL
 from support.launching import FINETUNE, descendants, tail
 
@@ -21,17 +21,12 @@ LAUNCHERS = {"deepspeed": 75, "torchrun": 1} if FULL else {"preloaded": 75}
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stop")
-    save_model(folder / "model", tiny_model())
-    write_jsonl(folder / "train.jsonl", random_rows(24))
-    path = folder / "run.yaml"
-    path.write_text(
-        f"model: {folder / 'model'}\n"
-        f"data: {{train: {folder / 'train.jsonl'}}}\n"
-        "risk: {estimator: column, max_held_back: 1.0}\n"
-        "train: {steps: 60, precision: fp32, micro_batch_size: 2}\n"
-        f"output_dir: {folder / 'whole'}\n"
+    return write_run(
+        folder,
+        rows=24,
+        train={"steps": 60, "precision": "fp32", "micro_batch_size": 2},
+        output_dir=str(folder / "whole"),
     )
-    return path
 
 
 def result(out):

@@ -28,6 +28,7 @@ from support.builders import (
     tiny_model,
     word_tokenizer,
     write_jsonl,
+    write_run,
 )
 from support.extent import FULL
 from support.launching import ROOT
@@ -345,44 +346,29 @@ def test_no_call_may_load_a_pickle():
     ids=str,
 )
 def test_odd_models_are_refused_in_one_line(tmp_path, capsys, change):
-    model = save_model(tmp_path / "model", tiny_model())
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, **change}))
-    write_jsonl(tmp_path / "train.jsonl", random_rows(4))
-    run = {
-        "model": str(model),
-        "data": {"train": str(tmp_path / "train.jsonl")},
-        "risk": {"estimator": "column", "max_held_back": 1.0},
-        "engine": {"name": "single"},
-        "train": {"steps": 1, "precision": "fp32", "micro_batch_size": 2},
-        "output_dir": str(tmp_path / "out"),
-    }
-    (tmp_path / "run.yaml").write_text(json.dumps(run))
-    assert main(["train", str(tmp_path / "run.yaml"), "--dry-run"]) == 2
+    path, fields = small_run(tmp_path), tmp_path / "model" / "config.json"
+    fields.write_text(json.dumps({**json.loads(fields.read_text()), **change}))
+    assert main(["train", str(path), "--dry-run"]) == 2
     assert_one_line(capsys.readouterr().err)
 
 
 def test_a_terminal_is_shown_escapes_and_does_not_get_them(tmp_path, capsys):
-    model = save_model(tmp_path / "model", tiny_model())
-    rows = random_rows(4)
+    path, rows = small_run(tmp_path), random_rows(4)
     for row in rows:
         row |= {"id": f"\x1b]0;owned\x07{row['id']}\u202e", "risk": 0.5}
         row["prompt"] += " \x1b[2J \x9b31m"
     write_jsonl(tmp_path / "train.jsonl", rows)
-    run = {
-        "model": str(model),
-        "data": {"train": str(tmp_path / "train.jsonl")},
-        "risk": {"estimator": "column", "max_held_back": 1.0},
-        "engine": {"name": "single"},
-        "train": {"steps": 1, "precision": "fp32", "micro_batch_size": 2},
-        "output_dir": str(tmp_path / "out"),
-    }
-    (tmp_path / "run.yaml").write_text(json.dumps(run))
-    assert main(["audit", str(tmp_path / "run.yaml"), "--show-text"]) == 0
+    assert main(["audit", str(path), "--show-text"]) == 0
     shown = capsys.readouterr().out
     assert all(line.isprintable() for line in shown.split("\n"))
     assert "\\x1b]0;owned\\x07row-0000\\u202e" in shown
     assert "\\x1b[2J" in shown
+
+
+def small_run(folder):
+    train = {"steps": 1, "precision": "fp32", "micro_batch_size": 2}
+    more = {"engine": {"name": "single"}, "train": train, "output_dir": str(folder / "out")}
+    return write_run(folder, rows=4, **more)
 
 
 def refused_or(error, call):

@@ -150,6 +150,19 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def write_run(folder: Path, *, rows: int, **sections) -> Path:
+    """`run.yaml` of a tiny model on so many rows with a risk column; `sections` are added to it."""
+    run = {
+        "model": str(save_model(folder / "model", tiny_model())),
+        "data": {"train": str(write_jsonl(folder / "train.jsonl", random_rows(rows)))},
+        "risk": {"estimator": "column", "max_held_back": 1.0},
+        **sections,
+    }
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(run))  # JSON is YAML
+    return path
+
+
 def config_fields(model_type, vocab, hidden, width, layers, heads, kv, **more):
     """A config.json of the usual form."""
     return {

@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.builders import write_run
 
 from safereg_dist.cli import main
 from safereg_dist.config import load_config
@@ -25,17 +25,12 @@ from safereg_dist.errors import ConfigError
 
 @pytest.fixture
 def config(tmp_path):
-    save_model(tmp_path / "model", tiny_model())
-    write_jsonl(tmp_path / "train.jsonl", random_rows(8))
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        f"model: {tmp_path / 'model'}\n"
-        f"data: {{train: {tmp_path / 'train.jsonl'}}}\n"
-        "risk: {estimator: column, max_held_back: 1.0}\n"
-        "train: {steps: 10, precision: fp32, save_every: 5}\n"
-        f"output_dir: {tmp_path / 'runs' / 'one'}\n"
+    return write_run(
+        tmp_path,
+        rows=8,
+        train={"steps": 10, "precision": "fp32", "save_every": 5},
+        output_dir=str(tmp_path / "runs" / "one"),
     )
-    return path
 
 
 def findings(capsys, *words):

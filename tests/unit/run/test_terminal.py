@@ -10,24 +10,19 @@ import subprocess
 import sys
 
 import pytest
-from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.builders import write_run
 from support.launching import FINETUNE
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("terminal")
-    save_model(folder / "model", tiny_model())
-    write_jsonl(folder / "train.jsonl", random_rows(8))
-    path = folder / "run.yaml"
-    path.write_text(
-        f"model: {folder / 'model'}\n"
-        f"data: {{train: {folder / 'train.jsonl'}}}\n"
-        "risk: {estimator: column, max_held_back: 1.0}\n"
-        "train: {steps: 40, precision: fp32, micro_batch_size: 2}\n"
-        "engine: {name: single}\n"
+    return write_run(
+        folder,
+        rows=8,
+        train={"steps": 40, "precision": "fp32", "micro_batch_size": 2},
+        engine={"name": "single"},
     )
-    return path
 
 
 @pytest.fixture
