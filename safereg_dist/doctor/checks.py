@@ -46,10 +46,7 @@ def host_findings(answers: Mapping[str, Answer], work: Work) -> Iterator[Finding
     if any(a.unreachable for a in answers.values()) or work.endpoints:
         yield _everywhere(
             "judge answers",
-            {
-                h: "; ".join(f"{u}: {w}" for u, w in a.unreachable.items())
-                for h, a in answers.items()
-            },
+            {h: _listed(a.unreachable, "; ") for h, a in answers.items()},
             found="takes connections",
             remedy="start the judge, or correct `endpoint`; every rank asks it",
         )
@@ -63,10 +60,7 @@ def host_findings(answers: Mapping[str, Answer], work: Work) -> Iterator[Finding
         )
         yield _everywhere(
             "names of the others",
-            {
-                h: ", ".join(f"{p}: {w}" for p, w in a.unknown_peers.items())
-                for h, a in answers.items()
-            },
+            {h: _listed(a.unknown_peers, ", ") for h, a in answers.items()},
             found="all resolve",
             remedy="add them to DNS or /etc/hosts",
         )
@@ -187,8 +181,8 @@ def _everywhere(check: str, wrong: Mapping[str, str], *, found: str, remedy: str
     )
 
 
-def _listed(reasons: Mapping[str, str]) -> str:
-    return ", ".join(f"{name}: {why}" for name, why in reasons.items())
+def _listed(reasons: Mapping[str, str], mark: str) -> str:
+    return mark.join(f"{name}: {why}" for name, why in reasons.items())
 
 
 def _loopback(answer: Answer) -> str:

@@ -3,7 +3,6 @@
 It loads no torch: a question is answered in a second. A question and its answer are JSON.
 """
 
-import hashlib
 import json
 import os
 import socket
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from safereg_dist.models.versions import versions_of
+from safereg_dist.models.versions import code_digest, versions_of
 
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "safetensors", "datasets", "peft")
 SAMPLE_BYTES = 64 << 20
@@ -86,19 +85,6 @@ def answer(question: Question) -> Answer:
         write_bytes_per_s=_write_rate(folder),
         gpu=_gpu(),
     )
-
-
-def code_digest() -> str:
-    """SHA-256 (12 hex digits) of all sources of `safereg_dist` and `safereg_kernels`."""
-    import safereg_kernels
-
-    digest = hashlib.sha256()
-    roots = (Path(__file__).parents[1], Path(str(safereg_kernels.__file__)).parent)
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            digest.update(f"{root.name}/{path.relative_to(root)}\0".encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:12]
 
 
 def nearest_folder(path: Path) -> Path:

@@ -24,14 +24,13 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from transformers import PreTrainedTokenizerBase
 
-import safereg_dist
-import safereg_kernels
 from safereg_dist.config import Config
 from safereg_dist.config.section import Section
 from safereg_dist.errors import GroupError
 from safereg_dist.models.fingerprint import tokenizer_fingerprint
-from safereg_dist.models.versions import versions_of
+from safereg_dist.models.versions import code_digest, versions_of
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.storage.digests import hashed
 
 BLOCK_BYTES = 256 << 20
 """Of a copied file that one rank hashes at a time."""
@@ -61,7 +60,7 @@ def require_same_setup(config: Config, ranks: Ranks) -> None:
     facts |= {f"version of {name}": found for name, found in versions_of(*_PACKAGES).items()}
     facts |= {"version of python": platform.python_version()}
     facts |= {f"variable {name}": os.environ.get(name, "none") for name in _SWITCHES}
-    facts["code of safereg"] = _code_digest()
+    facts["code of safereg"] = code_digest()
     _require_same(facts, ranks, remedy="give all hosts the same configuration and environment")
 
 
@@ -186,15 +185,6 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:40]}... sha256 {digest}"
 
 
-def _code_digest() -> str:
-    hasher = hashlib.sha256()
-    for package in (safereg_dist, safereg_kernels):
-        root = Path(package.__path__[0])
-        for path in sorted(root.rglob("*.py")):
-            hasher.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return hasher.hexdigest()[:12]
-
-
 # ---- files
 
 
@@ -274,9 +264,5 @@ def _hash_share(path: Path, size: int, sharers: Sequence[int], rank: int) -> dic
     with path.open("rb") as file:
         for block in range(sharers.index(rank), max(1, -(-size // BLOCK_BYTES)), len(sharers)):
             file.seek(block * BLOCK_BYTES)
-            hasher, left = hashlib.sha256(), BLOCK_BYTES
-            while left and (piece := file.read(min(left, 1 << 20))):
-                hasher.update(piece)
-                left -= len(piece)
-            found[block] = hasher.hexdigest()
+            found[block] = hashed(file, BLOCK_BYTES)[0].hexdigest()
     return found

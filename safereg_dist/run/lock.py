@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from safereg_dist.errors import CheckpointError
+from safereg_dist.storage.json_text import parse_json
 
 BEAT_S = 5.0
 STALE_S = 60.0
@@ -203,7 +204,7 @@ def _own_identity() -> dict[str, Any]:
 def _holder_of(text: str) -> dict[str, Any]:
     """The identity in a lock; empty where it is not written yet, or not by us."""
     with suppress(ValueError):
-        found = json.loads(text)
+        found = parse_json(text)
         if isinstance(found, dict):
             return found
     return {}

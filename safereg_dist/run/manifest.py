@@ -19,6 +19,7 @@ from pathlib import Path
 from safereg_dist.errors import CheckpointError
 from safereg_dist.run.signing import SUFFIX, Key, what_is_wrong, write_signed
 from safereg_dist.storage.digests import FileDigest, digest_of
+from safereg_dist.storage.json_text import parse_json
 
 NAME = "manifest.json"
 _FORMAT = 1
@@ -51,10 +52,10 @@ class Manifest:
             ValueError: it is not the text of one; any changed bit is found.
         """
         try:
-            plain = json.loads(content)
+            plain = parse_json(content)
             files, logs = (_digests(plain[name]) for name in ("files", "logs"))
             found = cls(plain["step"], files, logs, plain["format"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        except (ValueError, KeyError, TypeError, AttributeError) as err:
             raise ValueError("no manifest, or a changed one") from err
         if found.to_bytes() != content:
             raise ValueError("it does not have its own digest")

@@ -29,11 +29,12 @@ def digest_of(path: Path, length: int | None = None, *, sync: bool = False) -> F
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
-        running, total = _hashed(file, length)
+        running, total = hashed(file, length)
     return FileDigest(total, running.hexdigest())
 
 
-def _hashed(file: IO[bytes], length: int | None) -> "tuple[hashlib._Hash, int]":
+def hashed(file: IO[bytes], length: int | None) -> "tuple[hashlib._Hash, int]":
+    """The SHA-256, and the number, of the next `length` bytes; of all where None, or of fewer."""
     running, total = hashlib.sha256(), 0
     while data := file.read(_AT_ONCE if length is None else min(_AT_ONCE, length - total)):
         running.update(data)
@@ -83,5 +84,5 @@ class AppendedFile:
             self._file.flush()
             with self._path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size  # a device may never end
-                self._running, _ = _hashed(file, size)
+                self._running, _ = hashed(file, size)
         return self._running
