@@ -91,10 +91,10 @@ class Progress:
     save_seconds: float = 0.0
 
 
-def train(run: Run, found: Found | None = None) -> int:
+def train(run: Run, found: Found | None) -> int:
     """Trains to the last step; returns 0, or `EXIT_REQUEUE` after a checkpoint on request.
 
-    Goes on from the checkpoint that `find_checkpoint` found, if any. Writes metrics, ledger,
+    Goes on from what `find_checkpoint` found, anew where that is None. Writes metrics, ledger,
     checkpoints, the exported model and `summary.json`.
 
     Raises:

@@ -29,7 +29,7 @@ def trained(folder, backend, url, name, *overrides) -> dict:
     run = build_run(config, backend)
     begin, error = len(COLLECTIVES), ""
     try:
-        train(run)
+        train(run, None)
     except SafeRegError as err:
         error = f"{type(err).__name__}: {err}"
     run.engine.engine.destroy()

@@ -101,7 +101,7 @@ def crash(config, backend) -> None:
     """Runs into an error on all ranks one step after a checkpoint."""
     run = start(config, backend, [], crash_after=3)
     try:
-        train(run)
+        train(run, None)
     except CrashError:
         run.engine.engine.destroy()
         return

@@ -150,7 +150,7 @@ def run_case(folder, case, backend) -> None:
     run.engine.backward = measured_backward
 
     training.optimizer_step = measured
-    training.train(run)
+    training.train(run, None)
     training.optimizer_step = step
     name = f"{case.name}.{backend.ranks.world_size}.rank{backend.ranks.rank}.json"
     (folder / name).write_text(json.dumps(result))

@@ -97,7 +97,7 @@ def run_arm(folder: Path, name: str, backend) -> None:
 
     train_module.optimizer_step = watched
     try:
-        assert train_module.train(run) == 0
+        assert train_module.train(run, None) == 0
     finally:
         train_module.optimizer_step = original
     (folder / f"{name}.rank{backend.ranks.rank}.json").write_text(json.dumps(steps))

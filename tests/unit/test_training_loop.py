@@ -78,7 +78,7 @@ def lines(path):
 
 
 def metrics_of(world, name, *changes):
-    assert train(built(world, name, *changes)) == 0
+    assert train(built(world, name, *changes), None) == 0
     return lines(world / name / "metrics.jsonl")
 
 
@@ -111,7 +111,7 @@ def test_a_validation_leaves_the_model_in_training(world):
     """Two micro-batches a step, three batches of validation rows."""
     run, is_training = built(world, "modes", "train.eval_every=1", "train.steps=2"), []
     run.model.register_forward_pre_hook(lambda model, _: is_training.append(model.training))
-    assert train(run) == 0
+    assert train(run, None) == 0
     assert is_training == 2 * [True, True, False, False, False]
 
 
@@ -124,7 +124,7 @@ def test_the_first_epoch_ends_after_its_rows(world):
         return plan(rows, **how)
 
     run.regularizer.plan = noted
-    assert train(run) == 0
+    assert train(run, None) == 0
     assert told == [(2, True), (2, True), (2, False), (2, False)]
 
 
@@ -198,7 +198,7 @@ ONE_BATCH = ("train.micro_batch_size=4", "train.grad_accum_steps=1", "train.step
 
 def test_skipped_steps_and_seconds_go_on_after_a_stop(world):
     run = with_lost_gradients(built(world, "counted", *ONE_BATCH), {1, 2}, stop_at=2)
-    assert train(run) == EXIT_REQUEUE
+    assert train(run, None) == EXIT_REQUEUE
     again = with_lost_gradients(built(world, "counted", *ONE_BATCH), {4}, first=3)
     assert train(again, find_checkpoint(again.config, again.ranks)) == 0
     metrics = lines(world / "counted" / "metrics.jsonl")
@@ -211,7 +211,7 @@ def test_skipped_steps_and_seconds_go_on_after_a_stop(world):
 
 def test_skipped_steps_in_a_row_are_counted_over_a_stop(world):
     run = with_lost_gradients(built(world, "lost", *ONE_BATCH), {1, 2}, stop_at=2)
-    assert train(run) == EXIT_REQUEUE
+    assert train(run, None) == EXIT_REQUEUE
     again = with_lost_gradients(built(world, "lost", *ONE_BATCH), range(6), first=3)
     with pytest.raises(NonFiniteLoss, match="up to step 3,"):
         train(again, find_checkpoint(again.config, again.ranks))

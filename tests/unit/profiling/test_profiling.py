@@ -62,7 +62,7 @@ engine: {{name: single}}
 def trained(config):
     """(rows of profile.jsonl, profile.json, rows of metrics.jsonl) of a run to its end."""
     run = build_run(config, start_backend(config))
-    assert train(run) == 0
+    assert train(run, None) == 0
     folder = Path(config.output_dir)
 
     def lines(name):
@@ -186,7 +186,7 @@ def test_a_profile_that_cannot_be_read_is_refused(tmp_path, content):
     (tmp_path / "run" / "config.yaml").write_text(config_to_yaml(config))
     (tmp_path / "run" / "profile.jsonl").write_text(content)
     with pytest.raises(CheckpointError, match=r"profile\.jsonl cannot be read .* profile=false"):
-        train(run)
+        train(run, None)
 
 
 def test_profiling_is_no_other_run(tmp_path):
