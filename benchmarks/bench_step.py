@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -207,13 +208,14 @@ class Bench:
 
     def _run(self, regularizer: SafetyRegularizer | AlwaysOn) -> Run:
         absent: Any = None  # nothing of a run that a step does not read
+        sources: Any = SimpleNamespace(micro_batches=1)
         theirs: Any = regularizer
         return Run(
             config=self._config,
             ranks=self._ranks,
             backend=self._backend,
             tokenizer=absent,
-            sources=absent,
+            sources=sources,
             model=self.policy,
             regularizer=theirs,
             engine=self._engine,
