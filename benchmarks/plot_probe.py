@@ -2,7 +2,7 @@
 
 flops_share: what the reference-side probe costs of a step, against the formula, and over epochs.
 real_text: probes on real prompts, on rows like those fitted on and on other sets. layers: recall by
-depth. honest: `plot_honest`. Each title is worked out from the rows that are drawn.
+depth. honest: `plot_honest`. signals: `plot_signals`. Titles are worked out from the rows drawn.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, PercentFormatter
 from plot_honest import draw_honest
+from plot_signals import draw_signals
 from plot_style import COLOURS, OURS, Row, read_csv
 
 HEAVY_HEAD = 0.2
@@ -224,7 +225,14 @@ def figures_of(folder: Path) -> Iterator[tuple[str, Figure]]:
     """Name and figure of what the folder holds results for."""
     found = {
         name: read_csv(path) if (path := folder / f"{name}.csv").is_file() else []
-        for name in ("flops_share", "flops_layers", "real_text", "honest")
+        for name in (
+            "flops_share",
+            "flops_layers",
+            "real_text",
+            "honest",
+            "response_risk",
+            "influence",
+        )
     }
     if found["flops_share"]:
         yield "flops_share", draw_flops_share(found["flops_share"])
@@ -234,3 +242,5 @@ def figures_of(folder: Path) -> Iterator[tuple[str, Figure]]:
         yield "honest", draw_honest(found["honest"])
     if found["real_text"] and found["flops_layers"]:
         yield "layers", draw_layers(found["flops_layers"], found["real_text"])
+    if found["response_risk"] and found["influence"]:
+        yield "signals", draw_signals(found["response_risk"], found["influence"])
