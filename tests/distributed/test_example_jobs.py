@@ -90,7 +90,7 @@ def test_judge_ahead_of_time(model: Path, tmp_path: Path) -> None:
     ]
     rows = write_jsonl(tmp_path / "rows.jsonl", numbered)
     with running_server("good") as server:
-        endpoint = f"http://127.0.0.1:{server.port}/v1"
-        run("judge_ahead", model, rows, "out", folder=tmp_path, ENDPOINT=endpoint, JUDGE="guard")
+        known = {"ENDPOINT": server.url, "JUDGE": "guard"}
+        run("judge_ahead", model, rows, "out", folder=tmp_path, **known)
     for row in ledger_of(tmp_path / "out" / "run"):
         assert row["risk"] == pytest.approx(risk_of(int(row["id"])), abs=1e-4)
