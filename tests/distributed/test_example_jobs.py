@@ -68,10 +68,10 @@ def test_own_rows_from_probe_to_report(model: Path, tmp_path: Path) -> None:
     prompts = write_jsonl(tmp_path / "prompts.jsonl", DATA_SETS["eval"](0)[::20])
     printed = run("own_rows", model, rows, labelled, prompts, "out", folder=tmp_path)
     out = tmp_path / "out" / "run"
-    assert {row["estimator"] for row in ledger_of(out)} <= {"probe", "anchor"}
+    assert {row["estimator"] for row in ledger_of(out)} <= {"probe-reference", "anchor"}
     assert "base.json" in (out / "eval.json").read_text()
     assert (out / "report.html").stat().st_size > 10_000
-    assert "verified" in printed or "intact" in printed or "ok" in printed
+    assert "ledger holds: 24 rows" in printed
 
 
 def test_probe_without_labels(model: Path, tmp_path: Path) -> None:
@@ -79,14 +79,13 @@ def test_probe_without_labels(model: Path, tmp_path: Path) -> None:
     unlabelled = [{"prompt": row["prompt"]} for row in DATA_SETS["probe"](0)[:480]]
     prompts = write_jsonl(tmp_path / "prompts.jsonl", unlabelled)
     run("probe_without_labels", model, rows, prompts, "out", folder=tmp_path)
-    assert {row["estimator"] for row in ledger_of(tmp_path / "out" / "run")} == {"probe"}
+    assert {row["estimator"] for row in ledger_of(tmp_path / "out" / "run")} == {"probe-reference"}
 
 
 def test_judge_ahead_of_time(model: Path, tmp_path: Path) -> None:
-    known = DATA_SETS["train"](0)[:40]
     numbered = [
-        {"id": f"{n}", "prompt": f"{row['prompt']} pair {n:05d}", "response": row["response"]}
-        for n, row in enumerate(known, 1)
+        {"id": f"{n}", "prompt": f"name a tree pair {n:05d}", "response": "the tree is tall"}
+        for n in range(1, 41)
     ]
     rows = write_jsonl(tmp_path / "rows.jsonl", numbered)
     with running_server("good") as server:
