@@ -202,7 +202,7 @@ class Hosts:
         launch = self.start(arguments, **how)  # type: ignore[arg-type]
         return Finished(self.wait(launch, timeout_s), launch.output)
 
-    def wait(self, launch: Launch, timeout_s: float = 420) -> int:
+    def wait(self, launch: Launch, timeout_s: float = 900) -> int:
         """The first launcher's status, once nothing of the launch runs on any host."""
         end = time.monotonic() + timeout_s
         while launch.poll() is None or not self.is_quiet():
