@@ -112,7 +112,8 @@ def test_a_starter_for_other_rows_tells_how_to_fit_a_probe(risks, safereg, tmp_p
     text = safereg("init", "--model", "models/M 1", "--data", data)
     (tmp_path / "run.yaml").write_text(text)
     config = load_config(tmp_path / "run.yaml")
-    assert (config.risk.estimator, config.risk.path) == ("probe", "runs/probe-M 1")
+    assert config.risk.estimator == "probe"
+    assert config.risk.path == str(tmp_path / "runs" / "probe-M 1")
     assert "probe fit --model 'models/M 1' --data LABELLED.jsonl --out 'runs/probe-M 1'\n" in text
 
 
