@@ -10,17 +10,20 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from safereg_dist import __version__
+from safereg_dist import errors
+from safereg_dist.commands.extras import remedy_of, versions
 from safereg_dist.parallel.launchers import adopt_launcher
 from safereg_dist.run.terminal import outlive_terminal
 
 VERBS = {
     "train": "fine-tune with the configuration of a YAML file",
+    "launch": "train on several ranks: the launcher that fits the configuration",
     "probe": "activation probes",
     "anchor": "anchor rows",
     "score": "the risk of every row of a data set, ahead of time",
+    "serve-critic": "a local guard behind the API of OpenAI",
     "audit": "what a run would hold back, before any training",
     "reference": "stored states of the reference",
     "eval": "attack success, over-refusal and task accuracy",
@@ -46,12 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A model that does not fit is our own one-line error, not the library's report above it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     adopt_launcher()
-    arguments = _arguments(argv)
-    from safereg_dist import errors
-
     try:
+        arguments = _arguments(argv)
         return arguments.run(arguments)
-    except (errors.SafeRegError, errors.ShapeError) as error:
+    except errors.own_errors() as error:
         # Who has lost a rank cannot leave the message to rank 0: that may be the lost one.
         if isinstance(error, errors.PeerLost):
             print(f"safereg: {error}", file=sys.stderr, flush=True)
@@ -63,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, errors.RemoteRankError):
                 traceback.print_exc()
         return 2 if errors.is_user_error(error) else 1
+    except ModuleNotFoundError as error:
+        remedy = remedy_of(error)
+        if remedy is None:
+            raise
+        if _speaks():
+            print(f"safereg: {remedy}", file=sys.stderr, flush=True)
+        return 2
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -122,6 +130,17 @@ def entry(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
+class _Version(argparse.Action):
+    """Prints the versions when it is asked for: looking for them takes time."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **how: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **how)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(versions())
+        parser.exit()
+
+
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
     """Knows all verbs, and the options of the chosen one."""
     parser = argparse.ArgumentParser(
@@ -129,7 +148,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     )
     # `deepspeed --module safereg_dist VERB ...` puts it before the verb.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=f"safereg {__version__}")
+    parser.add_argument("--version", action=_Version, help="of this and of what it runs on")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, what in VERBS.items():
         verb = verbs.add_parser(name, help=what)

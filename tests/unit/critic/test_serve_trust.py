@@ -1,4 +1,4 @@
-"""Claimed: `launch/serve_critic.py` answers every request, a bounded number of connections, and
+"""Claimed: `safereg serve-critic` answers every request, a bounded number of connections, and
 only requests that are meant for this machine.
 
 The server itself with a small model, over real sockets: half requests, odd lengths, texts that are

@@ -1,6 +1,6 @@
 """Claimed: a model behind an OpenAI-compatible endpoint is evaluated as its folder is.
 
-Real HTTP servers in this process: the project's own (`launch/serve_critic.py`, greedy), and one
+Real HTTP servers in this process: the project's own (`safereg serve-critic`, greedy), and one
 that fails before it answers. Exact: texts, verdicts, attempts. P(first token): 1e-4, the server's
 float32 through JSON.
 """
