@@ -1,8 +1,7 @@
-"""The `safereg` command: each verb is a file in `commands/`, loaded when it is asked for."""
+"""The `safereg` command: each verb is a file in `commands/`, loaded when asked for."""
 
 import argparse
 import errno
-import importlib
 import os
 import socket
 import sys
@@ -10,33 +9,14 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from safereg_dist import errors
-from safereg_dist.commands.extras import remedy_of, versions
+from safereg_dist.commands.extras import remedy_of
+from safereg_dist.commands.verbs import VERBS, command_parser
 from safereg_dist.parallel.launchers import adopt_launcher
 from safereg_dist.run.terminal import outlive_terminal
 
-VERBS = {
-    "train": "fine-tune with the configuration of a YAML file",
-    "launch": "train on several ranks: the launcher that fits the configuration",
-    "probe": "activation probes",
-    "anchor": "anchor rows",
-    "score": "the risk of every row of a data set, ahead of time",
-    "serve-critic": "a local guard behind the API of OpenAI",
-    "audit": "what a run would hold back, before any training",
-    "reference": "stored states of the reference",
-    "eval": "attack success, over-refusal and task accuracy",
-    "sweep": "many runs from one description, in one table",
-    "doctor": "what would fail, before a job is paid for",
-    "stop": "ask a run to save and end, whatever started it",
-    "report": "HTML and figures of one or several runs",
-    "plan": "memory, FLOPs, bytes and time before you pay for them",
-    "ledger": "the log of every row's risk",
-    "convert-gguf": "a GGUF file as a Hugging Face folder",
-    "config": "JSON schema, a starter file, one key explained",
-}
-"""The verbs, each with its purpose."""
 SILENT_S = 5.0
 """How long a rank whose error another one prints stays, before there is a group."""
 
@@ -103,7 +83,7 @@ def _place() -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The parsed command line; exits with status 2 where it does not parse."""
     given = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser(next((word for word in given if word in VERBS), None))
+    parser = command_parser([word for word in given if word in VERBS][:1])
     arguments, rest = parser.parse_known_args(given)
     # argparse stops collecting key=value at the first option: `train C.yaml --dry-run key=value`.
     if "overrides" in arguments and not any(text.startswith("-") for text in rest):
@@ -128,36 +108,6 @@ def entry(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-class _Version(argparse.Action):
-    """Prints the versions when it is asked for: looking for them takes time."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **how: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **how)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        print(versions())
-        parser.exit()
-
-
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """Knows all verbs, and the options of the chosen one."""
-    parser = argparse.ArgumentParser(
-        prog="safereg", description="Safety-regularised fine-tuning of language models."
-    )
-    # `deepspeed --module safereg_dist VERB ...` puts it before the verb.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--version", action=_Version, help="of this and of what it runs on")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for name, what in VERBS.items():
-        verb = verbs.add_parser(name, help=what)
-        if name == chosen:
-            module = name.replace("-", "_")
-            command = importlib.import_module(f"safereg_dist.commands.{module}")
-            command.add_arguments(verb)
-            verb.set_defaults(run=command.run)
-    return parser
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ EXTRAS = {
         "tensorboard",
     ),
     "trl": ("trl",),
-    "peft": ("bitsandbytes", "peft"),
+    "peft": ("peft",),
     "megatron": ("megatron",),
     "sign": ("cryptography",),
-    "real": ("gguf",),
+    "gguf": ("gguf",),
+    "completion": ("shtab",),
     "eval": ("rouge_score",),
     "lm-eval": ("lm_eval",),
 }
@@ -40,7 +41,7 @@ def remedy_of(error: ModuleNotFoundError) -> str | None:
 
 def versions() -> str:
     """The versions of what matters, one a line, `-` where it is not installed; loads none of it."""
-    return "\n".join(f"{name:15}{what}" for name, what in _versions())
+    return "\n".join(f"{name:16}{what}" for name, what in _versions())
 
 
 def _versions() -> Iterator[tuple[str, str]]:

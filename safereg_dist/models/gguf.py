@@ -64,7 +64,7 @@ def _check(file: Path) -> None:
         raise ConfigError(f"{file} is no GGUF file: it begins with {begin!r}, expected {_MAGIC!r}")
     if find_spec("gguf") is None:
         raise ConfigError(
-            "GGUF files are read by the package gguf: pip install 'safereg-dist[real]'"
+            "GGUF files are read by the package gguf: pip install 'safereg-dist[gguf]'"
         )
 
 

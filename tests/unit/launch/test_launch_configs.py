@@ -1,4 +1,4 @@
-"""Claimed: every configuration in `launch/configs`, and the demo's, is valid and says what its comments say.
+"""Claimed: the configurations in `launch/configs` and the demo's are valid, and as they say.
 
 Exact. The models they name are not loaded here; the demo's is run by `launch/demo.sh`.
 """
