@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from safereg_dist.commands.options import add_config, at_least
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     environment = {"PDSH_SSH_ARGS_APPEND": PATIENT_SSH, **os.environ}
     # Compilers of extensions are looked for on the PATH, beside the interpreter.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    _require(words[2])
     sys.stdout.flush()
     os.execve(words[0], words, environment)
 
@@ -100,6 +102,13 @@ def command_of(
         return [*python, "torch.distributed.run", *own, *module]
     own = ["--num_gpus", str(ranks), "--master_port", str(port), "--module"]
     return [*python, "deepspeed.launcher.runner", *own, *module]
+
+
+def _require(module: str) -> None:
+    """Raises ModuleNotFoundError where a launcher is not installed."""
+    top = module.partition(".")[0]
+    if find_spec(top) is None:
+        raise ModuleNotFoundError(f"No module named {top!r}", name=top)
 
 
 def _gpus() -> int:

@@ -9,6 +9,7 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 from support.launching import ROOT
 
@@ -231,4 +232,9 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0
-    assert capsys.readouterr().out == f"safereg {__version__}\n"
+    told = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert told["safereg"] == __version__
+    assert told["torch"] == torch.__version__
+    assert {"safereg-kernels", "python", "cuda", "triton", "deepspeed", "megatron-core"} <= set(
+        told
+    )
