@@ -47,7 +47,6 @@ EXTRAS = {
         "pyright",
         "jaxtyping",
         "beartype",
-        "build",
         "setuptools>=77",
         "shtab>=1.7",
     ],
