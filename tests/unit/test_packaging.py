@@ -3,6 +3,7 @@
 Exact. Wheels are built from copies, so that nothing is left behind here, without an index.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from support.wheels import LEFTOVERS, ROOT, build, needs
+
+import safereg_dist
 
 
 @pytest.fixture
@@ -50,3 +53,29 @@ def test_editable_kernels_put_nothing_else_on_the_path(kernels, tmp_path):
     )
     origin = str(kernels / "safereg_kernels" / "__init__.py")
     assert done.stdout.strip() == str([origin, None, None, None]), done.stderr
+
+
+def test_the_page_of_stability_has_every_public_name():
+    page = (ROOT / "docs" / "stability.md").read_text()
+    listed = re.search(r"^      (ReferenceModel [^:]*?)\n\n", page, re.MULTILINE)
+    assert sorted(listed[1].split()) == sorted({*safereg_dist.__all__} - {"__version__"})
+    for module, name in (
+        ("trainer", "SafeRegTrainer"),
+        ("trainer", "SafeRegMixin"),
+        ("trl", "SafeRegSFTTrainer"),
+        ("anchors", "with_anchors"),
+        ("collator", "RowCollator"),
+        ("axolotl", "SafeRegPlugin"),
+        ("llamafactory", "main"),
+        ("megatron.safety", "MegatronSafety"),
+    ):
+        source = ROOT / "safereg_dist" / "integrations" / f"{module.replace('.', '/')}.py"
+        assert f"`{name}`" in page
+        assert re.search(rf"^(class|def) {name}\b", source.read_text(), re.MULTILINE)
+
+
+def test_one_version():
+    """setup.py reads that of the package, and CITATION.cff agrees."""
+    assert safereg_dist.__version__ not in (ROOT / "setup.py").read_text()
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited is None or cited[1].strip("\"'") == safereg_dist.__version__
