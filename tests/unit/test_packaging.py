@@ -78,4 +78,4 @@ def test_one_version():
     """setup.py reads that of the package, and CITATION.cff agrees."""
     assert safereg_dist.__version__ not in (ROOT / "setup.py").read_text()
     cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    assert cited is None or cited[1].strip("\"'") == safereg_dist.__version__
+    assert cited[1].strip("\"'") == safereg_dist.__version__

@@ -126,6 +126,19 @@ def test_a_starter_reads_csv_and_leaves_a_hub_alone(safereg, tmp_path):
     assert yaml.safe_load(text)["risk"]["estimator"] == "probe"
 
 
+def test_a_starter_in_another_folder_names_what_is_there(safereg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows(tmp_path / "rows.jsonl", risks=[None])
+    for name in ("model", "sub"):
+        (tmp_path / name).mkdir()
+    safereg("init", "--model", "model", "--data", "rows.jsonl", "--out", "sub/run.yaml")
+    config = load_config("sub/run.yaml")
+    assert config.model == str(tmp_path / "model")
+    assert config.data.train == str(tmp_path / "rows.jsonl")
+    fitted = re.search(r"--out (\S+)", (tmp_path / "sub" / "run.yaml").read_text())[1]
+    assert config.risk.path == str(tmp_path / fitted)
+
+
 @pytest.mark.parametrize("name", ["a: b #c", "'", '"', "- x", "007", "null", "~/m{}", "e\u00e9"])
 def test_a_starter_for_any_name_loads(name, safereg, tmp_path):
     (tmp_path / "run.yaml").write_text(safereg("init", "--model", name, "--data", "org/rows"))
