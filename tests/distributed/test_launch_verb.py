@@ -1,5 +1,5 @@
 """Claimed: a configuration with relative paths trains from any folder, by `safereg launch` and by
-both launchers' module mode, to the same numbers; the run goes on from another folder.
+DeepSpeed's module mode, to the same numbers; the run goes on from another folder.
 
 Two real ranks (gloo), real launchers. Exact: metrics but for times. The command that `--print`
 shows is the one that is run.
@@ -51,7 +51,6 @@ def test_every_way_to_start_it_trains_the_same(project, launch):
     ways = {
         "first": ("python", ("-m", "safereg_dist", "launch"), ("--nproc", "2")),
         "deepspeed": ("deepspeed", ("--module", "safereg_dist", "train"), ()),
-        "torchrun": ("torchrun", ("-m", "safereg_dist", "train"), ()),
     }
     for name, (launcher, words, options) in ways.items():
         out = f"output_dir={project}/runs/{name}"
