@@ -42,7 +42,7 @@ from safereg_dist.config import (
     RiskConfig,
     TrainConfig,
 )
-from safereg_dist.data.collate import collate
+from safereg_dist.data.collation import collate
 from safereg_dist.factory import Run, build_run, start_backend
 from safereg_dist.parallel.single import SinglePolicy
 from safereg_dist.trainer import optimizer_step

@@ -49,7 +49,7 @@ from safereg_dist.parallel.optimizer import parameter_groups
 from safereg_dist.probe_lab.scores import auroc
 from safereg_dist.risk.probe import Probe
 
-CONFIG = Path(__file__).resolve().parents[1] / "launch" / "configs" / "demo.yaml"
+CONFIG = Path(__file__).resolve().parents[1] / "safereg_dist" / "demo" / "demo.yaml"
 ARMS = {
     "reference": ["risk.source=reference"],
     "policy, warn": ["risk.source=policy", "risk.drift=warn"],

@@ -24,8 +24,21 @@ STAMP="$VENV/.safereg-stamp"
 # A CUDA build of torch pins the Triton it was made with, so constraints.txt cannot; a CPU build
 # brings none and gets this one (for the interpreter that tests kernels without a GPU).
 TRITON_FOR_CPU="triton==3.9.0"
+TORCH_FOR_CPU="https://download.pytorch.org/whl/cpu"
+GO_ON="check the package index and the network, then run this again; it goes on where it stopped"
 
 say() { printf '[setup] %s\n' "$*"; }
+
+quietly() { # a command whose output goes to .venv/setup.log; $1 says what failed and the remedy
+    local reason="$1" log="$VENV/setup.log"
+    if ! "${@:2}" </dev/null >>"$log" 2>&1; then
+        {
+            printf '[setup] the end of %s:\n' "$log"
+            tail -n 15 -- "$log" | sed 's/^/    /'
+        } >&2
+        fail "$reason"
+    fi
+}
 
 fail() {
     printf '[setup] error: %s\n' "$*" >&2
@@ -145,31 +158,32 @@ make_venv() {
         rm -rf -- "$VENV"
     fi
     if [[ ! -e "$VENV" ]]; then
-        say "1/4 creating .venv with $BASE_PYTHON ($(python_version "$BASE_PYTHON"))"
+        say "1/4 .venv, with $BASE_PYTHON ($(python_version "$BASE_PYTHON"))"
         "$BASE_PYTHON" -m venv "$VENV" </dev/null ||
             fail "creating .venv failed (see above): check that $PROJECT_ROOT is writable"
     else
-        say "1/4 completing the .venv that is there"
+        say "1/4 .venv, completing the one that is there"
     fi
 }
 
-install_torch() {
+install_torch() { # $1 begins the line that says so
     local wanted found
     wanted="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
     found="$("$VENV/bin/python" -c 'import torch; print(torch.__version__.split("+")[0])' \
         2>/dev/null </dev/null || true)"
     if [[ "$found" == "$wanted" ]]; then
-        say "    torch $wanted is there already"
+        say "${1}torch $wanted, which is there already"
         return
     fi
-    say "    installing torch $wanted (200 MB for CPU, several GB with CUDA)"
     if [[ -z "${SAFEREG_TORCH_INDEX:-}" ]] && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
-        say "    no GPU found; SAFEREG_TORCH_INDEX=https://download.pytorch.org/whl/cpu would" \
-            "fetch the small CPU wheel"
+        say "${1}torch $wanted, several GB with CUDA; no GPU found, for which" \
+            "SAFEREG_TORCH_INDEX=$TORCH_FOR_CPU has a wheel of 200 MB"
+    else
+        say "${1}torch $wanted (200 MB for CPU, several GB with CUDA)"
     fi
-    pip_install ${SAFEREG_TORCH_INDEX:+--index-url "$SAFEREG_TORCH_INDEX"} "torch==$wanted" ||
-        fail "installing torch $wanted failed (see above): check the package index and the" \
-            "network, or set SAFEREG_TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+    quietly "installing torch $wanted failed: check the package index and the network, or set\
+ SAFEREG_TORCH_INDEX=$TORCH_FOR_CPU" \
+        pip_install ${SAFEREG_TORCH_INDEX:+--index-url "$SAFEREG_TORCH_INDEX"} "torch==$wanted"
 }
 
 # pip compares each file with its hash and resolves nothing: what is not in hashes.txt stays out.
@@ -181,22 +195,21 @@ install_hashed() { # $1: `only` or `but`, then names of packages in hashes.txt
         BEGIN { split(tolower(names), list, " "); for (i in list) wanted[list[i]] }
         /^[A-Za-z]/ { split($1, pin, "=="); taken = (tolower(pin[1]) in wanted) == (how == "only") }
         taken' "$HASHES" >"$VENV/requirements.txt"
-    DS_BUILD_OPS=0 pip_install -q --no-build-isolation --no-deps --require-hashes \
+    DS_BUILD_OPS=0 pip_install --no-build-isolation --no-deps --require-hashes \
         -r "$VENV/requirements.txt"
 }
 
 install_project() {
-    say "4/4 installing DeepSpeed and the project"
+    say "4/4 DeepSpeed and the project"
     "$VENV/bin/python" -c 'import importlib.metadata as m; m.version("triton")' \
-        2>/dev/null </dev/null || pip_install -q --no-deps "$TRITON_FOR_CPU; platform_system == 'Linux'" ||
-        fail "installing $TRITON_FOR_CPU failed (see above): check the package index"
-    (cd "$PROJECT_ROOT" && install_hashed only deepspeed &&
-        pip_install -q --no-build-isolation --no-deps -e ./kernels -e .) ||
-        fail "installing the project failed (see above): check the package index and the" \
-            "network, then run this again; it goes on where it stopped"
-    "$VENV/bin/python" -m pip check </dev/null ||
-        fail "the pins of launch/hashes.txt do not go together (see above): correct" \
-            "launch/constraints.txt and run launch/hashes.sh"
+        2>/dev/null </dev/null ||
+        quietly "installing $TRITON_FOR_CPU failed: $GO_ON" \
+            pip_install --no-deps "$TRITON_FOR_CPU; platform_system == 'Linux'"
+    quietly "installing DeepSpeed failed: $GO_ON" install_hashed only deepspeed
+    quietly "installing the project failed: $GO_ON" pip_install --no-build-isolation --no-deps \
+        -e "$PROJECT_ROOT/kernels" -e "$PROJECT_ROOT"
+    quietly "the pins of launch/hashes.txt do not go together: correct launch/constraints.txt and run\
+ launch/hashes.sh" "$VENV/bin/python" -m pip check
 }
 
 build_environment() {
@@ -206,13 +219,13 @@ build_environment() {
     check_headers "$BASE_PYTHON"
     check_disk
     make_venv
+    : >"$VENV/setup.log"
     activate
-    say "2/4 installing the pinned dependencies, each checked against its hash"
-    { install_hashed only pip setuptools wheel ninja packaging && install_hashed but deepspeed; } ||
-        fail "installing the dependencies failed (see above): check the package index and the" \
-            "network, then run this again; it goes on where it stopped"
-    say "3/4 torch"
-    install_torch
+    say "2/4 the pinned dependencies, each checked against its hash (output: .venv/setup.log)"
+    quietly "installing the tools of packaging failed: $GO_ON" \
+        install_hashed only pip setuptools wheel ninja packaging
+    quietly "installing the dependencies failed: $GO_ON" install_hashed but deepspeed
+    install_torch "3/4 "
     install_project
     stamp_value >"$STAMP.tmp"
     mv -f -- "$STAMP.tmp" "$STAMP"

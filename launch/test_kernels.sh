@@ -27,14 +27,16 @@ mkdir "$folder/kernels"
 VENV="$folder/venv"
 say "an environment with torch, triton, pytest, numpy and hypothesis"
 "$BASE_PYTHON" -m venv "$VENV" </dev/null
-install_torch
-pip_install -q -c "$CONSTRAINTS" setuptools pytest numpy hypothesis
+install_torch ""
+quietly "installing pytest failed: $GO_ON" \
+    pip_install -c "$CONSTRAINTS" setuptools pytest numpy hypothesis
 if ! "$VENV/bin/python" -c 'import triton' 2>/dev/null </dev/null; then
-    pip_install -q "$TRITON_FOR_CPU; platform_system == 'Linux'"
+    quietly "installing $TRITON_FOR_CPU failed: $GO_ON" \
+        pip_install "$TRITON_FOR_CPU; platform_system == 'Linux'"
 fi
 say "kernels/, built and installed"
-pip_install -q --no-build-isolation "$folder/kernels"
-"$VENV/bin/python" -m pip check </dev/null
+quietly "building kernels/ failed" pip_install --no-build-isolation "$folder/kernels"
+quietly "the packages do not go together" "$VENV/bin/python" -m pip check
 cd -- "$folder"
 "$VENV/bin/python" - <<'EOF'
 from importlib.util import find_spec

@@ -1,8 +1,7 @@
-"""The `safereg` command: each verb is a file in `commands/`, loaded when it is asked for."""
+"""The `safereg` command: each verb is a file in `commands/`, loaded when asked for."""
 
 import argparse
 import errno
-import importlib
 import os
 import socket
 import sys
@@ -12,28 +11,12 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from safereg_dist import __version__
+from safereg_dist import errors
+from safereg_dist.commands.extras import remedy_of
+from safereg_dist.commands.verbs import VERBS, command_parser
 from safereg_dist.parallel.launchers import adopt_launcher
 from safereg_dist.run.terminal import outlive_terminal
 
-VERBS = {
-    "train": "fine-tune with the configuration of a YAML file",
-    "probe": "activation probes",
-    "anchor": "anchor rows",
-    "score": "the risk of every row of a data set, ahead of time",
-    "audit": "what a run would hold back, before any training",
-    "reference": "stored states of the reference",
-    "eval": "attack success, over-refusal and task accuracy",
-    "sweep": "many runs from one description, in one table",
-    "doctor": "what would fail, before a job is paid for",
-    "stop": "ask a run to save and end, whatever started it",
-    "report": "HTML and figures of one or several runs",
-    "plan": "memory, FLOPs, bytes and time before you pay for them",
-    "ledger": "the log of every row's risk",
-    "convert-gguf": "a GGUF file as a Hugging Face folder",
-    "config": "JSON schema, a starter file, one key explained",
-}
-"""The verbs, each with its purpose."""
 SILENT_S = 5.0
 """How long a rank whose error another one prints stays, before there is a group."""
 
@@ -46,12 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A model that does not fit is our own one-line error, not the library's report above it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     adopt_launcher()
-    arguments = _arguments(argv)
-    from safereg_dist import errors
-
     try:
+        arguments = _arguments(argv)
         return arguments.run(arguments)
-    except (errors.SafeRegError, errors.ShapeError) as error:
+    except errors.own_errors() as error:
         # Who has lost a rank cannot leave the message to rank 0: that may be the lost one.
         if isinstance(error, errors.PeerLost):
             print(f"safereg: {error}", file=sys.stderr, flush=True)
@@ -63,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, errors.RemoteRankError):
                 traceback.print_exc()
         return 2 if errors.is_user_error(error) else 1
+    except ModuleNotFoundError as error:
+        remedy = remedy_of(error)
+        if remedy is None:
+            raise
+        if _speaks():
+            print(f"safereg: {remedy}", file=sys.stderr, flush=True)
+        return 2
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -95,7 +83,7 @@ def _place() -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The parsed command line; exits with status 2 where it does not parse."""
     given = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser(next((word for word in given if word in VERBS), None))
+    parser = command_parser([word for word in given if word in VERBS][:1])
     arguments, rest = parser.parse_known_args(given)
     # argparse stops collecting key=value at the first option: `train C.yaml --dry-run key=value`.
     if "overrides" in arguments and not any(text.startswith("-") for text in rest):
@@ -120,25 +108,6 @@ def entry(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """Knows all verbs, and the options of the chosen one."""
-    parser = argparse.ArgumentParser(
-        prog="safereg", description="Safety-regularised fine-tuning of language models."
-    )
-    # `deepspeed --module safereg_dist VERB ...` puts it before the verb.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=f"safereg {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for name, what in VERBS.items():
-        verb = verbs.add_parser(name, help=what)
-        if name == chosen:
-            module = name.replace("-", "_")
-            command = importlib.import_module(f"safereg_dist.commands.{module}")
-            command.add_arguments(verb)
-            verb.set_defaults(run=command.run)
-    return parser
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Every message says what was expected, what came, where, and what to do. Under se
 that only one rank sees is agreed upon first (`parallel.comm.Ranks.raise_together`).
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "SafeRegError",
     "ShapeError",
     "is_user_error",
+    "own_errors",
     "printable",
     "reason_of",
 ]
@@ -113,6 +115,12 @@ _USER_ERRORS = (
 )
 
 
+def own_errors() -> tuple[type[Exception], ...]:
+    """What to catch: the family and, once its package is loaded, `ShapeError`."""
+    loaded = sys.modules.get("safereg_kernels.errors")
+    return (SafeRegError,) if loaded is None else (SafeRegError, loaded.ShapeError)
+
+
 def __getattr__(name: str) -> Any:
     """`ShapeError` on first use: its package loads torch, which a configuration does without."""
     if name == "ShapeError":
@@ -124,11 +132,7 @@ def __getattr__(name: str) -> Any:
 
 def is_user_error(error: BaseException) -> bool:
     """True if the user can fix the cause; the command line then exits with status 2."""
-    if isinstance(error, _USER_ERRORS):
-        return True
-    from safereg_kernels.errors import ShapeError
-
-    return isinstance(error, ShapeError)
+    return isinstance(error, (*_USER_ERRORS, *own_errors()[1:]))
 
 
 def reason_of(error: BaseException, limit: int = 300) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 import re
 import shlex
 import textwrap
@@ -68,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.out is None:
         print(starter(arguments.model, arguments.data), end="")
     else:
-        _write_new(arguments.out, starter(arguments.model, arguments.data))
+        text = starter(arguments.model, arguments.data, arguments.out.parent)
+        _write_new(arguments.out, text)
         print(f"{arguments.out}: edit it, then `safereg train {arguments.out}`")
     return 0
 
@@ -127,16 +129,18 @@ def _explained_section(name: str, cls: type[Section]) -> str:
     return "\n".join(lines)
 
 
-def starter(model: str, data: str) -> str:
+def starter(model: str, data: str, folder: Path = Path()) -> str:
     """A configuration file for a model and a data set: the usual keys, each under its sentence.
+
+    What is there when seen from the working folder is named as it is seen from the file's `folder`.
 
     It uses the column if all rows have a `risk`; else it expects a probe fitted beforehand.
     """
     has_risk = _has_risk(data)
     probe = f"runs/probe-{Path(model).name}"
     values: dict[str, Any] = {
-        "model": model,
-        "data.train": data,
+        "model": _seen_from(folder, model),
+        "data.train": _seen_from(folder, data),
         "risk.estimator": "column" if has_risk else "probe",
         "risk.path": None if has_risk else probe,
         "train.epochs": 1.0,
@@ -150,7 +154,7 @@ def starter(model: str, data: str) -> str:
             "#",
             "# The rows have no `risk` yet: fit the probe that gives it once, on labelled prompts.",
             f"#   safereg probe fit --model {shlex.quote(model)} --data LABELLED.jsonl "
-            f"--out {shlex.quote(probe)}",
+            f"--out {shlex.quote(str(folder / probe))}",
         ]
     keys = {key.name: key for group, cls in sections() for key in keys_of(cls, group)}
     before = ""
@@ -171,6 +175,10 @@ def starter(model: str, data: str) -> str:
         value = as_yaml(values[name]) if name in values else keys[name].default
         lines.append(f"{indent}{leaf}: {value}")
     return "\n".join([*lines, ""])
+
+
+def _seen_from(folder: Path, name: str) -> str:
+    return os.path.relpath(name, folder) if os.path.exists(name) and name[:1] != "/" else name
 
 
 def _has_risk(data: str) -> bool:

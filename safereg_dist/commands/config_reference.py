@@ -3,6 +3,7 @@
 `python -m safereg_dist.commands.config_reference > docs/configuration.md`
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
@@ -12,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from safereg_dist.config import Config
 from safereg_dist.config.messages import choices_of, range_of, type_name
-from safereg_dist.config.section import Section, changes_result, section_in
+from safereg_dist.config.section import Place, Section, changes_result, place_in, section_in
 
 HEAD = """# Configuration
 
@@ -21,6 +22,9 @@ Every key, its type, its default and its sentence, written by
 explain KEY` says the same of one key, `safereg config init` writes a file to start from, and
 `safereg config schema` the JSON schema for an editor. A run may go on from its checkpoint with
 another value of a key marked *, which changes nothing in the weights that come out.
+
+A relative path in the file begins at the file's folder, one in a `key=value` of the command line at
+the working folder. A `path or id` that is no folder there is the id of a model on a hub.
 """
 
 
@@ -66,18 +70,25 @@ def keys_of(cls: type[Section], section: str) -> list[Key]:
 
 
 def _key(name: str, field: FieldInfo) -> Key:
-    kind = field.annotation
+    kind, mark = field.annotation, place_in(field)
     takes_null = type(None) in get_args(kind)
     named = [str(choice) for choice in choices_of(kind)] + ["null"] * takes_null
     default = "required" if field.is_required() else as_yaml(field.default)
     return Key(
         name=name,
-        type=" | ".join(named) if choices_of(kind) else type_name(kind),
+        type=_type(kind, named, mark),
         default=default,
-        range=f"must {range_of(field)}" if field.metadata else "",
+        range=f"must {range_of(field)}" if field.metadata and mark is None else "",
         sentence=" ".join((field.description or "").split()),
         changes_result=changes_result(field),
     )
+
+
+def _type(kind: Any, choices: list[str], mark: Place | None) -> str:
+    """In YAML's terms; of a text that names a file or a folder `path`, or `path or id`."""
+    if mark is None:
+        return " | ".join(choices) if choices_of(kind) else type_name(kind)
+    return re.sub(r"\bstr\b", "path or id" if mark.may_be_id else "path", type_name(kind))
 
 
 def as_yaml(value: Any) -> str:

@@ -1,7 +1,8 @@
 """The configuration: what a run is, as frozen models with one sentence under each field.
 
-`load_config` reads YAML, applies `key.sub=value` overrides, fills a preset, and refuses what it
-does not know. Everything else in the package receives these objects and never looks at a raw dict.
+`load_config` reads YAML, whose paths begin at its folder, applies `key.sub=value` overrides, fills
+a preset, and refuses what it does not know. Everything else in the package receives these objects
+and never looks at a raw dict.
 """
 
 from safereg_dist.config.data import DataConfig, DataSet
@@ -9,6 +10,8 @@ from safereg_dist.config.loading import (
     config_from_dict,
     config_to_yaml,
     load_config,
+    load_run_config,
+    placed_override,
     replace,
     section_from_dict,
 )
@@ -52,6 +55,8 @@ __all__ = [
     "config_from_dict",
     "config_to_yaml",
     "load_config",
+    "load_run_config",
+    "placed_override",
     "replace",
     "section_from_dict",
 ]

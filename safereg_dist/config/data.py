@@ -1,18 +1,18 @@
 """The rows of a run: the section `data` of the configuration."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from safereg_dist.config.messages import first_mistake
-from safereg_dist.config.section import ASIDE, NEWER, Section
+from safereg_dist.config.section import ASIDE, NEWER, READ, Section
 from safereg_dist.errors import ConfigError
 
 
 class DataSet(Section):
     """One of several sets of training rows."""
 
-    path: str
+    path: Annotated[str, READ]
     """JSONL, CSV or a Hugging Face dataset id."""
     weight: float | None = Field(default=None, gt=0)
     """Its share of the rows drawn, > 0, relative to the other sets' weights; null = no weights."""
@@ -21,7 +21,7 @@ class DataSet(Section):
 class DataConfig(Section):
     """Rows to train on, as JSONL, CSV or a Hugging Face dataset id."""
 
-    train: str | tuple[DataSet, ...]
+    train: Annotated[str | tuple[DataSet, ...], READ]
     """Training rows in one of the forms of the README (`messages`, `prompt` and `response`, ...);
     optional `risk` and `id`. Or a list of such, each a path or a `path` and a `weight`. Without
     weights they are one set, and an epoch shows each row once. With weights each gives its share of
@@ -31,9 +31,9 @@ class DataConfig(Section):
     lasts `train.steps`. A row left out as too long leaves its place empty; ids are not compared."""
     shuffle_buffer: int = Field(default=10_000, ge=1, json_schema_extra=NEWER)
     """Rows of a rank among which the next is drawn, >= 1 (1 = in order); only with `streaming`."""
-    validation: str | None = None
+    validation: Annotated[str | None, READ] = None
     """Rows for the validation loss; null = none."""
-    anchor: str | None = None
+    anchor: Annotated[str | None, READ] = None
     """Rows written by `safereg anchor build`; they carry only the divergence. null = none."""
     anchor_fraction: float = Field(
         default=0.05,
@@ -46,7 +46,7 @@ class DataConfig(Section):
     """Longest sequence in tokens, >= 2."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
     """`drop`, `truncate` or `error` for longer sequences; always counted and reported."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, READ] = None
     """File with a Jinja chat template; null = the tokenizer's own."""
     declared_poison: float = Field(default=0.0, ge=0.0, le=1.0, json_schema_extra=ASIDE)
     """Share of risky rows that you train on deliberately, in [0, 1]."""

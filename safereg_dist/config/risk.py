@@ -1,10 +1,10 @@
 """Where the risk of a row comes from: the section `risk` of the configuration."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from safereg_dist.config.section import ASIDE, NEWER, Section
+from safereg_dist.config.section import ASIDE, MODEL, NEWER, READ, WRITTEN, Section
 from safereg_dist.errors import ConfigError
 
 Position = Literal["prompt", "response", "both"]
@@ -19,7 +19,7 @@ class CriticConfig(Section):
     """The model's name at the endpoint."""
     format: str | None = None
     """Its prompt and the grammar of its answer (`critic.formats`); null for a classifier."""
-    local: str | None = None
+    local: Annotated[str | None, MODEL] = None
     """Folder of a local Hugging Face classifier or guard, instead of an endpoint."""
     fail: Literal["closed", "open", "stop"] = "closed"
     """What a failed judgement means: `closed` risk 1, `open` risk 0, or `stop` the run."""
@@ -30,7 +30,7 @@ class CriticConfig(Section):
     half of it), > 0; then it has failed. Not for local judges."""
     retries: int = Field(default=4, ge=0, json_schema_extra=ASIDE)
     """Attempts after the first, >= 0."""
-    cache: str | None = Field(default=None, json_schema_extra=ASIDE)
+    cache: Annotated[str | None, WRITTEN] = Field(default=None, json_schema_extra=ASIDE)
     """SQLite file of known scores; null = below $SAFEREG_CACHE, `none` = no cache."""
     api_key_env: str = Field(default="SAFEREG_API_KEY", json_schema_extra=ASIDE)
     """Environment variable that holds the endpoint's key, if it wants one; begins with SAFEREG_."""
@@ -76,7 +76,7 @@ class RiskPart(Section):
     """Name of the category in metrics and ledger."""
     estimator: Literal["probe", "critic", "column", "lookup", "influence"] = "probe"
     """`probe` (on the reference), `critic`, `column`, `lookup` or `influence`."""
-    path: str | None = None
+    path: Annotated[str | None, READ] = None
     """Folder written by `safereg probe fit`, the scored rows of `lookup`, or the watched prompts of
     `influence`; required by these."""
     position: Position | None = None
@@ -112,7 +112,7 @@ class RiskConfig(Section):
     """`probe`, `critic` (judge model), `column` (field `risk`), `lookup` (by text, in a file that
     `safereg score` wrote), `influence` (what training on the row does to refusals), `none`, or
     `max`, `weighted`."""
-    path: str | None = None
+    path: Annotated[str | None, READ] = None
     """Folder written by `safereg probe fit`, the scored rows of `lookup`, or the watched prompts of
     `influence` (as for `eval.canary`, with benign rows and their answers); required by these."""
     source: Literal["reference", "policy"] = "reference"
@@ -121,7 +121,7 @@ class RiskConfig(Section):
     """`prompt`, `response` or `both`; null = what the probe's folder holds."""
     force: bool = False
     """Accept a probe that was fitted on another model's weights."""
-    cache: str | None = Field(default=None, json_schema_extra=ASIDE)
+    cache: Annotated[str | None, WRITTEN] = Field(default=None, json_schema_extra=ASIDE)
     """SQLite file of the risks of a probe or of influence; null = below $SAFEREG_CACHE, `none` = in
     memory only."""
     drift: Literal["warn", "fallback", "realign"] = "fallback"
@@ -135,7 +135,7 @@ class RiskConfig(Section):
     influence: InfluenceConfig = Field(default=InfluenceConfig(), json_schema_extra=NEWER)
     parts: tuple[RiskPart, ...] = ()
     """The sources of `max` and `weighted`, one or more for each category of harm."""
-    override: str | None = None
+    override: Annotated[str | None, READ] = None
     """JSONL of reviewed rows: `id`, `action` (allow or hold) and `reason`; null = none."""
     max_held_back: float = Field(default=0.2, ge=0.0, le=1.0, json_schema_extra=ASIDE)
     """Share of rows at or above the threshold from which training refuses to start, in [0, 1]."""

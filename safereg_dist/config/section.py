@@ -1,6 +1,7 @@
 """What all sections of the configuration share: frozen, strict models with a sentence a field."""
 
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from pydantic import (
@@ -19,6 +20,26 @@ time limits. A run may resume with another value of it."""
 NEWER: dict[str, Any] = {"omitted_at_default": True}
 """Mark of a key that earlier versions did not have: at its default it is left out of the file and
 the hash of a configuration, so that runs of those versions go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Mark of a key that names a file or a folder: `Annotated[str, READ]` (see `paths`)."""
+
+    may_be_id: bool = False
+    """A name that is no file here is one of a hub."""
+    is_written: bool = False
+    """It need not be there before the run."""
+    words: str = "hub:.*"
+    """What is no path (a regular expression)."""
+
+
+READ = Place()
+"""Mark of a file or a folder that is there before the run."""
+WRITTEN = Place(is_written=True, words="none")
+"""Mark of one that the run makes; `none` = no such file."""
+MODEL = Place(may_be_id=True)
+"""Mark of a folder, or the id of a model on a hub."""
 
 
 class Section(BaseModel):
@@ -60,6 +81,11 @@ def section_in(kind: Any) -> type[Section] | None:
         if is_section(inner):
             return inner
     return None
+
+
+def place_in(field: FieldInfo) -> Place | None:
+    """The mark of a key that names a file or a folder; None where it does not."""
+    return next((mark for mark in field.metadata if isinstance(mark, Place)), None)
 
 
 def changes_result(field: FieldInfo) -> bool:

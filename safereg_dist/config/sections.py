@@ -2,14 +2,14 @@
 
 import math
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from safereg_dist.config.checks import within
 from safereg_dist.config.data import DataConfig
 from safereg_dist.config.risk import RiskConfig, check_signal
-from safereg_dist.config.section import ASIDE, NEWER, Section
+from safereg_dist.config.section import ASIDE, MODEL, NEWER, READ, WRITTEN, Place, Section
 from safereg_dist.errors import ConfigError
 
 Offload = Literal["none", "cpu"]
@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ReferenceConfig(Section):
     """The frozen model that risky rows are pulled toward."""
 
-    model: str | None = None
+    model: Annotated[str | None, MODEL] = None
     """Path or hub id; null = the weights of `model` before training."""
     engine: Literal["auto", "adapters_off", "zero3", "fsdp2", "whole"] = Field(
         default="auto", json_schema_extra=ASIDE | NEWER
@@ -54,7 +54,7 @@ class ReferenceConfig(Section):
     `lora.frozen`, in a Trainer or a loop any of the model's; null = none."""
     offload: Offload = "none"
     """`none` or `cpu`: where the reference's shards rest between uses."""
-    cache: str | None = Field(default=None, json_schema_extra=ASIDE)
+    cache: Annotated[str | None, READ] = Field(default=None, json_schema_extra=ASIDE)
     """Folder written by `safereg reference build`: no trunk runs on rows it holds; null = none."""
     rows_per_pass: int | None = Field(default=None, ge=1)
     """Rows in one reference forward, >= 1; null = `train.micro_batch_size`. Bounds memory."""
@@ -204,7 +204,9 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; 0 = none."""
     keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=ASIDE)
     """Newest checkpoints to keep, >= 1."""
-    resume: str = Field(default="latest", json_schema_extra=ASIDE | NEWER)
+    resume: Annotated[str, Place(words=r"latest|never|\d+")] = Field(
+        default="latest", json_schema_extra=ASIDE | NEWER
+    )
     """The checkpoint to go on from: `latest` (the newest that is whole), a step or a checkpoint's
     folder (that one or none; for one start: the next one would go back again), or `never`, which
     refuses a run folder that has checkpoints."""
@@ -299,7 +301,7 @@ class LoraConfig(Section):
     """Dropout on an adapter's input, in [0, 1)."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers that get one, e.g. q_proj; empty = all but the head."""
-    path: str | None = None
+    path: Annotated[str | None, READ] = None
     """Folder of a trained adapter (PEFT) to go on from; null = new ones."""
     modules_to_save: tuple[str, ...] = Field(default=(), json_schema_extra=NEWER)
     """Modules that are trained whole beside the adapters, e.g. lm_head; where each rank holds the
@@ -307,7 +309,7 @@ class LoraConfig(Section):
     quantize: Literal["none", "nf4", "int8"] = Field(default="none", json_schema_extra=NEWER)
     """How bitsandbytes keeps the frozen weights (QLoRA): `none`, `nf4` (4 bits) or `int8`; on the
     same engines. Only the adapter is exported then."""
-    frozen: dict[str, str] = Field(default={}, json_schema_extra=NEWER)
+    frozen: Annotated[dict[str, str], READ] = Field(default={}, json_schema_extra=NEWER)
     """Adapters that were trained before (PEFT, plain LoRA), name -> folder: on in the policy, never
     trained, without dropout. `reference.adapter` keeps one of them on in the reference."""
 
@@ -332,7 +334,7 @@ class LoraConfig(Section):
 class EvalConfig(Section):
     """What is watched while the model trains."""
 
-    canary: str
+    canary: Annotated[str, READ]
     """Prompts (JSONL or CSV, as for `safereg eval`): on the harmful ones the probabilities of a
     refusal's first token and of a complying answer's are logged."""
     canary_every: int = Field(default=10, ge=1)
@@ -350,7 +352,7 @@ class LisaConfig(Section):
     authors' script's (git-disl/Lisa), its 100 and 900 steps shortened.
     """
 
-    safety: str
+    safety: Annotated[str, READ]
     """Safety rows (prompts with safe answers), in a form of `data.train`."""
     safety_steps: int = Field(default=10, ge=1)
     """Optimizer steps of a turn on safety rows, >= 1; the first turn is theirs."""
@@ -369,7 +371,7 @@ class SigningConfig(Section):
     )
     """Environment variable (SAFEREG_...) of rank 0 with a secret of 16 characters or more, for an
     HMAC (SHA256); who can check it can also sign."""
-    ed25519: str | None = Field(default=None, json_schema_extra=ASIDE)
+    ed25519: Annotated[str | None, READ] = Field(default=None, json_schema_extra=ASIDE)
     """Private key of rank 0 (PEM, no pass phrase; `openssl genpkey -algorithm ed25519`); its public
     key checks. Needs the extra `sign`."""
 
@@ -386,7 +388,7 @@ class SigningConfig(Section):
 class Config(Section):
     """One training run."""
 
-    model: str
+    model: Annotated[str, MODEL]
     """Path or hub id of the policy before training (safetensors)."""
     data: DataConfig
     reference: ReferenceConfig = ReferenceConfig()
@@ -403,7 +405,7 @@ class Config(Section):
     """Turns with safety rows, a rival to compare with; null = none."""
     signing: SigningConfig | None = Field(default=None, json_schema_extra=ASIDE | NEWER)
     """Key over checkpoints and the ledger's head; null = none."""
-    output_dir: str = Field(default="runs/my-run", json_schema_extra=ASIDE)
+    output_dir: Annotated[str, WRITTEN] = Field(default="runs/my-run", json_schema_extra=ASIDE)
     """Run folder: metrics, ledger, checkpoints, exported model."""
     profile: bool = Field(default=False, json_schema_extra=ASIDE)
     """Record FLOPs, bytes and seconds of every step, by region, into the run folder; losses stay

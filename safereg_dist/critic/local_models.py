@@ -91,7 +91,7 @@ class CausalGuard:
             able = sorted(n for n, f in FORMATS.items() if f.local_prefix is not None)
             raise ConfigError(
                 f"the format {form.name} needs a whole generated answer, so it needs an endpoint: "
-                f"serve the model (vLLM, launch/serve_critic.py), or use one of {', '.join(able)}"
+                f"serve the model (vLLM, safereg serve-critic), or use one of {', '.join(able)}"
             )
         self._prefix = _encode(tokenizer, form.local_prefix)
         self._tokens = _label_tokens(tokenizer, form.labels)

@@ -104,7 +104,7 @@ class RemoteCritic:
             reason = str(err) or f"no answer within {self._settings.timeout_s:g} s"
             raise CriticUnavailable(
                 f"expected a judge at {self._url}, found none ({reason}): start the server "
-                "(launch/serve_critic.py serves a local guard), or correct the endpoint"
+                "(safereg serve-critic serves a local guard), or correct the endpoint"
             ) from err
 
     def close(self) -> None:
@@ -305,7 +305,7 @@ def _format(name: str | None) -> Format:
 
 
 async def _weights_of(response: httpx.Response, model: str | None) -> str:
-    """The fingerprint of the model's weights, if the server sends one (launch/serve_critic.py).
+    """The fingerprint of the model's weights, if the server sends one (`safereg serve-critic`).
 
     Then a retrained guard does not get cached scores of the old one under the same name. With other
     servers, change the name or the cache together with the model.

@@ -1,16 +1,43 @@
-"""The data of a run: rows read, tokenised once, dealt to ranks, stacked into micro-batches."""
+"""The data of a run: rows read, tokenised once, dealt to ranks, stacked into micro-batches.
 
-from safereg_dist.data.collate import collate, filler, pack, row_of
-from safereg_dist.data.sampler import Sampler, steps_for
-from safereg_dist.data.stacked import RowColumns, batch_of
-from safereg_dist.data.streaming import StreamedRows
-from safereg_dist.data.tokenized import (
-    TokenizedDataset,
-    joined,
-    load_rows,
-    load_tokenizer,
-    tokenize_row,
-)
+Names are loaded on first use: what reads files alone (`files`, `indexed`) needs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safereg_dist.data.collation import collate as collate
+    from safereg_dist.data.collation import filler as filler
+    from safereg_dist.data.collation import pack as pack
+    from safereg_dist.data.collation import row_of as row_of
+    from safereg_dist.data.sampler import Sampler as Sampler
+    from safereg_dist.data.sampler import steps_for as steps_for
+    from safereg_dist.data.stacked import RowColumns as RowColumns
+    from safereg_dist.data.stacked import batch_of as batch_of
+    from safereg_dist.data.streaming import StreamedRows as StreamedRows
+    from safereg_dist.data.tokenized import TokenizedDataset as TokenizedDataset
+    from safereg_dist.data.tokenized import joined as joined
+    from safereg_dist.data.tokenized import load_rows as load_rows
+    from safereg_dist.data.tokenized import load_tokenizer as load_tokenizer
+    from safereg_dist.data.tokenized import tokenize_row as tokenize_row
+
+_HOMES = {
+    "RowColumns": "stacked",
+    "Sampler": "sampler",
+    "StreamedRows": "streaming",
+    "TokenizedDataset": "tokenized",
+    "batch_of": "stacked",
+    "collate": "collation",
+    "filler": "collation",
+    "joined": "tokenized",
+    "load_rows": "tokenized",
+    "load_tokenizer": "tokenized",
+    "pack": "collation",
+    "row_of": "collation",
+    "steps_for": "sampler",
+    "tokenize_row": "tokenized",
+}
 
 __all__ = [
     "RowColumns",
@@ -28,3 +55,9 @@ __all__ = [
     "steps_for",
     "tokenize_row",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.config import EvalConfig, InfluenceConfig
-from safereg_dist.data.collate import row_of
+from safereg_dist.data.collation import row_of
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.data.rendering import first_response_token, render_prompts
 from safereg_dist.data.tokenized import tokenize_row

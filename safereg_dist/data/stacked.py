@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safereg_dist.data.collate import row_of
+from safereg_dist.data.collation import row_of
 from safereg_dist.errors import DataError
 from safereg_dist.models.fingerprint import row_key
 from safereg_dist.types import NAMED_BY_CONTENT, MicroBatch, Row

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,6 @@ from typing import NamedTuple
 
 from safereg_dist.errors import CriticUnavailable
 
-ROOT = Path(__file__).resolve().parents[2]
-SERVER = ROOT / "launch" / "serve_critic.py"
 FORMAT = "llama_guard"
 
 ESTIMATOR_ARMS = ("adaptive_column", "adaptive_critic", "adaptive_max")
@@ -32,9 +31,9 @@ def served_guard(guard: Path) -> Iterator[ServedGuard]:
     Raises:
         CriticUnavailable: the server ended without saying where it listens.
     """
-    words = [str(SERVER), "--model", str(guard), "--format", FORMAT, "--port", "0"]
-    print(f"$ python {' '.join(words)} &", flush=True)
-    command = [sys.executable, *words]
+    words = ["serve-critic", "--model", str(guard), "--format", FORMAT, "--port", "0"]
+    print(f"$ safereg {shlex.join(words)} &", flush=True)
+    command = [sys.executable, "-m", "safereg_dist", *words]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
     ) as server:
@@ -51,7 +50,7 @@ def _where_it_listens(server: subprocess.Popen) -> ServedGuard:
             print(line, end="", flush=True)
             return ServedGuard(*found.groups())
     raise CriticUnavailable(
-        f"expected `serving MODEL on URL` from {SERVER.name}, but it ended with status "
+        "expected `serving MODEL on URL` from `safereg serve-critic`, but it ended with status "
         f"{server.wait()}: see its message above"
     )
 

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,11 +13,8 @@ from typing import Any
 
 from safereg_dist.cli import main as safereg
 from safereg_dist.demo.claims import Claim
-from safereg_dist.demo.estimators import ROOT
 from safereg_dist.errors import SafeRegError
 from safereg_dist.storage.atomic import write_atomically
-
-FINETUNE = ROOT / "launch" / "finetune.py"
 
 
 class DemoError(SafeRegError):
@@ -43,27 +39,18 @@ def command(*arguments: object) -> None:
 
 
 def launch(ranks: int, config: Path, *overrides: str) -> None:
-    """One training run under the deepspeed launcher.
+    """One training run on several ranks, under the launcher that fits its engine.
 
     Raises:
         DemoError: it failed.
     """
-    words = [
-        *("deepspeed", "--num_gpus", str(ranks), "--master_port", str(_free_port())),
-        *(str(FINETUNE), str(config), *overrides),
-    ]
-    print(f"$ {shlex.join(words)}", flush=True)
+    words = ["launch", str(config), "--nproc", str(ranks), *overrides]
+    print(f"$ safereg {shlex.join(words)}", flush=True)
     environment = {**os.environ, "DS_LOG_LEVEL": "error"}
-    words[:1] = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    words = [sys.executable, "-m", "safereg_dist", *words]
     status = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, check=False)
     if status.returncode != 0:
         raise DemoError(f"training ended with status {status.returncode}, see above")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def forget_stale(

@@ -10,14 +10,13 @@ from safereg_dist.demo.claims import check_claims
 from safereg_dist.demo.estimators import (
     ESTIMATOR_ARMS,
     FORMAT,
-    ROOT,
     estimator_overrides,
     served_guard,
 )
 from safereg_dist.demo.stages import command, finish, forget_stale, launch, say
 from safereg_dist.demo.world import WorldPaths, build_guard, build_world
 
-CONFIG = ROOT / "launch" / "configs" / "demo.yaml"
+CONFIG = Path(__file__).with_name("demo.yaml")
 
 PROBE_RECALL = 0.98  # every row that is missed teaches its attack; 72 calibration rows support it
 _NO_ANCHOR = ["data.anchor=null"]

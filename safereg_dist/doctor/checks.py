@@ -31,6 +31,13 @@ def host_findings(answers: Mapping[str, Answer], work: Work) -> Iterator[Finding
             yield _alike(f"version of {name}", answers, lambda a, name=name: a.versions[name])
         yield _alike("our code", answers, lambda a: a.code)
         yield _alike("GPU", answers, lambda a: a.gpu or "none")
+    missing = {h: [p for p in work.packages if not _has(a, p)] for h, a in answers.items()}
+    yield _everywhere(
+        "packages are there",
+        {h: ", ".join(names) for h, names in missing.items()},
+        found=", ".join(work.packages),
+        remedy="there: " + _pip({work.packages[p] for names in missing.values() for p in names}),
+    )
     yield _everywhere(
         "output_dir is one folder",
         {h: "" if a.sees_nonce else "does not see it" for h, a in answers.items()},
@@ -64,6 +71,14 @@ def host_findings(answers: Mapping[str, Answer], work: Work) -> Iterator[Finding
             found="all resolve",
             remedy="add them to DNS or /etc/hosts",
         )
+
+
+def _has(answer: Answer, package: str) -> bool:
+    return answer.versions.get(package, "unknown") != "unknown"
+
+
+def _pip(extras: set[str]) -> str:
+    return f'pip install "safereg-dist[{",".join(sorted(extras))}]"'
 
 
 def first_host_findings(first: Answer, *, port: int) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from safereg_dist.config import CriticConfig, section_from_dict
+from safereg_dist.config.paths import Origin
 from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.critic.critic import build_critic, score_conversations
 from safereg_dist.data.files import LabelledPrompt
@@ -31,7 +32,7 @@ class JudgedAnswers(NamedTuple):
 
 
 def read_critic(file: Path) -> CriticConfig:
-    """A judge's settings, the keys of `risk.critic` in a YAML file.
+    """A judge's settings, the keys of `risk.critic` in a YAML file; paths begin at its folder.
 
     Raises:
         ConfigError: the file cannot be read, or a key is not known.
@@ -42,6 +43,7 @@ def read_critic(file: Path) -> CriticConfig:
         raise ConfigError(f"cannot read the judge's settings {file}: {err}") from err
     if not isinstance(given, dict):
         raise ConfigError(f"expected the keys of risk.critic in {file}, got {given!r}")
+    given = Origin.of_file(file).section(CriticConfig, given, "risk.critic")
     return section_from_dict(CriticConfig, given, "risk.critic")
 
 

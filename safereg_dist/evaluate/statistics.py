@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 _RESAMPLES = 2000
@@ -38,6 +37,8 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float
     given = np.asarray(values, dtype=np.float64)
     if given.size == 1:
         return float(given[0]), float(given[0])
+    from scipy import stats  # a second, which reading finished evaluations does without
+
     found = stats.bootstrap(
         (given,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=seed
     ).confidence_interval
@@ -77,6 +78,8 @@ def paired(own: Sequence[float | bool], other: Sequence[float | bool]) -> Paired
     gaps = [float(a) - float(b) for a, b in zip(own, other, strict=True)]
     interval, p = bootstrap_interval(gaps), None
     if all(isinstance(value, bool) for value in (*own, *other)):
+        from scipy import stats
+
         more, less = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
         tested: Any = stats.binomtest(more, more + less) if more + less else None
         p = 1.0 if tested is None else float(tested.pvalue)

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safereg_dist.config.section import Section
+from safereg_dist.config.section import MODEL, Section
 from safereg_dist.errors import ConfigError
 from safereg_dist.models.architecture import build_model, decoder_layers, read_architecture
 from safereg_dist.parallel.shards import tensor_shapes, weight_files
@@ -40,7 +40,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 class SafeLora(Section):
     """Safe LoRA's projection; one of `threshold` and `layers`."""
 
-    unaligned: str
+    unaligned: Annotated[str, MODEL]
     """Folder of the model before it was aligned (Hugging Face, safetensors)."""
     threshold: float | None = Field(default=None, ge=-1, le=1)
     """Layers whose cosine is below it are projected, in [-1, 1]."""

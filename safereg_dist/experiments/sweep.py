@@ -3,7 +3,7 @@
 A cell is one arm at one value of each axis. It is done once its run is complete and its evaluation
 is there, so the same command goes on where it was cut off; a cell that failed is tried again.
 
-    config: launch/configs/real.yaml          # what every cell begins from
+    config: run.yaml                          # what every cell begins from
     out: runs/sweep
     axes:
       seed: {0: [train.seed=0], 1: [train.seed=1]}
@@ -15,6 +15,7 @@ is there, so the same command goes on where it was cut off; a cell that failed i
     evaluation: {prompts: [held_out.jsonl], max_new_tokens: 20}
 
 In overrides and in files of the evaluation `{seed}` and the like stand for the value of an axis.
+Relative paths begin at the folder of the sweep's file, those of overrides too.
 An arm with `after` changes a trained model (`after_training.After`): that of the first arm without
 it whose overrides are the same, which is trained once, else its own.
 """
@@ -31,14 +32,15 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from safereg_dist.config import load_config, replace, section_from_dict
-from safereg_dist.config.section import Section
+from safereg_dist.config import load_config, placed_override, replace, section_from_dict
+from safereg_dist.config.paths import Origin
+from safereg_dist.config.section import MODEL, READ, WRITTEN, Section
 from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.errors import ConfigError, SafeRegError, printable
 from safereg_dist.evaluate.evaluate import evaluate_model
@@ -63,8 +65,8 @@ FIGURES = (
 class Evaluation(Section):
     """How the model of a cell is evaluated: the options of `safereg eval`."""
 
-    prompts: tuple[str, ...]
-    benign: tuple[str, ...] = ()
+    prompts: Annotated[tuple[str, ...], READ]
+    benign: Annotated[tuple[str, ...], READ] = ()
     attacks: tuple[str, ...] = ()
     refusal: str | None = None
     poisoned: str | None = None
@@ -84,10 +86,12 @@ class ArmSettings(Section):
 class Sweep(Section):
     """A description of many runs."""
 
-    config: str
+    config: Annotated[str, READ]
     """YAML of the configuration that every cell begins from."""
-    out: str
+    out: Annotated[str, WRITTEN]
     """Folder of all runs, and of the table."""
+    folder: Annotated[str, READ] = "."
+    """Where the relative paths of overrides begin; default: the folder of the sweep's file."""
     arms: dict[str, ArmSettings]
     """Name -> overrides (`key=value`), or a section of them and of `after`; `base` is the model
     before training, and needs none."""
@@ -96,8 +100,8 @@ class Sweep(Section):
     skip: tuple[dict[str, str], ...] = ()
     """Cells to leave out: those that have all these values (of `arm` and axes)."""
     launcher: tuple[str, ...] = ()
-    """What starts a training, e.g. [deepspeed, --num_gpus, '2', launch/finetune.py]; empty: it runs
-    in the process that evaluates it."""
+    """What starts a training, e.g. [safereg, launch, --nproc, '2']; empty: it runs in the process
+    that evaluates it. It is started in the working folder."""
     jobs: int = Field(default=1, ge=1)
     """Cells at a time, >= 1, each in a process of its own that writes `ARM.log`."""
     evaluation: Evaluation
@@ -175,7 +179,7 @@ def read_sweep(path: Path) -> Sweep:
         raise ConfigError(f"cannot read the sweep {path}: {err}") from err
     if not isinstance(raw, Mapping):
         raise ConfigError(f"expected the keys of a sweep in {path}, got {raw!r}")
-    return section_from_dict(Sweep, raw)
+    return section_from_dict(Sweep, Origin.of_file(path).section(Sweep, raw))
 
 
 def run_sweep(sweep: Sweep, train: Train, *, progress: bool = True) -> int:
@@ -221,8 +225,10 @@ def cells_of(sweep: Sweep) -> Iterator[Cell]:
         for arm, settings in arms.items():
             trained = place / (_trained_by(arms, settings) or arm)
             cell = Cell(arm, axes, place / arm, (), trained, settings.after)
-            overrides = cell.named([*common, *settings.overrides, f"output_dir={trained}"])
-            yield cell._replace(overrides=tuple(overrides))
+            origin = Origin(Path(os.path.abspath(sweep.folder)), Path("the sweep"))
+            named = cell.named([*common, *settings.overrides])
+            placed = [placed_override(text, origin) for text in named]
+            yield cell._replace(overrides=(*placed, f"output_dir={trained}"))
 
 
 def _trained_by(arms: Mapping[str, ArmSettings], settings: ArmSettings) -> str | None:
@@ -345,6 +351,8 @@ def _changed(sweep: Sweep, cell: Cell, after: After, model: Path) -> Path:
     base, ranks = load_config(sweep.config, list(cell.overrides)).model, single_ranks()
     if after.safe_lora is not None:
         [unaligned] = cell.named([after.safe_lora.unaligned])
+        origin = Origin(Path(os.path.abspath(sweep.folder)), Path("the sweep"))
+        unaligned = origin.path(unaligned, MODEL, "after.safe_lora.unaligned")
         unaligned = str(resolve_model(unaligned, ranks))
         after = After(safe_lora=replace(after.safe_lora, unaligned=unaligned))
     out = cell.folder / "changed"

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safereg_dist.coefficient import DEFAULT_THRESHOLD, Coefficient
 from safereg_dist.config import POLICY_RISK_IS_TOO_LATE, Config, config_from_dict
 from safereg_dist.config.messages import unknown_key
+from safereg_dist.config.paths import Origin
 from safereg_dist.config.section import section_in
 from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.errors import ConfigError
@@ -192,7 +193,7 @@ def objective_of(config: Config) -> Objective:
 
 
 def read_settings(settings: Path | str | Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a dict, from a YAML file where they are a path.
+    """Settings as a dict, from a YAML file where they are a path: its own begin at its folder.
 
     Raises:
         ConfigError: a file that cannot be read, or holds no mapping.
@@ -205,7 +206,8 @@ def read_settings(settings: Path | str | Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"the settings {settings} cannot be read: {err}") from err
     if not isinstance(found, dict):
         raise ConfigError(f"expected sections in the settings {settings}, got a {type(found)}")
-    return found
+    placed = Origin.of_file(settings).section(Config, found)
+    return {key: placed[key] for key in found}
 
 
 def config_of(settings: Mapping[str, Any], model: str) -> Config:

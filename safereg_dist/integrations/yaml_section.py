@@ -63,5 +63,6 @@ def _check_signal(where: str, estimator: str, path: str | None, stack: str) -> N
     if estimator == "lookup" and not Path(path or "").is_file():
         raise ConfigError(
             f"expected a file of scored rows at {where}.path={path}, found none: write it with "
-            "`safereg score` (a relative path starts where the run was started)"
+            "`safereg score` (a relative path begins at the folder of a YAML of its own, in the "
+            "stack's YAML at the working folder)"
         )

@@ -37,7 +37,7 @@ def add_adapters(
     try:
         import peft
     except ImportError as err:
-        raise ConfigError("lora needs peft: pip install 'safereg_dist[lora]'") from err
+        raise ConfigError("lora needs peft: pip install 'safereg-dist[peft]'") from err
     added = [(each.name, each.settings, each.where) for each in frozen]
     if config is not None:
         settings = peft.LoraConfig(

@@ -63,7 +63,9 @@ def _check(file: Path) -> None:
     if begin != _MAGIC:
         raise ConfigError(f"{file} is no GGUF file: it begins with {begin!r}, expected {_MAGIC!r}")
     if find_spec("gguf") is None:
-        raise ConfigError("GGUF files are read by the package gguf: pip install gguf")
+        raise ConfigError(
+            "GGUF files are read by the package gguf: pip install 'safereg-dist[gguf]'"
+        )
 
 
 def _load(file: Path) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safereg_dist.data.collate import padded
+from safereg_dist.data.collation import padded
 from safereg_dist.models.fingerprint import row_key
 from safereg_dist.parallel.comm import Agreement, Ranks, Result
 from safereg_dist.reference.base import Packing, ReferenceModel

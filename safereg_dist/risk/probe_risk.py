@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safereg_dist.data.collate import padded
+from safereg_dist.data.collation import padded
 from safereg_dist.models.fingerprint import row_key
 from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.regions import PROBE, region

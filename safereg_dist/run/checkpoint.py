@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from safereg_dist.config import Config
-from safereg_dist.config.section import Section, changes_result, is_omitted
+from safereg_dist.config.section import Section, changes_result, is_omitted, place_in
 from safereg_dist.errors import CheckpointError, reason_of
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
@@ -84,9 +84,22 @@ class RunState:
 _STATE = TypeAdapter(RunState)
 
 
-def config_hash(config: Config) -> str:
-    """SHA-256 (hex) of all keys but paths, saving and time limits, which do not change results."""
-    return hashlib.sha256(json.dumps(_determining(config), sort_keys=True).encode()).hexdigest()
+def config_hash(config: Config, *, below: Path | None = None) -> str:
+    """SHA-256 (hex) of all keys but output paths, saving and time limits, which change no result.
+
+    Args:
+        below: paths below this folder are taken relative to it.
+    """
+    values = _determining(config, below=below)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def is_hash_of(hashed: str, config: Config) -> bool:
+    """True where a run that wrote this hash had this configuration.
+
+    Version 0.1 hashed paths as they were written, so mostly relative to the working folder.
+    """
+    return hashed in (config_hash(config), config_hash(config, below=Path.cwd()))
 
 
 def differences(before: Config, now: Config) -> list[str]:
@@ -107,17 +120,25 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _determining(value: Any, *, omits: bool = True) -> Any:
+def _determining(
+    value: Any, *, omits: bool = True, below: Path | None = None, is_path: bool = False
+) -> Any:
     """A value of the configuration, sections as dicts without the keys marked as `ASIDE`.
 
     `omits` leaves out those marked as `NEWER` at their default too.
     """
     if isinstance(value, tuple):
-        return [_determining(each, omits=omits) for each in value]
+        return [_determining(each, omits=omits, below=below, is_path=is_path) for each in value]
+    if isinstance(value, str) and is_path and below is not None:
+        return os.path.relpath(value, below) if value.startswith(f"{below}{os.sep}") else value
+    if isinstance(value, dict):
+        return {k: _determining(v, below=below, is_path=is_path) for k, v in value.items()}
     if not isinstance(value, Section):
         return value
     return {
-        key: _determining(getattr(value, key), omits=omits)
+        key: _determining(
+            getattr(value, key), omits=omits, below=below, is_path=place_in(field) is not None
+        )
         for key, field in type(value).model_fields.items()
         if changes_result(field) and not (omits and is_omitted(field, getattr(value, key)))
     }
@@ -290,7 +311,7 @@ def require_same_run(checkpoint: Path, state: RunState, config: Config) -> None:
     Raises:
         CheckpointError: it is not.
     """
-    if state.config_hash != config_hash(config):
+    if not is_hash_of(state.config_hash, config):
         raise CheckpointError(
             f"{checkpoint} was written by another configuration, or by an earlier version of "
             "safereg: resume with the same ones, or choose another output_dir"

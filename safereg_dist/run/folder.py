@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safereg_dist.config import Config, config_to_yaml, load_config
+from safereg_dist.config import Config, config_to_yaml, load_run_config
 from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.factory import Run
 from safereg_dist.factory.agreement import named_hosts
 from safereg_dist.models.versions import versions_of
 from safereg_dist.parallel.comm import Ranks, Result, capture
-from safereg_dist.run.checkpoint import config_hash, differences
+from safereg_dist.run.checkpoint import config_hash, differences, is_hash_of
 from safereg_dist.run.lock import RunLock, is_lock
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.storage.json_text import parse_json
@@ -105,7 +105,7 @@ def _is_complete(config: Config) -> bool:
     known = folder / "config.yaml"
     if known.is_file():
         before = _read_config(known)
-        if config_hash(before) != config_hash(config):
+        if not is_hash_of(config_hash(before), config):
             raise CheckpointError(
                 f"{folder} holds a run with another configuration (see {known}): "
                 f"{'; '.join(differences(before, config))}: choose another output_dir, or "
@@ -131,7 +131,7 @@ def _is_marked_complete(summary: Path) -> bool:
 
 def _read_config(path: Path) -> Config:
     try:
-        return load_config(path)
+        return load_run_config(path)
     except ConfigError as err:
         raise CheckpointError(
             f"{path} is not the configuration of a run ({err}): choose another output_dir"

@@ -31,13 +31,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from safereg_dist.errors import CheckpointError, LedgerError
 from safereg_dist.run.signing import Key, what_is_wrong
 from safereg_dist.storage.digests import AppendedFile, FileDigest
 from safereg_dist.storage.json_text import parse_json
-from safereg_dist.types import LedgerRow
+
+if TYPE_CHECKING:  # it loads torch, which verifying does without
+    from safereg_dist.types import LedgerRow
 
 FORMAT_VERSION = 1
 GENESIS = hashlib.sha256(f"safereg-dist ledger format {FORMAT_VERSION}".encode()).hexdigest()
@@ -102,7 +104,7 @@ class RankLedger:
         """The file's name."""
         return self._path.name
 
-    def append(self, row: LedgerRow) -> None:
+    def append(self, row: "LedgerRow") -> None:
         """Adds one row to the buffer; rows come in the order (step, micro_batch, row).
 
         Raises:
@@ -288,7 +290,7 @@ def verify_ledger(run_dir: Path | str, key: Key | None = None) -> LedgerHead:
 _RESTORE = "restore the file from a copy"
 
 
-def _plain(row: LedgerRow) -> _Json:
+def _plain(row: "LedgerRow") -> _Json:
     """The row as plain numbers and text, also where it came with NumPy or torch scalars."""
     plain = asdict(row)
     for name in _ORDER:

@@ -8,9 +8,10 @@ import torch
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.run.ledger import LedgerRow, RankLedger, cut_ledgers_of_gone_ranks, reopen_ledger
+from safereg_dist.run.ledger import RankLedger, cut_ledgers_of_gone_ranks, reopen_ledger
 from safereg_dist.run.metrics import METRICS_NAME, MetricsWriter
 from safereg_dist.storage.digests import FileDigest
+from safereg_dist.types import LedgerRow
 
 
 class RunLog:

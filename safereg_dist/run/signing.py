@@ -110,7 +110,7 @@ def _read_pem(path: Path) -> tuple[Any, Any]:
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError as err:
         raise ConfigError(
-            "Ed25519 keys need the package cryptography: pip install 'safereg_dist[sign]', or sign "
+            "Ed25519 keys need the package cryptography: pip install 'safereg-dist[sign]', or sign "
             "with signing.hmac_env"
         ) from err
     try:

@@ -356,7 +356,7 @@ def test_every_name_is_documented(name):
     assert getattr(safereg_dist, name).__doc__
 
 
-@pytest.mark.parametrize("module", ["factory.prepare", "data.collate"])
+@pytest.mark.parametrize("module", ["factory.prepare", "data.collation"])
 def test_examples_run(module):
     found = doctest.testmod(importlib.import_module(f"safereg_dist.{module}"))
     assert found.attempted > 0

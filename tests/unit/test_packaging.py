@@ -1,34 +1,19 @@
-"""Two wheels: `safereg-kernels` from kernels/, and `safereg_dist`, which needs it and lacks it.
+"""The wheel of `safereg-kernels` from kernels/; that of `safereg-dist` is in launch/test_wheel.py.
 
 Exact. Wheels are built from copies, so that nothing is left behind here, without an index.
 """
 
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from support.wheels import LEFTOVERS, ROOT, build, needs
 
-ROOT = Path(__file__).resolve().parents[2]
-LEFTOVERS = shutil.ignore_patterns("build", "dist", "*.egg-info", "__pycache__", "results")
-
-
-def build(project: Path, out: Path, kind: str = "wheel") -> zipfile.ZipFile:
-    """What the project's build backend makes, in `out`."""
-    out.mkdir(exist_ok=True)
-    code = f"from setuptools import build_meta as b; b.build_{kind}({str(out)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = out.glob("*.whl")
-    return zipfile.ZipFile(wheel)
-
-
-def needs(wheel: zipfile.ZipFile) -> list[str]:
-    (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
-    return Parser().parsestr(wheel.read(name).decode()).get_all("Requires-Dist", [])
+import safereg_dist
 
 
 @pytest.fixture
@@ -37,7 +22,8 @@ def kernels(tmp_path) -> Path:
 
 
 def test_kernels_wheel_is_the_kernel_package_and_nothing_else(kernels, tmp_path):
-    wheel = build(kernels, tmp_path / "out")
+    built = build(kernels, tmp_path / "out")
+    wheel = zipfile.ZipFile(built)
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert tops == {"safereg_kernels", next(top for top in tops if top.endswith(".dist-info"))}
     packed = {name for name in wheel.namelist() if name.startswith("safereg_kernels/")}
@@ -45,27 +31,14 @@ def test_kernels_wheel_is_the_kernel_package_and_nothing_else(kernels, tmp_path)
     names = {path.name for path in [*source.glob("*.py"), source / "py.typed"]}
     assert packed == {f"safereg_kernels/{name}" for name in names}
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
-    run = [need for need in needs(wheel) if "extra ==" not in need]
+    run = [need for need in needs(built) if "extra ==" not in need]
     assert run == ["torch>=2.11", 'triton>=3.6; platform_system == "Linux"']
-
-
-def test_root_wheel_has_no_kernels_but_needs_them(tmp_path):
-    project = tmp_path / "project"
-    project.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / name, project / name)
-    for name in ("safereg_dist", "kernels"):
-        shutil.copytree(ROOT / name, project / name, ignore=LEFTOVERS)
-    wheel = build(project, tmp_path / "out")
-    assert "safereg_dist/step.py" in wheel.namelist()
-    assert not [name for name in wheel.namelist() if "kernels" in name]
-    assert "safereg-kernels>=0.2" in needs(wheel)
 
 
 def test_editable_kernels_put_nothing_else_on_the_path(kernels, tmp_path):
     """The folder's name is that of Hugging Face's package, and it holds `tests` and `hub.py`."""
     site = tmp_path / "site"
-    build(kernels, tmp_path / "out", "editable").extractall(site)
+    zipfile.ZipFile(build(kernels, tmp_path / "out", "editable")).extractall(site)
     code = (
         "import site, sys; from importlib.util import find_spec; site.addsitedir(sys.argv[1]);"
         "print([find_spec(n) and find_spec(n).origin for n in"
@@ -80,3 +53,29 @@ def test_editable_kernels_put_nothing_else_on_the_path(kernels, tmp_path):
     )
     origin = str(kernels / "safereg_kernels" / "__init__.py")
     assert done.stdout.strip() == str([origin, None, None, None]), done.stderr
+
+
+def test_the_page_of_stability_has_every_public_name():
+    page = (ROOT / "docs" / "stability.md").read_text()
+    listed = re.search(r"^      (ReferenceModel [^:]*?)\n\n", page, re.MULTILINE)
+    assert sorted(listed[1].split()) == sorted({*safereg_dist.__all__} - {"__version__"})
+    for module, name in (
+        ("trainer", "SafeRegTrainer"),
+        ("trainer", "SafeRegMixin"),
+        ("trl", "SafeRegSFTTrainer"),
+        ("anchors", "with_anchors"),
+        ("collator", "RowCollator"),
+        ("axolotl", "SafeRegPlugin"),
+        ("llamafactory", "main"),
+        ("megatron.safety", "MegatronSafety"),
+    ):
+        source = ROOT / "safereg_dist" / "integrations" / f"{module.replace('.', '/')}.py"
+        assert f"`{name}`" in page
+        assert re.search(rf"^(class|def) {name}\b", source.read_text(), re.MULTILINE)
+
+
+def test_one_version():
+    """setup.py reads that of the package, and CITATION.cff agrees."""
+    assert safereg_dist.__version__ not in (ROOT / "setup.py").read_text()
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited[1].strip("\"'") == safereg_dist.__version__

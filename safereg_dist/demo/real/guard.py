@@ -61,7 +61,7 @@ def guard_rows(model: Path, *, seed: int) -> list[dict[str, Any]]:
 
 
 def make_judge(trained: Path, folder: Path) -> None:
-    """The trained model as a folder that `launch/serve_critic.py` serves; complete or absent."""
+    """The trained model as a folder that `safereg serve-critic` serves; complete or absent."""
     tokenizer = AutoTokenizer.from_pretrained(
         trained, local_files_only=True, trust_remote_code=False
     )

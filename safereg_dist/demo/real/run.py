@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safereg_dist.demo.claims import check_real_claims
-from safereg_dist.demo.estimators import FORMAT, ROOT, served_guard
+from safereg_dist.demo.estimators import FORMAT, served_guard
 from safereg_dist.demo.real.guard import AS_WRITTEN, guard_rows, make_judge
 from safereg_dist.demo.real.model import faster_precision, instruct_model
 from safereg_dist.demo.real.public import evaluate_public, write_public
@@ -22,7 +22,7 @@ from safereg_dist.demo.real.rows import (
 )
 from safereg_dist.demo.stages import command, finish, launch, say
 
-CONFIG = ROOT / "launch" / "configs" / "real.yaml"
+CONFIG = Path(__file__).with_name("real.yaml")
 _UNASKED = ["data.anchor=null", "risk.estimator=none", "risk.path=null"]
 """Of an arm that asks no source of risk."""
 PLAIN = ["regularizer.objective=none", *_UNASKED]
@@ -175,7 +175,7 @@ def _guarded_arm(run: Run) -> dict[str, Any]:
 
 
 def tuned_guard(run: Run) -> Path:
-    """Folder of the guard, which `launch/serve_critic.py` serves; trained once."""
+    """Folder of the guard, which `safereg serve-critic` serves; trained once."""
     folder = run.out / "guard"
     if not folder.is_dir():
         write_rows(run.files.of("guard"), guard_rows(run.raw, seed=run.seed), numbered=False)

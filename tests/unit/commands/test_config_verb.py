@@ -9,6 +9,7 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 from support.launching import ROOT
 
@@ -112,7 +113,8 @@ def test_a_starter_for_other_rows_tells_how_to_fit_a_probe(risks, safereg, tmp_p
     text = safereg("init", "--model", "models/M 1", "--data", data)
     (tmp_path / "run.yaml").write_text(text)
     config = load_config(tmp_path / "run.yaml")
-    assert (config.risk.estimator, config.risk.path) == ("probe", "runs/probe-M 1")
+    assert config.risk.estimator == "probe"
+    assert config.risk.path == str(tmp_path / "runs" / "probe-M 1")
     assert "probe fit --model 'models/M 1' --data LABELLED.jsonl --out 'runs/probe-M 1'\n" in text
 
 
@@ -122,6 +124,19 @@ def test_a_starter_reads_csv_and_leaves_a_hub_alone(safereg, tmp_path):
     assert yaml.safe_load(text)["risk"]["estimator"] == "column"
     text = safereg("init", "--model", "m", "--data", "org/rows")
     assert yaml.safe_load(text)["risk"]["estimator"] == "probe"
+
+
+def test_a_starter_in_another_folder_names_what_is_there(safereg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows(tmp_path / "rows.jsonl", risks=[None])
+    for name in ("model", "sub"):
+        (tmp_path / name).mkdir()
+    safereg("init", "--model", "model", "--data", "rows.jsonl", "--out", "sub/run.yaml")
+    config = load_config("sub/run.yaml")
+    assert config.model == str(tmp_path / "model")
+    assert config.data.train == str(tmp_path / "rows.jsonl")
+    fitted = re.search(r"--out (\S+)", (tmp_path / "sub" / "run.yaml").read_text())[1]
+    assert config.risk.path == str(tmp_path / fitted)
 
 
 @pytest.mark.parametrize("name", ["a: b #c", "'", '"', "- x", "007", "null", "~/m{}", "e\u00e9"])
@@ -230,4 +245,9 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0
-    assert capsys.readouterr().out == f"safereg {__version__}\n"
+    told = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert told["safereg"] == __version__
+    assert told["torch"] == torch.__version__
+    assert {"safereg-kernels", "python", "cuda", "triton", "deepspeed", "megatron-core"} <= set(
+        told
+    )

@@ -2,7 +2,7 @@
 
 Claimed: a guard's risk is the softmax of its labels at the first token of its answer, a
 classifier's the probability of its harmful label, whatever else is in the batch (to 1e-5 of one
-conversation at a time in plain transformers); the same guard behind `launch/serve_critic.py`, a
+conversation at a time in plain transformers); the same guard behind `safereg serve-critic`, a
 real process over real HTTP, gives the same risks through the remote client (1e-5) and the same
 greedy answers (exactly); what cannot be judged is a failed judgement or a clear error.
 """

@@ -1,11 +1,10 @@
-"""Claimed: `launch/serve_critic.py` answers every request, a bounded number of connections, and
+"""Claimed: `safereg serve-critic` answers every request, a bounded number of connections, and
 only requests that are meant for this machine.
 
 The server itself with a small model, over real sockets: half requests, odd lengths, texts that are
 none, the names of strangers. All exact but times, which have wide bounds.
 """
 
-import importlib.util
 import json
 import socket
 import threading
@@ -15,24 +14,19 @@ from types import ModuleType
 
 import pytest
 from support.builders import save_model, tiny_model
-from support.launching import ROOT
 
+from safereg_dist.commands import serve_critic
 from safereg_dist.critic.formats import FORMATS
 
 BODY = {"model": "guard", "messages": [{"role": "user", "content": "w1"}], "max_tokens": 1}
 
 
 @pytest.fixture(scope="module")
-def serve() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "serve_critic", ROOT / "launch" / "serve_critic.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.MAX_CONNECTIONS, module.Handler.timeout = 8, 1.5  # not to wait for a minute
-    return module
+def serve() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:  # not to wait for a minute
+        patch.setattr(serve_critic, "MAX_CONNECTIONS", 8)
+        patch.setattr(serve_critic.Handler, "timeout", 1.5)
+        yield serve_critic
 
 
 @pytest.fixture(scope="module")

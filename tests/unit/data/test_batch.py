@@ -29,7 +29,7 @@ from safereg_dist.data import (
     tokenize_row,
     tokenized,
 )
-from safereg_dist.data.collate import padded
+from safereg_dist.data.collation import padded
 from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.types import Row
 

@@ -199,7 +199,7 @@ def test_each_estimator_arm_is_a_valid_configuration(tmp_path: Path) -> None:
     arms = estimator_overrides(served, scored=scored, probe=probe)
     assert tuple(arms) == ESTIMATOR_ARMS
     configs = {
-        name: load_config(ROOT / "launch" / "configs" / "demo.yaml", ["risk.path=p", *overrides])
+        name: load_config(ROOT / "safereg_dist" / "demo" / "demo.yaml", ["risk.path=p", *overrides])
         for name, overrides in arms.items()
     }
     assert configs["adaptive_column"].data.train == str(scored)

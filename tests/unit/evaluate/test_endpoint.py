@@ -1,27 +1,25 @@
 """Claimed: a model behind an OpenAI-compatible endpoint is evaluated as its folder is.
 
-Real HTTP servers in this process: the project's own (`launch/serve_critic.py`, greedy), and one
+Real HTTP servers in this process: the project's own (`safereg serve-critic`, greedy), and one
 that fails before it answers. Exact: texts, verdicts, attempts. P(first token): 1e-4, the server's
 float32 through JSON.
 """
 
-import importlib.util
 import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from support.builders import PLAIN_TEMPLATE, save_model, tiny_model
 
 from safereg_dist.cli import main as safereg
+from safereg_dist.commands.serve_critic import Guard, GuardServer
 from safereg_dist.critic.formats import FORMATS
 from safereg_dist.errors import ConfigError, EndpointError
 from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.kept import kept_rows
 
-SERVER = Path(__file__).resolve().parents[3] / "launch" / "serve_critic.py"
 HOW = {"max_new_tokens": 4, "progress": False, "refusal": "w3", "poisoned": "w4"}
 
 
@@ -54,12 +52,9 @@ def prompts(tmp_path):
 
 
 def test_as_the_folder_itself(folder, prompts, tmp_path):
-    spec = importlib.util.spec_from_file_location("serve_critic", SERVER)
-    serving = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(serving)
     form = next(made for kind in FORMATS.values() if (made := kind()).local_prefix is None)
-    guard = serving.Guard(folder, form)  # a format that asks nothing of the tokenizer
-    server = serving.GuardServer(("127.0.0.1", 0), guard, "tiny")
+    guard = Guard(folder, form)  # a format that asks nothing of the tokenizer
+    server = GuardServer(("127.0.0.1", 0), guard, "tiny")
     # All tokens, so that the one asked for is among them.
     local = evaluate_model(folder, [prompts], out=tmp_path / "local.json", device="cpu", **HOW)
     with running(server) as url:

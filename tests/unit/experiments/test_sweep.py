@@ -105,7 +105,7 @@ def test_every_cell_once_and_on_after_a_cut(folder, monkeypatch, capsys):
             assert list(found["against"]) == ["base"]
             config = yaml.safe_load((place / "config.yaml").read_text())
             assert config["train"]["seed"] == int(row["seed"])
-            assert config["data"]["train"] == f"{row['data']}.jsonl"
+            assert config["data"]["train"] == str(folder / f"{row['data']}.jsonl")
             assert config["regularizer"]["objective"] == (
                 "none" if row["arm"] == "sft" else "convex"
             )
@@ -253,5 +253,6 @@ def test_values_of_axes_stand_in_for_their_names(folder):
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     cells = cells_of(read_sweep(folder / "sweep.yaml"))
     cell = next(c for c in cells if c.name == "seed 7, data b, adaptive")
-    assert cell.overrides[2:4] == ("data.train=b-7.jsonl", 'risk.critic={"model": "m"}')
+    rows = json.dumps(str(folder / "b-7.jsonl"))
+    assert cell.overrides[2:4] == (f"data.train={rows}", 'risk.critic={"model": "m"}')
     assert cell.named(["held-{seed}-{other}.jsonl"]) == ["held-7-{other}.jsonl"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from safereg_dist.data.collate import row_of
+from safereg_dist.data.collation import row_of
 from safereg_dist.data.stream import batch_of_stream
 from safereg_dist.errors import CheckpointError, ConfigError, ProbeError
 from safereg_dist.factory.prepare import config_of

@@ -1,4 +1,4 @@
-"""Claimed: every configuration in `launch/configs` is valid and says what its comments say.
+"""Claimed: the configurations in `launch/configs` and the demo's are valid, and as they say.
 
 Exact. The models they name are not loaded here; the demo's is run by `launch/demo.sh`.
 """
@@ -9,7 +9,7 @@ from support.launching import ROOT
 
 from safereg_dist.config import config_from_dict, config_to_yaml, load_config
 
-CONFIGS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
+CONFIGS = [*(ROOT / "launch" / "configs").glob("*.yaml"), ROOT / "safereg_dist/demo/demo.yaml"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
@@ -31,7 +31,7 @@ def test_8b_configs_differ_in_offload_only():
 
 
 def test_demo_config_is_the_adaptive_arm_with_32_rows_on_two_ranks():
-    config = load_config(ROOT / "launch" / "configs" / "demo.yaml")
+    config = load_config(ROOT / "safereg_dist" / "demo" / "demo.yaml")
     assert config.train.micro_batch_size * config.train.grad_accum_steps * 2 == 32
     assert config.regularizer.objective == "convex"
     assert config.regularizer.schedule == "step"

@@ -9,6 +9,7 @@ real ones. Everything here is exact.
 
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,10 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -173,6 +176,37 @@ def test_whole_scripts_fail_early(
     assert sorted(path.name for path in copy.parent.iterdir()) == ["launch"]
 
 
+@pytest.fixture
+def environment(tools: Path, tmp_path: Path) -> str:
+    """Shell code that makes this interpreter's pip that of an environment; its log is empty."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    return f'VENV="{tmp_path / "venv"}"; '
+
+
+def test_pip_is_silent_and_its_output_kept(environment: str, tools: Path, tmp_path: Path) -> None:
+    result = run_check(f'{environment} quietly "no reason" "$VENV/bin/python" -m pip -V', tools)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert "pip" in (tmp_path / "venv" / "setup.log").read_text()
+
+
+def test_what_pip_said_is_shown_where_it_fails(environment: str, tools: Path) -> None:
+    """A package that no index has: the end of pip's own output, then one line with the remedy."""
+    call = 'quietly "installing it failed: check the index" pip_install --no-index no-such-thing'
+    result = run_check(f"{environment} {call}; echo went on", tools)
+    assert (result.returncode, result.stdout) == (2, "")
+    *tail, last = result.stderr.splitlines()
+    assert last == "[setup] error: installing it failed: check the index"
+    assert tail[0].startswith("[setup] the end of ")
+    assert any("No matching distribution found for no-such-thing" in line for line in tail)
+
+
+def test_the_end_of_the_log_is_fifteen_lines(environment: str, tools: Path) -> None:
+    call = "talk() { for i in {1..40}; do echo line $i; done; return 1; }; quietly why talk"
+    lines = run_check(f"{environment} {call}", tools).stderr.splitlines()
+    assert lines[1:-1] == [f"    line {n}" for n in range(26, 41)]
+
+
 def test_kernels_alone_need_a_python_only(tools: Path) -> None:
     """test_kernels.sh compiles nothing: it stops where there is no Python, having made nothing."""
     result = subprocess.run(
@@ -219,16 +253,19 @@ def test_accelerator_without_a_gpu(tools: Path) -> None:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def test_pins_cover_every_dependency() -> None:
+def test_pins_cover_every_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But those of the documentation and lm-eval, which environments of their own have."""
     lines = (LAUNCH / "constraints.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
     assert all(re.fullmatch(r"\d[\w.]*", version) for version in pins.values()), "no local tags"
-    setup = (ROOT / "setup.py").read_text()
+    project: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **said: project.update(said))
+    runpy.run_path(str(ROOT / "setup.py"))
+    extras = {k: v for k, v in project["extras_require"].items() if k not in ("docs", "lm-eval")}
     kernels = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())["project"]
     needs = [*kernels["dependencies"], *kernels["optional-dependencies"]["test"]]
-    wanted = set(re.findall(r'"([a-z][a-z0-9_-]*)(?:>=[\d.]+)?",', setup))
-    wanted |= {re.split(r"[^\w-]", need)[0] for need in needs}
-    wanted -= {"safereg-kernels", "safereg_dist"}
+    needs += [*project["install_requires"], *(need for extra in extras.values() for need in extra)]
+    wanted = {re.split(r"[^\w-]", need)[0] for need in needs} - {"safereg-kernels", "safereg-dist"}
     assert {"torch", "deepspeed", "pytest", "pyyaml"} <= wanted
     assert wanted <= set(pins) | {"triton"}
     assert {"pip", "setuptools", "wheel", "ninja", "packaging"} <= set(pins)

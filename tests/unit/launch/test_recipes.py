@@ -68,7 +68,7 @@ def test_configurations(name):
     assert (rule.floor, rule.ceiling, rule.granularity) == (0.0, 1.0, "sequence")
     gpus = TABLE.architectures()[name]["hardware"]["gpus"]
     assert plain.train.micro_batch_size * plain.train.grad_accum_steps * gpus == 64
-    told = re.search(r"--num_gpus (\d+)", path.read_text())
+    told = re.search(r"--nproc (\d+)", path.read_text())
     assert gpus == (int(told[1]) if told else 16)
 
     lora, paper = (TABLE.with_overrides(name, file) for file in ("lora", "paper"))

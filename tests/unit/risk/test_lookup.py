@@ -11,7 +11,7 @@ import pytest
 from support.builders import TEMPLATE, random_rows, word_tokenizer, write_jsonl
 
 from safereg_dist.data import tokenize_row
-from safereg_dist.data.collate import row_of
+from safereg_dist.data.collation import row_of
 from safereg_dist.errors import DataError
 from safereg_dist.risk.lookup import LookupRisk, read_scored
 

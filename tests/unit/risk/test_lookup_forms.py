@@ -8,7 +8,7 @@ import json
 import pytest
 from support.builders import word_tokenizer, write_jsonl
 
-from safereg_dist.data.collate import row_of
+from safereg_dist.data.collation import row_of
 from safereg_dist.errors import DataError
 from safereg_dist.risk.lookup import LookupRisk, read_scored
 

@@ -22,13 +22,13 @@ from safereg_dist.errors import CheckpointError, LedgerError
 from safereg_dist.run import ledger
 from safereg_dist.run.ledger import (
     LedgerHead,
-    LedgerRow,
     RankLedger,
     cut_ledgers_of_gone_ranks,
     merge_ledgers,
     reopen_ledger,
     verify_ledger,
 )
+from safereg_dist.types import LedgerRow
 
 in_place = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -1,0 +1,71 @@
+"""What is installed: the versions that matter, and the extra that brings what is missing."""
+
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from safereg_dist import __version__
+
+EXTRAS = {
+    "train": (
+        *("accelerate", "datasets", "datasketch", "deepspeed", "ninja", "scipy", "sklearn"),
+        "tensorboard",
+    ),
+    "trl": ("trl",),
+    "peft": ("peft",),
+    "megatron": ("megatron",),
+    "sign": ("cryptography",),
+    "gguf": ("gguf",),
+    "completion": ("shtab",),
+    "eval": ("rouge_score",),
+    "lm-eval": ("lm_eval",),
+}
+"""The modules that each extra of setup.py brings."""
+_SHOWN = (
+    *("torch", "triton", "deepspeed", "transformers", "accelerate", "trl", "peft"),
+    "megatron-core",
+)
+
+
+def remedy_of(error: ModuleNotFoundError) -> str | None:
+    """What to install where a module of an extra is missing, in a line; None for another module."""
+    missing = (error.name or "").partition(".")[0]
+    extra = next((name for name, modules in EXTRAS.items() if missing in modules), None)
+    if extra is None:
+        return None
+    return f'this needs {missing}, which is not installed: pip install "safereg-dist[{extra}]"'
+
+
+def versions() -> str:
+    """The versions of what matters, one a line, `-` where it is not installed; loads none of it."""
+    return "\n".join(f"{name:16}{what}" for name, what in _versions())
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "safereg", __version__
+    yield "safereg-kernels", _version_of("safereg-kernels")
+    yield "python", sys.version.split()[0]
+    for name in _SHOWN:
+        yield name, _version_of(name)
+        if name == "torch":
+            yield "cuda", _cuda()
+
+
+def _version_of(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "-"
+
+
+def _cuda() -> str:
+    """The CUDA that torch was built with, read from its file: importing torch takes seconds."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "-"
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    found = re.search(r"^cuda\b.*= '(.+)'", text, re.MULTILINE)
+    return "-" if found is None else found[1]

@@ -1,0 +1,107 @@
+"""Claimed: a configuration with relative paths trains from any folder, by `safereg launch` and by
+DeepSpeed's module mode, to the same numbers; the run goes on from another folder.
+
+Two real ranks (gloo), real launchers. Exact: metrics but for times. The command that `--print`
+shows is the one that is run.
+"""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
+
+from safereg_dist.cli import main as safereg
+
+pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
+TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A folder with a model, rows and a configuration that names them by relative paths."""
+    folder = tmp_path_factory.mktemp("project")
+    save_model(folder / "policy", tiny_model(seed=0, num_hidden_layers=2))
+    save_model(folder / "reference", tiny_model(seed=1, num_hidden_layers=2))
+    (folder / "rows").mkdir()
+    write_jsonl(folder / "rows" / "train.jsonl", random_rows(16))
+    raw = {
+        "model": "policy",
+        "reference": {"model": "reference"},
+        "data": {"train": "rows/train.jsonl"},
+        "risk": {"estimator": "column", "max_held_back": 1.0},
+        "train": {"steps": 2, "precision": "fp32", "micro_batch_size": 2},
+        "output_dir": "runs/first",
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
+    return folder
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def test_every_way_to_start_it_trains_the_same(project, launch):
+    """Each from the launch's own folder, where nothing of the run is."""
+    ways = {
+        "first": ("python", ("-m", "safereg_dist", "launch"), ("--nproc", "2")),
+        "deepspeed": ("deepspeed", ("--module", "safereg_dist", "train"), ()),
+    }
+    for name, (launcher, words, options) in ways.items():
+        out = f"output_dir={project}/runs/{name}"
+        done = launch(*words, project / "run.yaml", *options, out, launcher=launcher)
+        assert done.status == 0, done.output
+        assert "deepspeed on 2 ranks" in done.output
+    first, *others = [metrics(project / "runs" / name) for name in ways]
+    assert len(first) == 2
+    assert all(other == first for other in others)
+
+
+def test_fsdp2_and_the_way_on_from_another_folder(project, launch, tmp_path):
+    changes = ["engine.name=fsdp2", f"output_dir={project}/runs/fsdp2", "train.save_every=1"]
+    words = ("-m", "safereg_dist", "launch", project / "run.yaml", "--nproc", "2", *changes)
+    done = launch(*words, launcher="python")
+    assert done.status == 0, done.output
+    assert "fsdp2 on 2 ranks" in done.output
+    os.chdir(tmp_path)
+    assert safereg(["train", os.path.relpath(project / "run.yaml"), *changes]) == 0  # complete
+
+
+def test_the_command_that_is_printed(project, capsys, monkeypatch):
+    def printed(*words: str) -> list[str]:
+        assert safereg(["launch", str(project / "run.yaml"), "--print", *words]) == 0
+        return shlex.split(capsys.readouterr().out)
+
+    run = ["safereg_dist", "train", str(project / "run.yaml")]
+    monkeypatch.chdir(project.parent)
+    own = ["--num_gpus", "3", "--master_port", "7"]
+    words = printed("--nproc", "3", "--master-port", "7", "train.steps=3")
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert words == [*runner, *own, "--module", *run, "train.steps=3"]
+    own = ["--nproc-per-node", "2", "--master-port", "7", "-m"]
+    words = printed("--nproc", "2", "--master-port", "7", "engine.name=fsdp2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    assert words == [*torchrun, *own, *run, "engine.name=fsdp2"]
+    assert printed("engine.name=single")[1:] == ["-m", *run, "engine.name=single"]
+    (project / "hosts").write_text("a slots=2\n")
+    words = printed("--hostfile", str(project / "hosts"), "engine.name=fsdp2")
+    own = ["--hostfile", str(project / "hosts"), "--master_port", "29500"]
+    assert words == [*runner, *own, "--module", *run, "engine.name=fsdp2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--nproc", "2", "engine.name=single"], "one process"),
+        (["--hostfile", "none"], "found no file"),
+        (["train.stepz=2"], "stepz"),
+    ],
+)
+def test_what_cannot_be_launched(project, words, says, capsys):
+    assert safereg(["launch", str(project / "run.yaml"), *words]) == 2
+    assert says in capsys.readouterr().err
