@@ -22,4 +22,4 @@ risk: {estimator: column}
 output_dir: $(realpath "$out")/run
 YAML
 safereg audit "$out/run.yaml" "$@"
-deepspeed --num_gpus "${GPUS:-2}" --module safereg_dist train "$out/run.yaml" "$@"
+safereg launch "$out/run.yaml" --nproc "${GPUS:-2}" "$@"

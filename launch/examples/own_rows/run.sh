@@ -20,7 +20,7 @@ risk: {estimator: probe, path: $(realpath "$out/probe")}
 output_dir: $(realpath "$out")/run
 YAML
 safereg audit "$out/run.yaml" "$@"
-deepspeed --num_gpus "${GPUS:-2}" --module safereg_dist train "$out/run.yaml" "$@"
+safereg launch "$out/run.yaml" --nproc "${GPUS:-2}" "$@"
 safereg eval --model "$model" --prompts "$prompts" --out "$out/base.json"
 safereg eval --model "$out/run/model" --prompts "$prompts" --out "$out/run/eval.json" \
     --against "$out/base.json"
