@@ -3,8 +3,8 @@
     python benchmarks/hosts.py [--out benchmarks/results/hosts.csv] [--only WORD]  as root, long
 
 Hosts are those of `tests/hosts.sh`, the run is that of `tests/multinode`. A row of the table is one
-launch: what was done to it, whether nothing of it was left on any host, after how many seconds,
-what it said, the launcher's status, and whether the run, gone on with by the same command where it
+launch: what was done to it, whether nothing of it was left on any host, after how many seconds of
+its ranks and of the launchers too, what it said, the launcher's status, and whether the run, gone on with by the same command where it
 had ended, has the bits of as many ranks on one host. A row is written once it is known; rows of an
 older file that `--only` leaves out stay.
 """
@@ -30,7 +30,10 @@ from support.launching import FINETUNE, Launcher  # noqa: E402
 OUT = ROOT / "benchmarks" / "results" / "hosts.csv"
 PROVENANCE = ("date", "hardware", "commit", "torch")
 KEY = ("fault", "launcher", "hosts", "ranks_per_host")
-COLUMNS = (*KEY, "ended_on_all_hosts", "seconds", "status", "line", "same_bits", *PROVENANCE)
+COLUMNS = (
+    *(*KEY, "ended_on_all_hosts", "ranks_ended_s", "seconds", "status", "line", "same_bits"),
+    *PROVENANCE,
+)
 TRIED = (
     *(("nothing", launcher, 2, 1) for launcher in LAUNCHERS),
     *(("nothing", "pdsh", 2, 2), ("nothing", "torchrun", 4, 1)),
@@ -67,7 +70,7 @@ def main() -> int:
 
 def went_well(row: dict[str, Any]) -> bool:
     """Whether the bits are the same, and a run that had to end has said why."""
-    has_said = row["line"] or not FAULTS[row["fault"]].ends
+    has_said = row.get("line") or not FAULTS[row["fault"]].ends
     return str(row["same_bits"]) == "True" and bool(has_said)
 
 
@@ -81,6 +84,7 @@ def tried(folder: Path, name: str, launcher: str, count: int, ranks: int) -> dic
     try:
         outcome = strike(hosts, FAULTS[name], arguments, out, launcher=launcher, ranks=ranks)
         row |= {"ended_on_all_hosts": True, "seconds": round(outcome.seconds, 1)}
+        row |= {"ranks_ended_s": round(outcome.ranks_ended_s, 1)}
         row |= {"status": outcome.status, "line": " | ".join(outcome.lines)}
         if not (out / "summary.json").exists():
             hosts(arguments, launcher=launcher, ranks=ranks)

@@ -87,8 +87,10 @@ FAULTS = {
 class Outcome:
     """How a launch ended after a fault."""
 
+    ranks_ended_s: float
+    """From the fault until no rank was left on any host."""
     seconds: float
-    """From the fault until nothing of the run was left on any host."""
+    """Until no launcher was left either."""
     status: int
     lines: list[str]
     output: str
@@ -103,11 +105,21 @@ def strike(
     started = time.monotonic()
     fault.strike(hosts, hosts.count - 1)
     try:
+        _wait_for_ranks(hosts, launch)
+        ranks_ended = time.monotonic() - started
         status = hosts.wait(launch)
         seconds = time.monotonic() - started
     finally:
         fault.mend(hosts, hosts.count - 1)
-    return Outcome(seconds, status, messages(launch.output), launch.output)
+    return Outcome(ranks_ended, seconds, status, messages(launch.output), launch.output)
+
+
+def _wait_for_ranks(hosts: Hosts, launch: Launch, timeout_s: float = 420) -> None:
+    """Polls until no host has a rank."""
+    end = time.monotonic() + timeout_s
+    while hosts.has_ranks():
+        assert time.monotonic() < end, f"ranks after {timeout_s} s:\n{launch.output}"
+        time.sleep(0.1)
 
 
 def _wait_for_steps(out: Path, count: int, launch: Launch, timeout_s: float = 300) -> None:

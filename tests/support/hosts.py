@@ -127,6 +127,10 @@ class Hosts:
         launching = self.run(host, "pgrep", "-f", r"deepspeed\.launcher|torch\.distributed\.run")
         return sorted({int(pid) for pid in found} - {int(pid) for pid in launching.output.split()})
 
+    def has_ranks(self) -> bool:
+        """Whether a rank runs on any host."""
+        return any(self.rank_processes(host) for host in self._on())
+
     def is_quiet(self) -> bool:
         """Whether no rank and no launcher runs on any host."""
         return not any(self.run(host, "pgrep", "-f", FINETUNE.name).output for host in self._on())
@@ -237,6 +241,9 @@ def _commands(
             *("mpirun", "--allow-run-as-root", "-n", str(count * ranks)),
             *("--hostfile", str(hostfile), "--bind-to", "none"),
             *("--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"),
+            # Its daemons notice a silent host after eight minutes otherwise.
+            *("--mca", "oob_tcp_keepalive_time", "10", "--mca", "oob_tcp_keepalive_intvl", "5"),
+            *("--mca", "oob_tcp_keepalive_probes", "4"),
             *(word for name in names for word in ("-x", name)),
             *(sys.executable, entry),
         ]
