@@ -4,9 +4,9 @@
 
 Hosts are those of `tests/hosts.sh`, the run is that of `tests/multinode`. A row of the table is one
 launch: what was done to it, whether nothing of it was left on any host, after how many seconds of
-its ranks and of the launchers too, what it said, the launcher's status, and whether the run, gone on with by the same command where it
-had ended, has the bits of as many ranks on one host. A row is written once it is known; rows of an
-older file that `--only` leaves out stay.
+its ranks and of the launchers too, what it said, the launcher's status, and whether the run, gone
+on with by the same command where it had ended, has the bits of as many ranks on one host. A row is
+written once it is known; rows of an older file that `--only` leaves out stay.
 """
 
 import argparse
