@@ -67,6 +67,7 @@ setup(
         "safereg_dist": ["py.typed"],
         "safereg_dist.demo": ["demo.yaml"],
         "safereg_dist.demo.real": ["real.yaml", "prompts/*"],
+        "safereg_dist.evaluate.report": ["templates/*"],
     },
     # Planner, ledger, report, score client, configuration, doctor. torch and transformers are the
     # planner's: it builds the model, without weights, to count it.
@@ -77,6 +78,7 @@ setup(
         "safetensors>=0.5",
         "numpy",
         "httpx>=0.27",
+        "jinja2>=3.1",
         "pydantic>=2.7",  # the sentence under a field is its description
         "pyyaml",
         "tqdm",

@@ -165,7 +165,12 @@ def describe_run(run: Run) -> dict[str, Any]:
         "threshold": run.regularizer.coefficient.threshold,
         "fingerprints": run.fingerprints,
         "rows": {
-            name: {"kept": len(s), "overlong": s.overlong, "dropped": s.dropped}
+            name: {
+                "kept": len(s),
+                "overlong": s.overlong,
+                "dropped": s.dropped,
+                "digest": s.content_hash,
+            }
             for name, s in stores.items()
             if s is not None
         },

@@ -63,6 +63,21 @@ class Browser:
         """What a script returns that the driver runs in the page."""
         return self._post(f"{self._session}/execute/sync", script=script, args=[])
 
+    def run_async(self, script: str) -> Any:
+        """What a script hands to its last argument, a function that the driver waits for."""
+        return self._post(f"{self._session}/execute/async", script=script, args=[])
+
+    def press(self, key: str) -> None:
+        """A key of the keyboard, pressed and let go: a character, or a code of WebDriver's."""
+        strokes = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
+        keyboard = {"type": "key", "id": "keyboard", "actions": strokes}
+        self._post(f"{self._session}/actions", actions=[keyboard])
+
+    def print_pdf(self, path: Path) -> None:
+        """Prints the page as a reader's "Save as PDF" does, on the paper that the page asks for."""
+        printed = self._devtools("Page.printToPDF", preferCSSPageSize=True, printBackground=False)
+        path.write_bytes(base64.b64decode(printed["data"]))
+
     def complaints(self) -> list[str]:
         """Errors of the console since the last call."""
         return [entry["message"] for entry in self._post(f"{self._session}/se/log", type="browser")]

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,20 +55,49 @@ class HeldRow:
     mean_divergence: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerFacts:
-    """What a ledger says, and whether its chain of hashes holds."""
+class Tally(NamedTuple):
+    """Sequences of one group, a data source or a category, and how many of them were held back."""
 
-    rows: int
+    name: str
     sequences: int
     held: int
-    """Rows with b > 0, anchors among them."""
-    sources: dict[str, int]
+    mean_risk: float
+    """NaN where none is known."""
+
+
+class Check(NamedTuple):
+    """Whether a ledger's chain of hashes holds, and what vouches for it."""
+
+    state: str
+    """`verified`, `altered` or `unchecked`."""
+    told: str
+    is_signed: bool = False
+    """The summary, with the head in it, carries a signature that was checked with a key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerFacts:
+    """What a ledger says, and whether its chain of hashes holds; anchors count in `rows` alone.
+
+    Held back is a sequence whose risk reached the run's threshold, or failed, in some step.
+    """
+
+    rows: int
+    """One for each sequence and step."""
+    sequences: int
+    """Different ones, without anchors."""
+    held: int
+    """Of these, held back."""
+    has_risk: bool
+    """False where nothing gave a risk: plain fine-tuning."""
+    by: dict[str, list[Tally]]
+    """`source` of the data, `estimator`, `category`, `review` (a reviewer's decision)."""
+    failed: int
+    """Sequences with a judgement that failed at least once."""
+    reasons: list[tuple[str, int]]
+    """What held sequences back, without texts of the data or of reviewers; most frequent first."""
     most_held: list[HeldRow]
-    """Without anchors."""
-    check: str
-    holds: bool | None
-    """None where the run has not ended: there is no chain yet."""
+    check: Check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,13 +108,18 @@ class Arm:
     role: str
     """`ours`, `baseline` or `reference`: decides the colour."""
     metrics: dict[str, np.ndarray] = field(default_factory=dict)
-    """Columns of metrics.jsonl by key, float64 [steps], NaN where a row has no number."""
+    """Columns of metrics.jsonl by key, float64 [steps], NaN where a row has no number; `step`
+    counts from 1, so that the last one is their number."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     stale: str = ""
     """Why the evaluation is not of the weights that the run has now; empty where it is."""
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     ledger: LedgerFacts | None = None
+    profile: dict[str, Any] = field(default_factory=dict)
+    """`profile.json` of a recorded run (`profile: true`)."""
+    alerts: dict[str, int] = field(default_factory=dict)
+    """How often each alert was raised."""
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`probe.json` of each probe that gave its risk, by folder."""
     profile_png: bytes = b""
@@ -106,6 +140,16 @@ class Arm:
     def setting(self, section: str, key: str) -> Any:
         """A key of the run's configuration; None where it is not known."""
         return as_object(self.config.get(section)).get(key)
+
+    def compared(self, base: "Arm | None") -> dict[str, Any]:
+        """By figure, its paired test against the base model; empty where there is none.
+
+        Without a base among the arms, the only other model that it was compared with.
+        """
+        others = as_object(self.evaluation.get("against"))
+        name = base.name if base is not None else next(iter(others), "")
+        found = others.get(name) if base is not None or len(others) == 1 else None
+        return as_object(as_object(found).get("differences"))
 
     @property
     def static_coefficient(self) -> float:
@@ -144,6 +188,11 @@ class Arm:
         values = values[np.isfinite(values)]
         return float(np.median(values)) if values.size else math.nan
 
+    def largest(self, key: str) -> float:
+        """Maximum of a column; NaN where there is none."""
+        values = self.column(key)
+        return float(np.nanmax(values)) if np.isfinite(values).any() else math.nan
+
     def ending(self, key: str) -> float:
         """Mean of a column over the last tenth of the steps; NaN where there is none."""
         values = self.column(key)
@@ -159,3 +208,8 @@ def ours_and_rival(arms: list[Arm], key: str) -> tuple[Arm | None, Arm | None]:
     ours = next((arm for arm in known if arm.role == "ours"), None)
     rival = next((arm for arm in known if arm.role == "baseline"), None)
     return ours, rival
+
+
+def base_of(arms: list[Arm]) -> Arm | None:
+    """The model before training: the first reference among the arms."""
+    return next((arm for arm in arms if arm.role == "reference"), None)

@@ -2,12 +2,19 @@
 
 import csv
 import math
-from html import escape
 from pathlib import Path
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.evaluate.report.arms import percent
-from safereg_dist.evaluate.report.tables import SIGNS, Line, breakable, small, table
+from safereg_dist.evaluate.report.tables import (
+    SIGNS,
+    Cell,
+    Line,
+    Note,
+    Section,
+    Table,
+    between,
+)
 
 _AXIS = "disguise"
 _TITLES = {
@@ -40,10 +47,10 @@ def read_evasion(folder: Path) -> list[dict[str, str]]:
     return []
 
 
-def evasion_section(rows: list[dict[str, str]]) -> str:
+def evasion_section(rows: list[dict[str, str]]) -> Section | None:
     """For each disguise the arms one below the other; of a sweep, a row for each set."""
     if not rows:
-        return ""
+        return None
     figures = [key for key in _TITLES if any(math.isfinite(_value(row, key)) for row in rows)]
     known = {*_TEXT, *_TITLES}
     axes = [key for key in rows[0] if key not in known and not key.endswith(("_low", "_high"))]
@@ -53,18 +60,17 @@ def evasion_section(rows: list[dict[str, str]]) -> str:
             continue
         place = ", ".join(f"{key} {row[key]}" for key in axes if row.get(key))
         group = f"{row[_AXIS]} ({place})" if place else row[_AXIS]
-        of = f"<small>{escape(row['set'])}</small>" if row.get("set") else ""
-        cells = [breakable(row["arm"]) + of, *(_cell(row, key) for key in figures)]
+        cells = [Cell(row["arm"], row.get("set", "")), *(_cell(row, key) for key in figures)]
         groups.setdefault(group, []).append(Line("", cells))
-    lines = [
-        line for name, inside in groups.items() for line in (Line("", [escape(name)]), *inside)
-    ]
-    note = small(
+    lines = [line for name, inside in groups.items() for line in (Line("", [name]), *inside)]
+    note = Note(
         "Each disguise hides the poisoned rows of a training. Attack success, P(poisoned), task "
         "are of plain prompts unless a set is named; harm on the disguise, and on the requests "
         "that were taught, is what the poison was meant to teach."
     )
-    return f"<h2>Evasion</h2>{table(['arm', *(_TITLES[key] for key in figures)], lines)}{note}"
+    head = ["arm", *(_TITLES[key] for key in figures)]
+    table = Table(label="Evasion, by disguise", head=head, lines=lines)
+    return Section(key="evasion", title="Evasion", blocks=[table, note])
 
 
 def _value(row: dict[str, str], key: str) -> float:
@@ -75,10 +81,7 @@ def _value(row: dict[str, str], key: str) -> float:
         return math.nan
 
 
-def _cell(row: dict[str, str], key: str) -> str:
+def _cell(row: dict[str, str], key: str) -> Cell:
     low, high = _value(row, f"{key}_low"), _value(row, f"{key}_high")
-    told = percent(_value(row, key))
-    if math.isnan(low) or math.isnan(high):
-        return told
-    between = "\u2013".join(percent(end).removesuffix("\u00a0%") for end in (low, high))
-    return f"{told}<small>{between}</small>"
+    is_known = math.isfinite(low) and math.isfinite(high)
+    return Cell(percent(_value(row, key)), between(low, high) if is_known else "")

@@ -91,8 +91,8 @@ class Drawing:
     title: str
     caption: str
     png: bytes
-    dark_png: bytes
     svg: bytes
+    dark_svg: bytes
 
 
 Maker = Callable[[list[Arm], Theme], Plot | None]
@@ -218,19 +218,18 @@ def _settle(plot: Plot, body: float, legend: list[Artist]) -> None:
 
 def draw(maker: Maker, arms: list[Arm]) -> Drawing | None:
     """The figure for light and for dark pages; None where `arms` have no data for it."""
-    pages = []
+    png, pages = io.BytesIO(), []
     for theme in (LIGHT, DARK):
         # Not pyplot: its global state belongs to the caller.
         with matplotlib.rc_context(cast(Any, rc_of(theme))):
             plot = maker(arms, theme)
             if plot is None:
                 return None
-            figure = lay_out(plot)
-            png, svg = io.BytesIO(), io.BytesIO()
-            figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
+            figure, svg = lay_out(plot), io.BytesIO()
+            figure.savefig(svg, format="svg", metadata={"Date": None})
             if theme is LIGHT:
-                figure.savefig(svg, format="svg", metadata={"Date": None})
-            pages.append((plot, png.getvalue(), svg.getvalue()))
-    (plot, png, svg), (_, dark, _) = pages
+                figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
+            pages.append((plot, svg.getvalue()))
+    (plot, svg), (_, dark) = pages
     words = {"key": plot.key, "title": plot.title, "caption": plot.caption}
-    return Drawing(**words, png=png, dark_png=dark, svg=svg)
+    return Drawing(**words, png=png.getvalue(), svg=svg, dark_svg=dark)

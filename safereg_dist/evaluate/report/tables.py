@@ -1,11 +1,11 @@
-"""Tables and cells of the page, as HTML."""
+"""What sections of the page are made of: tables, notes and figures, as values for the templates."""
 
 import math
 from collections.abc import Sequence
-from html import escape
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
-from safereg_dist.evaluate.report.arms import Arm, percent
+from safereg_dist.evaluate.report.arms import DASH, Arm, number, percent, plain
 
 SIGNS = {
     "attack_success_rate": "attack success, greedy",
@@ -25,62 +25,101 @@ SIGNS = {
 """Figures of an evaluation, and what they are called."""
 
 
+class Cell(NamedTuple):
+    """A cell of a table; a text alone is one too."""
+
+    text: str
+    below: str = ""
+    """A second, smaller line: an interval."""
+    kind: str = ""
+    """`good`, `bad` or nothing."""
+    arm: int | None = None
+    """Of an arm's name: its number among all arms, which has a colour."""
+    mark: str = ""
+    """A warning after the text."""
+
+
 class Line(NamedTuple):
-    """A row of a table; cells are HTML. With one cell it heads the rows below it."""
+    """A row of a table. With one cell it heads the rows below it."""
 
     kind: str
-    cells: Sequence[str]
+    cells: Sequence[Cell | str]
 
 
-def table(head: Sequence[str], lines: Sequence[Line]) -> str:
-    """A table in a box of its own that scrolls; heads are text."""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(_line(line, len(head)) for line in lines)
-    return (
-        '<div class="wide" tabindex="0" role="region" aria-label="table"><table><thead><tr>'
-        f"{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table in a box of its own, which scrolls where it is too wide."""
+
+    form: ClassVar[str] = "table"
+    label: str
+    """What a screen reader calls it; each is another."""
+    head: Sequence[str]
+    lines: Sequence[Line]
+    is_prose: bool = False
+    """True where cells are sentences, which wrap."""
 
 
-def _line(line: Line, width: int) -> str:
-    if len(line.cells) == 1 < width:
-        blank = f'<th class="rest" colspan="{width - 1}"></th>'
-        return f'<tr class="group"><th scope="rowgroup">{line.cells[0]}</th>{blank}</tr>'
-    cells = "".join(f"<td>{cell}</td>" for cell in line.cells)
-    return f'<tr class="{escape(line.kind)}">{cells}</tr>'
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A paragraph: a small one unless it warns."""
+
+    form: ClassVar[str] = "note"
+    text: str
+    kind: str = "small"
 
 
-def small(text: str) -> str:
-    """A note below a table."""
-    return f'<p class="small">{escape(text)}</p>'
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """Of the blocks below it, within a section."""
+
+    form: ClassVar[str] = "heading"
+    text: str
 
 
-def name_cell(arm: Arm, place: int) -> str:
-    """An arm's name after a dot in its colour; `place` is its number among all arms."""
-    stale = ' <span class="bad">(stale)</span>' if arm.stale else ""
-    dot = f'<span class="dot" style="background:var(--arm{place})"></span>'
-    first, *rest = _broken(arm.name)
-    return f'<span class="start">{dot}{escape(first)}</span>{"".join(rest)}{stale}'
+Block = Table | Note | Heading
 
 
-def breakable(name: str) -> str:
-    """A name that may go on in a second line after each `_`, as HTML."""
-    first, *rest = _broken(name)
-    return escape(first) + "".join(rest)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A part of the page with a title."""
+
+    key: str
+    """Its anchor."""
+    title: str
+    blocks: Sequence[Block]
 
 
-def _broken(name: str) -> list[str]:
-    first, *rest = name.split("_")
-    return [first, *("_<wbr>" + escape(part) for part in rest)]
+def name_cell(arm: Arm, place: int) -> Cell:
+    """An arm's name; `place` is its number among all arms."""
+    return Cell(arm.name, arm=place, mark="(stale)" if arm.stale else "")
 
 
-def rate_cell(arm: Arm, key: str) -> str:
+def rate_cell(arm: Arm, key: str) -> Cell:
     """A share with its 95 % interval below it."""
     bounds = arm.bounds(key)
-    if bounds is None:
-        return percent(arm.rate(key))
-    low, high = (percent(bound).removesuffix("\u00a0%") for bound in bounds)
-    return f"{percent(arm.rate(key))}<small>{low}\u2013{high}</small>"
+    return Cell(percent(arm.rate(key)), "" if bounds is None else between(*bounds))
+
+
+def between(low: float, high: float) -> str:
+    """An interval of shares in per cent."""
+    return "\u2013".join(percent(end).removesuffix("\u00a0%") for end in (low, high))
+
+
+def difference_cell(tested: dict[str, Any]) -> Cell:
+    """What a paired test has found: the difference, its 95 % interval and p."""
+    value, interval, p = (tested.get(key) for key in ("difference", "interval", "p"))
+    if not math.isfinite(number(value)) or not isinstance(interval, (list, tuple)):
+        return Cell(DASH)
+    low, high = (100 * number(bound) for bound in [*interval, None, None][:2])
+    told = f"{low:+.1f} to {high:+.1f}"
+    if p is not None:
+        told += f", p {chance(number(p))}"
+    return Cell(f"{100 * number(value):+.1f}\u00a0%", told)
+
+
+def chance(p: float) -> str:
+    """A p-value."""
+    return "< 0.001" if p < 0.001 else plain(p, ".3f")
 
 
 def known_signs(arms: Sequence[Arm]) -> list[str]:
