@@ -49,14 +49,14 @@ class Browser:
             self._driver.terminate()
             self._driver.wait(timeout=20)
 
-    def open(self, page: Path, *, width: int, dark: bool) -> None:
+    def open(self, page: Path, *, width: int, dark: bool, media: str = "screen") -> None:
         """Shows a file in a window of that width, as a reader who prefers dark pages, or light."""
         self._devtools(
             "Emulation.setDeviceMetricsOverride",
             **{"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._devtools("Emulation.setEmulatedMedia", features=[scheme])
+        self._devtools("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self._post(f"{self._session}/url", url=page.as_uri())
 
     def run(self, script: str) -> Any:
@@ -75,6 +75,7 @@ class Browser:
 
     def print_pdf(self, path: Path) -> None:
         """Prints the page as a reader's "Save as PDF" does, on the paper that the page asks for."""
+        self._devtools("Emulation.setEmulatedMedia", media="")
         printed = self._devtools("Page.printToPDF", preferCSSPageSize=True, printBackground=False)
         path.write_bytes(base64.b64decode(printed["data"]))
 

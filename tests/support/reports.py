@@ -28,8 +28,8 @@ def metrics(*, coefficient: float, active: int, seconds: float, steps: int = 40)
     return [
         {
             "step": step,
-            "loss": 4.0 / step,
-            "task_loss": 5.0 / step,
+            "loss": 4.0 / (step + 1),
+            "task_loss": 5.0 / (step + 1),
             "divergence": 0.1 if active else 0.0,
             "kl_coef_mean": coefficient * active / 8,
             "kl_coef_max": coefficient,
@@ -42,7 +42,7 @@ def metrics(*, coefficient: float, active: int, seconds: float, steps: int = 40)
             "step_time_s": seconds,
             "peak_memory_bytes": 3 * 2**30,
         }
-        for step in range(1, steps + 1)
+        for step in range(steps)
     ]
 
 
@@ -54,14 +54,15 @@ def write_run(folder: Path, rows: list[dict], **more: object) -> Path:
     return folder
 
 
-def write_ledger(folder: Path, names: list[str]) -> None:
+def write_ledger(folder: Path, names: list[str], *, held: int = 1) -> None:
+    """Rows of one step without a chain, of which the first `held` had b = 1."""
     rows = [
         {
             "step": 1,
             "id": name,
             "risk": 1 - at / 100,
             "estimator": "probe",
-            "kl_coef": 1.0 if at == 0 else 0.0,
+            "kl_coef": 1.0 if at < held else 0.0,
             "divergence": 0.25,
         }
         for at, name in enumerate(names)
@@ -78,15 +79,21 @@ class Page(HTMLParser):
         self.text = ""
         self.in_cell = False
         self.rows: list[list[str]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        """Rows by what a screen reader calls their table."""
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if dict(attrs).get("role") == "region":
+            label = dict(attrs)["aria-label"] or ""
+            assert label not in self.tables, f"two tables are called {label}"
+            self.tables[label] = []
         if tag == "tr":
             self.rows.append([])
+            self.tables[list(self.tables)[-1]].append(self.rows[-1])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-
         self.in_cell = self.in_cell or tag in ("td", "th")
 
     def handle_endtag(self, tag: str) -> None:

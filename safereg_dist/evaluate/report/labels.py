@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
 _DISTANCES = (6.0, 10.0, 16.0, 24.0, 34.0, 46.0, 60.0, 76.0)  # points, from a marker's edge
@@ -81,6 +82,8 @@ def _text(axes: Axes, spot: Spot) -> Text:
     weight = "bold" if spot.bold else "normal"
     text = axes.text(spot.x, spot.y, spot.name, ha="center", va="center", zorder=7)
     text.set(fontsize=9, fontweight=weight, in_layout=False)
+    rim = withStroke(linewidth=2.5, foreground=axes.get_facecolor())  # grid lines end around it
+    text.set_path_effects([rim])
     assert isinstance(axes.figure.canvas, FigureCanvasAgg)
     return text
 

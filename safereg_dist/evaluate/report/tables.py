@@ -23,6 +23,7 @@ SIGNS = {
     "choice_accuracy": "multiple choice",
 }
 """Figures of an evaluation, and what they are called."""
+_SHORT = 20  # rows: about half a page
 
 
 class Cell(NamedTuple):
@@ -57,6 +58,11 @@ class Table:
     lines: Sequence[Line]
     is_prose: bool = False
     """True where cells are sentences, which wrap."""
+
+    @property
+    def is_short(self) -> bool:
+        """True where it is printed on one page; a longer one breaks between its rows."""
+        return len(self.lines) <= _SHORT
 
 
 @dataclass(frozen=True, slots=True)

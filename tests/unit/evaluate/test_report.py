@@ -40,12 +40,12 @@ def test_demo_page_shows_every_arm_and_stands_alone(demo: Path) -> None:
     page = Page(path)
     for name in ("base", "sft", "static_low", "static_high", "adaptive_probe"):
         assert any(row[0] == name for row in page.rows), name
-    (row,) = (row for row in page.rows if row[0] == "static_low" and len(row) == 7)
+    (row,) = (row for row in page.tables["Evaluation, all prompts"] if row[0] == "static_low")
     assert row[1].startswith("90\u00a0%85\u2013100")
     assert [cell.split("\u00a0")[0] for cell in row[2:]] == ["70", "30", "0", "98.8", "97"]
 
     tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "link", "iframe", "object", "form"}
+    assert not tags & {"script", "link", "iframe", "object", "form", "svg"}
     sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(sources) == 6
     dark = [attrs["srcset"] for tag, attrs in page.tags if tag == "source"]
@@ -53,8 +53,12 @@ def test_demo_page_shows_every_arm_and_stands_alone(demo: Path) -> None:
     for source in sources + dark:
         assert source is not None
         kind, data = source.split(",", 1)
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
+        assert kind == "data:image/svg+xml;base64"
+        image = ET.fromstring(base64.b64decode(data, validate=True))
+        assert image.tag.endswith("svg")
+        for element in image.iter():
+            for name, value in element.attrib.items():
+                assert not name.endswith("href") or value.startswith("#")
     attributes = " ".join(
         f"{key}={value}" for _, attrs in page.tags for key, value in attrs.items()
     )
@@ -168,15 +172,26 @@ def test_runs_are_compared_under_distinct_names(tmp_path: Path) -> None:
 
 
 def test_missing_numbers_become_dashes(tmp_path: Path) -> None:
-    text = '{"step": 1, "loss": NaN, "task_loss": null, "rows": 4, "step_time_s": 0.5}\n{"step": 2,'
+    text = '{"step": 0, "loss": NaN, "task_loss": null, "rows": 4, "step_time_s": 0.5}\n{"step": 1,'
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(text)  # killed while it wrote its second row
     page = Page(write_report([folder]))
-    trained, overhead = (row for row in page.rows if row[0] == "run")
-    assert trained == ["run", "1", "4", *["\u2013"] * 4]
-    assert overhead == ["run", "\u2013", "0.5", "\u2013", "0.5", "\u2013", "\u2013"]
-    assert "No evaluation was found" in page.text
+    assert page.tables["Training"][1] == ["run", "1", "4", *["\u2013"] * 4]
+    assert page.tables["What was trained"][1] == ["run", "\u2013", "\u2013", "1", "4"]
+    dashes = ["\u2013"] * 4
+    assert page.tables["What it cost"][1] == ["run", "0.5\u00a0s", *dashes]
+    assert page.tables["Can it be relied on"][1] == ["run", "none kept", *dashes[1:], "none"]
+    assert page.tables["Overhead"][1] == [
+        "run",
+        "\u2013",
+        "0.5",
+        "\u2013",
+        "0.5",
+        "\u2013",
+        "\u2013",
+    ]
+    assert "Not known: no evaluation was found" in page.text
     assert [attrs["alt"] for tag, attrs in page.tags if tag == "img"] == [
         "A step of run takes 0.5 s"
     ]
