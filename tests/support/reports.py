@@ -71,9 +71,9 @@ def write_ledger(folder: Path, names: list[str], *, held: int = 1) -> None:
 
 
 class Page(HTMLParser):
-    """Collects what a browser would see."""
+    """Collects what a browser would see of a file, or of a page's text."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, page: Path | str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
@@ -81,7 +81,7 @@ class Page(HTMLParser):
         self.rows: list[list[str]] = []
         self.tables: dict[str, list[list[str]]] = {}
         """Rows by what a screen reader calls their table."""
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(page if isinstance(page, str) else page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))

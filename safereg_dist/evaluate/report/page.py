@@ -61,7 +61,8 @@ def write_report(run_dirs: list[Path], *, out: Path | None = None, key: Key | No
         stem = page.with_name(f"{page.stem}-{drawing.key}")
         write_atomically(stem.with_suffix(".png"), drawing.png)
         write_atomically(stem.with_suffix(".svg"), drawing.svg)
-    write_atomically(page, _page(arms, drawings, [row for rows in tables.values() for row in rows]))
+    evasion = [row for rows in tables.values() for row in rows]
+    write_atomically(page, render(arms, drawings, evasion))
     return page
 
 
@@ -74,7 +75,8 @@ def draw_all(arms: list[Arm]) -> list[Drawing]:
     return [drawing for drawing in made if drawing is not None]
 
 
-def _page(arms: list[Arm], drawings: list[Drawing], evasion: list[dict[str, str]]) -> str:
+def render(arms: list[Arm], drawings: list[Drawing], evasion: list[dict[str, str]]) -> str:
+    """The page as HTML, of arms, their figures and the rows of a table of disguises."""
     sections = [
         evaluated.evaluation_section(arms),
         evaluated.law_section(arms),

@@ -234,7 +234,7 @@ def _recorded(arm: Arm, what: str) -> Cell:
         return Cell(DASH)
     part = 100 * number(as_object(arm.profile.get("safety_path")).get(f"{what}_share"))
     below = f"safety {percent(part)}" if math.isfinite(part) else ""
-    return Cell(amount(total, "B" if what == "bytes" else ""), below)
+    return Cell(amount(total, "B" if what == "bytes" else "FLOP"), below)
 
 
 def amount(value: float, unit: str) -> str:
@@ -242,7 +242,7 @@ def amount(value: float, unit: str) -> str:
     if not math.isfinite(value):
         return DASH
     power = min(int(math.log10(abs(value)) // 3), len(_UNITS) - 1) if abs(value) >= 1 else 0
-    return f"{value / 1000**power:.3g}\u00a0{_UNITS[power]}{unit}".rstrip()
+    return f"{value / 1000**power:.3g}\u00a0{_UNITS[power]}{unit}"
 
 
 def duration(seconds: float) -> str:
