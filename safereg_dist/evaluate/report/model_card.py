@@ -120,7 +120,7 @@ def _is_on_hub(name: Any) -> bool:
 
 def _section(arm: Arm, base: Arm | None) -> str:
     templates = Environment(
-        loader=PackageLoader(__package__),
+        loader=PackageLoader("safereg_dist.evaluate.report"),
         autoescape=False,  # this is Markdown: `finalize` escapes what it would obey
         finalize=_escaped,
         undefined=StrictUndefined,

@@ -90,7 +90,7 @@ def render(arms: list[Arm], drawings: list[Drawing], evasion: list[dict[str, str
         trained.provenance_section(arms),
     ]
     templates = Environment(
-        loader=PackageLoader(__package__),
+        loader=PackageLoader("safereg_dist.evaluate.report"),
         autoescape=True,
         undefined=StrictUndefined,
         keep_trailing_newline=True,
