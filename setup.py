@@ -40,6 +40,7 @@ EXTRAS = {
         "wandb",
         "mlflow-skinny",
         "cryptography>=42",
+        "pypdf>=6",  # reads the printed report back
         "pytest>=8",
         "pytest-xdist>=3",
         "hypothesis",
