@@ -18,6 +18,7 @@ from support.reports import (
     Page,
     evaluation,
     metrics,
+    page_of,
     write_demo,
     write_ledger,
     write_run,
@@ -77,7 +78,7 @@ def test_sets_and_classes_have_tables_of_their_own(tmp_path: Path) -> None:
     ours = evaluation(0.1, 0.2, 0.9) | {"sets": sets, "kinds": {HOSTILE: sets["orders"]}}
     run = write_run(tmp_path / "run", rows)
     (run / "eval.json").write_text(json.dumps(ours))
-    page = Page(write_report([run]))
+    page = page_of(run)
     begin = page.rows.index(["orders", ""])
     assert page.rows[begin - 1 : begin + 5] == [
         ["arm", "attack success, greedy"],
@@ -102,7 +103,7 @@ def test_differences_prompt_by_prompt(tmp_path: Path) -> None:
     others = {HOSTILE: {"differences": differences}, "junk": 3}
     run = write_run(tmp_path / "run", rows)
     (run / "eval.json").write_text(json.dumps(evaluation(0.1, 0.2, 0.9) | {"against": others}))
-    page = Page(write_report([run]))
+    page = page_of(run)
     found = [row for row in page.rows if row[0].startswith("run \u2212")]
     assert found == [
         [
@@ -151,7 +152,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     ours = write_run(tmp_path / "a & b <i>", metrics(coefficient=1.0, active=2, seconds=1.0))
     write_ledger(ours, [HOSTILE])
     (ours / "eval.json").write_text(json.dumps({**evaluation(0.1, 0.2, 0.9), "model": HOSTILE}))
-    page = Page(write_report([ours]))
+    page = page_of(ours)
     assert HOSTILE in page.text
     assert "a & b <i>" in page.text
     assert not {tag for tag, _ in page.tags} & {"script", "i"}

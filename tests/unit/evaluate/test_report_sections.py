@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.reports import HOSTILE, Page, evaluation, metrics, write_run
+from support.reports import HOSTILE, Page, evaluation, metrics, page_of, write_run
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.evaluate.report import write_report
@@ -52,7 +52,7 @@ def test_an_evaluation_of_an_earlier_training_is_called_stale(tmp_path: Path) ->
     assert read_arms([copy], may_be_empty=set())[0].stale == ""
 
     (run / "summary.json").write_text(json.dumps({"seconds": 3.5, "steps": 6}))
-    page = Page(write_report([run]))
+    page = page_of(run)
     assert "The evaluation of run is stale: the run was trained again after this" in page.text
     assert any(row[0] == "run (stale)" for row in page.rows)
     (run / "summary.json").unlink()  # it is being trained again
@@ -123,7 +123,7 @@ def write_true_ledger(folder: Path, seed: int) -> list[LedgerRow]:
 def test_the_rows_held_back_most_often(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ROWS)
     rows = write_true_ledger(run, seed=5)
-    shown = table(Page(write_report([run])), "times held back")[1:]
+    shown = table(page_of(run), "times held back")[1:]
     names = {row.id for row in rows if row.kl_coef > 0 and row.estimator != "anchor"}
     expected = []
     for name in names:
@@ -141,12 +141,12 @@ def test_the_rows_held_back_most_often(tmp_path: Path) -> None:
 def test_the_chain_of_the_ledger_is_verified(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ROWS)
     write_true_ledger(run, seed=6)
-    page = Page(write_report([run]))
+    page = page_of(run)
     assert any(row[1:] and row[1].startswith("holds: 48 rows, head ") for row in page.rows)
     assert "run: trained with torch 9.9.9" in page.text
     text = (run / "ledger.jsonl").read_text()
     (run / "ledger.jsonl").write_text(text.replace('"risk":0.9', '"risk":0.1', 1))
-    page = Page(write_report([run]))
+    page = page_of(run)
     (told,) = (row[1] for row in page.rows if len(row) == 2 and row[0] == "run")
     assert told.startswith("does NOT hold")
     assert ":" in told
@@ -170,7 +170,7 @@ def test_divergence_is_weighed_by_tokens(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", rows)
     (run / "config.yaml").write_text("regularizer: {schedule: budget, budget: 0.125}\n")
     nats = 10 * 0.5 + 30 * 0.1 + 20 * 0.2 + 5 * 0.4 + 3.0
-    assert table(Page(write_report([run])), "nats in all")[1] == [
+    assert table(page_of(run), "nats in all")[1] == [
         *("run", "66", f"{nats:.3g}", f"{nats / 66:.3g}", "3", "0.125")
     ]
 
@@ -181,7 +181,7 @@ def test_overhead_is_against_the_arm_without_a_reference(tmp_path: Path) -> None
         write_run(tmp_path / "sft", free, summary={"seconds": 1.5}),
         write_run(tmp_path / "ours", ROWS, summary={"seconds": 4.5}),
     ]
-    shown = table(Page(write_report(runs)), "reference rows")
+    shown = table(page_of(*runs), "reference rows")
     assert shown[0][3] == "times a step of sft"
     assert shown[1][:6] == ["sft", "0\u00a0%", "0.25", "1.00", "1", "1.5"]
     assert shown[2][:6] == ["ours", "25\u00a0%", "0.5", "2.00", "3", "4.5"]
@@ -201,7 +201,7 @@ def test_probes_are_found_through_the_configuration(tmp_path: Path, where: str) 
     if where == "a part":
         risk = {"estimator": "max", "parts": [{"category": "c", **risk}], "path": None}
     (run / "config.yaml").write_text(json.dumps({"risk": risk}))
-    page = Page(write_report([run]))
+    page = page_of(run)
     if where == "gone":
         assert "AUROC" not in page.text
         return
@@ -223,7 +223,7 @@ def test_forms_of_attack_stand_by_set(tmp_path: Path) -> None:
         "tasks": {"task_score": 1.0, "attacks": {}},
     }
     figures = evaluation(0.1, 0.2, 0.9) | {"sets": sets} | under(0.375)
-    page = Page(write_report([write_run(tmp_path / "run", ROWS, eval=figures)]))
+    page = page_of(write_run(tmp_path / "run", ROWS, eval=figures))
     shown = table(page, "role_play")
     assert shown[0] == ["arm", "as asked", "role_play", HOSTILE]
     assert shown[1][0] == "all sets"

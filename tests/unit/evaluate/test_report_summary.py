@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.reports import HOSTILE, Page, metrics, write_run
+from support.reports import HOSTILE, metrics, page_of, write_run
 
 from safereg_dist.evaluate.report.arms import Arm
-from safereg_dist.evaluate.report.page import render
 from safereg_dist.evaluate.report.reading import read_arms
 from safereg_dist.evaluate.report.summary import amount, duration, lead_of, verdict
 from safereg_dist.run.ledger import RankLedger, merge_ledgers
@@ -27,12 +26,6 @@ from safereg_dist.types import LedgerRow
 
 ROWS = metrics(coefficient=1.0, active=2, seconds=0.5, steps=6)
 GREEDY, SAMPLED = "attack_success_rate", "attack_success_rate_sampled"
-
-
-def page_of(run: Path, key: str | None = None) -> Page:
-    """The page without figures, which other tests look at."""
-    checking = None if key is None else checking_key(key)
-    return Page(render(read_arms([run], may_be_empty=set(), key=checking), [], []))
 
 
 # ---- did safety hold
@@ -221,7 +214,7 @@ def test_the_page_says_why_without_texts(tmp_path: Path) -> None:
 
 
 def relied_on(run: Path, key: str | None = None) -> list[str]:
-    return page_of(run, key).tables["Can it be relied on"][1][1:]
+    return page_of(run, key=key).tables["Can it be relied on"][1][1:]
 
 
 def test_what_went_wrong_is_told(tmp_path: Path) -> None:
