@@ -148,11 +148,11 @@ def _read_metrics(path: Path) -> dict[str, np.ndarray]:
 
 def _alerts(folder: Path, summary: dict[str, Any]) -> dict[str, int]:
     """How often each alert was raised: as the summary counts them, else as `alerts.jsonl` has."""
-    counted = summary.get("alerts")
+    counted = as_object(summary.get("tracking")).get("alerts")
     if isinstance(counted, dict):
         return {str(k): int(number(n)) for k, n in counted.items() if 0 < number(n) < math.inf}
-    rows = read_lines(folder / "alerts.jsonl")
-    return dict(Counter(str(row.get("what") or row.get("name") or "alert") for row in rows))
+    rows = read_lines(folder / "alerts.jsonl", may_be_bad=True)
+    return dict(Counter(str(row["alert"]) for row in rows if "alert" in row))
 
 
 def _read_probes(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -139,7 +139,7 @@ def written(folder: Path, *, seed: int = 3, key: str | None = None) -> list[Ledg
         "checkpoints": {"saved": 3, "seconds": 1.0, "damaged": 2},
         "rank_changes": [{"step": 3, "before": 4, "now": 2}],
         "non_finite_steps": 1,
-        "alerts": {"held_back": 4, "divergence": 0},
+        "tracking": {"to": [], "alerts": {"held_back": 4, "divergence": 0}},
     }
     signing = checking_key(key) if key else None
     write_signed(folder / "summary.json", json.dumps(summary).encode(), signing)
@@ -225,7 +225,7 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
 
 def test_alerts_are_counted_in_their_file_where_no_summary_has_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ROWS)
-    (run / "alerts.jsonl").write_text('{"what": "divergence"}\n{"what": "divergence"}\n{"wh')
+    (run / "alerts.jsonl").write_text('{"alert": "divergence"}\n{"alert": "divergence"}\n{"al')
     assert relied_on(run)[-1] == "divergence 2"
 
 
