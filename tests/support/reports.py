@@ -109,10 +109,15 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def page_of(*runs: Path, key: str | None = None) -> Page:
+def html_of(*runs: Path, key: str | None = None) -> str:
     """The page without figures, which take a second each and have tests of their own."""
     checking = None if key is None else checking_key(key)
-    return Page(render(read_arms(list(runs), may_be_empty=set(), key=checking), [], []))
+    return render(read_arms(list(runs), may_be_empty=set(), key=checking), [], [])
+
+
+def page_of(*runs: Path, key: str | None = None) -> Page:
+    """What a browser would see of it."""
+    return Page(html_of(*runs, key=key))
 
 
 def write_demo(folder: Path) -> Path:
