@@ -144,7 +144,9 @@ TARGETS = {
         "out/summary.json", mutations.of_either, ("ledger", "verify", "out"), "ran"
     ),
     **{
-        f"report of {name}": Target(f"out/{name}", mutate, ("report", "out"), "ran")
+        f"report of {name}": Target(
+            f"out/{name}", mutate, ("report", "out", "--model-card", "out/card.md"), "ran"
+        )
         for name, mutate in {
             "metrics.jsonl": mutations.of_lines,
             "ledger.jsonl": mutations.of_lines,
