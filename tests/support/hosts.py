@@ -124,7 +124,9 @@ class Hosts:
     def rank_processes(self, host: int) -> list[int]:
         """Process ids, as the host counts them, of the ranks that run there."""
         found = self.run(host, "pgrep", "-f", f"^{sys.executable} .*{FINETUNE.name}").output.split()
-        launching = self.run(host, "pgrep", "-f", r"deepspeed\.launcher|torch\.distributed\.run")
+        launching = self.run(
+            host, "pgrep", "-f", r"deepspeed\.launcher|torch\.distributed\.run|bin/torchrun"
+        )
         return sorted({int(pid) for pid in found} - {int(pid) for pid in launching.output.split()})
 
     def has_ranks(self) -> bool:
@@ -241,7 +243,7 @@ def _commands(
             *("mpirun", "--allow-run-as-root", "-n", str(count * ranks)),
             *("--hostfile", str(hostfile), "--bind-to", "none"),
             *("--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"),
-            # Its daemons notice a silent host after 50 s, after the ranks have, and not eight minutes.
+            # Its daemons notice a silent host after 50 s, when the ranks have spoken; else after 480.
             *("--mca", "oob_tcp_keepalive_time", "10", "--mca", "oob_tcp_keepalive_intvl", "5"),
             *("--mca", "oob_tcp_keepalive_probes", "8"),
             *(word for name in names for word in ("-x", name)),
