@@ -243,7 +243,7 @@ def _commands(
             *("mpirun", "--allow-run-as-root", "-n", str(count * ranks)),
             *("--hostfile", str(hostfile), "--bind-to", "none"),
             *("--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"),
-            # Its daemons notice a silent host after 50 s, when the ranks have spoken; else after 480.
+            # Its daemons notice a silent host after 50 s, when ranks have spoken; else after 480.
             *("--mca", "oob_tcp_keepalive_time", "10", "--mca", "oob_tcp_keepalive_intvl", "5"),
             *("--mca", "oob_tcp_keepalive_probes", "8"),
             *(word for name in names for word in ("-x", name)),
