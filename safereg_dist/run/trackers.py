@@ -1,7 +1,7 @@
 """TensorBoard, Weights & Biases and MLflow: each told of a run's steps in its own words.
 
 Names are those that transformers' Trainer reports under, so that runs of both lie in one chart:
-`train/loss`, `train/learning_rate`, `train/safereg/divergence`; MLflow has them without `train/`.
+`train/loss`, `train/learning_rate`, `train/safereg/divergence`; in MLflow without `train/`.
 What runs here runs in a thread of its own (`tracking`): it may fail, and may take its time.
 """
 
@@ -153,8 +153,8 @@ class WeightsAndBiases:
             config=dict(run.settings),
             reinit="create_new",
             settings=wandb.Settings(
-                # Nothing of the machine, its users or its programs; and no question for a key,
-                # which would wait for an answer in the middle of training.
+                # No output, program, repository or machine, and no question for a key, which would
+                # wait for an answer in the middle of training.
                 console="off",
                 disable_code=True,
                 disable_git=True,
@@ -231,8 +231,7 @@ class Mlflow:
         if step <= self._told:
             return
         now = int(time.time() * 1000)
-        named = {name.removeprefix("train/"): value for name, value in values.items()}
-        metrics = [Metric(name, value, now, step) for name, value in named.items()]
+        metrics = [Metric(_plain(name), value, now, step) for name, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def alert(self, step: int, text: str) -> None:
@@ -245,6 +244,11 @@ class Mlflow:
             self._client.update_run(self._id, status="SCHEDULED")
         else:
             self._client.set_terminated(self._id, "FAILED" if status else "FINISHED")
+
+
+def _plain(name: str) -> str:
+    """The name under which the Trainer tells MLflow of a metric."""
+    return name.removeprefix("train/").replace("eval/", "eval_")
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,26 +25,26 @@ def parse_json(text: str | bytes) -> Any:
         raise json.JSONDecodeError("a number of too many digits", "", 0) from err
 
 
-def json_objects(path: Path, begin: int = 0) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a file of JSON lines from byte `begin` on, also while it is written.
+def json_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a file of JSON lines, also while it is written.
 
     A last line without its end, and lines that hold something else, are left out; a file that is
     not there has none.
     """
     try:
         with path.open("rb") as file:
-            file.seek(begin)
             for line in file:
-                found = _object(line) if line.endswith(b"\n") else None
+                found = json_object(line)
                 if found is not None:
                     yield found
     except OSError:
         return
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """The object of a whole line, with its end; None where it is cut or holds something else."""
     try:
-        found = parse_json(line)
+        found = parse_json(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
