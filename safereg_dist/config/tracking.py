@@ -15,9 +15,9 @@ class Band(Section):
     """Where a number of each step should be."""
 
     min: float | None = Field(default=None, json_schema_extra=ASIDE)
-    """Smallest value that raises no alert; null = none, but as the section says."""
+    """Smallest value that raises no alert; null = none, or what the section says."""
     max: float | None = Field(default=None, json_schema_extra=ASIDE)
-    """Largest value that raises no alert; null = none, but as the section says."""
+    """Largest value that raises no alert; null = none, or what the section says."""
     steps: int = Field(default=3, ge=1, json_schema_extra=ASIDE)
     """Steps in a row outside the band that make an alert, >= 1."""
 
