@@ -50,13 +50,17 @@ _OF_THE_TRAINER = {
 }
 _ADDRESS = re.compile(r"(?<=://)[^/@\s]*@|(?<=\?)\S+")  # who asks, and the query: both may be keys
 
+_LOG = logging.getLogger("safereg_dist")  # for the rank's log alone, which sees every record
+_LOG.addHandler(logging.NullHandler())
+_LOG.propagate = False
+
 Number = float | int
 
 
 def warn(text: str) -> None:
     """One line on the screen, beside a progress bar, and in this rank's log."""
-    with tqdm.external_write_mode(file=sys.stderr):
-        logging.getLogger("safereg_dist").warning("safereg: %s", text)
+    tqdm.write(f"safereg: {text}", file=sys.stderr)
+    _LOG.warning("safereg: %s", text)
 
 
 class Tracking:
