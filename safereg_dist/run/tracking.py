@@ -37,7 +37,7 @@ from safereg_dist.storage.json_text import json_objects, parse_json
 TRACKING_NAME = "tracking.json"
 BACKLOG = 10_000
 """Steps that a tracker may be behind; a step's row is a few kilobytes."""
-CLOSE_S = 30.0
+CLOSE_S = 15.0
 """How long the end of a run waits for trackers that are behind, all together."""
 _OF_THE_TRAINER = {
     "loss": "train/loss",
@@ -88,9 +88,11 @@ class Tracking:
         self._alerts: Alerts | None = None
         self._file: AlertFile | None = None
         self._counts: Counter[str] = Counter()
+        self._dropped: dict[str, str] = {}
         if not is_main:
             return
         self._memory = _Memory(self._folder / TRACKING_NAME, total_steps)
+        self._dropped = self._memory.dropped
         if self._config.alerts is not None:
             self._alerts = Alerts(
                 self._config.alerts, rows_per_step=rows_per_step, held_back=held_back
@@ -148,9 +150,12 @@ class Tracking:
         self._followers = []
 
     def facts(self) -> dict[str, Any]:
-        """For `summary.json`: who was told, who was dropped and why, alerts by name."""
-        dropped = self._memory.dropped
-        return {"to": list(self._config.to), "dropped": dropped, "alerts": dict(self._counts)}
+        """For `summary.json`, on the main rank: who was told, who was dropped, alerts by name."""
+        return {
+            "to": list(self._config.to),
+            "dropped": dict(self._dropped),
+            "alerts": dict(self._counts),
+        }
 
     def _drop(self, name: str, err: BaseException) -> None:
         reason = f"{type(err).__name__}: {reason_of(err)}"

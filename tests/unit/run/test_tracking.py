@@ -294,4 +294,5 @@ def test_other_ranks_tell_nobody(tmp_path):
         told.write(row_of(0, loss=math.nan))
         told.finish(0)
     assert not told.wants_stop
+    assert told.facts()["alerts"] == {}
     assert not (tmp_path / "run").exists()

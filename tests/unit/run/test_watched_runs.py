@@ -11,7 +11,6 @@ import pty
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from support.builders import random_rows, save_model, tiny_model, write_jsonl, write_run
@@ -165,7 +164,7 @@ def test_watch_follows_a_run_in_a_terminal(tmp_path):
     config = write_run(
         tmp_path,
         rows=8,
-        train={"steps": 30, "precision": "fp32", "micro_batch_size": 2, "save_every": 10},
+        train={"steps": 60, "precision": "fp32", "micro_batch_size": 2, "save_every": 20},
         engine={"name": "single"},
         output_dir=str(out),
     )
@@ -178,24 +177,21 @@ def test_watch_follows_a_run_in_a_terminal(tmp_path):
     seen = b""
     while b"waiting" not in seen:
         seen += os.read(terminal, 1000)
-    done = subprocess.run(
-        [sys.executable, str(FINETUNE), str(config)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    bar = re.findall(
-        r"loss=[\d.]+, risky=\d+%, kl_coef=[\d.]+, reference=\d+%, tokens/s=", done.stderr
-    )
-    assert bar
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
+    with (tmp_path / "bar").open("wb") as sink:
+        trained = subprocess.Popen([sys.executable, str(FINETUNE), str(config)], stderr=sink)
+    while True:
         try:
             seen += os.read(terminal, 10_000)
         except OSError:  # it has ended
             break
+    assert trained.wait(30) == 0
+    shown = r"loss=[\d.]+, risky=\d+%, kl_coef=[\d.]+, reference=\d+%, tokens/s="
+    assert re.search(shown, (tmp_path / "bar").read_text())
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
-    assert re.search(r"running.*\n?.*step \d+ of 30, about 0:00:\d\d left", text.replace("\r", ""))
-    last = text[text.rindex("step 30 of 30") :]
-    assert "checkpoints: 2, the newest step-00000020" in last
-    assert re.search(r"loss +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ [\u2581-\u2588]{30}", last)
+    running = r"  running  [^\n]*\n(?:[^\n]*\n)?step \d+ of 60, about 0:00:\d\d left"
+    assert re.search(running, text.replace("\r", ""))
+    last = text[text.rindex("step 60 of 60") :]
+    assert "checkpoints: 2, the newest step-00000040" in last
+    assert re.search(r"loss +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\u2581-\u2588]{40}", last)
     assert "complete" in text
