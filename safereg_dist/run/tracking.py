@@ -144,9 +144,7 @@ class Tracking:
             follower.put("close", status)
         end = time.monotonic() + CLOSE_S
         for follower in self._followers:
-            follower.join(max(0.0, end - time.monotonic()))
-            if follower.is_alive():
-                follower.give_up(TimeoutError(f"not done {CLOSE_S:.0f} s after the last step"))
+            follower.wait(end)
         self._followers = []
 
     def facts(self) -> dict[str, Any]:
@@ -202,6 +200,13 @@ class _Follower(threading.Thread):
             has_ended, self._has_ended = self._has_ended, True
         if not has_ended:
             self._drop(self._label, err)
+
+    def wait(self, end: float) -> None:
+        """Waits for the tracker to have done it all, until `end` of the monotonic clock."""
+        if not self._has_ended:
+            self.join(max(0.0, end - time.monotonic()))
+        if self.is_alive():
+            self.give_up(TimeoutError(f"not done {CLOSE_S:.0f} s after the last step"))
 
     def run(self) -> None:
         """Opens the tracker, and hands it what is queued."""

@@ -194,7 +194,7 @@ def test_one_that_fails_is_dropped_with_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_one_that_hangs_holds_no_step_up(tmp_path, monkeypatch, silent_server):
-    monkeypatch.setattr(tracking, "CLOSE_S", 1.0)
+    monkeypatch.setattr(tracking, "CLOSE_S", 5.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
     config = config_of(tmp_path, "mlflow", "tensorboard")
     began = time.monotonic()
