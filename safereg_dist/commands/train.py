@@ -52,7 +52,8 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     ranks = backend.ranks
     try:
         with ranks.together():
-            require_trackers(config.tracking)
+            if ranks.is_main:
+                require_trackers(config.tracking)
         with claimed(config, ranks, writes=not dry_run) as is_done:
             if is_done and not dry_run:
                 if ranks.is_main:
