@@ -1,7 +1,9 @@
 """`safereg watch`: follows the run in a folder, from any machine that sees it."""
 
 import argparse
+import io
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -42,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Shows the run until it is complete, or Ctrl-C; 0."""
     from rich.console import Console
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few characters
     console = Console(highlight=False)
     try:
         _follow(console, arguments.run_dir, every_s=arguments.every, once=arguments.once)

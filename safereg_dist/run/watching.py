@@ -113,11 +113,18 @@ def look_at(folder: Path, tail: MetricsTail) -> RunView:
         step=step,
         total_steps=total,
         seconds_left=left,
-        checkpoints=sorted(path.name for path in (folder / "checkpoint").glob("step-*")),
+        checkpoints=checkpoints_in(folder),
         alerts=[printable(alert["text"], 200) for alert in read_alerts(folder / ALERTS_NAME)],
         warnings=warnings_in(folder / "logs"),
         dropped={printable(k, 40): printable(v, 200) for k, v in known["dropped"].items()},
     )
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    """The names of a run's checkpoints, oldest first; also of a run that the Trainer drives."""
+    found = [*folder.glob("checkpoint/step-*"), *folder.glob("checkpoint-*")]
+    steps = {path.name: path.name.rpartition("-")[2] for path in found}
+    return sorted((name for name in steps if steps[name].isdecimal()), key=lambda n: int(steps[n]))
 
 
 def state_of(folder: Path) -> tuple[str, str]:

@@ -94,6 +94,9 @@ def test_tensorboard_shows_steps_that_are_run_again_once(tmp_path):
     found = board.Scalars("train/safereg/divergence")
     assert [(e.step, e.value) for e in found] == [(s, pytest.approx(s / 7)) for s in range(8)]
     assert [e.value for e in board.Scalars("eval/loss")] == [2.0] * 8
+    (said,) = board.Tensors("alerts/text_summary")
+    assert said.step == 2
+    assert b"alert at step 2: non_finite 1 is above 0" in said.tensor_proto.string_val[0]
     assert facts == {"to": ["tensorboard"], "dropped": {}, "alerts": {"non_finite": 1}}
 
 

@@ -17,7 +17,7 @@ import pytest
 from safereg_dist.cli import main
 from safereg_dist.commands.watch import sparkline
 from safereg_dist.run.lock import STALE_S, RunLock, holder_of
-from safereg_dist.run.watching import MetricsTail, look_at, state_of
+from safereg_dist.run.watching import MetricsTail, checkpoints_in, look_at, state_of
 
 
 def line(step, **more):
@@ -183,6 +183,32 @@ def test_folders_without_a_run_and_with_damage(folder, show):
     (folder / "logs").touch()
     (folder / "checkpoint").touch()
     assert "checkpoints: 0" in show(folder)
+
+
+def test_output_of_few_characters(folder):
+    """No terminal, and none of the letters of the folder's name, nor blocks."""
+    named = folder / "r\u00e9sum\u00e9"
+    named.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (folder / name).rename(named / name)
+    done = subprocess.run(
+        [sys.executable, "-m", "safereg_dist", "watch", str(named), "--once"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        encoding="ascii",
+        check=True,
+    )
+    assert "r\\xe9sum\\xe9" in done.stdout
+    assert "loss 1.7 1.85 1.7 2 #+-_" in " ".join(done.stdout.split())
+    assert "\x1b" not in done.stdout
+
+
+def test_checkpoints_of_both_loops(tmp_path):
+    names = ["checkpoint-100", "checkpoint-20", "checkpoint-old", "checkpoint/step-00000003"]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    assert checkpoints_in(tmp_path) == ["step-00000003", "checkpoint-20", "checkpoint-100"]
 
 
 def test_what_is_asked_of_every(capsys):
