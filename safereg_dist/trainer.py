@@ -128,17 +128,18 @@ def train(run: Run, found: Found | None) -> int:
     )
     last_row: dict[str, float | int] = {}
     stop = False
-    tracking = _tracking(run, progress)
     stops = stop_requests(folder, looks=run.ranks.is_main)
-    with log, tracking, stops as is_stop_requested, _bar(run, progress) as bar:
+    with (
+        log,
+        _tracking(run, progress) as tracking,
+        stops as is_stop_requested,
+        _bar(run, progress) as bar,
+    ):
         if before is not None and before.world_size != run.ranks.world_size:
             log.write_change(progress.step, before.world_size, run.ranks.world_size)
         while progress.step < run.sources.total_steps:
             with profiler.step(progress.step):
-                last_row, stop = _logged_step(
-                    run, progress, log, lambda: is_stop_requested() or tracking.wants_stop
-                )
-            tracking.write(last_row)
+                last_row, stop = _logged_step(run, progress, log, tracking, is_stop_requested)
             _show(bar, last_row)
             if stop or _is_save_due(run, progress):
                 _save(run, progress, folder, log)
@@ -156,7 +157,11 @@ def train(run: Run, found: Found | None) -> int:
 
 
 def _logged_step(
-    run: Run, progress: Progress, log: RunLog, is_stop_requested: Callable[[], bool]
+    run: Run,
+    progress: Progress,
+    log: RunLog,
+    tracking: Tracking,
+    is_stop_requested: Callable[[], bool],
 ) -> tuple[dict[str, float | int], bool]:
     """One optimizer step of the run, logged: its row of metrics, and whether to stop."""
     started = time.perf_counter()
@@ -169,7 +174,10 @@ def _logged_step(
         step=step,
         lr=lr,
         in_first_epoch=sources.in_first_epoch(step),
-        flags=lambda: {"stop_requested": is_stop_requested(), "log_failed": log.error is not None},
+        flags=lambda: {
+            "stop_requested": is_stop_requested() or tracking.wants_stop,
+            "log_failed": log.error is not None,
+        },
     )
     if totals.flags["log_failed"]:
         run.ranks.raise_together(log.error)
@@ -182,6 +190,7 @@ def _logged_step(
     if run.config.reference.cache is not None:
         row["reference_misses"] = int(totals.sums["reference_misses"])
     log.write(row, totals.ledger_rows)
+    tracking.write(row)
     _count_non_finite(progress, update)
     return row, totals.flags["stop_requested"]
 

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 from safereg_dist.config import TrackingConfig
 from safereg_dist.errors import ConfigError
 
@@ -163,6 +165,8 @@ class WeightsAndBiases:
                 silent=True,
             ),
         )
+        if self._wandb.url:
+            tqdm.write(f"wandb: {self._wandb.url}")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A row of its history."""

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -177,7 +177,9 @@ class Tracking:
 class _Follower(threading.Thread):
     """A tracker in a thread of its own, behind a queue that training never waits for."""
 
-    def __init__(self, name: str, tracker: Tracker, drop: Any) -> None:
+    def __init__(
+        self, name: str, tracker: Tracker, drop: Callable[[str, BaseException], None]
+    ) -> None:
         super().__init__(name=f"tracker {name}", daemon=True)
         self._label, self._tracker, self._drop = name, tracker, drop
         self._queue: queue.Queue[tuple[str, tuple[Any, ...]]] = queue.Queue(BACKLOG)
