@@ -37,7 +37,7 @@ from safereg_dist.storage.json_text import json_objects, parse_json
 TRACKING_NAME = "tracking.json"
 BACKLOG = 10_000
 """Steps that a tracker may be behind; a step's row is a few kilobytes."""
-CLOSE_S = 30.0
+CLOSE_S = 60.0
 """How long the end of a run waits for trackers that are behind, all together."""
 _OF_THE_TRAINER = {
     "loss": "train/loss",

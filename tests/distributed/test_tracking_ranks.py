@@ -1,5 +1,5 @@
 """Claimed: two ranks under the deepspeed launcher train the same bits with all trackers and an
-alert that stops them as without; both end and go on together, and each tracker has each step once.
+alert that stops them as without; both end and go on together, each tracker has each step once.
 A tracker whose package is missing is refused by all ranks before anything is loaded, in one line.
 
 Exact. Trackers are read back with their own readers.
@@ -53,7 +53,7 @@ def test_ranks_that_are_tracked(tmp_path, launch, monkeypatch):
     # It is outside the band still, so no new alert ends the second start.
     shares = [row["risky_fraction"] for row in lines(tmp_path / "plain" / "metrics.jsonl")]
     assert min(shares) > 0
-    done = launch(FINETUNE, config, *tracked, ranks=2, launcher="deepspeed", env=OFFLINE)
+    done = launch(FINETUNE, config, *tracked, ranks=2, env=OFFLINE)
     assert done.status == 0, done.output[-3000:]
     assert result(out) == result(tmp_path / "plain")
     metrics = lines(out / "metrics.jsonl")
