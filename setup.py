@@ -70,8 +70,8 @@ setup(
         "safereg_dist.demo": ["demo.yaml"],
         "safereg_dist.demo.real": ["real.yaml", "prompts/*"],
     },
-    # Planner, ledger, report, watch, score client, configuration, doctor. torch and transformers are
-    # the planner's: it builds the model, without weights, to count it.
+    # Planner, ledger, report, watch, score client, configuration, doctor. torch and transformers
+    # are the planner's: it builds the model, without weights, to count it.
     install_requires=[
         "safereg-kernels>=0.2",  # ./kernels
         "torch>=2.11",

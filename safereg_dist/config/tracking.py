@@ -1,14 +1,15 @@
 """Who is told of a run's steps, and when they are a reason for an alarm: the section `tracking`."""
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from safereg_dist.config.checks import one_of
-from safereg_dist.config.section import ASIDE, Section
+from safereg_dist.config.section import ASIDE, WRITTEN, Section
 from safereg_dist.errors import ConfigError
 
-TRACKERS = ("tensorboard", "wandb", "mlflow")
+TRACKERS = {"tensorboard": "train", "wandb": "wandb", "mlflow": "mlflow"}
+"""What `tracking.to` may name, each with the extra of safereg-dist that brings its package."""
 
 
 class Band(Section):
@@ -77,7 +78,7 @@ class TrackingConfig(Section):
     """The project of W&B, the experiment of MLflow."""
     run_name: str | None = Field(default=None, json_schema_extra=ASIDE)
     """The run's name there; null = the last part of `output_dir`."""
-    folder: str | None = Field(default=None, json_schema_extra=ASIDE)
+    folder: Annotated[str | None, WRITTEN] = Field(default=None, json_schema_extra=ASIDE)
     """Where what they keep on this machine goes; null = the run folder."""
     alerts: AlertsConfig | None = Field(default=AlertsConfig(), json_schema_extra=ASIDE)
     """Bands of numbers to be told of leaving; null = none."""
@@ -86,7 +87,7 @@ class TrackingConfig(Section):
     @classmethod
     def _known(cls, given: Any) -> Any:
         if not isinstance(given, list | tuple | None):
-            raise ConfigError(f"tracking.to must be a list, as [{TRACKERS[0]}], got {given!r}")
+            raise ConfigError(f"tracking.to must be a list, as [tensorboard], got {given!r}")
         for name in given or ():
-            one_of("tracking.to", name, TRACKERS)
+            one_of("tracking.to", name, tuple(TRACKERS))
         return given

@@ -17,10 +17,9 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from safereg_dist.config import TrackingConfig
+from safereg_dist.config.tracking import TRACKERS
 from safereg_dist.errors import ConfigError
 
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
-"""Tracker -> what pip installs; each is imported under the tracker's name."""
 _AT_ONCE = 100
 """Parameters in one request to MLflow: its limit."""
 _LONGEST = 6000
@@ -77,10 +76,10 @@ def require_trackers(config: TrackingConfig) -> None:
     """Raises ConfigError where a tracker of `tracking.to` is not installed."""
     missing = [name for name in config.to if not _is_installed(name)]
     if missing:
-        packages = " ".join(_PACKAGES[name] for name in missing)
+        extras = ",".join(TRACKERS[name] for name in missing)
         raise ConfigError(
-            f"tracking.to names {', '.join(missing)}, not installed here: pip install {packages}, "
-            "or leave it out"
+            f"tracking.to names {', '.join(missing)}, not installed here: pip install "
+            f'"safereg-dist[{extras}]", or leave it out'
         )
 
 

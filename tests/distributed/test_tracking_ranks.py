@@ -111,7 +111,8 @@ def test_a_missing_package_is_refused_by_all_ranks(tmp_path, launch):
     assert done.status == 1  # torchrun's, of ranks that ended with 2
     said = [line for line in done.output.splitlines() if line.startswith("safereg: ")]
     assert said == [
-        "safereg: tracking.to names wandb, not installed here: pip install wandb, or leave it out"
+        "safereg: tracking.to names wandb, not installed here: pip install "
+        '"safereg-dist[wandb]", or leave it out'
     ]
     assert done.output.count("exitcode  : 2") == 2
     assert not (tmp_path / "out").exists()

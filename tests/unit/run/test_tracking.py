@@ -18,6 +18,7 @@ import wandb
 from support.trackers import wandb_history, wandb_records
 
 from safereg_dist.config import TrackingConfig, config_from_dict
+from safereg_dist.config.tracking import TRACKERS
 from safereg_dist.errors import ConfigError
 from safereg_dist.run import trackers, tracking
 from safereg_dist.run.tracking import Tracking, read_tracking, shareable, tracked_values
@@ -188,7 +189,7 @@ def test_one_that_fails_is_dropped_with_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "tensorboard").touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody is there
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    facts = follow(config_of(tmp_path, *trackers._PACKAGES), range(3))
+    facts = follow(config_of(tmp_path, *TRACKERS), range(3))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("safereg: ")]
     assert set(facts["dropped"]) == {"tensorboard", "mlflow", "wandb"}
     assert len(lines) == 3
@@ -237,7 +238,7 @@ def test_a_package_that_is_missing(tmp_path, monkeypatch):
     require = trackers.require_trackers
     require(TrackingConfig(to=("tensorboard", "wandb", "mlflow")))
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install wandb mlflow-skinny, or leave"):
+    with pytest.raises(ConfigError, match=r'pip install "safereg-dist\[wandb,mlflow\]", or'):
         require(TrackingConfig(to=("wandb", "mlflow")))
     require(TrackingConfig(to=()))
 
