@@ -22,6 +22,8 @@ EXTRAS = {
     "trl": ["safereg-dist[train]", "trl>=1.9"],
     "peft": ["safereg-dist[train]", "peft>=0.17"],
     "megatron": ["megatron-core>=0.16"],
+    "wandb": ["wandb>=0.19.10"],
+    "mlflow": ["mlflow-skinny>=3"],
     "sign": ["cryptography>=42"],
     "gguf": ["gguf>=0.10"],
     "real": ["safereg-dist[train]", "gguf>=0.10"],  # `python -m safereg_dist.demo --real`
@@ -70,8 +72,8 @@ setup(
         "safereg_dist.demo.real": ["real.yaml", "prompts/*"],
         "safereg_dist.evaluate.report": ["templates/*"],
     },
-    # Planner, ledger, report, score client, configuration, doctor. torch and transformers are the
-    # planner's: it builds the model, without weights, to count it.
+    # Planner, ledger, report, watch, score client, configuration, doctor. torch and transformers
+    # are the planner's: it builds the model, without weights, to count it.
     install_requires=[
         "safereg-kernels>=0.2",  # ./kernels
         "torch>=2.11",
@@ -83,6 +85,7 @@ setup(
         "pydantic>=2.7",  # the sentence under a field is its description
         "pyyaml",
         "tqdm",
+        "rich>=13",
         "matplotlib",
     ],
     extras_require=EXTRAS,

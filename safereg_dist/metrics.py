@@ -26,6 +26,7 @@ _SUMMED = (
     "kl_coef_sum",
     "risk_sum",
     "risk_rows",
+    "risky_rows",
 )
 _LARGEST = ("kl_coef_max", "risk_max", "peak_memory_bytes")
 
@@ -56,6 +57,7 @@ class StepTotals(NamedTuple):
             "kl_coef_max": sums["kl_coef_max"],
             "risk_mean": _ratio(sums["risk_sum"], sums["risk_rows"]),
             "risk_max": sums["risk_max"],
+            "risky_fraction": _ratio(sums["risky_rows"], sums["risk_rows"]),
             "rows": int(sums["rows"]),
             "active_rows": int(sums["active_rows"]),
             "reference_rows": int(sums["reference_rows"]),
@@ -73,7 +75,9 @@ class StepTotals(NamedTuple):
 class StepMetrics:
     """Collects the micro-batches of one optimizer step on one rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, threshold: float = 0.5) -> None:
+        """`threshold` is the risk from which a row counts as risky."""
+        self._threshold = threshold
         self._host: dict[str, float] = dict.fromkeys((*_SUMMED, *_LARGEST), 0.0)
         self._device_sums: list[Tensor] = []
         self._results: list[tuple[MicroBatch, MicroBatchResult]] = []
@@ -111,6 +115,7 @@ class StepMetrics:
             risk = known_risk(risk)
             host["risk_sum"] += risk
             host["risk_rows"] += 1
+            host["risky_rows"] += risk >= self._threshold
             host["risk_max"] = max(host["risk_max"], risk)
 
     @region(METRICS)
@@ -121,7 +126,7 @@ class StepMetrics:
 
         The same all-gather carries requests and failures of a rank (`flags`) and the counts of the
         sources of risk (`risk_sums`). Both have the same names on every rank.
-        Collectives: one all-gather of 17 float64 per rank, and one of each of those. Two host
+        Collectives: one all-gather of 18 float64 per rank, and one of each of those. Two host
         synchronisations.
         """
         self._host["peak_memory_bytes"] = _peak_memory_bytes(ranks.device)

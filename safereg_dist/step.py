@@ -182,7 +182,7 @@ class SafetyRegularizer:
             num_tokens=num_tokens,
             in_first_epoch=in_first_epoch,
             may_sort=may_sort,
-            metrics=StepMetrics(),
+            metrics=StepMetrics(threshold=self.coefficient.threshold),
         )
 
     def _decide(

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,9 @@ from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
 from safereg_dist.run.resume import Found, set_aside_newer
 from safereg_dist.run.signing import signing_key, write_signed
+from safereg_dist.run.status import status_of
 from safereg_dist.run.stop import EXIT_REQUEUE, forget_stop, stop_requests
+from safereg_dist.run.tracking import Tracking
 from safereg_dist.step import StepPlan
 from safereg_dist.types import Row
 
@@ -89,6 +91,8 @@ class Progress:
     damaged_checkpoints: int = 0
     saves: int = 0
     save_seconds: float = 0.0
+    held_back: float | None = None
+    """Share of rows counted before the first step; what `tracking` holds later ones against."""
 
 
 def train(run: Run, found: Found | None) -> int:
@@ -103,12 +107,17 @@ def train(run: Run, found: Found | None) -> int:
         CheckpointError: a checkpoint does not fit this run, or the disk is full.
     """
     folder = Path(run.config.output_dir)
-    if found is None:
-        refuse_too_many_held_back(run)  # before the folder is claimed: it stays free to try again
+    held_back = None
+    if found is None:  # before the folder is claimed: it stays free to try again
+        held_back = refuse_too_many_held_back(run)
     with run.ranks.together():
         if run.ranks.is_main:
             claim_folder(folder, run.config)
-    progress = _resume(run, folder, found)
+    progress = Progress(held_back=held_back)
+    if found is not None:
+        progress = _resume(run, folder, found)
+    elif run.ranks.is_main:
+        checkpoint.remove_partial(folder / "checkpoint")
     before = None if found is None else found.state
     profiler = _profiler(run, progress)
     log = RunLog(
@@ -116,34 +125,43 @@ def train(run: Run, found: Found | None) -> int:
         run.ranks,
         metrics_bytes=0 if before is None else before.metrics_bytes,
         ledger_bytes=[] if before is None else before.ledger_bytes,
-        first_step=progress.step,
     )
     last_row: dict[str, float | int] = {}
     stop = False
     stops = stop_requests(folder, looks=run.ranks.is_main)
-    with log, stops as is_stop_requested, _bar(run, progress) as bar:
+    with (
+        log,
+        _tracking(run, progress) as tracking,
+        stops as is_stop_requested,
+        _bar(run, progress) as bar,
+    ):
         if before is not None and before.world_size != run.ranks.world_size:
             log.write_change(progress.step, before.world_size, run.ranks.world_size)
         while progress.step < run.sources.total_steps:
             with profiler.step(progress.step):
-                last_row, stop = _logged_step(run, progress, log, is_stop_requested)
+                last_row, stop = _logged_step(run, progress, log, tracking, is_stop_requested)
             _show(bar, last_row)
             if stop or _is_save_due(run, progress):
                 _save(run, progress, folder, log)
             if stop:
                 break
+        is_complete = progress.step == run.sources.total_steps
+        tracking.finish(0 if is_complete else EXIT_REQUEUE)
         log.finish(run.ranks)  # all ranks have closed their ledgers before any continues
-    is_complete = progress.step == run.sources.total_steps
     if is_complete:
         profiler.finish()
-        _finish(run, progress, folder, last_row)
+        _finish(run, progress, folder, {"final_metrics": last_row, "tracking": tracking.facts()})
     if stop and run.ranks.is_main:
         forget_stop(folder)
     return 0 if is_complete else EXIT_REQUEUE
 
 
 def _logged_step(
-    run: Run, progress: Progress, log: RunLog, is_stop_requested: Callable[[], bool]
+    run: Run,
+    progress: Progress,
+    log: RunLog,
+    tracking: Tracking,
+    is_stop_requested: Callable[[], bool],
 ) -> tuple[dict[str, float | int], bool]:
     """One optimizer step of the run, logged: its row of metrics, and whether to stop."""
     started = time.perf_counter()
@@ -156,7 +174,10 @@ def _logged_step(
         step=step,
         lr=lr,
         in_first_epoch=sources.in_first_epoch(step),
-        flags=lambda: {"stop_requested": is_stop_requested(), "log_failed": log.error is not None},
+        flags=lambda: {
+            "stop_requested": is_stop_requested() or tracking.wants_stop,
+            "log_failed": log.error is not None,
+        },
     )
     if totals.flags["log_failed"]:
         run.ranks.raise_together(log.error)
@@ -169,6 +190,7 @@ def _logged_step(
     if run.config.reference.cache is not None:
         row["reference_misses"] = int(totals.sums["reference_misses"])
     log.write(row, totals.ledger_rows)
+    tracking.write(row)
     _count_non_finite(progress, update)
     return row, totals.flags["stop_requested"]
 
@@ -238,13 +260,11 @@ def _canary(run: Run, progress: Progress) -> dict[str, float]:
     return {"canary_refusal": refusal, "canary_poisoned": poisoned}
 
 
-def _resume(run: Run, folder: Path, found: Found | None) -> Progress:
-    """Restores what was found; the progress of the run, 0 for a new one."""
+def _resume(run: Run, folder: Path, found: Found) -> Progress:
+    """Restores what was found; the progress of the run."""
     below = folder / "checkpoint"
     if run.ranks.is_main:
         checkpoint.remove_partial(below)
-    if found is None:
-        return Progress()
     state = found.state
     checkpoint.load_checkpoint(
         found.path,
@@ -270,6 +290,19 @@ def _resume(run: Run, folder: Path, found: Found | None) -> Progress:
         damaged_checkpoints=state.damaged_checkpoints + found.damaged,
         saves=state.saves,
         save_seconds=state.save_seconds,
+        held_back=state.held_back,
+    )
+
+
+def _tracking(run: Run, progress: Progress) -> Tracking:
+    anchors = run.config.data.anchor_fraction if run.sources.anchor is not None else 0.0
+    return Tracking(
+        run.config,
+        is_main=run.ranks.is_main,
+        first_step=progress.step,
+        total_steps=run.sources.total_steps,
+        rows_per_step=max(1, round(run.sources.lanes.rows_per_step * (1 - anchors))),
+        held_back=progress.held_back,
     )
 
 
@@ -327,6 +360,7 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
         saves=progress.saves,
         save_seconds=progress.save_seconds,
         began_with=run.sources.lanes.count,
+        held_back=progress.held_back,
     )
     checkpoint.save_checkpoint(
         folder / "checkpoint",
@@ -342,8 +376,11 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
     progress.save_seconds += time.perf_counter() - started
 
 
-def _finish(run: Run, progress: Progress, folder: Path, last_row: dict[str, float | int]) -> None:
-    """Exports the model, merges the ledger, writes `summary.json` last: it marks the end."""
+def _finish(run: Run, progress: Progress, folder: Path, told: dict[str, Any]) -> None:
+    """Exports the model, merges the ledger, writes `summary.json` last: it marks the end.
+
+    `told` goes into it, beside what is known here.
+    """
     run.regularizer.risk.finish()
     lora = run.config.lora
     if lora is None or lora.quantize == "none":  # merged into 4 bits it would be rounded
@@ -370,7 +407,7 @@ def _finish(run: Run, progress: Progress, folder: Path, last_row: dict[str, floa
                     "seconds": progress.save_seconds,
                     "damaged": progress.damaged_checkpoints,
                 },
-                "final_metrics": last_row,
+                **told,
                 "ledger": {"head": head.head, "rows": head.rows},
                 "rank_changes": [change._asdict() for change in head.rank_changes],
             }
@@ -390,7 +427,5 @@ def _bar(run: Run, progress: Progress) -> tqdm:
 
 
 def _show(bar: tqdm, row: dict[str, float | int]) -> None:
+    bar.set_postfix(status_of(row), refresh=False)
     bar.update()
-    bar.set_postfix(
-        loss=f"{row['loss']:.4f}", kl_coef=f"{row['kl_coef_mean']:.2f}", risky=row["active_rows"]
-    )

@@ -17,6 +17,8 @@ EXTRAS = {
     "trl": ("trl",),
     "peft": ("peft",),
     "megatron": ("megatron",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "sign": ("cryptography",),
     "gguf": ("gguf",),
     "completion": ("shtab",),

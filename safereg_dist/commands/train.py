@@ -43,6 +43,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     from safereg_dist.run.rank_log import rank_log
     from safereg_dist.run.resume import find_checkpoint
     from safereg_dist.run.stop import forget_stop
+    from safereg_dist.run.trackers import require_trackers
     from safereg_dist.trainer import train
 
     share_cores()
@@ -50,6 +51,9 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     backend = start_backend(config)
     ranks = backend.ranks
     try:
+        with ranks.together():
+            if ranks.is_main:
+                require_trackers(config.tracking)
         with claimed(config, ranks, writes=not dry_run) as is_done:
             if is_done and not dry_run:
                 if ranks.is_main:

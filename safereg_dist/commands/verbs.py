@@ -19,6 +19,7 @@ VERBS = {
     "eval": "attack success, over-refusal and task accuracy",
     "sweep": "many runs from one description, in one table",
     "doctor": "what would fail, before a job is paid for",
+    "watch": "follow a run in the terminal",
     "stop": "ask a run to save and end, whatever started it",
     "report": "HTML and figures of one or several runs",
     "plan": "memory, FLOPs, bytes and time before you pay for them",

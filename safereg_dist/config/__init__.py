@@ -31,11 +31,14 @@ from safereg_dist.config.sections import (
     SigningConfig,
     TrainConfig,
 )
+from safereg_dist.config.tracking import AlertsConfig, Band, TrackingConfig
 
 __all__ = [
     "POLICY_RISK_IS_TOO_LATE",
     "PRESETS",
     "TRAINED_ADAPTER",
+    "AlertsConfig",
+    "Band",
     "Config",
     "CriticConfig",
     "DataConfig",
@@ -51,6 +54,7 @@ __all__ = [
     "RiskConfig",
     "RiskPart",
     "SigningConfig",
+    "TrackingConfig",
     "TrainConfig",
     "config_from_dict",
     "config_to_yaml",

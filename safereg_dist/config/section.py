@@ -66,7 +66,8 @@ class Section(BaseModel):
     @model_serializer(mode="wrap")
     def _without_newer(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = type(self).model_fields
-        return {k: v for k, v in write(self).items() if not is_omitted(fields[k], v)}
+        written = write(self).items()
+        return {k: v for k, v in written if not is_omitted(fields[k], getattr(self, k))}
 
 
 def is_section(kind: Any) -> bool:

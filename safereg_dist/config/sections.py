@@ -10,6 +10,7 @@ from safereg_dist.config.checks import within
 from safereg_dist.config.data import DataConfig
 from safereg_dist.config.risk import RiskConfig, check_signal
 from safereg_dist.config.section import ASIDE, MODEL, NEWER, READ, WRITTEN, Place, Section
+from safereg_dist.config.tracking import TrackingConfig
 from safereg_dist.errors import ConfigError
 
 Offload = Literal["none", "cpu"]
@@ -405,6 +406,7 @@ class Config(Section):
     """Turns with safety rows, a rival to compare with; null = none."""
     signing: SigningConfig | None = Field(default=None, json_schema_extra=ASIDE | NEWER)
     """Key over checkpoints and the ledger's head; null = none."""
+    tracking: TrackingConfig = Field(default=TrackingConfig(), json_schema_extra=ASIDE | NEWER)
     output_dir: Annotated[str, WRITTEN] = Field(default="runs/my-run", json_schema_extra=ASIDE)
     """Run folder: metrics, ledger, checkpoints, exported model."""
     profile: bool = Field(default=False, json_schema_extra=ASIDE)

@@ -90,7 +90,6 @@ class Recorder:
             ranks,
             metrics_bytes=position["metrics_bytes"],
             ledger_bytes=position["ledger_bytes"],
-            has_board=False,
         )
         self._last = time.perf_counter()
 

@@ -76,6 +76,8 @@ class RunState:
     """Time that these took, in which no rank trained."""
     began_with: NonNegativeInt = 0
     """Ranks of the run at its first step; 0 (of earlier versions) = `world_size`."""
+    held_back: NonNegativeFloat | None = None
+    """Share of rows counted before the first step that are held back; None = not counted."""
     format: int = _FORMAT
 
     __pydantic_config__ = ConfigDict(extra="forbid")

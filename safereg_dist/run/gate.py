@@ -16,7 +16,7 @@ from safereg_dist.errors import ConfigError
 from safereg_dist.factory import Run
 from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.risk.stage import RiskStage
-from safereg_dist.run.shape import Shape, lower_share, refuse_what_hides
+from safereg_dist.run.shape import Shape, lower_share, refuse_what_hides, upper_share
 from safereg_dist.types import Row
 
 
@@ -75,13 +75,14 @@ def is_held_back(risk: float | None, threshold: float) -> bool:
     return risk is not None and not risk < threshold
 
 
-def refuse_too_many_held_back(run: Run) -> None:
-    """Raises if more rows would be held back, or hide (`shape`), than the configuration allows.
+def refuse_too_many_held_back(run: Run) -> float | None:
+    """The share of rows that would be held back; None where nothing was counted.
 
+    Raises if more rows would be held back, or hide (`shape`), than the configuration allows.
     Counts the rows that the run will see (all rows if risk is a column), or the first
     `risk.gate_rows` if a judge or a probe on the policy gives the risk or rows are streamed. If
     these are not all rows of the data, the exact one-sided 95 % lower bound of the share is
-    compared with the limit.
+    compared with the limit, and the upper one is what is returned.
 
     Raises:
         ConfigError: too many rows at or above the threshold, or too many that hide below it.
@@ -90,7 +91,7 @@ def refuse_too_many_held_back(run: Run) -> None:
     config, ranks, sources, risk = run.config, run.ranks, run.sources, run.regularizer.risk
     limit = config.risk.max_held_back + config.data.declared_poison
     if not config.needs_risk or limit >= 1:
-        return
+        return None
     positions = sources.total_steps * sources.rows_per_step
     count = sources.stream.rows_within(positions)
     if sources.train is not None and config.risk.estimator == "column":
@@ -118,6 +119,7 @@ def refuse_too_many_held_back(run: Run) -> None:
         how = {"is_sample": is_sample, "look": "with `safereg audit CONFIG.yaml`"}
         check_share(shape.held, shape.rows, limit=limit, **how)
         refuse_what_hides(shape, config, threshold, **how)
+    return upper_share(shape.held, shape.rows, is_sample=is_sample) if shape.rows else None
 
 
 def check_share(held: int, rows: int, *, limit: float, is_sample: bool, look: str) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.storage.json_text import parse_json
@@ -40,6 +40,31 @@ _LOOK_S = 0.5  # between two looks at another host's lock
 def is_lock(path: Path) -> bool:
     """Whether this is the name of a lock file."""
     return _LOCK.fullmatch(path.name) is not None
+
+
+class Holder(NamedTuple):
+    """Who holds the lock of a folder, as far as can be seen from here."""
+
+    name: str
+    """Host, process and since when."""
+    is_alive: bool
+    """By its process where that would be visible, else by its heartbeat."""
+    silent_s: float
+    """Seconds since its last heartbeat, by the clock of this machine."""
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """Who holds the lock of a folder; None where nobody does. Writes nothing, and does not wait."""
+    found = None
+    with suppress(OSError):
+        for path in sorted(filter(is_lock, folder.iterdir())):
+            identity = _holder_of(path.read_text("utf-8", "replace"))
+            silent_s = max(0.0, time.time() - path.stat().st_mtime)
+            is_here = identity.get("place") == _place()
+            is_alive = _runs(identity) if is_here else silent_s <= STALE_S
+            if found is None or is_alive:
+                found = Holder(_named(identity).removeprefix("another run: "), is_alive, silent_s)
+    return found
 
 
 class RunLock:

@@ -15,7 +15,7 @@ from safereg_dist.types import LedgerRow
 
 
 class RunLog:
-    """Appends to `metrics.jsonl`, TensorBoard and this rank's ledger.
+    """Appends to `metrics.jsonl` and this rank's ledger.
 
     A full disk causes an error on one rank, in the middle of a step. The rank keeps the error, its
     flag goes with the next step's metrics, and all ranks raise it together.
@@ -28,14 +28,11 @@ class RunLog:
         *,
         metrics_bytes: int,
         ledger_bytes: Sequence[int],
-        first_step: int = 0,
-        has_board: bool = True,
     ) -> None:
         """Opens all files where a checkpoint left them.
 
         Args:
             ledger_bytes: positions in the ledgers of ranks 0, 1, ..., also of ranks that are gone.
-            has_board: False where another stack writes to TensorBoard.
         """
         self.error: CheckpointError | None = None
         self._folder = folder
@@ -55,12 +52,7 @@ class RunLog:
                 stack.callback(self._ledger.close)
                 self._ledger.truncate(dict(enumerate(ledger_bytes)).get(ranks.rank, 0))
                 if ranks.is_main:
-                    self._metrics = MetricsWriter(
-                        folder,
-                        position=metrics_bytes,
-                        first_step=first_step,
-                        has_board=has_board,
-                    )
+                    self._metrics = MetricsWriter(folder, position=metrics_bytes)
             except OSError as err:
                 raise self._unwritable(err) from err
             stack.pop_all()  # both are open: keeps them open

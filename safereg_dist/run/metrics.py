@@ -1,4 +1,4 @@
-"""Where metrics are written: `metrics.jsonl` and TensorBoard."""
+"""Where metrics are written: `metrics.jsonl`, of which all others are told (`tracking`)."""
 
 import json
 import math
@@ -11,19 +11,13 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends rows to `metrics.jsonl` and TensorBoard events; on the main rank only."""
+    """Appends rows to `metrics.jsonl`; on the main rank only."""
 
-    def __init__(
-        self, folder: Path, *, position: int, first_step: int, has_board: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, *, position: int) -> None:
+        """Drops what comes after byte `position`: those steps are run again."""
         self._file = AppendedFile(folder / METRICS_NAME)
-        self._board = None
         try:
             self._file.truncate(position)
-            if has_board:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         except OSError:
             self._file.close()
             raise
@@ -33,18 +27,11 @@ class MetricsWriter:
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         self._file.write(json.dumps(finite).encode() + b"\n")
         self._file.flush()
-        for name, value in row.items():
-            if self._board is not None and name != "step":
-                self._board.add_scalar(name, value, int(row["step"]))
 
     def digest(self) -> FileDigest:
         """Of all that was written so far, for the checkpoint."""
         return self._file.digest()
 
     def close(self) -> None:
-        """Closes both writers."""
-        try:
-            self._file.close()
-        finally:
-            if self._board is not None:
-                self._board.close()
+        """Closes the file."""
+        self._file.close()

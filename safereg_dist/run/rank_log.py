@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
@@ -119,11 +119,20 @@ class _Formatter(logging.Formatter):
     def __init__(self, host: str, rank: int) -> None:
         line = f"%(asctime)s.%(msecs)03dZ {host} rank{rank} %(levelname)s %(name)s: %(message)s"
         super().__init__(line, "%Y-%m-%dT%H:%M:%S")
-        named = (value for name, value in os.environ.items() if _SECRET.search(name))
-        self._secrets = sorted((v for v in named if len(v) >= _SHORTEST_SECRET), key=len)
+        self._secrets = secrets_of_environment()
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        for secret in reversed(self._secrets):
-            text = text.replace(secret, "***")
-        return text
+        return masked(super().format(record), self._secrets)
+
+
+def secrets_of_environment() -> list[str]:
+    """The values of environment variables that are named as secrets, the longest first."""
+    named = (value for name, value in os.environ.items() if _SECRET.search(name))
+    return sorted((v for v in named if len(v) >= _SHORTEST_SECRET), key=len, reverse=True)
+
+
+def masked(text: str, secrets: Iterable[str]) -> str:
+    """The text with stars in the place of secrets."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text

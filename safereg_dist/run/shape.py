@@ -153,11 +153,21 @@ def is_masked(by_category: Mapping[str, float | None], positions: Mapping[str, s
 
 def lower_share(count: int, rows: int, *, is_sample: bool) -> float:
     """The share; of a sample its exact one-sided 95 % lower bound."""
+    return _bounds(count, rows, is_sample=is_sample)[0]
+
+
+def upper_share(count: int, rows: int, *, is_sample: bool) -> float:
+    """The share; of a sample its exact one-sided 95 % upper bound."""
+    return _bounds(count, rows, is_sample=is_sample)[1]
+
+
+def _bounds(count: int, rows: int, *, is_sample: bool) -> tuple[float, float]:
     if not (is_sample and rows):
-        return count / max(rows, 1)
+        return (count / max(rows, 1),) * 2
     from scipy.stats import binomtest
 
-    return binomtest(count, rows).proportion_ci(2 * _CONFIDENCE - 1, method="exact").low
+    found = binomtest(count, rows).proportion_ci(2 * _CONFIDENCE - 1, method="exact")
+    return found.low, found.high
 
 
 def limits_of(config: Config) -> dict[str, float]:

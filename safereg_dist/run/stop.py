@@ -62,7 +62,7 @@ def request_stop(folder: Path) -> None:
             f"expected the folder of a run, found no config.yaml in {folder}: give the run's "
             "output_dir (it appears when the first step begins)"
         )
-    if _has_ended(folder):
+    if has_ended(folder):
         raise CheckpointError(f"the run in {folder} is complete: there is nothing to stop")
     write_atomically(stop_file(folder), "")
 
@@ -74,7 +74,7 @@ def wait_for_stop(folder: Path, *, timeout_s: float, show: Callable[[str], None]
         CheckpointError: it has done neither after `timeout_s` seconds.
     """
     began, told = time.monotonic(), 0.0
-    while stop_file(folder).exists() and not _has_ended(folder):
+    while stop_file(folder).exists() and not has_ended(folder):
         waited = time.monotonic() - began
         if waited > timeout_s:
             raise CheckpointError(
@@ -88,7 +88,7 @@ def wait_for_stop(folder: Path, *, timeout_s: float, show: Callable[[str], None]
         time.sleep(0.2)
 
 
-def _has_ended(folder: Path) -> bool:
+def has_ended(folder: Path) -> bool:
     """Whether the summary, which is written last, is of the run that wrote the metrics."""
     return _changed(folder / "summary.json") > _changed(folder / "metrics.jsonl")
 

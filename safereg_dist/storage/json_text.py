@@ -1,6 +1,8 @@
 """JSON that others wrote: whatever is wrong with it is one error."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -21,3 +23,28 @@ def parse_json(text: str | bytes) -> Any:
         raise json.JSONDecodeError("not UTF-8", "", 0) from err
     except ValueError as err:  # Python converts 4300 digits at most
         raise json.JSONDecodeError("a number of too many digits", "", 0) from err
+
+
+def json_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a file of JSON lines, also while it is written.
+
+    A last line without its end, and lines that hold something else, are left out; a file that is
+    not there has none.
+    """
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                found = json_object(line)
+                if found is not None:
+                    yield found
+    except OSError:
+        return
+
+
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """The object of a whole line, with its end; None where it is cut or holds something else."""
+    try:
+        found = parse_json(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -23,9 +23,9 @@ from safereg_dist.run.ledger import verify_ledger
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
 TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
 METRIC_KEYS = (
-    "step loss task_loss divergence kl_coef_mean kl_coef_max risk_mean risk_max rows active_rows "
-    "reference_rows response_tokens active_tokens grad_norm lr tokens_per_s step_time_s "
-    "peak_memory_bytes"
+    "step loss task_loss divergence kl_coef_mean kl_coef_max risk_mean risk_max risky_fraction "
+    "rows active_rows reference_rows response_tokens active_tokens grad_norm lr tokens_per_s "
+    "step_time_s peak_memory_bytes"
 ).split()
 
 
@@ -105,6 +105,7 @@ def expected_first_row(folder, ledger):
         "kl_coef_max": max(coefs),
         "risk_mean": np.mean(risks),
         "risk_max": max(risks),
+        "risky_fraction": np.mean([r >= 0.3 for r in risks]),
         "rows": len(ledger),
         "active_rows": sum(c > 0 for c in coefs),
         "reference_rows": sum(c > 0 for c in coefs),

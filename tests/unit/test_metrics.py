@@ -45,7 +45,7 @@ def result(batch, loss, risks, coefs, *, ran, missed):
 
 
 def a_step():
-    metrics = StepMetrics()
+    metrics = StepMetrics(threshold=0.5)
     first = collate([row("a", 2), row("b", 3), filler(0)], pad_id=0)
     metrics.add(first, result(first, 1.5, [0.25, math.nan, None], [0.0, 0.5, 0.0], ran=1, missed=1))
     second = collate([row("c", 1, anchor=True), row("d", 1), filler(0)], pad_id=0)
@@ -74,6 +74,7 @@ def test_sums_and_rows_of_a_step():
             "kl_coef_max": 1.0,
             "risk_mean": (0.25 + 1.0 + 0.5) / 3,  # a failed risk counts as 1
             "risk_max": 1.0,
+            "risky_fraction": 2 / 3,  # the failed one, and the one at the threshold
             "rows": 4,
             "active_rows": 3,
             "reference_rows": 3,
@@ -127,12 +128,12 @@ def test_ranks_add_up(tmp_path):
 
 
 def test_the_file_goes_on_where_the_checkpoint_was(tmp_path):
-    writer = MetricsWriter(tmp_path, position=0, first_step=0)
+    writer = MetricsWriter(tmp_path, position=0)
     writer.write({"step": 0, "loss": 1.0})
     position = writer.digest().bytes
     writer.write({"step": 1, "loss": 2.0})
     writer.close()
-    writer = MetricsWriter(tmp_path, position=position, first_step=1)
+    writer = MetricsWriter(tmp_path, position=position)
     writer.write({"step": 1, "loss": math.nan})
     writer.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safereg_dist.config import load_config
@@ -30,7 +29,6 @@ from safereg_dist.run.checkpoint import (
     save_checkpoint,
     saved_checkpoints,
 )
-from safereg_dist.run.metrics import MetricsWriter
 from safereg_dist.run.resume import find_checkpoint
 from safereg_dist.trainer import EXIT_REQUEUE, train
 
@@ -215,27 +213,6 @@ def test_skipped_steps_in_a_row_are_counted_over_a_stop(world):
     again = with_lost_gradients(built(world, "lost", *ONE_BATCH), range(6), first=3)
     with pytest.raises(NonFiniteLoss, match="up to step 3,"):
         train(again, find_checkpoint(again.config, again.ranks))
-
-
-def test_steps_that_are_run_again_appear_once_in_tensorboard(tmp_path: Path):
-    """Killed after step 4, gone on with from the checkpoint after step 2."""
-    writer = MetricsWriter(tmp_path, position=0, first_step=0)
-    positions = []
-    for step in range(5):
-        positions.append(writer.digest().bytes)
-        writer.write({"step": step, "loss": 10.0 + step})
-    writer.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    events.rename(events.with_name("events.out.tfevents.1"))  # as of an earlier second
-    writer = MetricsWriter(tmp_path, position=positions[3], first_step=3)
-    for step in range(3, 7):
-        writer.write({"step": step, "loss": 20.0 + step})
-    writer.close()
-    expected = [(0, 10.0), (1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0), (5, 25.0), (6, 26.0)]
-    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in shown] == expected
-    found = lines(tmp_path / "metrics.jsonl")
-    assert [(row["step"], row["loss"]) for row in found] == expected
 
 
 def test_random_states_go_through_a_checkpoint(world, tmp_path: Path):

@@ -25,6 +25,7 @@ from safereg_dist.config import (
     RegularizerConfig,
     RiskConfig,
     RiskPart,
+    TrackingConfig,
     TrainConfig,
     config_from_dict,
     config_to_yaml,
@@ -49,6 +50,7 @@ SECTIONS = (
     RegularizerConfig,
     RiskConfig,
     RiskPart,
+    TrackingConfig,
     TrainConfig,
 )
 LEAST = {"model": "m", "data": {"train": "t.jsonl"}, "risk": {"estimator": "column"}}
@@ -528,6 +530,31 @@ def test_what_needs_all_rows_is_refused_of_streams(changes, name):
     assert text.startswith(f"{name} needs to know all rows beforehand")
 
 
+@pytest.mark.parametrize(
+    ("tracking", "says"),
+    [
+        ({"to": "wandb"}, "tracking.to must be a list, as [tensorboard], got 'wandb'"),
+        ({"to": ["wandb", "mflow"]}, "got 'mflow': did you mean 'mlflow'?"),
+        ({"projet": "p"}, "unknown key 'tracking.projet': did you mean 'project'?"),
+        ({"alerts": {"canary": {}}}, "unknown key 'tracking.alerts.canary': did you mean 'canary_"),
+        ({"alerts": {"held_back": {"max": 1, "min": 2}}}, "has min 2.0 above max 1.0"),
+        ({"alerts": {"held_back": {"steps": 0}}}, "tracking.alerts.held_back.steps must be finite"),
+    ],
+)
+def test_tracking_that_cannot_be(tracking, says):
+    assert says in refusal({**LEAST, "tracking": tracking})
+
+
+def test_tracking_that_is_not_said_is_not_written():
+    """Runs of earlier versions go on, and their folders keep the same file."""
+    said = config_from_dict({**LEAST, "tracking": {"alerts": None, "to": None}})
+    assert said.tracking == TrackingConfig(to=(), alerts=None)
+    assert config_from_dict({**LEAST, "tracking": None}) == config_from_dict(LEAST)
+    assert "tracking" not in config_to_yaml(config_from_dict(LEAST))
+    assert "alerts: null" in config_to_yaml(said)
+    assert config_hash(said) == config_hash(config_from_dict(LEAST))
+
+
 def test_weights_are_no_even_deal():
     raw = with_("data", train=WEIGHTED)
     config_from_dict({**raw, "train": {"epochs": 1}, "reference": {"cache": "c"}})
@@ -593,6 +620,12 @@ ASIDE = {
     *("risk.critic.endpoint", "risk.critic.concurrency", "risk.critic.timeout_s"),
     *("risk.critic.retries", "risk.critic.cache", "risk.critic.api_key_env"),
     "risk.critic.allow_plain_http",
+    *(f"tracking.{key}" for key in ("to", "project", "run_name", "folder", "alerts.stop")),
+    *(
+        f"tracking.alerts.{band}.{key}"
+        for band in ("held_back", "divergence", "canary_refusal", "non_finite")
+        for key in ("min", "max", "steps")
+    ),
 }
 OTHER_VALUES = {
     "output_dir": "elsewhere",
@@ -610,6 +643,12 @@ OTHER_VALUES = {
     "risk.critic.allow_plain_http": True,
     "risk.max_held_back": 0.75,
     "risk.max_hidden": 0.75,
+    "tracking.to": ["mlflow"],
+    "tracking.project": "other",
+    "tracking.run_name": "other",
+    "tracking.folder": "elsewhere",
+    "tracking.alerts.stop": True,
+    "tracking.alerts.non_finite.min": -7,
 }
 
 

@@ -4,10 +4,8 @@ The values are read back from what each has written and held against `metrics.js
 float32 for TensorBoard, to the last digit else.
 """
 
-import json
-import struct
-
 import pytest
+from support.trackers import wandb_history
 from support.trainer_runs import metrics_rows, settings, trainer, write_reference
 
 NAMES = ("divergence", "task_loss", "kl_coef_mean", "risk_mean", "rows", "active_rows")
@@ -33,41 +31,17 @@ def test_tensorboard(tmp_path, monkeypatch):
         assert [event.step for event in found] == [1, 2, 3]
 
 
-def records(data):
-    """The records of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
-    at, whole = 7, b""
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        whole += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or its last part
-            yield whole
-            whole = b""
-
-
 @pytest.mark.filterwarnings("ignore")  # wandb's own
 def test_wandb(tmp_path, monkeypatch):
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     import wandb
-    from wandb.proto import wandb_internal_pb2
 
     rows = run(tmp_path, "wandb")
     wandb.finish()
     wandb.teardown()  # its service writes the file, and has closed it once it has ended
     (path,) = tmp_path.rglob("*.wandb")
-    found = []
-    for data in records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            found.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
-    steps = [entry for entry in found if "train/loss" in entry]
+    steps = [entry for entry in wandb_history(path) if "train/loss" in entry]
     for name in NAMES:
         assert [e[f"train/safereg/{name}"] for e in steps] == [row[name] for row in rows]
 

@@ -35,7 +35,11 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-NAMES_OF_MODULES = {"scikit-learn": "sklearn", "megatron-core": "megatron"}
+NAMES_OF_MODULES = {
+    "scikit-learn": "sklearn",
+    "megatron-core": "megatron",
+    "mlflow-skinny": "mlflow",
+}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +167,8 @@ def test_a_ledger_and_a_report(safereg, tmp_path):
     (folder / "summary.json").write_text(json.dumps(summary))
     assert f"2 rows, head {head.head}" in safereg("ledger", "verify", "run")
     safereg("report", "run")
+    assert "risky_fraction" not in safereg("watch", "nowhere", "--once")
+    assert "loss" in safereg("watch", "run", "--once")
     assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
     path = folder / "ledger.jsonl"
     path.write_bytes(path.read_bytes().replace(b"r1", b"r2"))
