@@ -136,6 +136,11 @@ class Sweep(Section):
             raise ConfigError(f"axis {min(taken)!r} has the name of a column: choose another")
         return self
 
+    @property
+    def origin(self) -> Origin:
+        """Where the relative paths of overrides begin."""
+        return Origin(Path(os.path.abspath(self.folder)), Path("the sweep"))
+
 
 class Cell(NamedTuple):
     """One arm at one value of each axis."""
@@ -225,9 +230,8 @@ def cells_of(sweep: Sweep) -> Iterator[Cell]:
         for arm, settings in arms.items():
             trained = place / (_trained_by(arms, settings) or arm)
             cell = Cell(arm, axes, place / arm, (), trained, settings.after)
-            origin = Origin(Path(os.path.abspath(sweep.folder)), Path("the sweep"))
             named = cell.named([*common, *settings.overrides])
-            placed = [placed_override(text, origin) for text in named]
+            placed = [placed_override(text, sweep.origin) for text in named]
             yield cell._replace(overrides=(*placed, f"output_dir={trained}"))
 
 
@@ -351,8 +355,7 @@ def _changed(sweep: Sweep, cell: Cell, after: After, model: Path) -> Path:
     base, ranks = load_config(sweep.config, list(cell.overrides)).model, single_ranks()
     if after.safe_lora is not None:
         [unaligned] = cell.named([after.safe_lora.unaligned])
-        origin = Origin(Path(os.path.abspath(sweep.folder)), Path("the sweep"))
-        unaligned = origin.path(unaligned, MODEL, "after.safe_lora.unaligned")
+        unaligned = sweep.origin.path(unaligned, MODEL, "after.safe_lora.unaligned")
         unaligned = str(resolve_model(unaligned, ranks))
         after = After(safe_lora=replace(after.safe_lora, unaligned=unaligned))
     out = cell.folder / "changed"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.builders import random_rows, save_model, tiny_model, write_jsonl
 from support.reports import metrics, write_run
 from support.wheels import ROOT, build, closure, copied, environment, needs
 
@@ -66,6 +67,15 @@ def python(project, wheel) -> Path:
     assert {"torch", "transformers", "pydantic"} <= set(seen)
     assert not {"deepspeed", "accelerate", "datasets", "scipy", "peft", "trl"} & set(seen)
     return environment(project.parent / "venv", seen, kernels, wheel)
+
+
+@pytest.fixture(scope="module")
+def trainer(project, wheel) -> Path:
+    """The Python of an environment with the extra `train`."""
+    kernels = build(project / "kernels", project.parent / "out", epoch=EPOCH)
+    named = [text for text in needs(wheel) if "extra ==" not in text or "train" in text]
+    wanted = [text.partition(";")[0] for text in named] + needs(kernels)[:2]
+    return environment(project.parent / "train", closure(wanted), kernels, wheel)
 
 
 @pytest.fixture
@@ -202,6 +212,32 @@ def test_what_an_extra_brings_is_named(safereg, tmp_path, words):
     told = safereg(words[0], "run.yaml", *words[1:], status=2)
     assert told.count("\n") == 1
     assert 'pip install "safereg-dist[train]"' in told
+
+
+def test_the_demo_trains_on_two_ranks_from_an_installed_wheel(trainer, tmp_path):
+    """Its own configuration and launcher, on a tiny model in the place of its world."""
+    save_model(tmp_path / "model", tiny_model(seed=0))
+    write_jsonl(tmp_path / "rows.jsonl", random_rows(16))
+    changes = ["model=model", "data.train=rows.jsonl", "data.anchor=null", "risk.path=null"]
+    changes += ["risk.estimator=column", "risk.max_held_back=1", "train.steps=2"]
+    changes += ["train.micro_batch_size=2", "output_dir=run"]
+    code = (
+        "import sys; from safereg_dist.demo import stages, toy;"
+        "assert 'site-packages' in str(toy.CONFIG); stages.launch(2, toy.CONFIG, *sys.argv[1:])"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        [trainer, "-c", code, *changes],
+        cwd=tmp_path,
+        env=env | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "deepspeed on 2 ranks" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "complete"
 
 
 def write_config(folder: Path) -> None:
