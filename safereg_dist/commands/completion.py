@@ -14,7 +14,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.epilog = example("safereg completion bash > safereg.bash")
-    parser.add_argument("shell", choices=SHELLS, help="it completes verbs and options")
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or tcsh")
 
 
 def run(arguments: argparse.Namespace) -> int:
