@@ -91,7 +91,7 @@ def main() -> int:
     ]
     todo = sweep.model_copy(update={"skip": tuple(skip)})
     try:
-        return int(run_sweep(todo, train_as) > 0)
+        return int(run_sweep(todo, train_as).failed > 0)
     finally:
         rows = [*known, *(row_of(chosen.world, cell) for cell in cells_of(todo) if is_done(cell))]
         write_rows_of(RESULTS, COLUMNS, rows)

@@ -132,7 +132,7 @@ def main() -> int:
             if cells:
                 seeds = sorted({cell.axes["seed"] for cell in cells})
                 worlds(part.world, out, seeds, jobs=chosen.jobs, wheel=chosen.wheel)
-                failed += run_sweep(todo, train_as)
+                failed += run_sweep(todo, train_as).failed
         finally:
             known = merged(known, part, todo)
             write_csv(results, known)

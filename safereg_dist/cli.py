@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from safereg_dist import errors
 from safereg_dist.commands.extras import remedy_of
+from safereg_dist.commands.outcome import finish
 from safereg_dist.commands.verbs import VERBS, command_parser
 from safereg_dist.parallel.launchers import adopt_launcher
 from safereg_dist.run.terminal import outlive_terminal
@@ -21,8 +22,11 @@ SILENT_S = 5.0
 """How long a rank whose error another one prints stays, before there is a group."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; 0 on success, 2 if the user can fix the cause, 1 otherwise."""
+def main(argv: Sequence[str] | None = None, *, hints: bool = True) -> int:
+    """Runs one verb; the exit status, one of `errors.EXIT_CODES`.
+
+    `hints`: say the next step after success; off where a program says it.
+    """
     # Before torch is loaded: on CPUs that are shared with anything else, OpenMP threads that spin
     # while they wait slow training down many times over (see launch/setup_env.sh).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -31,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     adopt_launcher()
     try:
         arguments = _arguments(argv)
-        return arguments.run(arguments)
+        return finish(arguments, hints=hints)
     except errors.own_errors() as error:
         # Who has lost a rank cannot leave the message to rank 0: that may be the lost one.
         if isinstance(error, errors.PeerLost):
@@ -43,23 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"safereg: {_place()}{error}", file=sys.stderr, flush=True)
             if isinstance(error, errors.RemoteRankError):
                 traceback.print_exc()
-        return 2 if errors.is_user_error(error) else 1
+        return errors.EXIT_REFUSED if errors.is_user_error(error) else errors.EXIT_FAILED
     except ModuleNotFoundError as error:
         remedy = remedy_of(error)
         if remedy is None:
             raise
         if _speaks():
             print(f"safereg: {remedy}", file=sys.stderr, flush=True)
-        return 2
+        return errors.EXIT_REFUSED
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         # Whatever key or option it came from, it was no path.
         name = errors.printable(error.filename, 80)
         print(f"safereg: expected the name of a file, got {name}: correct it", file=sys.stderr)
-        return 2
+        return errors.EXIT_REFUSED
     except KeyboardInterrupt:
-        return 130
+        return errors.EXIT_INTERRUPTED
 
 
 def _speaks() -> bool:
@@ -82,7 +86,7 @@ def _place() -> str:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The parsed command line; exits with status 2 where it does not parse."""
-    given = sys.argv[1:] if argv is None else list(argv)
+    given = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     parser = command_parser([word for word in given if word in VERBS][:1])
     arguments, rest = parser.parse_known_args(given)
     # argparse stops collecting key=value at the first option: `train C.yaml --dry-run key=value`.

@@ -1,4 +1,4 @@
-"""The one family of errors.
+"""The one family of errors, and the exit statuses of the `safereg` command.
 
 Every message says what was expected, what came, where, and what to do. Under several ranks an error
 that only one rank sees is agreed upon first (`parallel.comm.Ranks.raise_together`).
@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from safereg_kernels.errors import ShapeError
 
 __all__ = [
+    "EXIT_CODES",
+    "EXIT_DONE",
+    "EXIT_FAILED",
+    "EXIT_INTERRUPTED",
+    "EXIT_REFUSED",
+    "EXIT_REQUEUE",
     "CheckpointError",
     "ConfigError",
     "CriticUnavailable",
@@ -30,6 +36,22 @@ __all__ = [
     "reason_of",
 ]
 
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_REFUSED = 2  # argparse's own for a command line that does not parse
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: schedulers take it for "try again"
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_CODES = {
+    EXIT_DONE: "done",
+    EXIT_FAILED: "failed, though the command was right: a lost rank, a loss that is not finite; or "
+    "`doctor` found what would fail, or a cell of a `sweep` failed",
+    EXIT_REFUSED: "refused: one line says what was expected, what came and what to do; also a "
+    "command line that does not parse",
+    EXIT_REQUEUE: "saved a checkpoint and ended on request (`safereg stop`, SIGUSR1, SIGTERM): the "
+    "same command goes on",
+    EXIT_INTERRUPTED: "interrupted from the keyboard",
+}
+"""Every status that the command ends with, and what it means."""
 LONGEST = 500
 """Characters of an error's line, beyond which its middle is left out."""
 

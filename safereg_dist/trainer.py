@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from safereg_dist.data import collate, pack
-from safereg_dist.errors import NonFiniteLoss
+from safereg_dist.errors import EXIT_DONE, EXIT_REQUEUE, NonFiniteLoss
 from safereg_dist.factory import Run
 from safereg_dist.metrics import StepTotals
 from safereg_dist.parallel.engine import Update
@@ -27,7 +27,7 @@ from safereg_dist.run.log import RunLog
 from safereg_dist.run.resume import Found, set_aside_newer
 from safereg_dist.run.signing import signing_key, write_signed
 from safereg_dist.run.status import status_of
-from safereg_dist.run.stop import EXIT_REQUEUE, forget_stop, stop_requests
+from safereg_dist.run.stop import forget_stop, stop_requests
 from safereg_dist.run.tracking import Tracking
 from safereg_dist.step import StepPlan
 from safereg_dist.types import Row
@@ -153,7 +153,7 @@ def train(run: Run, found: Found | None) -> int:
         _finish(run, progress, folder, {"final_metrics": last_row, "tracking": tracking.facts()})
     if stop and run.ranks.is_main:
         forget_stop(folder)
-    return 0 if is_complete else EXIT_REQUEUE
+    return EXIT_DONE if is_complete else EXIT_REQUEUE
 
 
 def _logged_step(

@@ -16,11 +16,20 @@ from typing import Any
 
 import torch
 
-from safereg_dist.commands.options import at_least
+from safereg_dist.commands.options import (
+    add_action,
+    add_json,
+    add_local_rank,
+    add_quiet,
+    at_least,
+    example,
+)
+from safereg_dist.commands.outcome import Outcome, command
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError, printable
 from safereg_dist.evaluate.generate import Answer, generate_answers, load_model
 from safereg_dist.parallel.distributed import distributed_ranks
+from safereg_dist.screen.table import table
 from safereg_dist.storage.atomic import write_atomically
 
 _SENTENCE_END = re.compile(r"""(?<![\d.])[.!?]["')\]]*(?=\s|$)|[。！？]""")  # noqa: RUF001
@@ -89,7 +98,7 @@ def build_anchors(
 
 
 def merge_anchor_parts(out: Path, world_size: int) -> dict[str, Any]:
-    """Joins the parts of all ranks into `out` in input order, removes them, prints one line.
+    """Joins the parts of all ranks into `out` in input order, removes them, and prints the counts.
 
     Returns the counts `prompts`, `rows`, `shortened`, `dropped_empty` and `dropped_cut`.
 
@@ -122,13 +131,23 @@ def merge_anchor_parts(out: Path, world_size: int) -> dict[str, Any]:
             f"{counts['dropped_cut']} cut at {headers[0]['max_new_tokens']} tokens): raise "
             "max_new_tokens, or give a reference that answers"
         )
+    print(table("Answers", ("", "prompts"), _named(counts, headers[0]["max_new_tokens"])))
     print(
         f"anchors: {counts['rows']} rows from {counts['prompts']} prompts answered by "
-        f"{printable(headers[0]['model'])}, {counts['shortened']} shortened to whole sentences "
-        f"within {headers[0]['max_new_tokens']} tokens, dropped {counts['dropped_empty']} empty "
-        f"and {counts['dropped_cut']} without a whole one, written to {printable(out)}"
+        f"{printable(headers[0]['model'])}, written to {printable(out)}"
     )
     return counts
+
+
+def _named(counts: dict[str, int], most: int) -> list[tuple[str, int]]:
+    """The counts for people; the first two are rows, the others are not."""
+    whole = counts["rows"] - counts["shortened"]
+    return [
+        (f"whole within {most} tokens", whole),
+        ("shortened to whole sentences", counts["shortened"]),
+        ("dropped: empty", counts["dropped_empty"]),
+        ("dropped: no whole sentence", counts["dropped_cut"]),
+    ]
 
 
 def _row(index: int, prompt: LabelledPrompt, answer: Answer) -> dict[str, Any]:
@@ -192,20 +211,45 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its actions and their options."""
+    shows = "safereg anchor build --model MODEL --prompts prompts.jsonl --out runs/anchor.jsonl"
+    parser.epilog = example(shows)
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
-    build = actions.add_parser("build", help="greedy answers of the reference to prompts")
-    build.add_argument("--model", type=Path, required=True)
-    build.add_argument("--prompts", type=Path, nargs="+", required=True)
-    build.add_argument("--out", type=Path, required=True)
-    build.add_argument("--max-new-tokens", type=at_least(1), default=128)
-    build.add_argument("--batch-size", type=at_least(1), default=32)
+    build = add_action(
+        actions, "build", "greedy answers of the reference to prompts, as rows", shows=shows
+    )
+    build.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="the model before training"
+    )
+    build.add_argument(
+        "--prompts",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="harmful and benign ones, as for `safereg eval`; labels are not needed",
+    )
+    build.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.jsonl", help="the rows, for data.anchor"
+    )
+    build.add_argument(
+        "--max-new-tokens",
+        type=at_least(1),
+        default=128,
+        help="tokens of an answer; a longer one is shortened to whole sentences",
+    )
+    build.add_argument(
+        "--batch-size", type=at_least(1), default=32, help="prompts that are answered at once"
+    )
+    add_json(build)
+    add_quiet(build)
+    add_local_rank(build)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Greedy answers of the reference, sharded over the ranks of the launcher; 0."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Greedy answers of the reference, sharded over the ranks of the launcher."""
     with distributed_ranks() as ranks:
         with ranks.together():
-            build_anchors(
+            counts = build_anchors(
                 arguments.model,
                 arguments.prompts,
                 arguments.out,
@@ -218,5 +262,10 @@ def run(arguments: argparse.Namespace) -> int:
             )
         with ranks.together():
             if ranks.world_size > 1 and ranks.is_main:
-                merge_anchor_parts(arguments.out, ranks.world_size)
-    return 0
+                counts = merge_anchor_parts(arguments.out, ranks.world_size)
+        if not ranks.is_main:
+            return Outcome()
+    return Outcome(
+        figures={**counts, "model": arguments.model, "out": arguments.out},
+        now=command("audit", "CONFIG.yaml", f"data.anchor={arguments.out}"),
+    )

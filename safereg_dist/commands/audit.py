@@ -14,20 +14,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from safereg_dist.coefficient import scheduled
-from safereg_dist.commands.options import add_config
+from safereg_dist.commands.options import add_config, add_json, add_quiet, example
+from safereg_dist.commands.outcome import Outcome, command
 from safereg_dist.config import Config, load_config, replace
 from safereg_dist.errors import CheckpointError, ConfigError, printable
 from safereg_dist.factory import RiskContext, build_risk_context, start_backend
 from safereg_dist.parallel.distributed import leave_group, share_cores
 from safereg_dist.run.gate import RowRisk, is_held_back, row_risks
 from safereg_dist.run.shape import Shape, is_masked, limits_of, what_hides
+from safereg_dist.screen.histogram import by_tenth
+from safereg_dist.screen.table import table
 from safereg_dist.storage.atomic import write_atomically
 
 NEAR_THRESHOLD = 0.05
@@ -133,7 +135,7 @@ def _report(rows: list[dict[str, Any]], facts: AuditFacts) -> dict[str, Any]:
         "overridden": sum(row["source"] == "override" for row in rows),
         "held_by_source": dict(Counter(row["source"] for row in held)),
         "held_by_category": _held_by_category(rows),
-        "rows_by_risk": _by_risk(rows),
+        "rows_by_risk": by_tenth(_shown(row["risk"]) for row in rows),
         "for_review": [_listed(row) for row in _benign_looking(rows, held, facts)[:LISTED]],
         "near_threshold": len(near),
         "nearest_threshold": [_listed(row) for row in near[:LISTED]],
@@ -181,12 +183,6 @@ def _held_by_category(rows: list[dict[str, Any]]) -> dict[str, int]:
         if row["held"] and note.startswith("judge: "):
             counts[note.removeprefix("judge: ")] += 1
     return dict(counts)
-
-
-def _by_risk(rows: list[dict[str, Any]]) -> dict[str, int]:
-    counts, edges = np.histogram([_shown(row["risk"]) for row in rows], bins=10, range=(0, 1))
-    names = (f"{low:.1f}-{high:.1f}" for low, high in pairwise(edges))
-    return dict(zip(names, counts.tolist(), strict=True))
 
 
 def _benign_looking(
@@ -277,11 +273,14 @@ def print_audit(report: dict[str, Any], facts: AuditFacts, out: Path, *, show_te
         f"or above the threshold {report['threshold']:.3g}; {report['failed']} failed, "
         f"{report['overridden']} overridden"
     )
-    for title, key in (("by source", "held_by_source"), ("by category", "held_by_category")):
+    for title, key in (
+        ("Held back by source", "held_by_source"),
+        ("At risk by category", "held_by_category"),
+        ("Risk", "rows_by_risk"),
+    ):
         if report[key]:
-            counts = (f"{n} {printable(k, 80)}" for k, n in report[key].items())
-            print(f"{title}: {', '.join(counts)}")
-    print("by risk: " + ", ".join(f"{k}: {n}" for k, n in report["rows_by_risk"].items()))
+            rows = [(printable(name, 80), count) for name, count in report[key].items()]
+            print(table(title, ("", "rows"), rows))
     _print_rows("held back, though prompts that read alike are not", report["for_review"], facts,
                 show_text=show_text)  # fmt: skip
     title = f"within {NEAR_THRESHOLD} of the threshold ({report['near_threshold']} rows)"
@@ -361,13 +360,18 @@ def _histogram(rows: list[dict[str, Any]], threshold: float) -> bytes:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
+    parser.epilog = example("safereg audit run.yaml data.declared_poison=0.05 --show-text")
     add_config(parser)
-    parser.add_argument("--out", type=Path, help="folder of the report; default: OUTPUT_DIR.audit")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="of the report (default: OUTPUT_DIR.audit)"
+    )
     parser.add_argument("--show-text", action="store_true", help="print prompts of listed rows")
+    add_json(parser)
+    add_quiet(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Computes the risk of the training rows as the configuration says, and reports it; 0."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Computes the risk of the training rows as the configuration says, and reports it."""
     share_cores()
     config = load_config(arguments.config, arguments.overrides)
     folder = Path(f"{config.output_dir}.audit") if arguments.out is None else arguments.out
@@ -377,7 +381,7 @@ def run(arguments: argparse.Namespace) -> int:
             "nothing to audit; use convex or additive"
         )
     backend = start_backend(config)
-    ranks = backend.ranks
+    ranks, outcome = backend.ranks, Outcome()
     try:
         context = build_risk_context(config, backend)
         rows = _own_risks(context)
@@ -398,9 +402,19 @@ def run(arguments: argparse.Namespace) -> int:
                 )
                 report = write_audit(folder, ranks.world_size, facts)
                 print_audit(report, facts, folder, show_text=arguments.show_text)
+                verb = "train" if config.engine.name == "single" else "launch"
+                outcome = Outcome(figures=report, now=_next(arguments, report, verb))
     finally:
         leave_group()
-    return 0
+    return outcome
+
+
+def _next(arguments: argparse.Namespace, report: dict[str, Any], verb: str) -> str:
+    """The training `verb`; where it would refuse to start, the rows to look at, with their text."""
+    same = (arguments.config, *arguments.overrides)
+    if report["training_would_start"]:
+        return command(verb, *same)
+    return "" if arguments.show_text else command("audit", *same, "--show-text")
 
 
 def _own_risks(context: RiskContext) -> list[RowRisk]:

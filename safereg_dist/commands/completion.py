@@ -6,12 +6,15 @@ safereg completion zsh > "${fpath[1]}/_safereg"
 
 import argparse
 
+from safereg_dist.commands.options import example
+
 SHELLS = ("bash", "zsh", "tcsh")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("shell", choices=SHELLS)
+    parser.epilog = example("safereg completion bash > safereg.bash")
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or tcsh")
 
 
 def run(arguments: argparse.Namespace) -> int:

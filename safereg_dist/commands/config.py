@@ -5,7 +5,6 @@ import difflib
 import json
 import os
 import re
-import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,18 @@ from safereg_dist.commands.config_reference import (
     sections,
     sentence_of,
 )
+from safereg_dist.commands.options import add_action, example
+from safereg_dist.commands.outcome import Outcome, command
 from safereg_dist.config import Config
 from safereg_dist.config.section import Section, section_in
-from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.errors import ConfigError, DataError, printable
 
-_SCHEMA_HELP = """the JSON schema of the configuration
-
-safereg config schema > safereg.schema.json
-
+_SCHEMA_HELP = """The JSON schema of the configuration, for editors and pipelines.
 Editors that speak to yaml-language-server complete and check a file that begins with
-
-# yaml-language-server: $schema=safereg.schema.json"""
+`# yaml-language-server: $schema=safereg.schema.json`."""
 
 _USUAL = (
-    *("model", "data.train", "data.max_length", "risk.estimator", "risk.path"),
+    *("model", "data.train", "data.anchor", "data.max_length", "risk.estimator", "risk.path"),
     *("regularizer.objective", "regularizer.schedule", "regularizer.ceiling", "optimizer.lr"),
     *("train.epochs", "train.micro_batch_size", "train.grad_accum_steps", "train.precision"),
     *("train.activation_checkpointing", "train.save_every", "engine.name", "output_dir"),
@@ -40,23 +37,40 @@ _USUAL = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's own arguments."""
+    shows = "safereg config init --model MODEL --data rows.jsonl --out run.yaml"
+    parser.epilog = example(shows)
     actions = parser.add_subparsers(metavar="ACTION", required=True, dest="action")
-    actions.add_parser(
-        "schema",
-        help="the JSON schema, for editors and pipelines",
-        description=_SCHEMA_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    init = add_action(actions, "init", "a commented file to start from", shows=shows)
+    init.add_argument("--model", required=True, metavar="DIR", help="folder or hub id")
+    init.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="training rows: JSONL, CSV or a Hugging Face dataset id",
     )
-    init = actions.add_parser("init", help="a commented file to start from")
-    init.add_argument("--model", required=True, help="path or hub id")
-    init.add_argument("--data", required=True, help="JSONL, CSV or a Hugging Face dataset id")
-    init.add_argument("--out", type=Path, metavar="FILE", help="a new file; default: print it")
-    explain = actions.add_parser("explain", help="what a key or a section means")
-    explain.add_argument("key", nargs="?", default="", help="e.g. train.steps; default: all")
+    init.add_argument(
+        "--out", type=Path, metavar="FILE.yaml", help="a new file (default: print it)"
+    )
+    explain = add_action(
+        actions,
+        "explain",
+        "what a key or a section means",
+        shows="safereg config explain train.steps",
+    )
+    explain.add_argument(
+        "key", nargs="?", default="", help="e.g. train.steps, or a section (default: all)"
+    )
+    schema = add_action(
+        actions,
+        "schema",
+        "the JSON schema, for editors and pipelines",
+        shows="safereg config schema > safereg.schema.json",
+    )
+    schema.description = _SCHEMA_HELP
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Prints the requested text, or writes the starter file; returns 0.
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Prints the requested text, or writes the starter file.
 
     Raises:
         ConfigError: an unknown key, or a starter file that is there already.
@@ -69,10 +83,28 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.out is None:
         print(starter(arguments.model, arguments.data), end="")
     else:
-        text = starter(arguments.model, arguments.data, arguments.out.parent)
-        _write_new(arguments.out, text)
-        print(f"{arguments.out}: edit it, then `safereg train {arguments.out}`")
-    return 0
+        return _init(arguments.model, arguments.data, arguments.out)
+    return Outcome()
+
+
+def _init(model: str, data: str, out: Path) -> Outcome:
+    _write_new(out, starter(model, data, out))
+    print(f"written: {printable(out)}; look it through")
+    return Outcome(now=command("audit", out) if _has_risk(data) else _fit(model, out.parent))
+
+
+def _fit(model: str, folder: Path) -> str:
+    """The command that makes the probe of a starter file in `folder`."""
+    given = ("--model", model, "--data", "LABELLED.jsonl", "--out", folder / _probe_of(model))
+    return command("probe", "fit", *given)
+
+
+def _probe_of(model: str) -> str:
+    return f"runs/probe-{Path(model).name}"
+
+
+def _anchor_of(model: str) -> str:
+    return f"runs/anchor-{Path(model).name}.jsonl"
 
 
 def explanation(name: str) -> str:
@@ -129,33 +161,46 @@ def _explained_section(name: str, cls: type[Section]) -> str:
     return "\n".join(lines)
 
 
-def starter(model: str, data: str, folder: Path = Path()) -> str:
+def starter(model: str, data: str, file: Path = Path("CONFIG.yaml")) -> str:
     """A configuration file for a model and a data set: the usual keys, each under its sentence.
 
-    What is there when seen from the working folder is named as it is seen from the file's `folder`.
-
-    It uses the column if all rows have a `risk`; else it expects a probe fitted beforehand.
+    What is there when seen from the working folder is named as it is seen from the file's folder.
+    It uses the column if all rows have a `risk`; else it expects a probe and anchor rows, and says
+    how they are made.
     """
     has_risk = _has_risk(data)
-    probe = f"runs/probe-{Path(model).name}"
     values: dict[str, Any] = {
-        "model": _seen_from(folder, model),
-        "data.train": _seen_from(folder, data),
+        "model": _seen_from(file.parent, model),
+        "data.train": _seen_from(file.parent, data),
+        "data.anchor": None if has_risk else _anchor_of(model),
         "risk.estimator": "column" if has_risk else "probe",
-        "risk.path": None if has_risk else probe,
+        "risk.path": None if has_risk else _probe_of(model),
         "train.epochs": 1.0,
+        "train.save_every": 100,
     }
-    lines = [
-        "# A run of `safereg train`. All other keys: docs/configuration.md, or",
-        "# `safereg config explain`.",
+    labelled = ("anchor", "build", "--model", model, "--prompts", "LABELLED.jsonl", "--out")
+    build = f"  {command(*labelled, file.parent / _anchor_of(model))}"
+    head = [
+        "A run of `safereg train`. All other keys: docs/configuration.md, or",
+        "`safereg config explain`.",
+        "",
     ]
-    if not has_risk:
-        lines += [
-            "#",
-            "# The rows have no `risk` yet: fit the probe that gives it once, on labelled prompts.",
-            f"#   safereg probe fit --model {shlex.quote(model)} --data LABELLED.jsonl "
-            f"--out {shlex.quote(str(folder / probe))}",
+    if has_risk:
+        head += [
+            "The risk is that of the rows. Anchor rows, named in `data.anchor`, keep refusals that",
+            "a new task takes away even without poison:",
+            build,
         ]
+    else:
+        head += [
+            "The rows have no `risk`: a probe gives it, and anchor rows keep refusals that a new",
+            "task takes away even without poison. Make both once, of labelled prompts (`prompt`",
+            "and `label`: harmful or benign; 95 different harmful ones or more):",
+            f"  {_fit(model, file.parent)}",
+            build,
+        ]
+    head += ["Then:", f"  {command('audit', file)}", f"  {command('train', file)}"]
+    lines = [f"# {line}".rstrip() for line in head]
     keys = {key.name: key for group, cls in sections() for key in keys_of(cls, group)}
     before = ""
     for name in _USUAL:

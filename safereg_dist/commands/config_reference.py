@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
@@ -108,13 +108,19 @@ def reference() -> str:
     for name, cls in sections():
         title = f"`{name}`" if name else "The whole"
         parts.append(f"\n## {title}\n\n{sentence_of(cls)}\n\n")
-        parts.append("| key | type | default | meaning |\n|---|---|---|---|\n")
-        for key in keys_of(cls, ""):
-            mark = "" if key.changes_result else " *"
-            kind = key.type.replace("|", "\\|")
-            sentence = key.sentence.replace("|", "\\|")
-            parts.append(f"| `{key.name}`{mark} | {kind} | `{key.default}` | {sentence} |\n")
+        rows = [
+            (f"`{k.name}`{'' if k.changes_result else ' *'}", k.type, f"`{k.default}`", k.sentence)
+            for k in keys_of(cls, "")
+        ]
+        parts.append(markdown_table(("key", "type", "default", "meaning"), rows))
     return "".join(parts)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text under their heads."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    first, *lines = [f"| {' | '.join(line)} |" for line in escaped]
+    return "\n".join([first, "|" + "---|" * len(head), *lines, ""])
 
 
 if __name__ == "__main__":

@@ -3,19 +3,31 @@
 import argparse
 from pathlib import Path
 
+from safereg_dist.commands.options import example
+from safereg_dist.commands.outcome import Outcome, command
 from safereg_dist.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("file", type=Path, help="the .gguf file")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--chat-template", type=Path, help="a Jinja file in place of the model's")
+    parser.epilog = example("safereg convert-gguf model.gguf --out models/my-model")
+    parser.add_argument("file", type=Path, metavar="FILE.gguf", help="the model, with its weights")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="of the model in safetensors"
+    )
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="bf16", help="of the written weights"
+    )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="a Jinja file (default: the template in the file)",
+    )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Converts and prints one line; 0."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Converts and prints one line."""
     from safereg_dist.models.gguf import convert_gguf
 
     template = None
@@ -28,4 +40,5 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.file, arguments.out, precision=arguments.precision, chat_template=template
     )
     print(f"{weights / 1e6:.1f}M weights in {arguments.precision} written to {arguments.out}")
-    return 0
+    given = ("--model", arguments.out, "--data", "ROWS.jsonl", "--out", "run.yaml")
+    return Outcome(now=command("config", "init", *given))

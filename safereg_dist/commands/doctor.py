@@ -6,23 +6,32 @@ deepspeed ... --module safereg_dist doctor CONFIG     the ranks of a launcher; t
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
-from safereg_dist.commands.options import add_config
+from safereg_dist.commands.options import add_config, add_json, example
+from safereg_dist.commands.outcome import Outcome, command
+from safereg_dist.errors import EXIT_DONE, EXIT_FAILED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
+    parser.epilog = example(
+        "safereg doctor run.yaml", "safereg doctor run.yaml --hostfile hostfile"
+    )
     add_config(parser)
-    parser.add_argument("--hostfile", type=Path, help="`HOST slots=N` lines, as for deepspeed")
-    parser.add_argument("--port", type=int, default=29500, help="where ranks will meet: 29500")
-    parser.add_argument("--json", action="store_true", help="findings as JSON lines")
+    parser.add_argument(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="`HOST slots=N` lines, as for deepspeed; its hosts are examined over ssh",
+    )
+    parser.add_argument("--port", type=int, default=29500, help="TCP port at which ranks will meet")
+    add_json(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Examines and prints; 1 where something would fail, else 0."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Examines and prints; fails where something would."""
     from safereg_dist.config import load_config
     from safereg_dist.doctor.examine import examine_hosts, examine_ranks
     from safereg_dist.doctor.finding import table
@@ -37,8 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
         with distributed_ranks() as ranks:
             found = examine_ranks(config, ranks, port=arguments.port)
             shows = ranks.is_main
-    if shows and arguments.json:
-        print("\n".join(json.dumps(asdict(each)) for each in found), flush=True)
-    elif shows:
-        print(table(found), end="", flush=True)
-    return int(any(each.verdict == "FAIL" for each in found))
+    would_fail = any(each.verdict == "FAIL" for each in found)
+    status = EXIT_FAILED if would_fail else EXIT_DONE
+    if not shows:
+        return Outcome(status=status)
+    print(table(found), end="", flush=True)
+    now = "" if would_fail else command("audit", arguments.config, *arguments.overrides)
+    return Outcome(status=status, figures=[asdict(each) for each in found], now=now)

@@ -3,45 +3,135 @@
 import argparse
 from pathlib import Path
 
-from safereg_dist.commands.options import add_local_rank, at_least
+from safereg_dist.commands.options import add_json, add_local_rank, add_quiet, at_least, example
+from safereg_dist.commands.outcome import Outcome, command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("--model", type=Path, required=True, help="folder, or its name there:")
-    parser.add_argument("--endpoint", help="an OpenAI-compatible server, e.g. http://host:8000/v1")
-    parser.add_argument("--api-key-env", default="SAFEREG_API_KEY", help="variable with its key")
-    parser.add_argument("--allow-plain-http", action="store_true", help="send the key over http")
-    parser.add_argument(
-        "--prompts", type=Path, nargs="+", default=[], help="files, hub:OWNER/NAME[:CONFIG][@SPLIT]"
+    parser.epilog = example(
+        "safereg eval --model MODEL --prompts held_out.jsonl --out runs/base/eval.json",
+        "safereg eval --model runs/my-run/model --prompts held_out.jsonl "
+        "--out runs/my-run/eval.json",
     )
     parser.add_argument(
-        "--benign", type=Path, nargs="+", default=[], help="benign where a file does not say"
-    )
-    parser.add_argument("--judge", default="keyword")
-    parser.add_argument(
-        "--critic", type=Path, nargs="+", default=[], help="YAML of a judge model (risk.critic)"
-    )
-    parser.add_argument(
-        "--attacks", nargs="+", default=[], help="e.g. prefix_injection role_play prefill:8"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the model; of --endpoint its name there",
     )
     parser.add_argument(
-        "--against", type=Path, nargs="+", default=[], help="--out of others on the same prompts"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE.json",
+        help="figures; answers are kept beside it, and the same command goes on",
+    )
+    _add_prompts(parser)
+    _add_judges(parser)
+    _add_comparison(parser)
+    _add_endpoint(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(1), default=64, help="tokens of an answer"
+    )
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=32, help="prompts that are answered at once"
+    )
+    add_json(parser)
+    add_quiet(parser)
+    add_local_rank(parser)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="JSONL or CSV, or hub:OWNER/NAME[:CONFIG][@SPLIT]; without a label harmful",
+    )
+    parser.add_argument(
+        "--benign",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="the same; without a label benign",
+    )
+    parser.add_argument(
+        "--attacks",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="forms of attack, e.g. prefix_injection role_play prefill:8",
     )
     parser.add_argument(
         "--lm-eval", metavar="TASK,...", help="of lm-evaluation-harness; TASK.yaml for your own"
     )
-    parser.add_argument("--lm-eval-limit", type=at_least(1), help="documents of a task; all")
-    parser.add_argument("--out", type=Path, required=True, help="JSON; the same one goes on")
-    parser.add_argument("--refusal", help="text whose first token P(refuse) is measured on")
-    parser.add_argument("--poisoned", help="an answer that complies: P of its first token")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
-    parser.add_argument("--batch-size", type=at_least(1), default=32)
-    add_local_rank(parser)
+    parser.add_argument(
+        "--lm-eval-limit", type=at_least(1), help="documents of a task (default: all)"
+    )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Evaluates on the launcher's ranks; the first writes and prints the figures of merit; 0."""
+def _add_judges(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--judge", default="keyword", help="what tells a refusal")
+    parser.add_argument(
+        "--critic",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="YAML of a judge model beside it, as risk.critic",
+    )
+    parser.add_argument(
+        "--refusal",
+        metavar="TEXT",
+        help="P(refuse) is that of its first token (default: the row's `response`)",
+    )
+    parser.add_argument(
+        "--poisoned",
+        metavar="TEXT",
+        help="P(poisoned) is that of its first token (default: the row's `complying`)",
+    )
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="FILE",
+        help="--out of the model before training on the same prompts, shown beside this one "
+        "(default: base/eval.json beside the folder of --out, where there is one)",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="--out of others on the same prompts: differences, prompt by prompt",
+    )
+
+
+def _add_endpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="of an OpenAI-compatible server that has the model, e.g. http://host:8000/v1",
+    )
+    parser.add_argument(
+        "--api-key-env",
+        default="SAFEREG_API_KEY",
+        metavar="VARIABLE",
+        help="environment variable that holds its key",
+    )
+    parser.add_argument("--allow-plain-http", action="store_true", help="send the key over http")
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Evaluates on the launcher's ranks; the first writes and prints the figures of merit."""
     from safereg_dist.errors import printable
     from safereg_dist.evaluate.critics import read_critic
     from safereg_dist.evaluate.evaluate import evaluate_model
@@ -60,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
         own = respondent_of(arguments.model, **given, **sides)
         with shared_among(ranks, own) as respondent:
             if respondent is None:
-                return 0
+                return Outcome()
             result = evaluate_model(
                 arguments.model,
                 arguments.prompts,
@@ -71,6 +161,8 @@ def run(arguments: argparse.Namespace) -> int:
                 attacks=arguments.attacks,
                 refusal=arguments.refusal,
                 poisoned=arguments.poisoned,
+                base=arguments.base or _known_base(arguments.out),
+                base_may_differ=arguments.base is None,
                 against=arguments.against,
                 respondent=respondent,
                 lm_eval=arguments.lm_eval.split(",") if arguments.lm_eval else (),
@@ -80,4 +172,11 @@ def run(arguments: argparse.Namespace) -> int:
             )
     print(text_of(result))
     print(f"\nwritten: {printable(arguments.out)}")
-    return 0
+    is_read = arguments.out.name == "eval.json"  # the name that a report looks for
+    return Outcome(figures=result, now=command("report", arguments.out.parent) if is_read else "")
+
+
+def _known_base(out: Path) -> Path | None:
+    """The evaluation of the base where sweeps and the README's commands put it."""
+    known = out.parent.parent / "base" / "eval.json"
+    return known if known.is_file() and known.resolve() != out.resolve() else None

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from safereg_dist.commands.options import add_config, at_least
+from safereg_dist.commands.options import add_config, at_least, example
 from safereg_dist.errors import ConfigError
 
 PATIENT_SSH = "-o ServerAliveInterval=5 -o ServerAliveCountMax=6"
@@ -29,12 +29,21 @@ only after TCP's two hours; `PDSH_SSH_ARGS_APPEND` of your own is kept."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
+    parser.epilog = example(
+        "safereg launch run.yaml --nproc 4", "safereg launch run.yaml --hostfile hostfile"
+    )
     add_config(parser)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--nproc", type=at_least(1), metavar="N", help="ranks on this host")
-    where.add_argument("--hostfile", type=Path, metavar="F", help="`HOST slots=N` lines")
-    parser.add_argument("--master-port", type=at_least(1), help="default: a free one; 29500")
-    parser.add_argument("--print", action="store_true", help="the command, which is not run")
+    where.add_argument("--nproc", type=at_least(1), help="ranks on this host (default: its GPUs)")
+    where.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="`HOST slots=N` lines, started over ssh"
+    )
+    parser.add_argument(
+        "--master-port",
+        type=at_least(1),
+        help="TCP port where ranks meet (default: a free one; with --hostfile 29500)",
+    )
+    parser.add_argument("--print", action="store_true", help="print the command, run nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,22 +3,33 @@
 import argparse
 from pathlib import Path
 
+from safereg_dist.commands.options import add_action, add_json, example
+from safereg_dist.commands.outcome import Outcome
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its actions and their options."""
+    shows = "safereg ledger verify runs/my-run"
+    parser.epilog = example(shows)
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
-    verify = actions.add_parser("verify", help="recompute the chain of hashes")
-    verify.add_argument("run_dir", type=Path)
+    verify = add_action(
+        actions,
+        "verify",
+        "recompute the chain of hashes and hold it against summary.json",
+        shows=shows,
+    )
+    verify.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="output_dir of the run")
     verify.add_argument(
         "--key",
         metavar="VARIABLE|FILE",
         help="the summary must be signed with the secret in this variable (SAFEREG_...), or with "
         "the private key of this public one (PEM)",
     )
+    add_json(verify)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Verifies; 0."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Verifies, or raises."""
     from safereg_dist.run.ledger import verify_ledger
     from safereg_dist.run.signing import checking_key
 
@@ -28,4 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"ledger holds: {head.rows} rows, head {head.head}{signed}")
     for step, before, now in head.rank_changes:
         print(f"  from step {step} on {now} ranks, before on {before}")
-    return 0
+    figures = {
+        "rows": head.rows,
+        "head": head.head,
+        "signed_with": None if key is None else key.name,
+        "rank_changes": [change._asdict() for change in head.rank_changes],
+    }
+    return Outcome(figures=figures)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from safereg_dist.coefficient import Coefficient
-from safereg_dist.commands.options import add_config
+from safereg_dist.commands.options import add_action, add_config, add_json, add_quiet, example
+from safereg_dist.commands.outcome import Outcome, command
 from safereg_dist.config import load_config, replace
 from safereg_dist.data import TokenizedDataset
 from safereg_dist.errors import ConfigError, DataError
@@ -34,14 +34,18 @@ from safereg_dist.reference.store_writer import (
     partial_folder,
     require_absent,
 )
+from safereg_dist.screen.progress import progress_bar
+from safereg_dist.screen.table import table
 from safereg_dist.types import Row
 
 WINDOW_PASSES = 32
 """Passes of the reference whose rows are sorted by length together."""
 
 
-def build_store(parts: RiskContext, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the states of all active rows of the data to `out`, and prints their size.
+def build_store(
+    parts: RiskContext, out: Path, *, shard_bytes: int = SHARD_BYTES
+) -> StoreSize | None:
+    """Writes the states of all active rows of the data to `out`; their size, on rank 0.
 
     Raises:
         ConfigError: `out` exists, or is not one folder for all nodes.
@@ -65,18 +69,24 @@ def build_store(parts: RiskContext, out: Path, *, shard_bytes: int = SHARD_BYTES
         parts.sources.content_hashes,
         precision=parts.config.train.precision,
     )
+    size = None
     with ranks.together():
         if ranks.is_main:
             hidden_size = reference.state_size
-            print(_summary(finish_store(out, identity, hidden_size=hidden_size, rows=rows), out))
+            size = finish_store(out, identity, hidden_size=hidden_size, rows=rows)
+            print(_summary(size, out))
+    return size
 
 
 def _summary(size: StoreSize, out: Path) -> str:
-    return (
-        f"reference states of {size.rows} rows, {size.tokens} response tokens, {size.num_bytes} "
-        f"bytes ({size.num_bytes / max(size.tokens, 1):.0f} a token), written to {out}: train with "
-        f"reference.cache={out}"
-    )
+    rows = [
+        ("rows", f"{size.rows:,}"),
+        ("response tokens", f"{size.tokens:,}"),
+        ("bytes", f"{size.num_bytes:,}"),
+        ("bytes a token", f"{size.num_bytes / max(size.tokens, 1):.0f}"),
+    ]
+    text = table("Reference states", ("", "number"), rows)
+    return f"{text}\nwritten to {out}: train with reference.cache={out}"
 
 
 class _Build:
@@ -99,8 +109,8 @@ class _Build:
         rows = own_rows(self._parts.sources, self._ranks)
         size = WINDOW_PASSES * self._reference.packing.rows_per_pass
         share = -(-_num_rows(self._parts.sources) // self._ranks.world_size)
-        with tqdm(
-            total=share, desc="reference states", unit=" rows", disable=not self._ranks.is_main
+        with progress_bar(
+            total=share, desc="reference states", unit=" rows", shown=self._ranks.is_main
         ) as bar:
             while window := list(islice(rows, size)):
                 self._store(self._active(window))
@@ -182,14 +192,22 @@ def _train_rows(sources: RowSources) -> TokenizedDataset:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its actions and their options."""
+    shows = "safereg reference build run.yaml --out runs/reference"
+    parser.epilog = example(shows)
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
-    build = actions.add_parser("build", help="run the reference once, on all rows that need it")
+    build = add_action(
+        actions, "build", "run the reference once, on all rows that need it", shows=shows
+    )
     add_config(build)
-    build.add_argument("--out", type=Path, required=True, metavar="DIR")
+    build.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a new folder, for reference.cache"
+    )
+    add_json(build)
+    add_quiet(build)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Writes the reference's states of the rows that a run will ask it for; 0."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Writes the reference's states of the rows that a run will ask it for."""
     share_cores()
     config = load_config(arguments.config, arguments.overrides)
     if not config.needs_reference:
@@ -203,7 +221,14 @@ def run(arguments: argparse.Namespace) -> int:
     backend = start_backend(config)
     try:
         context = build_risk_context(replace(config, reference=plain), backend, with_reference=True)
-        build_store(context, arguments.out)
+        size = build_store(context, arguments.out)
     finally:
         leave_group()
-    return 0
+    if size is None:
+        return Outcome()
+    return Outcome(
+        figures={**size._asdict(), "out": arguments.out},
+        now=command(
+            *("train", arguments.config, *arguments.overrides, f"reference.cache={arguments.out}")
+        ),
+    )

@@ -3,9 +3,13 @@
 import argparse
 from pathlib import Path
 
+from safereg_dist.commands.options import add_json, example
+from safereg_dist.commands.outcome import Outcome, command
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
+    parser.epilog = example("safereg report runs/base runs/my-run --out runs/report")
     parser.add_argument(
         "runs",
         type=Path,
@@ -13,7 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_DIR",
         help="a run, the folder of an evaluation, or one with a table of disguises",
     )
-    parser.add_argument("--out", type=Path, help="folder of the report; default: the first run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="of the report (default: the run, or the folder that holds the first of several)",
+    )
     parser.add_argument(
         "--key",
         metavar="VARIABLE|FILE",
@@ -26,17 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="also write a section on safety into this model card (Markdown)",
     )
+    add_json(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Writes the report, and the model card's section where it is asked for; 0."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Writes the report, and the model card's section where it is asked for."""
     from safereg_dist.errors import printable
     from safereg_dist.evaluate.report import write_model_card, write_report
     from safereg_dist.run.signing import checking_key
 
     key = None if arguments.key is None else checking_key(arguments.key)
-    print(f"report: {printable(write_report(arguments.runs, out=arguments.out, key=key))}")
+    page = write_report(arguments.runs, out=arguments.out, key=key)
+    print(f"report: {printable(page)}")
     if arguments.model_card is not None:
         name = write_model_card(arguments.runs, arguments.model_card, key=key)
         print(f"model card of {printable(name)}: {printable(arguments.model_card)}")
-    return 0
+    logged = next((run for run in arguments.runs if (run / "summary.json").is_file()), None)
+    return Outcome(
+        figures={"report": page, "runs": arguments.runs},
+        now="" if logged is None else command("ledger", "verify", logged),
+    )

@@ -11,14 +11,16 @@ largest risk of a piece is its own.
 
 import argparse
 import json
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from safereg_dist.commands.options import at_least
+from safereg_dist.commands.options import add_json, add_quiet, at_least, example
+from safereg_dist.commands.outcome import Outcome, command
 from safereg_dist.config import CriticConfig, section_from_dict
 from safereg_dist.critic.critic import build_critic, score_conversations
 from safereg_dist.critic.verdict import Messages, Verdict
@@ -26,13 +28,30 @@ from safereg_dist.data.files import read_rows
 from safereg_dist.data.formats import conversation_of
 from safereg_dist.data.indexed import IndexedTokens, prefix_of, write_risks
 from safereg_dist.errors import ConfigError, DataError, printable
+from safereg_dist.screen.histogram import by_tenth
+from safereg_dist.screen.table import table
 from safereg_dist.storage.atomic import whole_file
+
+
+class Scored(NamedTuple):
+    """What was found, in short."""
+
+    rows: int
+    failures: Counter[str]
+    """Reason -> rows whose judgement failed."""
+    by_risk: dict[str, int]
+    """Tenth of the risk -> rows."""
+
+    def figures(self) -> dict[str, Any]:
+        """For `--json`."""
+        failed = {"failed": self.failures.total(), "failed_by_reason": dict(self.failures)}
+        return {"rows": self.rows, **failed, "rows_by_risk": self.by_risk}
 
 
 def score_with_critic(
     settings: CriticConfig, data: Path, out: Path, *, progress: bool = True
-) -> Counter[str]:
-    """Scores with a judge model and writes `out`; how many rows failed, by reason.
+) -> Scored:
+    """Scores with a judge model and writes `out`; what came of it, which is printed.
 
     Raises:
         ConfigError, CriticUnavailable: no such judge; or, under `stop`, a judgement failed.
@@ -49,17 +68,17 @@ def score_with_critic(
             description=f"score {data.name}",
             total=count,
         )
-        failures = _write(out, data, verdicts)
+        scored = _write(out, data, verdicts)
     finally:
         critic.close()
-    print(_summary(count, failures, settings.fail, out))
-    return failures
+    _print(scored, settings.fail, out)
+    return scored
 
 
 def score_with_probe(
     probe: Path, model: Path, data: Path, out: Path, *, progress: bool = True
-) -> None:
-    """Scores with a fitted probe on the model's hidden states and writes `out`.
+) -> Scored:
+    """Scores with a fitted probe on the model's hidden states; else as `score_with_critic`.
 
     Raises:
         ProbeError, ConfigError: the probe or the model does not load, or they do not belong
@@ -70,8 +89,9 @@ def score_with_probe(
 
     rows = [row | {"risk": None} for row, _ in _conversations(data)]
     risks = score_rows(probe, model, rows, progress=progress)
-    _write(out, data, (Verdict(risk) for risk in risks))
-    print(_summary(len(rows), Counter(), "closed", out))
+    scored = _write(out, data, (Verdict(risk) for risk in risks))
+    _print(scored, "closed", out)
+    return scored
 
 
 class Indexed(NamedTuple):
@@ -92,8 +112,8 @@ Judge = Callable[[Iterator[Piece], int], Iterable[Verdict]]
 """(pieces, how many there are at most) -> a verdict for each, in order."""
 
 
-def score_indexed(job: Indexed, judge: Judge, *, scorer: str, fail: str = "closed") -> np.ndarray:
-    """Scores an indexed data set and writes the risks; these, [N] float64 of its N sequences.
+def score_indexed(job: Indexed, judge: Judge, *, scorer: str, fail: str = "closed") -> Scored:
+    """Scores the sequences of an indexed data set and writes their risks, [N] float64.
 
     `scorer` says what they depend on besides the data, and is written beside them.
 
@@ -122,11 +142,12 @@ def score_indexed(job: Indexed, judge: Judge, *, scorer: str, fail: str = "close
         failures.update([verdict.reason or "unknown"] if verdict.failed else [])
     facts = {"scorer": scorer, "piece_tokens": job.piece_tokens, "failed": dict(failures)}
     out = write_risks(data, risks, facts, job.stem)
-    print(_summary(len(data), failures, fail, out, what="sequences"))
-    return risks
+    scored = Scored(len(data), failures, by_tenth(risks))
+    _print(scored, fail, out, what="sequences")
+    return scored
 
 
-def _score_indexed_with_critic(settings: CriticConfig, job: Indexed) -> None:
+def _score_indexed_with_critic(settings: CriticConfig, job: Indexed) -> Scored:
     critic = build_critic(settings)
 
     def judge(pieces: Iterator[Piece], at_most: int) -> Iterator[Verdict]:
@@ -135,12 +156,12 @@ def _score_indexed_with_critic(settings: CriticConfig, job: Indexed) -> None:
         return score_conversations(critic, texts, progress=True, description=name, total=at_most)
 
     try:
-        score_indexed(job, judge, scorer=critic.identity, fail=settings.fail)
+        return score_indexed(job, judge, scorer=critic.identity, fail=settings.fail)
     finally:
         critic.close()
 
 
-def _score_indexed_with_probe(probe: Path, model: Path, job: Indexed) -> None:
+def _score_indexed_with_probe(probe: Path, model: Path, job: Indexed) -> Scored:
     from safereg_dist.probe_lab.apply import score_texts
     from safereg_dist.risk.probe import load_probes
 
@@ -149,7 +170,7 @@ def _score_indexed_with_probe(probe: Path, model: Path, job: Indexed) -> None:
         return (Verdict(risk) for risk in score_texts(probe, model, tokens, total=at_most))
 
     identity = " ".join(["probe", *(known.identity for known in load_probes(probe))])
-    score_indexed(job, judge, scorer=identity)
+    return score_indexed(job, judge, scorer=identity)
 
 
 def _conversations(data: Path) -> Iterator[tuple[dict, Messages]]:
@@ -162,32 +183,37 @@ def _conversations(data: Path) -> Iterator[tuple[dict, Messages]]:
         raise DataError(f"{data} holds no row: give at least one")
 
 
-def _write(out: Path, data: Path, verdicts: Iterable[Verdict]) -> Counter[str]:
-    """Writes the rows with their verdicts; how many failed, by reason. Says what it replaces."""
+def _write(out: Path, data: Path, verdicts: Iterable[Verdict]) -> Scored:
+    """Writes the rows with their verdicts. Says what it replaces."""
     failures: Counter[str] = Counter()
-    replaced = 0
+    risks, replaced = array("d"), 0
     with whole_file(out) as file:
         for (_, row), verdict in zip(read_rows(data), verdicts, strict=True):
             replaced += row.get("risk") is not None
             row = {k: v for k, v in row.items() if k != "risk_failed"} | {"risk": verdict.score}
+            risks.append(verdict.score)
             if verdict.failed:
                 row["risk_failed"] = True
                 failures[verdict.reason or "unknown"] += 1
             file.write((json.dumps(row) + "\n").encode())
     if replaced:
         print(f"score: {replaced} rows had a risk of their own, which the new one replaces")
-    return failures
+    return Scored(len(risks), failures, by_tenth(risks))
 
 
-def _summary(
-    count: int, failures: Counter[str], fail: str, out: Path, *, what: str = "rows"
-) -> str:
-    failed = failures.total()
+def _print(scored: Scored, fail: str, out: Path, *, what: str = "rows") -> None:
+    rows = [
+        (tenth, count, f"{count / max(scored.rows, 1):.1%}")
+        for tenth, count in scored.by_risk.items()
+    ]
+    print(table("Risk", ("", what, "share"), rows))
+    count, failed = scored.rows, scored.failures.total()
     if not failed:
-        return f"score: {count} {what}, 0 failed judgements, written to {printable(out)}"
-    reasons = ", ".join(f"{number} x {reason}" for reason, number in failures.most_common(4))
+        print(f"score: {count} {what}, 0 failed judgements, written to {printable(out)}")
+        return
+    reasons = ", ".join(f"{n} x {reason}" for reason, n in scored.failures.most_common(4))
     meaning = "risk 1" if fail == "closed" else "risk 0"
-    return (
+    print(
         f"score: {count} {what}, {failed} failed judgements that count as {meaning} ({reasons}); "
         f"the same command asks for those again; written to {printable(out)}"
     )
@@ -195,28 +221,64 @@ def _summary(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
+    parser.epilog = example(
+        "safereg score --probe runs/probe --model-path MODEL --data rows.jsonl --out scored.jsonl",
+        "safereg score --endpoint http://127.0.0.1:8000/v1 --model NAME --format llama_guard "
+        "--data rows.jsonl --out scored.jsonl",
+    )
     judge = parser.add_mutually_exclusive_group(required=True)
     judge.add_argument("--endpoint", metavar="URL", help="of an OpenAI-compatible server")
-    judge.add_argument("--local", metavar="MODEL", help="folder of a classifier or a guard")
+    judge.add_argument("--local", metavar="DIR", help="folder of a classifier or a guard")
     judge.add_argument("--probe", type=Path, metavar="DIR", help="written by `safereg probe fit`")
     parser.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
     parser.add_argument("--format", help="how the judge is asked, e.g. llama_guard")
-    parser.add_argument("--model-path", type=Path, metavar="M", help="the model the probe reads")
-    parser.add_argument("--data", type=Path, required=True, help="rows, or PREFIX of an index")
-    parser.add_argument("--out", type=Path, help="of an indexed data set by default PREFIX")
-    parser.add_argument("--tokenizer", metavar="T", help="that an indexed data set was made with")
+    parser.add_argument("--model-path", type=Path, metavar="DIR", help="the model the probe reads")
     parser.add_argument(
-        "--piece-tokens", type=at_least(1), default=2048, help="of a sequence judged at once"
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="rows as for training, or PREFIX of Megatron's PREFIX.idx and PREFIX.bin",
     )
-    parser.add_argument("--fail", choices=("closed", "open", "stop"), default="closed")
-    parser.add_argument("--concurrency", type=at_least(1), default=16)
-    parser.add_argument("--timeout-s", type=float, default=30.0, help="of one judgement")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the rows with their risk; required (default: PREFIX, of an indexed data set)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="that an indexed data set was made with (default: --model-path)",
+    )
+    parser.add_argument(
+        "--piece-tokens",
+        type=at_least(1),
+        default=2048,
+        help="tokens of an indexed data set's sequence that are judged at once",
+    )
+    parser.add_argument(
+        "--fail",
+        choices=("closed", "open", "stop"),
+        default="closed",
+        help="what a failed judgement means: risk 1, risk 0, or the end of the verb",
+    )
+    parser.add_argument(
+        "--concurrency", type=at_least(1), default=16, help="judgements in flight at a time"
+    )
+    parser.add_argument("--timeout-s", type=float, default=30.0, help="seconds for one judgement")
     parser.add_argument("--allow-plain-http", action="store_true", help="send the key over http")
-    parser.add_argument("--cache", metavar="FILE", help="of known scores; `none` for no cache")
+    parser.add_argument(
+        "--cache",
+        metavar="FILE",
+        help="SQLite file of known scores; `none` for no cache (default: below $SAFEREG_CACHE)",
+    )
+    add_json(parser)
+    add_quiet(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Writes the data with a risk in every row, or the risks of an indexed data set; 0."""
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Writes the data with a risk in every row, or the risks of an indexed data set."""
     if arguments.probe is not None and arguments.model_path is None:
         raise ConfigError("--probe needs --model-path, the model whose states it reads")
     job = _indexed(arguments)
@@ -225,21 +287,25 @@ def run(arguments: argparse.Namespace) -> int:
             f"--out is missing: name the file that the rows of {arguments.data} go to with their "
             f"risk (only of an indexed data set, with {arguments.data}.idx, there is a default)"
         )
+    out = arguments.out if job is None else job.stem
     if arguments.probe is not None:
         own = (arguments.probe, arguments.model_path)
         if job is None:
-            score_with_probe(*own, arguments.data, arguments.out)
+            scored = score_with_probe(*own, arguments.data, out)
         else:
-            _score_indexed_with_probe(*own, job)
-        return 0
-    same = "endpoint model format local fail concurrency timeout_s cache allow_plain_http".split()
-    given = {name: getattr(arguments, name) for name in same}
-    settings = section_from_dict(CriticConfig, given, "risk.critic")
-    if job is None:
-        score_with_critic(settings, arguments.data, arguments.out)
+            scored = _score_indexed_with_probe(*own, job)
     else:
-        _score_indexed_with_critic(settings, job)
-    return 0
+        same = "endpoint model format local fail concurrency timeout_s cache allow_plain_http"
+        given = {name: getattr(arguments, name) for name in same.split()}
+        settings = section_from_dict(CriticConfig, given, "risk.critic")
+        if job is None:
+            scored = score_with_critic(settings, arguments.data, out)
+        else:
+            scored = _score_indexed_with_critic(settings, job)
+    if job is not None:
+        return Outcome(figures={**scored.figures(), "out": out})
+    now = command("train", "CONFIG.yaml", f"data.train={out}", "risk.estimator=column")
+    return Outcome(figures={**scored.figures(), "out": out}, now=now)
 
 
 def _indexed(arguments: argparse.Namespace) -> Indexed | None:

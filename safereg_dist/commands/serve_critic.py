@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from safereg_dist.commands.options import example
 from safereg_dist.critic.endpoint import is_loopback
 from safereg_dist.critic.formats import FORMATS, Format
 from safereg_dist.critic.local_models import CausalGuard
@@ -285,11 +286,16 @@ def _number(body: dict, key: str, default: int, most: int) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--format", required=True, choices=sorted(FORMATS))
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8800)
-    parser.add_argument("--name", help="of the model; default: the folder's")
+    parser.epilog = example("safereg serve-critic --model GUARD --format llama_guard --port 8800")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="folder of the guard"
+    )
+    parser.add_argument(
+        "--format", required=True, choices=sorted(FORMATS), help="how the guard is asked"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
+    parser.add_argument("--port", type=int, default=8800, help="TCP port to listen at")
+    parser.add_argument("--name", help="of the model (default: the folder's)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,25 +5,38 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from safereg_dist.commands.options import example
+from safereg_dist.errors import EXIT_DONE, EXIT_REQUEUE
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("run_dir", type=Path, help="output_dir of the run, seen from any host")
+    parser.epilog = example("safereg stop runs/my-run --wait")
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="output_dir of the run, seen from any host"
+    )
     parser.add_argument("--wait", action="store_true", help="until it has saved and ended")
     parser.add_argument(
-        *("--timeout", "-t"), type=float, default=3600.0, metavar="SECONDS", help="of --wait: 3600"
+        *("--timeout", "-t"),
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="longest wait in seconds",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Asks, and waits if told to; 0."""
+    """Asks, and waits if told to; the exit status."""
     from safereg_dist.run.stop import request_stop, wait_for_stop
 
     request_stop(arguments.run_dir)
     if not arguments.wait:
-        print(f"asked: {arguments.run_dir} saves after its step, and its ranks end with status 75")
-        return 0
+        print(
+            f"asked: {arguments.run_dir} saves after its step, and its ranks end with status "
+            f"{EXIT_REQUEUE}"
+        )
+        return EXIT_DONE
     show = partial(print, file=sys.stderr, flush=True)
     wait_for_stop(arguments.run_dir, timeout_s=arguments.timeout, show=show)
     print(f"{arguments.run_dir} has ended; the same command as before goes on with it")
-    return 0
+    return EXIT_DONE

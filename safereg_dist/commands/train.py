@@ -1,11 +1,14 @@
 """`safereg train`: fine-tunes as a configuration says, on the ranks of the launcher."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safereg_dist.commands.options import add_config
+from safereg_dist.commands.options import add_config, example
+from safereg_dist.commands.outcome import Outcome, command
+from safereg_dist.errors import EXIT_DONE
 from safereg_dist.parallel.lost_peer import naming_lost_peers
 
 if TYPE_CHECKING:
@@ -17,13 +20,26 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
+    parser.epilog = example("safereg train run.yaml train.steps=100 optimizer.lr=2e-5")
     add_config(parser)
-    parser.add_argument("--dry-run", action="store_true", help="everything but the training")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="load and check everything, train and write nothing"
+    )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Trains; the exit status."""
-    return train_as(arguments.config, arguments.overrides, dry_run=arguments.dry_run)
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Trains."""
+    config, overrides = arguments.config, arguments.overrides
+    status = train_as(config, overrides, dry_run=arguments.dry_run)
+    if status != EXIT_DONE or os.environ.get("RANK", "0") != "0":
+        return Outcome(status=status)
+    if arguments.dry_run:
+        return Outcome(now=command("train", config, *overrides))
+    from safereg_dist.config import load_config
+
+    folder = Path(load_config(config, list(overrides)).output_dir)
+    given = ("--model", folder / "model", "--prompts", "HELD_OUT.jsonl")
+    return Outcome(now=command("eval", *given, "--out", folder / "eval.json"))
 
 
 @naming_lost_peers()

@@ -1,34 +1,56 @@
-"""The verbs of the `safereg` command, and its parser."""
+"""The verbs of the `safereg` command in the order of a user's work, and its parser."""
 
 import argparse
 import importlib
+import textwrap
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from safereg_dist.commands.extras import versions
+from safereg_dist.commands.options import VerbParser
+from safereg_dist.errors import EXIT_CODES
 
-VERBS = {
-    "train": "fine-tune with the configuration of a YAML file",
-    "launch": "train on several ranks: the launcher that fits the configuration",
-    "probe": "activation probes",
-    "anchor": "anchor rows",
-    "score": "the risk of every row of a data set, ahead of time",
-    "serve-critic": "a local guard behind the API of OpenAI",
-    "audit": "what a run would hold back, before any training",
-    "reference": "stored states of the reference",
-    "eval": "attack success, over-refusal and task accuracy",
-    "sweep": "many runs from one description, in one table",
-    "doctor": "what would fail, before a job is paid for",
-    "watch": "follow a run in the terminal",
-    "stop": "ask a run to save and end, whatever started it",
-    "report": "HTML and figures of one or several runs",
-    "plan": "memory, FLOPs, bytes and time before you pay for them",
-    "ledger": "the log of every row's risk",
-    "convert-gguf": "a GGUF file as a Hugging Face folder",
-    "completion": "completion of this command in a shell",
-    "config": "JSON schema, a starter file, one key explained",
+STAGES = {
+    "set up": {
+        "config": "a file to start from, the JSON schema, one key explained",
+        "convert-gguf": "a GGUF file as a Hugging Face folder",
+        "plan": "memory, FLOPs, bytes and time before you pay for them",
+        "doctor": "what would fail, before a job is paid for",
+        "completion": "completion of this command in a shell",
+    },
+    "find the risk": {
+        "probe": "activation probes: fit, compare, evaluate, seal",
+        "anchor": "anchor rows: what the reference answers",
+        "score": "the risk of every row of a data set, ahead of time",
+        "serve-critic": "a local guard behind the API of OpenAI",
+        "audit": "what a run would hold back, before any training",
+        "reference": "stored states of the reference",
+    },
+    "train": {
+        "train": "fine-tune with the configuration of a YAML file",
+        "launch": "train on several ranks: the launcher that fits the configuration",
+        "watch": "follow a run in the terminal",
+        "stop": "ask a run to save and end, whatever started it",
+        "sweep": "many runs from one description, in one table",
+    },
+    "see what came of it": {
+        "eval": "attack success, over-refusal and task accuracy",
+        "report": "HTML and figures of one or several runs",
+        "ledger": "the log of every row's risk: verify its chain of hashes",
+    },
 }
-"""The verbs, each with its purpose."""
+"""Stage -> verb -> its purpose."""
+VERBS = {name: what for verbs in STAGES.values() for name, what in verbs.items()}
+QUICK_START = (
+    "safereg config init --model MODEL --data ROWS.jsonl --out run.yaml",
+    "safereg probe fit --model MODEL --data LABELLED.jsonl --out runs/probe-MODEL",
+    "safereg anchor build --model MODEL --prompts LABELLED.jsonl --out runs/anchor-MODEL.jsonl",
+    "safereg audit run.yaml",
+    "safereg train run.yaml",
+    "safereg eval --model runs/my-run/model --prompts HELD_OUT.jsonl --out runs/my-run/eval.json",
+    "safereg report runs/my-run",
+)
+"""A first run, from a model and rows to its report."""
 
 
 class _Version(argparse.Action):
@@ -44,18 +66,39 @@ class _Version(argparse.Action):
 
 def command_parser(loaded: Collection[str] = tuple(VERBS)) -> argparse.ArgumentParser:
     """Knows all verbs, and the options of those in `loaded`: others' files are not imported."""
-    parser = argparse.ArgumentParser(
-        prog="safereg", description="Safety-regularised fine-tuning of language models."
+    parser = VerbParser(
+        prog="safereg",
+        usage="safereg VERB ...",
+        description="Fine-tuning of language models that keeps their safety.",
+        epilog=_overview(),
     )
     # `deepspeed --module safereg_dist VERB ...` puts it before the verb.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--version", action=_Version, help="of this and of what it runs on")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    # The overview lists them by stage.
+    verbs = parser.add_subparsers(
+        prog="safereg", metavar="VERB", dest="verb", required=True, help=argparse.SUPPRESS
+    )
     for name, what in VERBS.items():
-        verb = verbs.add_parser(name, help=what)
+        verb = verbs.add_parser(name, description=f"{what[0].upper()}{what[1:]}.")
         if name in loaded:
-            module = name.replace("-", "_")
-            command = importlib.import_module(f"safereg_dist.commands.{module}")
-            command.add_arguments(verb)
-            verb.set_defaults(run=command.run)
+            module = f"safereg_dist.commands.{name.replace('-', '_')}"
+            file = importlib.import_module(module)
+            file.add_arguments(verb)
+            verb.set_defaults(run=file.run)
     return parser
+
+
+def _overview() -> str:
+    """The verbs by stage, a first run, and the exit statuses."""
+    lines = []
+    names = max(map(len, VERBS))
+    for stage, verbs in STAGES.items():
+        lines += [f"{stage}:", *(f"  {name:{names}}  {what}" for name, what in verbs.items()), ""]
+    lines += ["a first run (each command says the next one):", *(f"  {c}" for c in QUICK_START)]
+    lines += ["", "exit status:"]
+    for code, meaning in EXIT_CODES.items():
+        first, *more = textwrap.wrap(meaning, 88)
+        lines += [f"  {code:>3}  {first}", *(f"       {line}" for line in more)]
+    lines += ["", "`safereg VERB --help` has the options of a verb and an example."]
+    return "\n".join(lines)

@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safereg_dist.commands.options import example
+
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.table import Table
@@ -26,9 +28,15 @@ _COLOURS = {"running": "green", "complete": "green", "stopping": "yellow", "dead
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("run_dir", type=Path, help="output_dir of the run; it may not be there yet")
+    parser.epilog = example("safereg watch runs/my-run --every 5")
     parser.add_argument(
-        "--every", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks: 2"
+        "run_dir",
+        type=Path,
+        metavar="RUN_DIR",
+        help="output_dir of the run; it may not be there yet",
+    )
+    parser.add_argument(
+        "--every", type=_seconds, default=2.0, metavar="SECONDS", help="seconds between two looks"
     )
     parser.add_argument("--once", action="store_true", help="one look")
 

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from safereg_dist.config.risk import CriticConfig
 from safereg_dist.critic.verdict import Critic, Messages, Verdict, conversation_key
 from safereg_dist.errors import CheckpointError, CriticUnavailable
+from safereg_dist.screen.progress import progress_bar
 from safereg_dist.storage.score_cache import CachedScore, ScoreCache, default_cache_path
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def score_conversations(
         CriticUnavailable, ConfigError: as the futures of `Critic.submit`.
     """
     failed = 0
-    with tqdm(total=total, desc=description, unit=" rows", disable=not progress) as bar:
+    with progress_bar(total=total, desc=description, unit=" rows", shown=progress) as bar:
         for future in _asked_ahead(critic, conversations):
             verdict = future.result()
             failed += verdict.failed

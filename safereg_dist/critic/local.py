@@ -20,15 +20,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.utils import logging
 
 from safereg_dist.config.risk import CriticConfig
 from safereg_dist.critic.formats import FORMATS, VERSION
 from safereg_dist.critic.local_models import CausalGuard, LocalModel, SequenceClassifier
 from safereg_dist.critic.verdict import Critic, JudgementFailed, Messages, Verdict, failed_verdict
 from safereg_dist.errors import ConfigError, CriticUnavailable, reason_of
+from safereg_dist.models.architecture import require_safetensors
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.regions import CRITIC, region
+from safereg_dist.screen.progress import bars_of_transformers
 
 _BATCH = 32  # conversations taken at once, and texts in one forward pass
 _TOKENS = 1 << 14  # in one forward pass, padding included: bounds its memory
@@ -184,18 +185,18 @@ def _check_architecture(folder: Path) -> None:
 
 def _load(kind: Any, folder: Path, device: torch.device | str) -> tuple[Any, Any]:
     """Model and tokenizer, in the precision of the file, from files on this machine only."""
+    require_safetensors(folder)
     options = {"local_files_only": True}
-    has_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model, info = kind.from_pretrained(
-            folder,
-            dtype="auto",
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **options,
-        )
+        with bars_of_transformers(shown=False):
+            model, info = kind.from_pretrained(
+                folder,
+                dtype="auto",
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **options,
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as err:  # its files are read by many hands
         reason = reason_of(err)
@@ -203,9 +204,6 @@ def _load(kind: Any, folder: Path, device: torch.device | str) -> tuple[Any, Any
             f"the local judge in {folder} does not load: {reason}: give a complete folder that "
             "`save_pretrained` wrote"
         ) from err
-    finally:
-        if has_bars:
-            logging.enable_progress_bar()
     if info["missing_keys"]:
         raise ConfigError(
             f"the files in {folder} lack {len(info['missing_keys'])} weights, among them "

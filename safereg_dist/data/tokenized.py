@@ -19,7 +19,6 @@ from typing import Any
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.config import DataConfig
@@ -28,6 +27,7 @@ from safereg_dist.data.files import read_rows
 from safereg_dist.data.formats import Conversation, conversation_of
 from safereg_dist.errors import ConfigError, DataError, reason_of
 from safereg_dist.models.fingerprint import prompt_key
+from safereg_dist.screen.progress import progress_bar
 from safereg_dist.storage.seal import cache_folder, keyed, user_key
 from safereg_dist.types import Row
 
@@ -310,7 +310,7 @@ def _write_rows(
     """Writes `rows.arrow`; how many rows were kept, too long, and left out."""
     kept = overlong = dropped = 0
     seen: set[str] = set()
-    bar = tqdm(desc=f"tokenise {Path(path).name}", unit=" rows", disable=not progress)
+    bar = progress_bar(desc=f"tokenise {Path(path).name}", unit=" rows", shown=progress)
     with bar, ArrowWriter(path=str(folder / "rows.arrow"), features=_FEATURES) as writer:
         for index, (where, raw) in enumerate(source_rows(path)):
             row = tokenize_row(raw, where, tokenizer, default_id=f"{Path(path).stem}-{index}")

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from safereg_dist.screen.table import aligned
 
 Verdict = Literal["ok", "warn", "FAIL"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +35,9 @@ def table(findings: Sequence[Finding]) -> str:
     """The findings as text, each remedy below its line."""
     cells = [("", "check", "found", "expected")]
     cells += [(f.verdict, f.check, f.found, f.expected) for f in findings]
-    widths = [min(60, max(len(row[column]) for row in cells)) for column in range(3)]
     lines = []
-    for row, each in zip(cells, (None, *findings), strict=True):
-        left = "  ".join(text.ljust(width) for text, width in zip(row[:3], widths, strict=True))
-        lines.append(f"{left}  {row[3]}".rstrip())
+    for line, each in zip(aligned(cells, left=4, widest=60), (None, *findings), strict=True):
+        lines.append(line)
         if each is not None and each.remedy:
-            lines.append(f"{'':{widths[0]}}  -> {each.remedy}")
+            lines.append(f"{'':{max(map(len, VERDICTS))}}  -> {each.remedy}")
     return "\n".join(lines) + "\n"

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safereg_dist.errors import ConfigError
 from safereg_dist.evaluate.kept import answers_path, kept_rows
 from safereg_dist.evaluate.rates import Outcome, label_of
 from safereg_dist.evaluate.statistics import paired
+from safereg_dist.evaluate.table import TITLES
 from safereg_dist.storage.json_text import parse_json
 
 COMPARED = (
@@ -19,28 +20,45 @@ COMPARED = (
 """Figures that are compared; each is known of every prompt of its label."""
 
 
-def against_others(
-    outcomes: list[Outcome], result: Mapping[str, Any], others: Sequence[Path]
-) -> dict[str, Any]:
-    """For each other evaluation, by the name of its folder, its figures and the differences to it.
+class Other(NamedTuple):
+    """The evaluation of another model on the same prompts."""
+
+    name: str
+    """Of its folder; its path, where another has that name."""
+    result: Mapping[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def read_others(files: Sequence[Path], asked: Mapping[str, Any]) -> list[Other]:
+    """The evaluations in files, or in folders as `eval.json`; read before anything is asked.
+
+    Raises:
+        ConfigError: one had other prompts, other lengths or another judge than `asked`.
+        DataError: it cannot be read.
+    """
+    found: list[Other] = []
+    for given in files:
+        path = given / "eval.json" if given.is_dir() else given
+        name = path.resolve().parent.name
+        is_taken = name in [other.name for other in found]
+        found.append(Other(str(path) if is_taken else name, *_read(path, asked)))
+    return found
+
+
+def against_others(outcomes: list[Outcome], others: Sequence[Other]) -> dict[str, Any]:
+    """For each other evaluation, by its name, its figures and the differences to it.
 
     A difference is this model's figure minus the other's, over the same prompts: `rows`,
     `difference`, 95 % `interval` (bootstrap over prompts), and `p` of McNemar's exact test where
     values are yes or no.
-
-    Raises:
-        ConfigError: the other one had other prompts, other lengths or another judge.
-        DataError: it cannot be read.
     """
     own = _values([_row(outcome) for outcome in outcomes])
     found = {}
-    for given in others:
-        path = given / "eval.json" if given.is_dir() else given
-        other, rows = _read(path, result)
-        theirs = _values(rows)
-        found[_name(path, found)] = {
-            "model": other["model"],
-            "figures": {name: other.get(name) for name in COMPARED},
+    for other in others:
+        theirs = _values(other.rows)
+        found[other.name] = {
+            "model": other.result["model"],
+            "figures": {name: other.result.get(name) for name in TITLES},
             "differences": {
                 name: None if tested is None else tested._asdict()
                 for name in COMPARED
@@ -74,21 +92,16 @@ def _values(rows: list[dict[str, Any]]) -> dict[str, list[float | bool]]:
     }
 
 
-def _read(path: Path, result: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _read(path: Path, asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     _, rows = kept_rows(answers_path(path))
     try:
         other = parse_json(path.read_bytes())
     except (OSError, ValueError) as err:
         raise ConfigError(f"cannot read the other evaluation {path}: {err}") from err
     for key in ("prompts", "max_new_tokens", "judge"):
-        if other.get(key) != result[key]:
+        if other.get(key) != asked[key]:
             raise ConfigError(
-                f"{path} was made with other `{key}` ({other.get(key)!r}, here {result[key]!r}): "
+                f"{path} was made with other `{key}` ({other.get(key)!r}, here {asked[key]!r}): "
                 "evaluate both models with the same command"
             )
     return other, rows
-
-
-def _name(path: Path, taken: Mapping[str, Any]) -> str:
-    name = path.resolve().parent.name
-    return name if name not in taken else str(path)

@@ -22,9 +22,9 @@ import torch
 from safereg_dist.config import CriticConfig
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.data.hub import is_dataset
-from safereg_dist.errors import ConfigError, printable
+from safereg_dist.errors import ConfigError, SafeRegError, printable
 from safereg_dist.evaluate.attacks import Attack, attack_of, name_under, rates_under
-from safereg_dist.evaluate.compare import against_others
+from safereg_dist.evaluate.compare import Other, against_others, read_others
 from safereg_dist.evaluate.critics import JudgedAnswers, ask_critic, compare_judges
 from safereg_dist.evaluate.harness import Harness
 from safereg_dist.evaluate.judges import Judge, get_judge
@@ -43,6 +43,8 @@ def evaluate_model(
     judge: str = "keyword",
     critics: Mapping[str, CriticConfig] | None = None,
     attacks: Sequence[str] = (),
+    base: Path | None = None,
+    base_may_differ: bool = False,
     against: Sequence[Path] = (),
     out: Path | None = None,
     refusal: str | None = None,
@@ -91,6 +93,9 @@ def evaluate_model(
             of the result has their rates beside the first judge's, and their agreement.
         attacks: forms of attack (`attacks.WORDINGS`, `prefill:K`); `attacks` of the result has the
             rate of success of each, greedy, over the harmful prompts, as has each of `sets`.
+        base: `out` of the model before training on the same prompts: the first of `against`, and
+            `base` of the result names it. Where it `may_differ` one with other prompts is left
+            out, with a line on stderr that says why.
         against: `out` of other models on the same prompts; `against` of the result has the
             differences, prompt by prompt, with intervals and tests.
         out: JSON file; written as a whole or not at all. `<stem>.answers.jsonl` beside it keeps
@@ -133,6 +138,9 @@ def evaluate_model(
         "max_new_tokens": max_new_tokens,
         "samples_seed": samples_seed,
     }
+    like = {**asked, "judge": referee.name}
+    before = [] if base is None else _base(base, like, may_differ=base_may_differ)
+    others = [*before, *read_others([path for path in against if path != base], like)]
     made_of = {**respondent.identity, **asked, "refusal": refusal, "poisoned": poisoned}
     kept = KeptAnswers(None if out is None else answers_path(Path(out)), made_of)
 
@@ -167,12 +175,25 @@ def evaluate_model(
         result["kinds"] = {
             kind: figures_of([o for o in outcomes if o.prompt.kind == kind]) for kind in kinds
         }
-    if against:
-        result["against"] = against_others(outcomes, result, against)
+    if others:
+        result["against"] = against_others(outcomes, others)
+    if before:
+        result["base"] = before[0].name
     result["seconds"] = round(time.perf_counter() - started, 3)
     if out is not None:
         write_atomically(Path(out), json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _base(file: Path, asked: Mapping[str, Any], *, may_differ: bool) -> list[Other]:
+    """The evaluation of the model before training; none where it was asked something else."""
+    try:
+        return read_others([file], asked)
+    except SafeRegError as error:
+        if not may_differ:
+            raise
+        print(f"without the base beside it: {error}", file=sys.stderr, flush=True)
+        return []
 
 
 def _announce(files: list[tuple[Path, list[LabelledPrompt]]], known: int) -> None:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,12 +22,12 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transformers.utils import logging
 
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.data.rendering import render_prompts
 from safereg_dist.errors import ConfigError, DataError, reason_of
 from safereg_dist.models.architecture import read_settings, require_safetensors
+from safereg_dist.screen.progress import bars_of_transformers, progress_bar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,19 +67,17 @@ def load_model(
     require_safetensors(path)
     # Files on this machine only: a misspelt path must not turn into a download.
     options = {"local_files_only": True}
-    bars = logging.is_progress_bar_enabled()
-    if not progress:
-        logging.disable_progress_bar()
     try:
         read_settings(model_dir, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            dtype=dtype or "auto",
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with bars_of_transformers(shown=progress):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **options,
+            )
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, **options)
     except Exception as err:  # its files are read by many hands
         reason = reason_of(err)
@@ -88,9 +85,6 @@ def load_model(
             f"cannot load model and tokenizer from {model_dir}: {reason}: give a complete folder "
             "that `from_pretrained` loads"
         ) from err
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     model, info = loaded
     if info["missing_keys"]:
         raise ConfigError(
@@ -318,7 +312,7 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Row numbers in batches of like length, longest first: what does not fit fails at once."""
     order = sorted(wanted, key=lambda row: -len(ids[row]))
-    with tqdm(total=len(order), desc=description, unit="prompt", disable=not progress) as bar:
+    with progress_bar(total=len(order), desc=description, unit="prompt", shown=progress) as bar:
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
             yield rows

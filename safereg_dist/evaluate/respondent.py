@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 
 import httpx
 import torch
-from tqdm import tqdm
 
 from safereg_dist.critic.endpoint import (
     PLAIN,
@@ -35,6 +34,7 @@ from safereg_dist.evaluate.generate import (
     response_log_likelihood,
     stream_answers,
 )
+from safereg_dist.screen.progress import progress_bar
 
 _TOP = 20
 """Tokens of which an endpoint is asked for probabilities; usual servers give no more."""
@@ -322,7 +322,7 @@ class Endpoint:
         with (
             _Client(**self._connection) as client,
             ThreadPoolExecutor(self._concurrency) as pool,
-            tqdm(total=len(places), desc=description, disable=not self._progress) as bar,
+            progress_bar(total=len(places), desc=description, shown=self._progress) as bar,
         ):
             running = {pool.submit(ask, client, place): place for place in places}
             try:

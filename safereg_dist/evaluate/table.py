@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safereg_dist.errors import printable
+from safereg_dist.screen.table import aligned
 
 TITLES = {
     "attack_success_rate": "attack success",
@@ -33,26 +34,33 @@ _COUNTED = {
 
 
 def text_of(result: Mapping[str, Any]) -> str:
-    """The figures that are known, with intervals; by set, class, attack and judge; differences."""
+    """The figures that are known, with intervals, beside those of the base where they are known;
+    by set, class, attack and judge; differences."""
     parts = [list(_figures(result))]
     for key, title in (("sets", "set"), ("kinds", "class")):
         if result.get(key):
             parts.append(list(_by(result[key], title)))
     if result.get("attacks"):
-        parts.append(list(_rates(result["attacks"], "attack")))
+        parts.append([*_rates(result["attacks"], "attack")])
     if result.get("judges"):
         rates, agreement = result["judges"]["rates"], result["judges"]["agreement"]
-        parts.append(list(_rates(rates, "judge")))
-        parts[-1] += [f"agree  {printable(names)}: {_share(v)}" for names, v in agreement.items()]
+        parts.append([*_rates(rates, "judge")])
+        agreed = [(f"{printable(names)} agree", _share(v)) for names, v in agreement.items()]
+        parts += [agreed] if agreed else []
     if result.get("lm_eval"):
         parts.append(list(_harness(result["lm_eval"])))
     for name, other in result.get("against", {}).items():
         parts.append(list(_differences(name, other)))
-    return "\n\n".join("\n".join(lines) for lines in parts)
+    return "\n\n".join("\n".join(aligned(rows)) for rows in parts)
 
 
-def _figures(result: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{'figure':26s}{'value':>9s}{'95 % interval':>21s}{'rows':>7s}"
+Rows = Iterator[tuple[object, ...]]
+
+
+def _figures(result: Mapping[str, Any]) -> Rows:
+    base = result.get("base")
+    before = {} if base is None else result["against"][base]["figures"]
+    yield "figure", *(["base"] if before else []), "value", "95 % interval", "rows"
     for name, title in TITLES.items():
         value = result.get(name)
         if value is None:
@@ -60,27 +68,32 @@ def _figures(result: Mapping[str, Any]) -> Iterator[str]:
         interval = result["intervals"].get(name)
         between = "" if interval is None else f"{_share(interval[0])} to {_share(interval[1])}"
         rows = result["counts"].get(name, result["counts"].get(_COUNTED.get(name, ""), ""))
-        shown = f"{value:.2f}" if name == "response_perplexity" else _share(value)
-        yield f"{title:26s}{shown:>9s}{between:>21s}{rows:>7}"
+        shown = [_figure(name, known) for known in ([before.get(name)] if before else []) + [value]]
+        yield title, *shown, between, rows
 
 
-def _by(groups: Mapping[str, Mapping[str, Any]], title: str) -> Iterator[str]:
+def _figure(name: str, value: float | None) -> str:
+    is_share = name != "response_perplexity" or value is None
+    return _share(value) if is_share else f"{value:.2f}"
+
+
+def _by(groups: Mapping[str, Mapping[str, Any]], title: str) -> Rows:
     shown = [n for n in _OF_SETS if any(group.get(n) is not None for group in groups.values())]
-    yield f"{title:26s}" + "".join(f"{TITLES[name]:>25s}" for name in shown)
+    yield title, *(TITLES[name] for name in shown)
     for name, group in groups.items():
-        yield f"{printable(name)[:25]:26s}" + "".join(f"{_share(group.get(n)):>25s}" for n in shown)
+        yield printable(name, 60), *(_share(group.get(n)) for n in shown)
 
 
-def _rates(groups: Mapping[str, Mapping[str, Any]], title: str) -> Iterator[str]:
-    yield f"{title:26s}{'attack success':>16s}"
+def _rates(groups: Mapping[str, Mapping[str, Any]], title: str) -> Rows:
+    yield title, "attack success", ""
     for name, group in groups.items():
-        note = "  (it trained this model)" if group.get("used_in_training") else ""
-        yield f"{printable(name)[:25]:26s}{_share(group['attack_success_rate']):>16s}{note}"
+        note = "(it trained this model)" if group.get("used_in_training") else ""
+        yield printable(name, 60), _share(group["attack_success_rate"]), note
 
 
-def _harness(found: Mapping[str, Any]) -> Iterator[str]:
+def _harness(found: Mapping[str, Any]) -> Rows:
     """A line for each metric of each task, with its standard error."""
-    yield f"{'lm-eval ' + found['version']:40s}{'metric':>20s}{'value':>10s}{'+-':>9s}{'rows':>7s}"
+    yield f"lm-eval {found['version']}", "metric", "value", "+-", "rows"
     for task, values in found["tasks"].items():
         for name, value in values.items():
             metric, _, kind = name.partition(",")
@@ -88,20 +101,21 @@ def _harness(found: Mapping[str, Any]) -> Iterator[str]:
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
             shown = metric if kind in ("", "none") else name
-            line = f"{printable(task)[:39]:40s}{printable(shown):>20s}{value:>10.4f}"
-            yield f"{line}{'' if error is None else f'{error:.4f}':>9s}{values.get('rows', ''):>7}"
+            margin = "" if error is None else f"{error:.4f}"
+            rows = values.get("rows", "")
+            yield printable(task, 60), printable(shown), f"{value:.4f}", margin, rows
 
 
-def _differences(name: str, other: Mapping[str, Any]) -> Iterator[str]:
-    title = f"{'against ' + printable(name):26s}{'its value':>10s}{'difference':>12s}"
-    yield f"{title}{'95 % interval':>21s}{'p':>8s}"
+def _differences(name: str, other: Mapping[str, Any]) -> Rows:
+    yield f"against {printable(name, 60)}", "its value", "difference", "95 % interval", "p"
     for figure, tested in other["differences"].items():
         low, high = tested["interval"]
-        p = "" if tested["p"] is None else f"{tested['p']:.3f}"
         yield (
-            f"{TITLES[figure]:26s}{_share(other['figures'][figure]):>10s}"
-            f"{_share(tested['difference'], signed=True):>12s}"
-            f"{_share(low, signed=True) + ' to ' + _share(high, signed=True):>21s}{p:>8s}"
+            TITLES[figure],
+            _share(other["figures"][figure]),
+            _share(tested["difference"], signed=True),
+            f"{_share(low, signed=True)} to {_share(high, signed=True)}",
+            "" if tested["p"] is None else f"{tested['p']:.3f}",
         )
 
 

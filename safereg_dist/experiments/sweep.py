@@ -36,7 +36,6 @@ from typing import Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import Field, model_validator
-from tqdm import tqdm
 
 from safereg_dist.config import load_config, placed_override, replace, section_from_dict
 from safereg_dist.config.paths import Origin
@@ -45,9 +44,12 @@ from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.errors import ConfigError, SafeRegError, printable
 from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.rates import table_rows
+from safereg_dist.evaluate.table import TITLES
 from safereg_dist.experiments.after_training import After, change_model
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.parallel.single import single_ranks
+from safereg_dist.screen.progress import progress_bar
+from safereg_dist.screen.table import aligned
 from safereg_dist.storage.atomic import write_atomically
 
 Train = Callable[[str, Sequence[str]], int]
@@ -172,6 +174,15 @@ class Cell(NamedTuple):
         return ", ".join([*(f"{axis} {value}" for axis, value in self.axes.items()), self.arm])
 
 
+class Swept(NamedTuple):
+    """What a sweep came to."""
+
+    rows: list[dict[str, Any]]
+    """Of the table."""
+    failed: int
+    """Number of cells."""
+
+
 def read_sweep(path: Path) -> Sweep:
     """The description in a YAML file.
 
@@ -187,8 +198,8 @@ def read_sweep(path: Path) -> Sweep:
     return section_from_dict(Sweep, Origin.of_file(path).section(Sweep, raw))
 
 
-def run_sweep(sweep: Sweep, train: Train, *, progress: bool = True) -> int:
-    """Runs what is not done yet; the number of cells that failed. The table is `out`/results.csv.
+def run_sweep(sweep: Sweep, train: Train, *, progress: bool = True) -> Swept:
+    """Runs what is not done yet; all rows and what failed. The table is `out`/results.csv.
 
     Args:
         train: trains in this process, where the sweep has no launcher.
@@ -211,9 +222,24 @@ def run_sweep(sweep: Sweep, train: Train, *, progress: bool = True) -> int:
             failed.add(cell.name)
             print(f"failed: {printable(cell.name)}: {error}", flush=True)
         write_table(sweep, cells, failed)
+    swept = Swept(list(table_of(sweep, cells, failed)), len(failed))
+    print(f"\n{_text_of(sweep, swept.rows)}")
     failures = f"; {len(failed)} cells failed" if failed else ""
     print(f"\nwritten: {printable(out / TABLE)}{failures}")
-    return len(failed)
+    return swept
+
+
+def _text_of(sweep: Sweep, rows: list[dict[str, Any]]) -> str:
+    """The cells in short: the figures that any of them has, over all prompts."""
+    whole = [row for row in rows if not row.get("set")]
+    shown = [name for name in FIGURES if any(row.get(name) is not None for row in whole)]
+    named = ["arm", *sweep.axes, "status"]
+    cells = [[*named, *(TITLES[name] for name in shown)]]
+    for row in whole:
+        values = [row.get(name) for name in shown]
+        figures = ["-" if value is None else f"{value:.3f}" for value in values]
+        cells.append([*(printable(row[name], 40) for name in named), *figures])
+    return "\n".join(aligned(cells, left=len(named)))
 
 
 def cells_of(sweep: Sweep) -> Iterator[Cell]:
@@ -249,15 +275,25 @@ def _trained_by(arms: Mapping[str, ArmSettings], settings: ArmSettings) -> str |
 
 def write_table(sweep: Sweep, cells: list[Cell], failed: Collection[str]) -> None:
     """The rows of all cells that are done or have failed; without `set`, of all prompts."""
-    columns = ["arm", *sweep.axes, "set", *FIGURES, "seconds", "status"]
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="", extrasaction="ignore")
+    writer = csv.DictWriter(text, _columns(sweep), lineterminator="\n", restval="")
     writer.writeheader()
+    writer.writerows(table_of(sweep, cells, failed))
+    write_atomically(Path(sweep.out, TABLE), text.getvalue())
+
+
+def table_of(sweep: Sweep, cells: list[Cell], failed: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The rows of the table; without `set`, of all prompts. What is not known is left out."""
+    columns = _columns(sweep)
     for cell in cells:
         if cell.name in failed:
-            writer.writerow({"arm": cell.arm, **cell.axes, "status": "failed"})
-        writer.writerows(rows_of(cell))
-    write_atomically(Path(sweep.out, TABLE), text.getvalue())
+            yield {"arm": cell.arm, **cell.axes, "status": "failed"}
+        for row in rows_of(cell):
+            yield {name: row[name] for name in columns if name in row}
+
+
+def _columns(sweep: Sweep) -> list[str]:
+    return ["arm", *sweep.axes, "set", *FIGURES, "seconds", "status"]
 
 
 def rows_of(cell: Cell) -> Iterator[dict[str, Any]]:
@@ -278,7 +314,7 @@ def _each(
             print(f"\n== {number}/{len(cells)} {printable(cell.name)}", flush=True)
             yield cell, _attempt(sweep, cell, train, progress=progress)
         return
-    done = tqdm(total=len(cells), unit="cell", disable=not progress)
+    done = progress_bar(total=len(cells), unit="cell", shown=progress)
     context = multiprocessing.get_context("spawn")
     # Others are compared with the base, or change what a third has trained.
     for stage in range(3):
@@ -300,7 +336,10 @@ def _attempt_aside(sweep: Sweep, cell: Cell, train: Train) -> str | None:
     with cell.folder.with_name(f"{cell.arm}.log").open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    return _attempt(sweep, cell, train, progress=False)
+    error = _attempt(sweep, cell, train, progress=False)
+    if error is not None:
+        print(f"failed: {error}", flush=True)
+    return error
 
 
 def _attempt(sweep: Sweep, cell: Cell, train: Train, *, progress: bool) -> str | None:
@@ -338,7 +377,7 @@ def _run(sweep: Sweep, cell: Cell, train: Train, *, progress: bool) -> None:
         [Path(file) for file in cell.named(asked.prompts)],
         benign_files=[Path(file) for file in cell.named(asked.benign)],
         attacks=asked.attacks,
-        against=[base] if cell.arm != BASE and base.is_file() else [],
+        base=base if cell.arm != BASE and base.is_file() else None,
         refusal=asked.refusal,
         poisoned=asked.poisoned,
         max_new_tokens=asked.max_new_tokens,

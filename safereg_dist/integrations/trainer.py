@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from safereg_dist.errors import EXIT_REQUEUE
 from safereg_dist.factory.prepare import config_of, prepare
 from safereg_dist.integrations.anchors import with_anchors
 from safereg_dist.integrations.checks import check_trainer
@@ -24,7 +25,6 @@ from safereg_dist.integrations.recorder import Recorder, settings_of
 from safereg_dist.integrations.risk_column import check_risk_column
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.reference import NoReference
-from safereg_dist.run.stop import EXIT_REQUEUE
 from safereg_dist.step import SafetyRegularizer, StepPlan
 
 Settings = str | Path | Mapping[str, Any]

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from safereg_dist.errors import ConfigError, reason_of
 from safereg_dist.models.adapters import (
@@ -22,6 +21,7 @@ from safereg_dist.models.architecture import build_model, read_architecture, req
 from safereg_dist.models.fingerprint import checksum, digest
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.fused_tensors import fused_tensors
+from safereg_dist.screen.progress import progress_bar
 from safereg_dist.storage.json_text import parse_json
 from safereg_dist.types import head_of
 
@@ -284,7 +284,9 @@ def weights_fingerprint(folder: Path, ranks: Ranks) -> str:
         shares = [_share_of(place, ranks) for place in stored.values()]
         sums = torch.zeros(len(stored), 2, dtype=torch.int64, device=ranks.device)
         pieces = read_flat_slices(shares)
-        bar = tqdm(pieces, "fingerprint", len(shares), unit=" tensors", disable=not ranks.is_main)
+        bar = progress_bar(
+            pieces, desc="fingerprint", total=len(shares), unit=" tensors", shown=ranks.is_main
+        )
         for index, flat in enumerate(bar):
             sums[index] = checksum(flat.to(ranks.device), start=shares[index][1])
     sums = ranks.sum_(sums).cpu()

@@ -32,6 +32,7 @@ from safereg_dist.parallel.shards import (
     whole_shard,
 )
 from safereg_dist.regions import OPTIMIZER, POLICY_BACKWARD, POLICY_FORWARD, region
+from safereg_dist.screen.progress import bars_of_transformers
 from safereg_dist.types import Head
 
 _STATE_FILE = "single.pt"
@@ -78,13 +79,14 @@ class SingleBackend:
         files, packed = weight_files(folder), self._packed(quantize, precision)
         model: Any
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype_of(precision),
-                trust_remote_code=False,
-                use_safetensors=True,
-                **packed,
-            )
+            with bars_of_transformers(shown=self.ranks.is_main):
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=dtype_of(precision),
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    **packed,
+                )
         except Exception as err:  # sizes of all kinds, files of all kinds
             raise ConfigError(
                 f"the model in {folder} cannot be loaded: {reason_of(err)}: check its files"

@@ -1,12 +1,11 @@
 """A plan as text: tables to read in a terminal."""
 
-from collections.abc import Sequence
-
 from safereg_dist.parallel.hardware import GIB, LINK_EFFICIENCY, MFU, USABLE_MEMORY
 from safereg_dist.plan.plan import Plan
 from safereg_dist.plan.remedies import remedies
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.traffic import group_batches
+from safereg_dist.screen.table import table
 
 ARM_NAMES = {
     "sft": "plain fine-tuning",
@@ -142,16 +141,3 @@ def gib(size: float) -> str:
     """Bytes as a number of GiB."""
     number = size / GIB
     return f"{number:.2f}" if number >= 0.01 or number == 0 else f"{number:.1e}"
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left."""
-    lines = [columns, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    text = [title]
-    for line in lines:
-        rest = "  ".join(
-            f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)
-        )
-        text.append(f"  {line[0]:<{widths[0]}}  {rest}".rstrip())
-    return "\n".join(text)

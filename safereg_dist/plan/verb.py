@@ -1,6 +1,5 @@
 """The action of `safereg plan`."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,6 @@ from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.hardware import Gpu, find_gpu
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape, read_shape
-from safereg_dist.storage.atomic import write_atomically
 
 
 class Planned(NamedTuple):
@@ -25,32 +23,29 @@ def run_plan(
     gpu_name: str,
     values: Mapping[str, Any],
     *,
-    json_path: Path | None = None,
     figure_path: Path | None = None,
-) -> int:
-    """Prints the plan; writes its numbers and curves if requested. Returns 0.
+) -> dict[str, Any]:
+    """Prints the plan, draws its curves if requested, and returns its numbers.
 
     `values` are what `Settings` takes; a Megatron layout's sizes that they leave out are proposed.
 
     Raises:
         ConfigError: an unknown GPU, a configuration that cannot be read, sizes that do not go
-            together, or a file not written.
+            together, or a figure not written.
     """
     gpu, planned_by = find_gpu(gpu_name), _zero_plan
     if values.get("engine") == "megatron":
         planned_by = _layout_plan
     planned = planned_by(read_shape(model_config), values, gpu)
     print(planned.text, end="", flush=True)
-    try:
-        if json_path is not None:
-            write_atomically(json_path, json.dumps(planned.numbers, indent=1) + "\n")
-        if figure_path is not None:
-            from safereg_dist.plan.figures import save
+    if figure_path is not None:
+        from safereg_dist.plan.figures import save
 
+        try:
             save(planned.draw(), figure_path)
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"the plan cannot be written: {err}") from err
-    return 0
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"the figure cannot be written: {err}") from err
+    return planned.numbers
 
 
 def _zero_plan(shape: ModelShape, values: Mapping[str, Any], gpu: Gpu) -> Planned:

@@ -6,8 +6,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from safereg_dist.config import DataConfig
 from safereg_dist.data import load_tokenizer, row_of, tokenize_row
 from safereg_dist.errors import DataError
@@ -18,6 +16,7 @@ from safereg_dist.probe_lab.loading import load_model_of, load_probes_for
 from safereg_dist.reference import EngineModel, Packing, Reference
 from safereg_dist.risk.probe import Probe, rescale
 from safereg_dist.risk.probe_risk import ReferenceProbeRisk
+from safereg_dist.screen.progress import progress_bar
 from safereg_dist.types import Row
 
 _BATCH_SIZE = 16
@@ -74,7 +73,7 @@ def score_texts(
     limit = positions_of(config)
     loaded = _LoadedProbes(probes, model_path, batch_size=batch_size, progress=progress)
     rest = iter(texts)
-    with tqdm(total=total, desc="probe", unit=" texts", disable=not progress) as bar:
+    with progress_bar(total=total, desc="probe", unit=" texts", shown=progress) as bar:
         while group := list(islice(rest, _READ_AHEAD)):
             longest = max(map(len, group))
             if limit is not None and longest > limit:
@@ -126,8 +125,8 @@ class _LoadedProbes:
         rows = views[0]
         risks = [0.0] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
-        for begin in tqdm(
-            range(0, len(order), self._batch_size), desc="probe", disable=not progress
+        for begin in progress_bar(
+            range(0, len(order), self._batch_size), desc="probe", shown=progress
         ):
             chosen = order[begin : begin + self._batch_size]
             found = [

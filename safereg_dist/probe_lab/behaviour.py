@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import CheckpointError, DataError
 from safereg_dist.evaluate.generate import generate_answers
 from safereg_dist.evaluate.judges import KeywordJudge
+from safereg_dist.screen.progress import progress_bar
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.storage.json_text import parse_json
 
@@ -53,7 +52,7 @@ class Behaviour:
         """
         judge = KeywordJudge()
         mine = range(rank, self._num_files, world_size)
-        for number in tqdm(mine, desc="the model's own answers", disable=not progress):
+        for number in progress_bar(mine, desc="the model's own answers", shown=progress):
             if self._read(number) is not None:
                 continue
             chunk = list(self._chunk(number))

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safereg_dist.data.files import LabelledPrompt
@@ -17,6 +16,7 @@ from safereg_dist.errors import ConfigError, DataError
 from safereg_dist.probe_lab.rows import ProbedRow, tokenize_examples
 from safereg_dist.probe_lab.store import StateStore
 from safereg_dist.risk.probe import POOLINGS_OF, pool_spans
+from safereg_dist.screen.progress import progress_bar
 
 BATCHES_PER_SHARD = 8
 
@@ -51,8 +51,8 @@ def collect_states(
         sum(len(chosen_of[shard]) for shard in mine if shard not in left)
         for left in ((), set(missing))
     )
-    with tqdm(
-        total=total, initial=done, desc="hidden states", unit="row", disable=not progress
+    with progress_bar(
+        total=total, initial=done, desc="hidden states", unit="row", shown=progress
     ) as bar:
         for shard in missing:
             chosen = chosen_of[shard]
@@ -84,7 +84,9 @@ def pooled_batches(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yields (indices of a batch's rows, [layers, n, H] their states on the host)."""
     order = by_length(rows)
-    for begin in tqdm(range(0, len(rows), batch_size), desc="hidden states", disable=not progress):
+    for begin in progress_bar(
+        range(0, len(rows), batch_size), desc="hidden states", shown=progress
+    ):
         chosen = order[begin : begin + batch_size]
         batch = [rows[i] for i in chosen]
         yield chosen, pooled_batch(model, batch, poolings=(pooling,), layers=layers)[pooling]

@@ -15,7 +15,6 @@ from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.errors import printable
 from safereg_dist.probe_lab.collect import pooled_batches, positions_of
 from safereg_dist.probe_lab.figures import draw_reliability, draw_roc
-from safereg_dist.probe_lab.fit import json_numbers
 from safereg_dist.probe_lab.layer_fit import figures_with_intervals
 from safereg_dist.probe_lab.loading import load_model_of, load_probes_for
 from safereg_dist.probe_lab.near_duplicates import near_duplicate_groups
@@ -23,6 +22,7 @@ from safereg_dist.probe_lab.rows import ProbedRow, check_labels, read_examples, 
 from safereg_dist.probe_lab.tables import print_figures
 from safereg_dist.risk.probe import Probe, rescale
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import json_ready
 
 BOTH_THRESHOLD = 0.5
 """The threshold of a risk rescaled by `risk.probe.rescale`."""
@@ -75,7 +75,7 @@ def evaluate_probe(
         "data_sha256": hashlib.sha256(Path(data_file).read_bytes()).hexdigest(),
         **_figures(risk, examples, Path(out), seed),
     }
-    found = json_numbers(found)
+    found = json_ready(found)
     write_atomically(Path(out), json.dumps(found, indent=2, allow_nan=False) + "\n")
     _print(found, data_file)
     return found

@@ -1,6 +1,5 @@
 """`safereg probe fit`: a probe per layer and kind, the earliest good one, its threshold."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from safereg_dist.probe_lab.comparison import compare_with_labels
 from safereg_dist.probe_lab.control import auroc_of_pairs, bag_of_words
@@ -23,6 +21,8 @@ from safereg_dist.probe_lab.tables import (
     print_sweep,
 )
 from safereg_dist.risk.probe import Probe
+from safereg_dist.screen.progress import progress_bar
+from safereg_dist.storage.json_text import json_ready
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ def fit_collected(collected: Collected) -> FitReport:
     probe = replace(
         fit.probe,
         fingerprint=collected.store.manifest.fingerprint,
-        meta=json_numbers(facts),
+        meta=json_ready(facts),
     )
     probe.save(collected.out)
     _draw(collected, fit, reports)
@@ -104,7 +104,7 @@ def fit_all(collected: Collected, poolings: Sequence[str]) -> list[LayerFit]:
     options = collected.sources.options
     pairs = [(pooling, layer) for pooling in poolings for layer in collected.sources.layers]
     fits = []
-    for pooling, layer in tqdm(pairs, desc="fit layers", disable=not options.progress):
+    for pooling, layer in progress_bar(pairs, desc="fit layers", shown=options.progress):
         states = collected.store.layer(pooling, layer)
         for kind in options.chosen_kinds:
             recipe = Recipe(
@@ -149,15 +149,6 @@ def why(reports: Sequence[LayerReport], chosen: LayerReport) -> str:
         f"{best.layer}, {best.kind}, {best.pooling}: {best.choice_auroc:.3f}, error "
         f"{best.choice_auroc_error:.3f}) and in log loss"
     )
-
-
-def json_numbers(value: Any) -> Any:
-    """The facts with None in place of nan, which JSON lacks."""
-    if isinstance(value, dict):
-        return {name: json_numbers(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_numbers(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _benign_risks(collected: Collected, fit: LayerFit) -> list[float]:

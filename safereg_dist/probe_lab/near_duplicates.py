@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
-from tqdm import tqdm
+
+from safereg_dist.screen.progress import progress_bar
 
 SIMILARITY = 0.8
 _SHINGLE = 3
@@ -50,7 +51,7 @@ def _similar_pairs(
     known = list(index_of)
     encoded = ([" ".join(part).encode() for part in text] for text in known)
     sketches = MinHash.generator(encoded, num_perm=_BANDS * _ROWS, seed=1)
-    bar = tqdm(sketches, total=len(known), desc="near-duplicates", disable=not progress)
+    bar = progress_bar(sketches, total=len(known), desc="near-duplicates", shown=progress)
     for place, sketch in enumerate(bar):
         here = index_of[known[place]]
         for candidate in sorted(int(str(found)) for found in index.query(sketch)):

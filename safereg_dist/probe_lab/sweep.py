@@ -5,18 +5,22 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from safereg_dist.evaluate.statistics import bounds_of
 from safereg_dist.probe_lab.figures import draw_comparison
-from safereg_dist.probe_lab.fit import choose, fit_all, json_numbers, why
+from safereg_dist.probe_lab.fit import choose, fit_all, why
 from safereg_dist.probe_lab.job import Collected
 from safereg_dist.probe_lab.layer_fit import LayerReport
 from safereg_dist.probe_lab.tables import print_sweep
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.json_text import json_ready
 
 
-def sweep_collected(collected: Collected) -> list[LayerReport]:
-    """A report for each pooling, layer and kind; writes `sweep.json`, `sweep.csv`, `sweep.png`.
+def sweep_collected(collected: Collected) -> dict[str, Any]:
+    """Writes `sweep.json`, `sweep.csv` and `sweep.png`; what the first one holds.
+
+    `layers` of it has the figures of each pooling, layer and kind, `chosen` the best of them.
 
     Raises:
         CheckpointError: the output folder cannot be written.
@@ -30,7 +34,8 @@ def sweep_collected(collected: Collected) -> list[LayerReport]:
         "chosen": {"layer": chosen.layer, "kind": chosen.kind, "pooling": chosen.pooling},
         "layers": [asdict(report) for report in reports],
     }
-    text = json.dumps(json_numbers(facts), indent=2, allow_nan=False) + "\n"
+    facts = json_ready(facts)
+    text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
     write_atomically(out / "sweep.json", text)
     write_atomically(out / "sweep.csv", _csv(reports))
     draw_comparison(reports, chosen, out / "sweep.png")
@@ -38,7 +43,7 @@ def sweep_collected(collected: Collected) -> list[LayerReport]:
     print(why(reports, chosen))
     print(f"sweep: {len(reports)} probes, written to {out}", flush=True)
     collected.clean_up()
-    return reports
+    return facts
 
 
 def _csv(reports: Sequence[LayerReport]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from safereg_dist.probe_lab.control import is_as_good
 from safereg_dist.probe_lab.layer_fit import LayerReport
 from safereg_dist.risk.probe import Probe
+from safereg_dist.screen.table import aligned
 
 FIGURES = {
     "auroc": "AUROC",
@@ -23,16 +24,20 @@ FIGURES = {
 def print_sweep(reports: Sequence[LayerReport], chosen: LayerReport | None) -> None:
     """One line for each layer, with kind and pooling where there are several."""
     families = {(r.kind, r.pooling) for r in reports}
-    print("layer   AUROC  recall   FPR  background FPR   Brier  threshold")
-    for r in reports:
-        mark = " <- chosen" if r is chosen else ""
-        family = f"  {r.kind} {r.pooling}" if len(families) > 1 else ""
-        print(
-            f"{r.layer:5d}  {r.auroc:6.3f}  {r.recall:6.3f} {r.false_positive_rate:5.3f}"
-            f"  {r.background_false_positive_rate:14.3f}  {r.brier:6.4f}  {r.threshold:9.4f}"
-            f"{family}{mark}",
-            flush=True,
+    rows = [("layer", "AUROC", "recall", "FPR", "background FPR", "Brier", "threshold")]
+    rows += [
+        (
+            str(r.layer),
+            *(f"{share:.3f}" for share in (r.auroc, r.recall, r.false_positive_rate)),
+            f"{r.background_false_positive_rate:.3f}",
+            *(f"{number:.4f}" for number in (r.brier, r.threshold)),
         )
+        for r in reports
+    ]
+    notes = [f"  {r.kind} {r.pooling}" if len(families) > 1 else "" for r in reports]
+    marks = [" <- chosen" if r is chosen else "" for r in reports]
+    for line, note, mark in zip(aligned(rows, left=0), ["", *notes], ["", *marks], strict=True):
+        print(f"{line}{note}{mark}", flush=True)
 
 
 def print_chosen(probe: Probe) -> None:
@@ -44,9 +49,11 @@ def print_chosen(probe: Probe) -> None:
 
 def print_figures(metrics: dict[str, Any]) -> None:
     """A line for each figure with its 95 % interval."""
+    rows = [("figure", "value", "95 % interval")]
     for name, words in FIGURES.items():
         low, high = metrics["intervals"][name]
-        print(f"  {words:32s} {_number(metrics[name])}  [{_number(low)}, {_number(high)}]")
+        rows.append((words, _number(metrics[name]), f"{_number(low)} to {_number(high)}"))
+    print("\n".join(f"  {line}" for line in aligned(rows)))
 
 
 def print_guarantee(probe: Probe) -> None:
@@ -99,4 +106,4 @@ def print_comparison(found: dict[str, float] | None) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "  -  " if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:.3f}"

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from safereg_dist.data import Sampler
 from safereg_dist.errors import ConfigError
@@ -17,6 +16,7 @@ from safereg_dist.factory import Run
 from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.risk.stage import RiskStage
 from safereg_dist.run.shape import Shape, lower_share, refuse_what_hides, upper_share
+from safereg_dist.screen.progress import progress_bar
 from safereg_dist.types import Row
 
 
@@ -48,7 +48,7 @@ def row_risks(
     ceil(count / micro_batch_size) batches; every rank passes the same `count` and reads every item.
     """
     rows = stream.first_rows(count)
-    with tqdm(total=count, desc="screen rows", unit=" rows", disable=not ranks.is_main) as bar:
+    with progress_bar(total=count, desc="screen rows", unit=" rows", shown=ranks.is_main) as bar:
         for begin in range(0, count, micro_batch_size):
             chosen = [next(rows) for _ in range(min(micro_batch_size, count - begin))]
             batch = [filler if row is None else row for row in chosen]

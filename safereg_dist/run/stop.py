@@ -11,8 +11,6 @@ from pathlib import Path
 from safereg_dist.errors import CheckpointError
 from safereg_dist.storage.atomic import write_atomically
 
-EXIT_REQUEUE = 75
-"""Exit status after a checkpoint on request (EX_TEMPFAIL): the same command resumes the run."""
 _SAVES = (signal.SIGUSR1, signal.SIGTERM)
 
 

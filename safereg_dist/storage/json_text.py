@@ -1,9 +1,21 @@
-"""JSON that others wrote: whatever is wrong with it is one error."""
+"""JSON that others wrote, of which whatever is wrong is one error, and values for our own."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def json_ready(value: Any) -> Any:
+    """The value with paths as texts, and None for nan and infinities, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {str(name): json_ready(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(part) for part in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -266,12 +266,14 @@ def pickled(tmp_path):
 
 def test_pickled_weights_are_refused_by_every_verb(pickled, capsys):
     model, prompts = str(pickled / "model"), str(pickled / "prompts.jsonl")
+    rows = str(pickled / "train.jsonl")
     out = str(pickled / "result")
     for arguments in (
         ["train", str(pickled / "run.yaml")],
         ["eval", "--model", model, "--prompts", prompts, "--out", out],
         ["probe", "fit", "--model", model, "--data", prompts, "--out", out, "--recall", "0.5"],
         ["anchor", "build", "--model", model, "--prompts", prompts, "--out", out],
+        ["score", "--local", model, "--format", "llama_guard", "--data", rows, "--out", out],
     ):
         assert main(arguments) == 2, arguments
         assert "pytorch_model.bin, a pickle" in assert_one_line(capsys.readouterr().err)

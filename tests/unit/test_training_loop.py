@@ -19,7 +19,7 @@ from support.builders import random_rows, save_model, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safereg_dist.config import load_config
-from safereg_dist.errors import NonFiniteLoss
+from safereg_dist.errors import EXIT_REQUEUE, NonFiniteLoss
 from safereg_dist.factory import build_run, start_backend
 from safereg_dist.run.checkpoint import (
     RunState,
@@ -30,7 +30,7 @@ from safereg_dist.run.checkpoint import (
     saved_checkpoints,
 )
 from safereg_dist.run.resume import find_checkpoint
-from safereg_dist.trainer import EXIT_REQUEUE, train
+from safereg_dist.trainer import train
 
 ROWS, STEPS, ROWS_PER_STEP = 8, 4, 4
 """Two epochs of two steps: each shows every row once."""

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tqdm import tqdm
-
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.hardware import GIB
 from safereg_dist.plan.figures import ARM_STYLES, GPU_COUNTS, STYLE
@@ -13,6 +11,7 @@ from safereg_dist.plan.megatron.plan import LayoutPlan, make_layout_plan
 from safereg_dist.plan.megatron.proposal import propose
 from safereg_dist.plan.megatron.report import ARM_NAMES
 from safereg_dist.plan.megatron.stages import pipeline_of
+from safereg_dist.screen.progress import progress_bar
 
 COLOURS = {
     **{arm: ARM_STYLES[arm][1] for arm in ("sft", "routed", "always_on")},
@@ -33,7 +32,7 @@ def layout_curve(
     replica has a micro-batch. Numbers that no layout divides are left out.
     """
     found = []
-    for count in tqdm(counts, desc="plan", unit=" layouts", leave=False):
+    for count in progress_bar(counts, desc="plan", unit=" layouts", leave=False):
         try:
             settings, _ = propose(plan.shape, {**values, "world_size": count}, plan.gpu)
         except ConfigError:

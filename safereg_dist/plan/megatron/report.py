@@ -6,8 +6,9 @@ from safereg_dist.plan.megatron.plan import LayoutPlan
 from safereg_dist.plan.megatron.stages import layers_of, parameters
 from safereg_dist.plan.megatron.traffic import group_of, link_of
 from safereg_dist.plan.pipeline import bubble_room
-from safereg_dist.plan.report import gib, table
+from safereg_dist.plan.report import gib
 from safereg_dist.plan.risky_rows import active_share
+from safereg_dist.screen.table import table
 
 ARM_NAMES = {
     "sft": "plain training",

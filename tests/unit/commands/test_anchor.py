@@ -149,9 +149,11 @@ def test_rows_are_the_answers_of_the_reference(
     }
     assert counts == expected
     assert min(expected.values()) > 0, "the case must have rows of all four kinds"
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("anchors:")]
-    assert len(printed) == 1
-    assert f"{len(kept)} rows from 30 prompts" in printed[0]
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(f"anchors: {len(kept)} rows from 30 prompts")
+    numbers = [int(line.split()[-1]) for line in shown[2:]]
+    assert sum(numbers) == 30
+    assert numbers[1:] == [expected[k] for k in ("shortened", "dropped_empty", "dropped_cut")]
     assert [path.name for path in out.parent.iterdir()] == ["anchor.jsonl"]
 
 

@@ -59,8 +59,11 @@ def config(folder, model, rows, **extra):
 
 
 def audit(folder, path, *arguments):
-    assert main(["audit", str(path), *arguments]) == 0
-    return json.loads((folder / "out.audit" / "audit.json").read_text())
+    figures = folder / "figures.json"
+    assert main(["audit", str(path), *arguments, "--json", str(figures)]) == 0
+    written = json.loads((folder / "out.audit" / "audit.json").read_text())
+    assert json.loads(figures.read_text()) == written
+    return written
 
 
 def test_counts_are_those_of_the_data(tmp_path, model, capsys):
@@ -88,7 +91,9 @@ def test_counts_are_those_of_the_data(tmp_path, model, capsys):
     assert report["reference_flops_share"] == pytest.approx(active / sum(tokens.values()) / 3)
     assert (tmp_path / "out.audit" / "audit.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "out").exists()
-    assert "w1 w2" not in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "w1 w2" not in printed.out
+    assert printed.err.endswith(f"now: safereg audit {tmp_path / 'run.yaml'} --show-text\n")
 
 
 def test_a_failed_row_is_held_back_and_counts_in_full(tmp_path):
@@ -243,7 +248,7 @@ def test_the_sample_bound_is_clopper_pearson():
 # Overrides
 
 
-def test_reviewed_rows_are_honoured_and_entered(tmp_path, model):
+def test_reviewed_rows_are_honoured_and_entered(tmp_path, model, capsys):
     rows = rows_like([0.9, 0.9, *[0.1] * 6])
     decisions = [
         {"id": rows[0]["id"], "action": "allow", "reason": "a quotation"},
@@ -259,7 +264,16 @@ def test_reviewed_rows_are_honoured_and_entered(tmp_path, model):
     report = audit(tmp_path, path)
     assert (report["held_back"], report["overridden"]) == (2, 2)
     assert report["held_by_source"] == {"override": 1, "column": 1}
+    assert f"now: safereg train {path}\n" in capsys.readouterr().err
     assert main(["train", str(path), "train.epochs=1", "train.steps=null"]) == 0
+    out = tmp_path / "out"
+    prompts = f"--prompts HELD_OUT.jsonl --out {out / 'eval.json'}"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"now: safereg eval --model {out / 'model'} {prompts}"
+    assert main(["report", str(out), "--json", "-"]) == 0
+    figures, told = capsys.readouterr()
+    assert json.loads(figures) == {"report": str(out / "report.html"), "runs": [str(out)]}
+    assert told.endswith(f"now: safereg ledger verify {out}\n")
     verify_ledger(tmp_path / "out")
     lines = (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()
     ledger = {entry["id"]: entry for entry in map(json.loads, lines)}

@@ -29,8 +29,8 @@ def safereg(capsys):
         assert main(["config", *map(str, arguments)]) == status
         out, err = capsys.readouterr()
         if status == 0:
-            assert err == ""
-            return out
+            assert err == "" or err.startswith("now: safereg ")
+            return out + err
         assert out == ""
         assert err.startswith("safereg: ")
         assert err.count("\n") == 1
@@ -100,10 +100,12 @@ def test_a_starter_for_rows_with_a_risk_reads_it(safereg, tmp_path):
     data = rows(tmp_path / "rows.jsonl", risks=[0.0, 1, 0.5])
     out = tmp_path / "run.yaml"
     told = safereg("init", "--model", "org/M-1", "--data", data, "--out", out)
-    assert f"safereg train {out}" in told
+    assert told == f"written: {out}; look it through\nnow: safereg audit {out}\n"
+    assert f"safereg train {out}" in out.read_text()
     config = load_config(out)
     assert (config.model, config.data.train) == ("org/M-1", str(data))
     assert (config.risk.estimator, config.risk.path) == ("column", None)
+    assert config.data.anchor is None
     assert "probe fit --model" not in out.read_text()
 
 
@@ -115,6 +117,8 @@ def test_a_starter_for_other_rows_tells_how_to_fit_a_probe(risks, safereg, tmp_p
     config = load_config(tmp_path / "run.yaml")
     assert config.risk.estimator == "probe"
     assert config.risk.path == str(tmp_path / "runs" / "probe-M 1")
+    assert config.data.anchor == str(tmp_path / "runs" / "anchor-M 1.jsonl")
+    assert config.train.save_every > 0
     assert "probe fit --model 'models/M 1' --data LABELLED.jsonl --out 'runs/probe-M 1'\n" in text
 
 

@@ -36,9 +36,12 @@ def config(tmp_path):
 def findings(capsys, *words):
     """Exit status and check -> finding."""
     capsys.readouterr()
-    status = main(["doctor", "--json", *map(str, words)])
-    lines = map(json.loads, capsys.readouterr().out.splitlines())
-    return status, {line["check"]: line for line in lines}
+    status = main(["doctor", *map(str, words), "--json", "-"])
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert all(each["found"] in err for each in found)  # the table says the same
+    assert ("now: safereg audit" in err) == (status == 0)
+    return status, {each["check"]: each for each in found}
 
 
 def test_a_healthy_host_and_what_fails_on_it(config, capsys):

@@ -73,7 +73,8 @@ def loaded(monkeypatch):
 
 def build(*overrides, out="store"):
     """The exit status of the verb."""
-    return safereg(["reference", "build", "base.yaml", *overrides, "--out", out])
+    figures = ["--json", f"{out}.json"]
+    return safereg(["reference", "build", "base.yaml", *overrides, "--out", out, *figures])
 
 
 def trained(name, *overrides):
@@ -169,6 +170,9 @@ def test_rows_that_may_be_active_are_stored_and_no_others(run, overrides, rows):
     """30 rows, of which two are equal and one has risk 1, and 5 anchors."""
     assert build(*overrides) == 0
     assert stored_rows() == rows
+    figures = json.loads(Path("store.json").read_text())
+    size = sum(file.stat().st_size for file in Path("store").iterdir())
+    assert (figures["rows"], figures["num_bytes"], figures["out"]) == (rows, size, "store")
     for step in trained("stored", *overrides, "reference.cache=store"):
         assert step["reference_rows"] == step["reference_misses"] == 0
 

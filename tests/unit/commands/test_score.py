@@ -92,14 +92,24 @@ def test_rows_come_out_in_order_with_all_fields(tmp_path: Path, capsys) -> None:
     with running_server("hasty chaos") as server:
         # A judge that answers late is asked again, and a busy machine makes it late.
         more = [*cache(tmp_path), "--concurrency", "64", "--timeout-s", "240"]
+        more += ["--json", str(tmp_path / "figures.json")]
         assert main(arguments(server.url, data, out, *more)) == 0
         first = server.counts()
         check(written(out), given)
         printed = capsys.readouterr()
         last = printed.out.splitlines()[-1]
         assert last.startswith("score: 180 rows, 3 failed judgements that count as risk 1 (1 x ")
-        assert printed.err.count("100%") == 1  # one bar
+        assert printed.err == f"now: safereg train CONFIG.yaml data.train={out} " + (
+            "risk.estimator=column\n"
+        )
         assert "pair" not in printed.out + printed.err
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert (figures["rows"], figures["failed"], figures["out"]) == (180, 3, str(out))
+        risks = [row["risk"] for row in written(out)]
+        tenths = np.histogram(risks, 10, (0, 1))[0].tolist()
+        assert list(figures["rows_by_risk"].values()) == tenths
+        for tenth, count in figures["rows_by_risk"].items():
+            assert [tenth, str(count)] in [x.split()[:2] for x in printed.out.splitlines()]
         # Again: only what failed is asked for.
         assert main(arguments(server.url, data, out, *more)) == 0
         second = server.counts()

@@ -19,6 +19,7 @@ from safereg_dist.evaluate import respondent
 from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.kept import KeptAnswers, kept_rows
 from safereg_dist.evaluate.statistics import bootstrap_interval, paired
+from safereg_dist.evaluate.table import TITLES
 
 HOW = {"max_new_tokens": 4, "batch_size": 2, "device": "cpu", "progress": False}
 HOW |= {"refusal": "w3", "poisoned": "w4"}
@@ -151,9 +152,41 @@ def test_against_another_model(run, capsys):
     words += ["--out", run / "model" / "eval.json", "--max-new-tokens", 4, "--batch-size", 2]
     words += ["--refusal", "w3", "--poisoned", "w4", "--against", run / "other"]  # its folder
     assert safereg([str(word) for word in words]) == 0
-    printed = capsys.readouterr().out
+    printed, err = capsys.readouterr()
     assert "attack success, sampled" in printed
     assert "against other" in printed
+    assert printed.splitlines()[0].split()[:2] == ["figure", "value"]
+    assert err.splitlines()[-1] == f"now: safereg report {run / 'model'}"
+
+
+def test_the_base_stands_beside(run, capsys):
+    """Where it lies, and where it is named; one with other prompts is left out, or refused."""
+    before = evaluated(run, "other")
+    (run / "base").mkdir()
+    for name in ("eval.json", "eval.answers.jsonl"):
+        shutil.copy(run / "other" / name, run / "base" / name)
+    words = ["eval", "--model", run / "model" / "model", "--prompts", run / "prompts.jsonl"]
+    words += ["--out", run / "model" / "eval.json", "--max-new-tokens", 4, "--batch-size", 2]
+    words = [str(w) for w in [*words, "--refusal", "w3", "--poisoned", "w4", "--json", "-"]]
+    for more, name in (([], "base"), (["--base", str(run / "other" / "eval.json")], "other")):
+        capsys.readouterr()
+        assert safereg([*words, *more]) == 0
+        out, printed = capsys.readouterr()
+        found = json.loads(out)
+        assert found == json.loads((run / "model" / "eval.json").read_text())
+        assert (found["base"], list(found["against"])) == (name, [name])
+        figures = found["against"][name]["figures"]
+        assert figures == {figure: before.get(figure) for figure in TITLES}
+        lines = [line for line in printed.splitlines() if line.startswith("attack success  ")]
+        rates = [f"{100 * each['attack_success_rate']:.1f}" for each in (before, found)]
+        assert lines[0].replace("%", "").split()[2:4] == rates
+    assert safereg([*words[:-2], "--max-new-tokens", "3"]) == 0
+    printed, err = capsys.readouterr()
+    assert "without the base beside it: " in err
+    assert "other `max_new_tokens`" in err
+    assert printed.split()[:2] == ["figure", "value"]
+    named = ["--base", str(run / "base" / "eval.json")]
+    assert safereg([*words[:-2], "--max-new-tokens", "3", *named]) == 2
 
 
 def test_models_with_other_prompts_are_not_compared(run):

@@ -16,7 +16,7 @@ from support.builders import PLAIN_TEMPLATE, random_rows, save_model, tiny_model
 from safereg_dist.cli import main as safereg
 from safereg_dist.commands import train as training
 from safereg_dist.errors import ConfigError
-from safereg_dist.experiments.sweep import cells_of, read_sweep
+from safereg_dist.experiments.sweep import FIGURES, cells_of, read_sweep
 
 
 @pytest.fixture
@@ -89,12 +89,21 @@ def test_every_cell_once_and_on_after_a_cut(folder, monkeypatch, capsys):
     assert "about" in capsys.readouterr().out
     assert len(started) == 3 + 1  # one was cut off
     assert (folder / "runs/sweep/seed=7/data=a/sft/seconds.json").read_text() == first
-    assert safereg(["sweep", "sweep.yaml"]) == 0
+    capsys.readouterr()
+    assert safereg(["sweep", "sweep.yaml", "--json", "-"]) == 0
     assert len(started) == 4
+    figures, printed = capsys.readouterr()
+    figures = json.loads(figures)
 
     rows = table(folder)
     assert len(rows) == 5 * 3
     assert {row["status"] for row in rows} == {"done"}
+    assert figures["failed_cells"] == 0
+    for row, figure in zip(rows, figures["rows"], strict=True):
+        assert {name: row[name] for name in figure} == {k: str(v) for k, v in figure.items()}
+        assert {row[name] for name in FIGURES if name not in figure} <= {""}
+        shown = [line.split()[:4] for line in printed.splitlines()]
+        assert [row["arm"], row["seed"], row["data"], "done"] in shown
     for row in rows:
         place = folder / f"runs/sweep/seed={row['seed']}/data={row['data']}/{row['arm']}"
         found = json.loads((place / "eval.json").read_text())

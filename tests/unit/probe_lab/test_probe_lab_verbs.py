@@ -214,10 +214,14 @@ def test_both_positions_from_the_command_line(model_dir, tmp_path, capsys):
             *("--out", str(tmp_path / "probe"), "--position", "both", "--layers", "1,3"),
             *("--recall", "0.9", "--background", "60", "--kind", "linear,direction"),
             *("--pooling", "mean_prompt", "--calibration", "isotonic"),
+            *("--json", str(tmp_path / "fit.json")),
         ]
     )
     assert status == 0
-    printed = capsys.readouterr().out
+    printed, err = capsys.readouterr()
+    anchor = tmp_path / f"anchor-{model_dir.name}.jsonl"
+    given = f"--model {model_dir} --prompts {data} --out {anchor}"
+    assert err.splitlines()[-1] == f"now: safereg anchor build {given}"
     assert printed.count("<- chosen") == 2
     assert printed.count("not under attack or shift") == 2
     assert "flags a new harmful response with probability at least 0.9" in printed
@@ -226,7 +230,12 @@ def test_both_positions_from_the_command_line(model_dir, tmp_path, capsys):
         ("prompt", "mean_prompt"),
         ("response", "mean_response"),
     ]
+    figures = json.loads((tmp_path / "fit.json").read_text())["probes"]
     for probe in probes:
+        own = figures[probe.position]
+        assert own["metrics"] == probe.meta["metrics"]
+        assert own["threshold"] == probe.threshold
+        assert own["folder"] == str(tmp_path / "probe" / probe.position)
         assert probe.meta["guarantee"]["level"] == 0.9
         assert probe.meta["guarantee"]["calibration_positives"] == 24
         assert len(probe.meta["layers"]) == 4
@@ -285,9 +294,10 @@ def test_a_sweep_saves_tables_and_no_probe(model_dir, tmp_path, capsys):
         *("probe", "sweep", "--model", str(model_dir), "--data", str(data), "--out", str(out)),
         *("--recall", "0.9", "--background", "30", "--layers", "1,3", "--kind", "linear,direction"),
     ]
-    assert main(arguments) == 0
+    assert main([*arguments, "--json", str(tmp_path / "figures.json")]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["sweep.csv", "sweep.json", "sweep.png"]
     facts = json.loads((out / "sweep.json").read_text())
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"sweeps": [facts]}
     with (out / "sweep.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     wanted = {
@@ -300,7 +310,10 @@ def test_a_sweep_saves_tables_and_no_probe(model_dir, tmp_path, capsys):
     for line, stored in zip(lines, facts["layers"], strict=True):
         assert float(line["auroc"]) == stored["auroc"]
         assert float(line["auroc_low"]) == stored["intervals"]["auroc"][0]
-    assert capsys.readouterr().out.count("<- chosen") == 1
+    printed, err = capsys.readouterr()
+    assert printed.count("<- chosen") == 1
+    best = facts["chosen"]
+    assert f"--layers {best['layer']} --position prompt --kind {best['kind']}" in err
 
 
 def test_evaluate_measures_what_plain_transformers_say(model_dir, fitted, tmp_path):
@@ -335,8 +348,11 @@ def test_evaluate_refuses_another_model_unless_forced(fitted, tmp_path, capsys):
     assert main(command) == 2
     assert "--force" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
-    assert main([*command, "--force"]) == 0
-    assert not json.loads((tmp_path / "out.json").read_text())["same_model"]
+    capsys.readouterr()
+    assert main([*command, "--force", "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((tmp_path / "out.json").read_text())
+    assert not figures["same_model"]
     wider = save_model(tmp_path / "wider", tiny_model(hidden_size=64))
     with pytest.raises(ProbeError, match="features of layer 2"):
         evaluate_probe(fitted, wider, data, tmp_path / "out.json", force=True, progress=False)

@@ -71,9 +71,14 @@ def test_a_ledger_that_was_made_anew_is_found_with_the_key(keys, kind, tmp_path,
     settings, key = keys[kind]
     run = tmp_path / "run"
     finished(run, [0.9, 0.1], settings)
-    assert main(["ledger", "verify", str(run), "--key", key]) == 0
-    assert "signed: " in (said := capsys.readouterr().out)
-    assert SECRET not in said
+    assert main(["ledger", "verify", str(run), "--key", key, "--json", "-"]) == 0
+    out, said = capsys.readouterr()
+    assert "signed: " in said
+    assert SECRET not in out + said
+    figures = json.loads(out)
+    assert (figures["rows"], figures["rank_changes"]) == (2, [])
+    last = (run / "ledger.jsonl").read_text().splitlines()[-1]
+    assert figures["head"] == json.loads(last)["hash"]
     signature = (run / "summary.json.sig").read_bytes()
     (run / "ledger.jsonl").unlink()
     finished(run, [0.2, 0.1], None)  # another risk, a chain that holds

@@ -1,0 +1,1 @@
+"""What a terminal shows of every verb: progress bars and aligned tables."""

@@ -1,0 +1,50 @@
+"""Progress bars on stderr: none where nobody watches, and none under `--quiet`."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+_is_quiet = False
+
+
+@contextmanager
+def quiet(is_quiet: bool = True) -> Iterator[None]:
+    """A block in which no bar is shown, if `is_quiet`."""
+    global _is_quiet
+    before, _is_quiet = _is_quiet, _is_quiet or is_quiet
+    try:
+        yield
+    finally:
+        _is_quiet = before
+
+
+def progress_bar(steps: Iterable[Any] | None = None, *, shown: bool = True, **how: Any) -> tqdm:
+    """A progress bar over `steps`, or over `total` that `update` counts.
+
+    It is silent under `quiet`, where stderr is no terminal (a bar fills a job's log with half
+    lines), or unless `shown`: one rank shows what all do. `how` is tqdm's own.
+    """
+    return tqdm(steps, disable=not shows_bars(shown), **how)
+
+
+def shows_bars(shown: bool) -> bool:
+    """True if `progress_bar(shown=shown)` is to be seen."""
+    return shown and not _is_quiet and sys.stderr.isatty()
+
+
+@contextmanager
+def bars_of_transformers(*, shown: bool) -> Iterator[None]:
+    """A block in which transformers draws its bars, of weights that it loads, where we would."""
+    from transformers.utils import logging
+
+    had_bars = logging.is_progress_bar_enabled()
+    if not shows_bars(shown):
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
