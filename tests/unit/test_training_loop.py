@@ -26,10 +26,10 @@ from safereg_dist.run.checkpoint import (
     config_hash,
     load_checkpoint,
     read_state,
-    save_checkpoint,
     saved_checkpoints,
 )
 from safereg_dist.run.resume import find_checkpoint
+from safereg_dist.run.save import Saver
 from safereg_dist.trainer import EXIT_REQUEUE, train
 
 ROWS, STEPS, ROWS_PER_STEP = 8, 4, 4
@@ -237,7 +237,7 @@ def test_random_states_go_through_a_checkpoint(world, tmp_path: Path):
     parts = {"engine": run.engine, "regularizer": run.regularizer, "ranks": run.ranks}
     np.random.seed(5)
     draws()  # no generator is at its beginning
-    save_checkpoint(tmp_path, state, keep=1, **parts)
+    Saver(tmp_path, keep=1, **parts).save(state, logs={}, key=None)
     expected = draws()
     draws()
     (path,) = saved_checkpoints(tmp_path)

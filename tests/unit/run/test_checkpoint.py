@@ -25,11 +25,11 @@ from safereg_dist.run.checkpoint import (
     differences,
     load_checkpoint,
     remove_partial,
-    save_checkpoint,
     saved_checkpoints,
 )
 from safereg_dist.run.manifest import own_digests, read_manifest, write_manifest
 from safereg_dist.run.resume import find_checkpoint, set_aside_newer
+from safereg_dist.run.save import Saver
 from safereg_dist.run.signing import signing_key
 from safereg_dist.storage.digests import digest_of
 
@@ -109,7 +109,7 @@ def state(config, step, **changes):
     return replace(values, **changes)
 
 
-def save(folder, run_state, engine, *, risks=1, **how):
+def save(folder, run_state, engine, *, risks=1, keep=2, key=None):
     """Beside the logs of a run that has written nothing yet; `risks` = 2: rank 1 has risk 5."""
     regularizer = Regularizer(run_state.step / 8, others=risks - 1)
     logs = {}
@@ -117,8 +117,8 @@ def save(folder, run_state, engine, *, risks=1, **how):
         folder.parent.mkdir(exist_ok=True)
         (folder.parent / name).touch()
         logs[name] = digest_of(folder.parent / name)
-    parts = {"engine": engine, "regularizer": regularizer, "ranks": ALONE, "keep": 2, "logs": logs}
-    save_checkpoint(folder, run_state, **{**parts, **how})
+    with Saver(folder, engine=engine, regularizer=regularizer, ranks=ALONE, keep=keep) as saver:
+        saver.save(run_state, logs=logs, key=key)
 
 
 def load(found, regularizer, *, order_digest="rows", seed=0):
@@ -228,7 +228,7 @@ def test_the_format_without_a_manifest_goes_on_with_a_warning(config, folder, ca
     rewrite_state(folder, lambda values: values)
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
         found_by(config())
-    old = ("damaged_checkpoints", "saves", "save_seconds")
+    old = ("damaged_checkpoints", "saves", "save_seconds", "save_blocked_seconds")
     (path,) = saved_checkpoints(folder)
     values = json.loads((path / "state.json").read_text())
     kept = {k: v for k, v in values.items() if k not in old}
