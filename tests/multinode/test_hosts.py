@@ -7,7 +7,8 @@ Exact: metrics (but for times and memory), ledger, exported weights.
 
 import pytest
 from support.extent import FULL, cases
-from support.host_faults import FAULTS, messages, result, strike
+from support.host_faults import FAULTS, messages, strike
+from support.results import result
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
 
