@@ -140,7 +140,7 @@ class Saver:
 
     def restore(self, state: RunState) -> None:
         """Goes on counting where the run was."""
-        self.saves, self.seconds = state.saves, state.save_seconds
+        self.saves, self.seconds = state.saves + 1, state.save_seconds  # itself too
         blocked = state.save_blocked_seconds
         self.blocked_seconds = state.save_seconds if blocked is None else blocked
         self._blocked_before = self.blocked_seconds
