@@ -1,7 +1,7 @@
 """Claimed: `train.async_save` changes no bit of a run. Whenever all ranks are killed, in the middle
-of the copy too, every checkpoint that is seen is whole, and the same command goes on from the newest
-to the bits of an uninterrupted run that saved at once. A stop waits until its checkpoint is whole.
-Each engine's checkpoint holds the bytes of one that was written at once.
+of the copy too, every checkpoint that is seen is whole, and the same command goes on from the
+newest to the bits of an uninterrupted run that saved at once. A stop waits until its checkpoint is
+whole. Each engine's checkpoint holds the bytes of one that was written at once.
 
 Exact: metrics (but for times and memory), ledger, exported weights, digests of the files. In a full
 run there are more kills, and every engine.
