@@ -48,7 +48,7 @@ class LocalCritic:
         self._thread.start()
 
     def submit(self, messages: Messages) -> Future[Verdict]:
-        """See `Critic.submit`."""
+        """See `Critic.submit`; tokenises before it returns."""
         future: Future[Verdict] = Future()
         # Not in the worker: a template's time is bounded in the main thread only.
         self._waiting.put((self._texts_or_reason(messages), future))

@@ -16,7 +16,7 @@ from safereg_dist.critic.conversation import alternating, prompt_and_response, u
 from safereg_dist.critic.formats import FORMATS, Format
 from safereg_dist.critic.verdict import JudgementFailed, Messages
 from safereg_dist.data.chat_template import rendered
-from safereg_dist.errors import ConfigError, DataError, reason_of
+from safereg_dist.errors import ConfigError, DataError
 
 _BLANK_TOKENS = 2  # how many tokens of white space a guard may say before its label
 
@@ -186,9 +186,9 @@ def _rendered(
     try:
         text = rendered(tokenizer, list(messages), "judge", add_generation_prompt=generation)
     except DataError as err:
-        reason = reason_of(err.__cause__ or err, 100)
+        kind = type(err.__cause__ or err).__name__  # its text may hold the data
         raise JudgementFailed(
-            f"the judge's chat template refuses the conversation: {reason}"
+            f"the judge's chat template refuses the conversation ({kind})"
         ) from err
     return _encode(tokenizer, text)
 
