@@ -33,7 +33,7 @@ STEPS, EVERY = 15, 5
 SMOLLM2_135M = {
     **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
     **{"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
-    "max_position_embeddings": 1024,
+    **{"max_position_embeddings": 1024, "initializer_range": 0.02},
 }
 """As published with the model, beside its vocabulary of 49152."""
 LONGEST = 200  # words of a prompt, and of a response: so that a step takes seconds

@@ -107,6 +107,18 @@ def disk_findings(answers: Mapping[str, Answer], work: Work, folder: Path) -> It
         expected=f"{needed / 1e9:.1f} GB: {work.disk_text}",
         remedy="free space, lower train.keep_checkpoints, or move output_dir",
     )
+    staged = [a for a in answers.values() if a.staging]
+    if staged:
+        part = work.checkpoint_bytes // len(answers)
+        least = min(staged, key=lambda a: a.staging_free_bytes)
+        free = f"{least.staging_free_bytes / 1e9:.1f} GB free"
+        yield finding(
+            "disk for staging",
+            least.staging_free_bytes >= part,
+            found=f"{free} in {least.staging} of {least.host}",
+            expected=f"{part / 1e9:.2g} GB on every host: its ranks' part of a checkpoint",
+            remedy="train.save_staging: a folder on a larger disk of each host",
+        )
     slowest = min(a.write_bytes_per_s for a in answers.values())
     if not slowest:
         host = min(answers, key=lambda h: answers[h].write_bytes_per_s)

@@ -61,6 +61,10 @@ def test_a_healthy_host_and_what_fails_on_it(config, capsys):
     status, found = findings(capsys, config, judged, "--port", 0)
     assert status == 1
     assert "refused" in found["judge answers"]["found"]
+    asks = ("train.async_save=true", f"train.save_staging={folder / 'not' / 'there'}")
+    _, found = findings(capsys, config, *asks, "--port", 0)
+    assert found["disk for staging"]["verdict"] == "ok"
+    assert f"in {folder} of " in found["disk for staging"]["found"]
     status, found = findings(capsys, config, "data.train=/nowhere/x.jsonl", "--port", 0)
     assert "/nowhere/x.jsonl" in found["inputs are there"]["found"]
     assert sorted(folder.rglob("*")) == before
@@ -109,6 +113,10 @@ def test_hosts_that_differ_are_named(config, tmp_path):
     assert all(f.remedy for f in found.values() if f.verdict == "FAIL")
     twice = {f.check: f for f in host_findings({"a": one, "b": one}, work)}
     assert twice["each name is a host of its own"].verdict == "FAIL"
+    staged = replace(one, staging="/local", staging_free_bytes=10)
+    _, staging, _ = disk_findings({"a": staged, "b": replace(other, staging="")}, work, tmp_path)
+    assert (staging.verdict, staging.check) == ("FAIL", "disk for staging")
+    assert "in /local of a" in staging.found
     disk, save = disk_findings({"a": one, "b": other}, work, tmp_path)
     assert (disk.verdict, save.verdict) == ("FAIL", "warn")
     assert link_finding({"a": 1e12, "b": 1e12}, work, between_hosts=True).verdict == "ok"

@@ -362,9 +362,7 @@ def test_many_callers_share_one_worker_and_closing_cancels(guard: Path) -> None:
         caller.join()
     assert [found[i] for i in range(len(asked))] == pytest.approx(expected, abs=TOLERANCE)
     gate = threading.Event()
-    critic.submit(asked[0]).add_done_callback(
-        lambda _: gate.wait(20)
-    )  # in the worker
+    critic.submit(asked[0]).add_done_callback(lambda _: gate.wait(20))  # in the worker
     futures = [critic.submit(messages) for messages in asked]
     closing = threading.Thread(target=critic.close)
     closing.start()
