@@ -138,9 +138,9 @@ def _determining(
     }
 
 
-def aside(final: Path) -> Path:
+def aside(final: Path, mark: str = "") -> Path:
     """Where a checkpoint is while it is not whole; see `remove_partial`."""
-    return final.with_name(f".{final.name}.partial")
+    return final.with_name(f".{final.name}{mark}.partial")
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ training's. Until the rename the checkpoint before is the newest, so a kill cost
 
 import json
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -95,12 +96,14 @@ class Saver:
 
         Raises:
             CheckpointError: it, or the one before it, could not be written; earlier ones stay.
-        Collectives: the engine's own, five gathers of texts, those of `wait`.
+        Collectives: the engine's own, a broadcast, five gathers of texts, those of `wait`.
         """
         self.wait()
         began = time.perf_counter()
         final = self._folder / f"step-{state.step:08d}"
-        self._partial = partial = aside(final)
+        # A mark of its own: ranks that outlive a kill of others may still copy into the last one.
+        mark = self._ranks.from_main(f".{secrets.token_hex(4)}")
+        self._partial = partial = aside(final, mark)
         source = self._staging or partial
         with self._ranks.together():
             self._make_room(partial)
@@ -166,7 +169,6 @@ class Saver:
 
     def _make_room(self, partial: Path) -> None:
         if self._ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
             self._require_disk()
         with _as_checkpoint_errors(self._folder):
             if self._ranks.is_main:

@@ -19,7 +19,6 @@ from support.launching import FINETUNE, kill_session, tail
 from support.results import result
 from support.watching import last_checkpoint, steps_logged, wait_for
 
-from safereg_dist.run.checkpoint import aside
 from safereg_dist.run.manifest import first_changed, read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
@@ -121,8 +120,9 @@ def has_one_rank(out, step):
 
 def names_in(out, step):
     """The files of a checkpoint that is not whole; None where there is no such folder."""
-    folder = aside(out / "checkpoint" / f"step-{step:08d}")
-    return {path.name for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else None
+    folders = list((out / "checkpoint").glob(f".step-{step:08d}.*.partial"))
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return {path.name for path in files} if folders else None
 
 
 def check_whole(out):

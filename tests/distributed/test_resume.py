@@ -119,8 +119,8 @@ def killed_while_it_saves(config, launch, out):
 
 def is_at_checkpoint(out, step):
     """Whether a run writes the checkpoint of a step, or has come further."""
-    is_writing = (out / "checkpoint" / f".step-{step:08d}.partial").exists()
-    return is_writing or last_checkpoint(out) >= step
+    is_writing = list((out / "checkpoint").glob(f".step-{step:08d}.*.partial"))
+    return bool(is_writing) or last_checkpoint(out) >= step
 
 
 def check_goes_on(config, launch, out, expected):

@@ -15,7 +15,7 @@ from support.saves import Engine, Regularizer, state
 
 from safereg_dist.config import load_config
 from safereg_dist.errors import CheckpointError, ConfigError
-from safereg_dist.run.checkpoint import aside, read_state, saved_checkpoints
+from safereg_dist.run.checkpoint import read_state, saved_checkpoints
 from safereg_dist.run.manifest import first_changed, read_manifest
 from safereg_dist.run.save import Saver
 from safereg_dist.run.staging import staging_folder
@@ -139,7 +139,8 @@ def test_what_ends_a_copy_is_known_to_all_ranks(config, tmp_path):
         with suppress(CheckpointError), saver_of(tmp_path, ranks, engine) as saver:
             saver.save(state(config, 3), logs={}, key=None)
             if ranks.rank == 1:
-                (aside(tmp_path / "checkpoint" / "step-00000003") / "rank1.safetensors").touch()
+                [partial] = (tmp_path / "checkpoint").glob(".step-00000003.*.partial")
+                (partial / "rank1.safetensors").touch()
             engine.let_go()
             while ranks.rank == 1 and saver.error is None:
                 time.sleep(0.01)
