@@ -96,7 +96,7 @@ class Saver:
 
         Raises:
             CheckpointError: it, or the one before it, could not be written; earlier ones stay.
-        Collectives: the engine's own, a broadcast, five gathers of texts, those of `wait`.
+        Collectives: the engine's own, a broadcast, four gathers of texts, those of `wait`.
         """
         self.wait()
         began = time.perf_counter()
@@ -259,15 +259,16 @@ class Saver:
         """1 while this rank's thread runs, else 0; raises what ended it."""
         assert self._thread is not None
         self._thread.join(_TURN_S)
+        runs = self._thread.is_alive()  # before the error is looked at, which comes before its end
         if self.error is not None:
             raise self.error
-        if self._thread.is_alive() and time.perf_counter() - began > self._timeout_s:
+        if runs and time.perf_counter() - began > self._timeout_s:
             raise CheckpointError(
                 f"expected {self._partial} to be whole within {self._timeout_s:.0f} s "
                 "(engine.timeout_s) of waiting for it, this rank still copies its part: see how "
                 "fast its host writes to output_dir"
             )
-        return int(self._thread.is_alive())
+        return int(runs)
 
     def _is_whole(self) -> None:
         self._thread = self._partial = None
