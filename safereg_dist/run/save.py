@@ -115,15 +115,18 @@ class Saver:
         def publish() -> None:
             if self._ranks.is_main:
                 self._publish(partial, final, key)
+
+        def note_end() -> None:
             self.seconds += time.perf_counter() - began
 
         if self._staging is None:
             for part in (deliver, publish):
                 with self._ranks.together(), _as_checkpoint_errors(self._folder):
                     part()
+            note_end()
             self._is_whole()
         else:
-            self._start(deliver, publish)
+            self._start(deliver, publish, note_end)
         self.blocked_seconds += time.perf_counter() - began
 
     def wait(self) -> None:

@@ -8,6 +8,7 @@ run there are more kills, and every engine.
 """
 
 import json
+import os
 import random
 import time
 from functools import partial
@@ -22,7 +23,7 @@ from support.watching import last_checkpoint, steps_logged, wait_for
 from safereg_dist.run.manifest import first_changed, read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
-STEPS, EVERY = 24, 2
+STEPS, EVERY = 18, 2
 KILLS = 20 if FULL else 4
 RANDOM_S = 0.4  # after a step, within which one of these kills comes: a step and its save
 
@@ -121,8 +122,8 @@ def has_one_rank(out, step):
 def names_in(out, step):
     """The files of a checkpoint that is not whole; None where there is no such folder."""
     folders = list((out / "checkpoint").glob(f".step-{step:08d}.*.partial"))
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
-    return {path.name for path in files} if folders else None
+    found = {name for folder in folders for _, _, names in os.walk(folder) for name in names}
+    return found if folders else None
 
 
 def check_whole(out):
@@ -139,7 +140,7 @@ def check_costs(out, at_once):
     ]
     for found in counts:
         assert found["saved"] == STEPS // EVERY - 1
-        assert 0 < found["blocked_seconds"] <= found["seconds"] * 1.01
+        assert 0 < found["blocked_seconds"] <= found["seconds"] * 1.05 + 0.1
     rows = [json.loads(line) for line in (at_once / "metrics.jsonl").read_text().splitlines()]
     blocked = {row["step"]: row["save_blocked_s"] for row in rows if "save_blocked_s" in row}
     assert list(blocked) == list(range(EVERY, STEPS, EVERY))
