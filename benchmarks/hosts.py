@@ -23,9 +23,10 @@ from harness import provenance
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support.host_faults import FAULTS, result, strike, write_run  # noqa: E402
+from support.host_faults import FAULTS, strike, write_run  # noqa: E402
 from support.hosts import LAUNCHERS, Hosts, missing  # noqa: E402
 from support.launching import FINETUNE, Launcher  # noqa: E402
+from support.results import result  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "results" / "hosts.csv"
 PROVENANCE = ("date", "hardware", "commit", "torch")

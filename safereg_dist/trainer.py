@@ -25,7 +25,9 @@ from safereg_dist.run.gate import refuse_too_many_held_back
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
 from safereg_dist.run.resume import Found, set_aside_newer
+from safereg_dist.run.save import Saver
 from safereg_dist.run.signing import signing_key, write_signed
+from safereg_dist.run.staging import staging_folder
 from safereg_dist.run.status import status_of
 from safereg_dist.run.stop import forget_stop, stop_requests
 from safereg_dist.run.tracking import Tracking
@@ -89,8 +91,6 @@ class Progress:
     non_finite_in_a_row: int = 0
     seconds: float = 0.0
     damaged_checkpoints: int = 0
-    saves: int = 0
-    save_seconds: float = 0.0
     held_back: float | None = None
     """Share of rows counted before the first step; what `tracking` holds later ones against."""
 
@@ -119,6 +119,7 @@ def train(run: Run, found: Found | None) -> int:
     elif run.ranks.is_main:
         checkpoint.remove_partial(folder / "checkpoint")
     before = None if found is None else found.state
+    saver = _saver(run, folder, before)
     profiler = _profiler(run, progress)
     log = RunLog(
         folder,
@@ -131,6 +132,7 @@ def train(run: Run, found: Found | None) -> int:
     stops = stop_requests(folder, looks=run.ranks.is_main)
     with (
         log,
+        saver,
         _tracking(run, progress) as tracking,
         stops as is_stop_requested,
         _bar(run, progress) as bar,
@@ -139,18 +141,21 @@ def train(run: Run, found: Found | None) -> int:
             log.write_change(progress.step, before.world_size, run.ranks.world_size)
         while progress.step < run.sources.total_steps:
             with profiler.step(progress.step):
-                last_row, stop = _logged_step(run, progress, log, tracking, is_stop_requested)
+                last_row, stop = _logged_step(
+                    run, progress, log, tracking, is_stop_requested, saver=saver
+                )
             _show(bar, last_row)
             if stop or _is_save_due(run, progress):
-                _save(run, progress, folder, log)
+                _save(run, progress, saver, log)
             if stop:
                 break
+        saver.wait()
         is_complete = progress.step == run.sources.total_steps
         tracking.finish(0 if is_complete else EXIT_REQUEUE)
         log.finish(run.ranks)  # all ranks have closed their ledgers before any continues
     if is_complete:
         profiler.finish()
-        _finish(run, progress, folder, {"final_metrics": last_row, "tracking": tracking.facts()})
+        _finish(run, progress, saver, {"final_metrics": last_row, "tracking": tracking.facts()})
     if stop and run.ranks.is_main:
         forget_stop(folder)
     return EXIT_DONE if is_complete else EXIT_REQUEUE
@@ -162,6 +167,8 @@ def _logged_step(
     log: RunLog,
     tracking: Tracking,
     is_stop_requested: Callable[[], bool],
+    *,
+    saver: Saver,
 ) -> tuple[dict[str, float | int], bool]:
     """One optimizer step of the run, logged: its row of metrics, and whether to stop."""
     started = time.perf_counter()
@@ -177,16 +184,20 @@ def _logged_step(
         flags=lambda: {
             "stop_requested": is_stop_requested() or tracking.wants_stop,
             "log_failed": log.error is not None,
+            "save_failed": saver.error is not None,
         },
     )
-    if totals.flags["log_failed"]:
-        run.ranks.raise_together(log.error)
+    for kind, error in (("log", log.error), ("save", saver.error)):
+        if totals.flags[f"{kind}_failed"]:
+            run.ranks.raise_together(error)
     progress.step += 1
     validation = {**_validation_loss(run, progress), **_canary(run, progress)}
     seconds = time.perf_counter() - started
     progress.seconds += seconds
     row = totals.metrics_row(step=step, lr=lr, grad_norm=update.grad_norm, step_time_s=seconds)
     row.update(validation)
+    if blocked := saver.blocked():
+        row["save_blocked_s"] = blocked
     if run.config.reference.cache is not None:
         row["reference_misses"] = int(totals.sums["reference_misses"])
     log.write(row, totals.ledger_rows)
@@ -288,8 +299,6 @@ def _resume(run: Run, folder: Path, found: Found) -> Progress:
         non_finite_in_a_row=state.non_finite_in_a_row,
         seconds=state.seconds,
         damaged_checkpoints=state.damaged_checkpoints + found.damaged,
-        saves=state.saves,
-        save_seconds=state.save_seconds,
         held_back=state.held_back,
     )
 
@@ -339,8 +348,26 @@ def _frozen(run: Run) -> str:
     return run.fingerprints["policy"] if lora is not None and lora.frozen else ""
 
 
-def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
-    started = time.perf_counter()
+def _saver(run: Run, folder: Path, before: RunState | None) -> Saver:
+    settings = run.config.train
+    staging = None
+    if settings.async_save:
+        staging = staging_folder(settings.save_staging, folder, run.ranks)
+    saver = Saver(
+        folder / "checkpoint",
+        engine=run.engine,
+        regularizer=run.regularizer,
+        ranks=run.ranks,
+        keep=settings.keep_checkpoints,
+        staging=staging,
+        timeout_s=run.config.engine.timeout_s,
+    )
+    if before is not None:
+        saver.restore(before)
+    return saver
+
+
+def _save(run: Run, progress: Progress, saver: Saver, log: RunLog) -> None:
     with run.ranks.together():
         logs = log.digests()
         key = signing_key(run.config.signing) if run.ranks.is_main else None
@@ -357,30 +384,18 @@ def _save(run: Run, progress: Progress, folder: Path, log: RunLog) -> None:
         seconds=progress.seconds,
         frozen=_frozen(run),
         damaged_checkpoints=progress.damaged_checkpoints,
-        saves=progress.saves,
-        save_seconds=progress.save_seconds,
         began_with=run.sources.lanes.count,
         held_back=progress.held_back,
     )
-    checkpoint.save_checkpoint(
-        folder / "checkpoint",
-        state,
-        engine=run.engine,
-        regularizer=run.regularizer,
-        ranks=run.ranks,
-        keep=run.config.train.keep_checkpoints,
-        logs=logs,
-        key=key,
-    )
-    progress.saves += 1
-    progress.save_seconds += time.perf_counter() - started
+    saver.save(state, logs=logs, key=key)
 
 
-def _finish(run: Run, progress: Progress, folder: Path, told: dict[str, Any]) -> None:
+def _finish(run: Run, progress: Progress, saver: Saver, told: dict[str, Any]) -> None:
     """Exports the model, merges the ledger, writes `summary.json` last: it marks the end.
 
     `told` goes into it, beside what is known here.
     """
+    folder = Path(run.config.output_dir)
     run.regularizer.risk.finish()
     lora = run.config.lora
     if lora is None or lora.quantize == "none":  # merged into 4 bits it would be rounded
@@ -403,8 +418,9 @@ def _finish(run: Run, progress: Progress, folder: Path, told: dict[str, Any]) ->
                 "seconds": progress.seconds,
                 "non_finite_steps": progress.non_finite_steps,
                 "checkpoints": {
-                    "saved": progress.saves,
-                    "seconds": progress.save_seconds,
+                    "saved": saver.saves,
+                    "seconds": saver.seconds,
+                    "blocked_seconds": saver.blocked_seconds,
                     "damaged": progress.damaged_checkpoints,
                 },
                 **told,

@@ -17,7 +17,7 @@ from safereg_dist.config import Config, load_config
 from safereg_dist.models.adapters import adapter_parameters, add_adapters
 from safereg_dist.parallel.hardware import find_gpu
 from safereg_dist.plan.plan import Plan, make_plan
-from safereg_dist.plan.settings import Settings
+from safereg_dist.plan.settings import settings_of
 from safereg_dist.plan.shape import shape_of
 
 HERE = Path(__file__).resolve().parent
@@ -76,20 +76,7 @@ def architectures() -> dict[str, dict[str, Any]]:
 def plan_of(name: str, config: Config) -> Plan:
     """What `safereg plan` says of a recipe on its hardware."""
     known = architectures()[name]
-    settings = Settings(
-        world_size=known["hardware"]["gpus"],
-        seq_length=config.data.max_length,
-        micro_batch=config.train.micro_batch_size,
-        grad_accum=config.train.grad_accum_steps,
-        activation_checkpointing=config.train.activation_checkpointing,
-        precision=config.train.precision,
-        zero_stage=config.engine.zero_stage,
-        hpz=config.engine.hpz_partition_size,
-        offload_params=config.engine.offload_params,
-        offload_optimizer=config.engine.offload_optimizer,
-        offload_reference=config.reference.offload,
-        **ASSUMED,
-    )
+    settings = settings_of(config, world_size=known["hardware"]["gpus"], **ASSUMED)
     shape = shape_of(known["config"], where=name)
     return make_plan(shape, settings, find_gpu(known["hardware"]["gpu"]))
 

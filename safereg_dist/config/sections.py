@@ -205,6 +205,14 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; 0 = none."""
     keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=ASIDE)
     """Newest checkpoints to keep, >= 1."""
+    async_save: bool = Field(default=False, json_schema_extra=ASIDE | NEWER)
+    """Ranks wait only until a checkpoint lies on their host's own disk; a thread of each copies it
+    to `output_dir` while training goes on. The one before counts until that is done."""
+    save_staging: Annotated[str | None, WRITTEN] = Field(
+        default=None, json_schema_extra=ASIDE | NEWER
+    )
+    """Folder on each host's own disk for `async_save`, with room for its ranks' parts of one
+    checkpoint; null = the host's temporary folder ($TMPDIR)."""
     resume: Annotated[str, Place(words=r"latest|never|\d+")] = Field(
         default="latest", json_schema_extra=ASIDE | NEWER
     )
@@ -238,6 +246,11 @@ class TrainConfig(Section):
     def _check(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("train.steps and train.epochs are both set: keep one of them")
+        if self.save_staging is not None and not self.async_save:
+            raise ConfigError(
+                "train.save_staging is where asynchronous saves begin, and train.async_save is "
+                "false: set it to true, or save_staging to null"
+            )
         return self
 
 

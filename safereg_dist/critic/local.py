@@ -41,17 +41,27 @@ class LocalCritic:
     def __init__(self, model: LocalModel, identity: str, fail: str) -> None:
         self.identity = identity
         self._model, self._fail = model, fail
-        self._waiting: queue.SimpleQueue[tuple[Messages, Future[Verdict]] | None]
+        self._waiting: queue.SimpleQueue[tuple[list[list[int]] | str, Future[Verdict]] | None]
+        """Texts of a conversation, or why there are none, and where the verdict goes."""
         self._waiting = queue.SimpleQueue()
         self._is_open = True
         self._thread = threading.Thread(target=self._run, name="local critic", daemon=True)
         self._thread.start()
 
     def submit(self, messages: Messages) -> Future[Verdict]:
-        """See `Critic.submit`."""
+        """See `Critic.submit`; tokenises before it returns."""
         future: Future[Verdict] = Future()
-        self._waiting.put((messages, future))
+        # Not in the worker: a template's time is bounded in the main thread only.
+        self._waiting.put((self._texts_or_reason(messages), future))
         return future
+
+    def _texts_or_reason(self, messages: Messages) -> list[list[int]] | str:
+        try:
+            return self._model.texts(messages)
+        except JudgementFailed as err:
+            return str(err)
+        except Exception as err:  # a tokenizer given no text
+            return f"the judge cannot read it: {type(err).__name__}"
 
     def close(self) -> None:
         """Ends the worker after its current batch; cancels pending conversations."""
@@ -74,18 +84,16 @@ class LocalCritic:
             if len(asked) < len(taken):
                 return
 
-    def _judge(self, asked: list[tuple[Messages, Future[Verdict]]]) -> None:
+    def _judge(self, asked: list[tuple[list[list[int]] | str, Future[Verdict]]]) -> None:
         """Sets every future; an error fails only the conversations it concerns."""
         texts: list[tuple[int, list[int]]] = []
         reasons: dict[int, str] = {}
         worst: dict[int, float] = {}
-        for index, (messages, _) in enumerate(asked):
-            try:
-                texts += [(index, text) for text in self._model.texts(messages)]
-            except JudgementFailed as err:
-                reasons[index] = str(err)
-            except Exception as err:  # a tokenizer given no text
-                reasons[index] = f"the judge cannot read it: {type(err).__name__}"
+        for index, (found, _) in enumerate(asked):
+            if isinstance(found, str):
+                reasons[index] = found
+            else:
+                texts += [(index, text) for text in found]
         for batch in _batches(texts):
             try:
                 with region(CRITIC):

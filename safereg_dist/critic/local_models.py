@@ -15,7 +15,8 @@ from safereg_dist.critic.answers import named_label
 from safereg_dist.critic.conversation import alternating, prompt_and_response, up_to_each_answer
 from safereg_dist.critic.formats import FORMATS, Format
 from safereg_dist.critic.verdict import JudgementFailed, Messages
-from safereg_dist.errors import ConfigError
+from safereg_dist.data.chat_template import rendered
+from safereg_dist.errors import ConfigError, DataError
 
 _BLANK_TOKENS = 2  # how many tokens of white space a guard may say before its label
 
@@ -27,7 +28,11 @@ class LocalModel(Protocol):
     """What the worker needs of either kind of judge."""
 
     def texts(self, messages: Messages) -> list[list[int]]:
-        """Token ids of what is judged of a conversation, one list for each answer in it."""
+        """Token ids of what is judged of a conversation, one list for each answer in it.
+
+        Raises:
+            JudgementFailed: it is too long, or the judge's template refuses it or takes too long.
+        """
         ...
 
     def scores(self, batch: list[list[int]]) -> list[float | None]:
@@ -179,12 +184,13 @@ def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generation: bool
 ) -> list[int]:
     try:
-        ids: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=generation, tokenize=True, return_dict=False
-        )
-    except Exception as err:  # templates raise whatever their author chose
-        raise JudgementFailed("the judge's chat template refuses the conversation") from err
-    return list(ids)
+        text = rendered(tokenizer, list(messages), "judge", add_generation_prompt=generation)
+    except DataError as err:
+        kind = type(err.__cause__ or err).__name__  # its text may hold the data
+        raise JudgementFailed(
+            f"the judge's chat template refuses the conversation ({kind})"
+        ) from err
+    return _encode(tokenizer, text)
 
 
 def _fitting(

@@ -25,6 +25,7 @@ SECONDS = 5.0
 """For one conversation; the slowest honest one (thousands of turns) takes a tenth of one."""
 MEMORY_BYTES = 2 << 30
 """More address space than the process has at the time."""
+_ONE_LIMIT = threading.Lock()  # the process has one: two threads would put back each other's
 LONGEST = 8_000_000
 """Characters of a conversation: about two million tokens."""
 
@@ -96,11 +97,12 @@ def _limited_memory() -> Any:
 
 @contextmanager
 def _address_space(pages: int, limits: Any) -> Iterator[None]:
-    before, most = limits.getrlimit(limits.RLIMIT_AS)
-    wanted = pages * limits.getpagesize() + MEMORY_BYTES
-    known = [limit for limit in (before, most) if limit != limits.RLIM_INFINITY]
-    limits.setrlimit(limits.RLIMIT_AS, (min([wanted, *known]), most))
-    try:
-        yield
-    finally:
-        limits.setrlimit(limits.RLIMIT_AS, (before, most))
+    with _ONE_LIMIT:
+        before, most = limits.getrlimit(limits.RLIMIT_AS)
+        wanted = pages * limits.getpagesize() + MEMORY_BYTES
+        known = [limit for limit in (before, most) if limit != limits.RLIM_INFINITY]
+        limits.setrlimit(limits.RLIMIT_AS, (min([wanted, *known]), most))
+        try:
+            yield
+        finally:
+            limits.setrlimit(limits.RLIMIT_AS, (before, most))

@@ -8,6 +8,7 @@ from safereg_dist.doctor.finding import Finding, finding
 from safereg_dist.doctor.host import Answer, leads_elsewhere
 from safereg_dist.doctor.work import Work
 from safereg_dist.run.checkpoint import saved_checkpoints
+from safereg_dist.run.lock import holder_of, is_lock
 from safereg_dist.run.stop import stop_file
 
 KILLED_AFTER_S = 30.0
@@ -106,6 +107,18 @@ def disk_findings(answers: Mapping[str, Answer], work: Work, folder: Path) -> It
         expected=f"{needed / 1e9:.1f} GB: {work.disk_text}",
         remedy="free space, lower train.keep_checkpoints, or move output_dir",
     )
+    staged = [a for a in answers.values() if a.staging]
+    if staged:
+        part = work.checkpoint_bytes // len(answers)
+        least = min(staged, key=lambda a: a.staging_free_bytes)
+        free = f"{least.staging_free_bytes / 1e9:.1f} GB free"
+        yield finding(
+            "disk for staging",
+            least.staging_free_bytes >= part,
+            found=f"{free} in {least.staging} of {least.host}",
+            expected=f"{part / 1e9:.2g} GB on every host: its ranks' part of a checkpoint",
+            remedy="train.save_staging: a folder on a larger disk of each host",
+        )
     slowest = min(a.write_bytes_per_s for a in answers.values())
     if not slowest:
         host = min(answers, key=lambda h: answers[h].write_bytes_per_s)
@@ -135,7 +148,8 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
     state = "new" if not (folder / "config.yaml").is_file() else "holds a run"
     state += f", resumes from {saved[-1].name}" if saved else ""
     is_complete = (folder / "summary.json").is_file()
-    is_foreign = state == "new" and folder.is_dir() and any(folder.iterdir())
+    is_new = state == "new" and folder.is_dir()
+    is_foreign = is_new and not all(map(is_lock, folder.iterdir()))
     yield finding(
         "run folder",
         not (is_complete or is_foreign),
@@ -143,6 +157,17 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
         expected="new, or a run to go on with",
         remedy="nothing would be trained: choose another output_dir",
     )
+    if (holder := holder_of(folder)) is not None:
+        yield finding(
+            "run lock",
+            False,
+            found=f"held by {holder.name}",
+            expected="nobody writes to the folder",
+            remedy="wait for its end, stop it, or choose another output_dir"
+            if holder.lives
+            else "it gave no sign of life for a while: the next run watches it, and takes over",
+            bad="FAIL" if holder.lives else "warn",
+        )
     if stop_file(folder).exists():
         yield Finding(
             check="stop file",

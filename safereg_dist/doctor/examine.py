@@ -131,6 +131,7 @@ def _question(config: Config, work: Work, *, peers: list[str], port: int) -> Ite
             paths=[str(Path(path).absolute()) for path in work.paths],
             endpoints=work.endpoints,
             port=port,
+            staging=(config.train.save_staging or "") if config.train.async_save else None,
         )
     finally:
         nonce.unlink(missing_ok=True)

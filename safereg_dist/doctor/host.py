@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ class Question:
     """URLs that every rank asks."""
     port: int = 0
     """Must be free; 0 = not asked."""
+    staging: str | None = None
+    """Where checkpoints wait to be copied; empty = the temporary folder, None = nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +63,17 @@ class Answer:
     """0 where nothing can be written."""
     gpu: str
     """Name of the first one, as the driver says it; empty without."""
+    staging: str
+    """Where checkpoints wait to be copied, or the nearest folder above it; empty = nowhere."""
+    staging_free_bytes: int
 
 
 def answer(question: Question) -> Answer:
     """Looks. Writes `SAMPLE_BYTES` into the folder for a moment."""
     folder = Path(question.folder)
+    staging = None
+    if question.staging is not None:
+        staging = nearest_folder(Path(question.staging or tempfile.gettempdir()).absolute())
     host = socket.gethostname()
     return Answer(
         host=host,
@@ -84,6 +93,8 @@ def answer(question: Question) -> Answer:
         free_bytes=_free_bytes(folder),
         write_bytes_per_s=_write_rate(folder),
         gpu=_gpu(),
+        staging=str(staging or ""),
+        staging_free_bytes=_free_bytes(staging) if staging else 0,
     )
 
 

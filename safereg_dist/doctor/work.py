@@ -7,7 +7,7 @@ from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.hardware import GPUS, find_gpu, rates_of_device
 from safereg_dist.plan.plan import Costs, arm_costs
-from safereg_dist.plan.settings import Settings
+from safereg_dist.plan.settings import settings_of
 from safereg_dist.plan.shape import read_shape
 
 CHECKPOINT_BYTES = 16
@@ -84,21 +84,8 @@ def _sources(train: object) -> list[str]:
 
 
 def _costs(config: Config, shape, world_size: int, per_host: int, gpu: str) -> Costs | None:
-    arm = "sft"
-    if config.needs_reference:
-        arm = "routed" if config.reference.cache is None else "stored"
     try:
-        settings = Settings(
-            world_size=world_size,
-            gpus_per_node=per_host,
-            seq_length=config.data.max_length,
-            micro_batch=config.train.micro_batch_size,
-            grad_accum=config.train.grad_accum_steps,
-            activation_checkpointing=config.train.activation_checkpointing,
-            precision=config.train.precision,
-            hpz=config.engine.hpz_partition_size,
-            arm=arm,
-        )
+        settings = settings_of(config, world_size=world_size, gpus_per_node=per_host)
         return arm_costs(shape, settings, _nearest(gpu))
     except ConfigError:
         return None

@@ -18,20 +18,22 @@ from safereg_dist.errors import DataError
 from safereg_dist.factory.risk import configured_overrides, reads_column
 from safereg_dist.integrations.collator import COLUMNS
 from safereg_dist.run.gate import check_share, is_held_back
+from safereg_dist.run.shape import Shape, refuse_what_hides
 
 _LINES = 4096
 """Lines of a data set that are in memory at once."""
 
 
 def check_risk_column(dataset: Any, config: Config, *, announces: bool) -> None:
-    """Refuses a column with a value that is no risk, and one by which too many rows are held back.
+    """Refuses a column with a value that is no risk, or by which too many rows are held or hide.
 
     Rows are those of `dataset`; a packed line holds several. Reviewers' decisions count, anchors do
-    not. `announces`: a limit that cannot be checked here is said, where the settings give it.
+    not. `announces`: limits that cannot be checked here are said, where the settings give them.
 
     Raises:
         DataError: a row without a risk in [0, 1], or a table without the column.
-        ConfigError: more rows at or above the threshold than risk.max_held_back allows.
+        ConfigError: more rows at or above the threshold than risk.max_held_back allows, or in a
+            heap below it than risk.max_hidden does (`run.shape`).
     """
     limit = config.risk.max_held_back + config.data.declared_poison
     is_whole = _is_readable(dataset) and config.needs_risk and reads_column(config.risk)
@@ -42,14 +44,21 @@ def check_risk_column(dataset: Any, config: Config, *, announces: bool) -> None:
         return
     threshold = resolved_threshold(config.regularizer, DEFAULT_THRESHOLD)
     overrides = configured_overrides(config)
-    rows = held = 0
+    rows = 0
     bad: list[_Row] = []
-    for row in _rows(dataset):
-        rows += 1
-        decision = overrides.get(str(row.id))
-        held += is_held_back(row.risk if decision is None else decision.risk, threshold)
-        if not 0 <= row.risk <= 1:
-            bad.append(row)
+
+    def decided() -> Iterator[tuple[bool, float | None, dict[str, float | None]]]:
+        nonlocal rows
+        for row in _rows(dataset):
+            rows += 1
+            if not 0 <= row.risk <= 1:
+                bad.append(row)
+                continue
+            decision = overrides.get(str(row.id))
+            risk = row.risk if decision is None else decision.risk
+            yield is_held_back(risk, threshold), risk, {}
+
+    shape = Shape.of(decided(), threshold, {})
     if bad:
         raise DataError(
             f"train_dataset: risk.estimator=column needs `risk` in [0, 1] in every row, {len(bad)} "
@@ -59,7 +68,8 @@ def check_risk_column(dataset: Any, config: Config, *, announces: bool) -> None:
         )
     if config.risk.estimator == "column" and limit < 1:
         look = f"those whose `risk` is {threshold:g} or more"
-        check_share(held, rows, limit=limit, is_sample=False, look=look)
+        check_share(shape.held, rows, limit=limit, is_sample=False, look=look)
+        refuse_what_hides(shape, config, threshold, is_sample=False, look=look)
 
 
 def _is_readable(dataset: Any) -> bool:
@@ -86,11 +96,13 @@ def _refuse_missing(dataset: Any, config: Config) -> None:
 
 
 def _warn_of_limit(config: Config, limit: float) -> None:
-    if "max_held_back" in config.risk.model_fields_set and limit < 1:
+    given = [n for n in ("max_held_back", "max_hidden") if n in config.risk.model_fields_set]
+    if given and limit < 1:
+        named = " and ".join(f"risk.{name}={getattr(config.risk, name)}" for name in given)
         print(
-            f"safereg: risk.max_held_back={config.risk.max_held_back} is not checked here, the run "
-            "starts whatever share of rows is held back: under a Trainer it needs "
-            "risk.estimator=column and a datasets.Dataset with `risk`; or run `safereg audit`",
+            f"safereg: {named} cannot be checked here, the run starts whatever rows are held back "
+            "or hide: under a Trainer that needs risk.estimator=column and a datasets.Dataset with "
+            "`risk`; or run `safereg audit`",
             file=sys.stderr,
             flush=True,
         )

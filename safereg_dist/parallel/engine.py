@@ -50,7 +50,11 @@ class PolicyEngine(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes weights, optimizer state and step counters below `folder`; all ranks call it."""
+        """Writes weights, optimizer state and step counters below `folder`; all ranks call it.
+
+        All ranks may give one folder, or each its own: a rank writes files of names of its own, and
+        the rest rank 0.
+        """
         ...
 
     def load(self, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """The settings of a plan: ranks, batch, risk and offloading."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from safereg_dist.config import Config
 from safereg_dist.config.checks import one_of, within
 from safereg_dist.config.sections import KEEP_BYTES
 from safereg_dist.errors import ConfigError
@@ -191,6 +193,36 @@ class Settings:
     def itemsize(self) -> int:
         """Bytes of a parameter."""
         return 2 if self.precision == "bf16" else 4
+
+
+def settings_of(config: Config, *, world_size: int, **assumed: Any) -> Settings:
+    """The settings of a configured run; `assumed` are those that no configuration says.
+
+    Raises:
+        ConfigError: a run that cannot be planned, as one with ZeRO-1 or 2.
+    """
+    arm = "sft"
+    if config.needs_reference:
+        arm = "routed" if config.reference.cache is None else "stored"
+    return Settings(
+        world_size=world_size,
+        arm=arm,
+        seq_length=config.data.max_length,
+        micro_batch=config.train.micro_batch_size,
+        grad_accum=config.train.grad_accum_steps,
+        activation_checkpointing=config.train.activation_checkpointing,
+        precision=config.train.precision,
+        head_bytes=config.train.head_bytes,
+        chunk_tokens=config.train.chunk_tokens,
+        zero_stage=config.engine.zero_stage,
+        hpz=config.engine.hpz_partition_size,
+        offload_params=config.engine.offload_params,
+        offload_optimizer=config.engine.offload_optimizer,
+        offload_reference=config.reference.offload,
+        rows_per_pass=config.reference.rows_per_pass,
+        keep_bytes=config.reference.keep_bytes,
+        **assumed,
+    )
 
 
 def near(value: int, step: int) -> str:

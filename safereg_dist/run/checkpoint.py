@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside, made visible by one rename, restored bit for bit.
+"""Checkpoints of a run: what they hold, which there are, and how one is restored bit for bit.
 
 checkpoint/step-00000100/
     state.json          step, moving average, positions of log files, world size, configuration
@@ -7,43 +7,34 @@ checkpoint/step-00000100/
     engine/             the engine's own checkpoint
     manifest.json       digests of all these files and of the logs, see `manifest`; written last
 
-On another number of ranks a run goes on with the same rows in every step (`data.lanes`), the risks
-that all ranks knew, and new random states; its results are then not the same bits.
+`save` writes them. On another number of ranks a run goes on with the same rows in every step
+(`data.lanes`), the risks that all ranks knew, and new random states; its results are then not the
+same bits.
 """
 
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from safereg_dist.config import Config
 from safereg_dist.config.section import Section, changes_result, is_omitted, place_in
 from safereg_dist.errors import CheckpointError, reason_of
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.engine import PolicyEngine
-from safereg_dist.run.manifest import Digests, Manifest, own_digests, write_manifest
-from safereg_dist.run.signing import Key
+from safereg_dist.run.random_states import load_random, new_random
 from safereg_dist.step import SafetyRegularizer
-from safereg_dist.storage.digests import FileDigest
 from safereg_dist.storage.json_text import parse_json
 
 _FORMAT = 3
 UNCHECKED_FORMAT = 2
 """Has no manifest; format 1 had other names for the policy's weights too."""
-_RESERVE_BYTES = 64 << 20
-"""Free disk required beyond the size of a checkpoint, for logs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +64,9 @@ class RunState:
     saves: NonNegativeInt = 0
     """Checkpoints written before this one."""
     save_seconds: NonNegativeFloat = 0.0
-    """Time that these took, in which no rank trained."""
+    """Time until each of these was whole."""
+    save_blocked_seconds: NonNegativeFloat | None = None
+    """Of it, time in which no rank trained; None (of earlier versions) = all."""
     began_with: NonNegativeInt = 0
     """Ranks of the run at its first step; 0 (of earlier versions) = `world_size`."""
     held_back: NonNegativeFloat | None = None
@@ -146,92 +139,14 @@ def _determining(
     }
 
 
-def save_checkpoint(
-    folder: Path,
-    state: RunState,
-    *,
-    engine: PolicyEngine,
-    regularizer: SafetyRegularizer,
-    ranks: Ranks,
-    keep: int,
-    logs: Digests | None = None,
-    key: Key | None = None,
-) -> None:
-    """Writes one checkpoint below `folder` and removes all but the newest `keep`.
-
-    `logs` are the digests of this rank's logs up to here; `key` signs, on rank 0.
-
-    Raises:
-        CheckpointError: the disk is too small; earlier checkpoints stay as they are.
-    Collectives: the engine's own, and six gathers of texts.
-    """
-    final = folder / f"step-{state.step:08d}"
-    partial = _aside(final)
-    with ranks.together():
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            _require_disk(folder, _checkpoint_bytes(regularizer, folder))
-            partial.mkdir(parents=True)
-    with _clear_errors(partial):
-        engine.save(partial / "engine")
-    with ranks.together(), _clear_errors(partial):
-        _save_random(partial / f"rank{ranks.rank}.safetensors", ranks.device)
-        small = regularizer.save_state(partial / f"risk{ranks.rank}.safetensors")
-        if ranks.is_main:
-            _write_json(partial / "state.json", asdict(replace(state, regularizer=small)))
-    with ranks.together(), _clear_errors(partial):  # all have written: no file comes or goes
-        own = own_digests(partial, ranks.rank, ranks.world_size)
-    files, all_logs = (_of_all_ranks(digests, ranks) for digests in (own, logs or {}))
-    with ranks.together(), _clear_errors(partial):
-        if ranks.is_main:
-            write_manifest(partial, Manifest(state.step, files, all_logs), key)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            _sync_folder(folder)  # before an older one goes
-            for old in saved_checkpoints(folder)[:-keep]:
-                # Renamed first: what a kill leaves of it, the next start removes.
-                os.replace(old, _aside(old))
-                shutil.rmtree(_aside(old))
-
-
-def _of_all_ranks(own: Digests, ranks: Ranks) -> Digests:
-    """All ranks' digests, on every rank. Collectives: one gather of texts."""
-    return {
-        name: FileDigest(*digest)
-        for text in ranks.gather_texts(json.dumps(own))
-        for name, digest in json.loads(text).items()
-    }
-
-
-def _aside(final: Path) -> Path:
+def aside(final: Path, mark: str = "") -> Path:
     """Where a checkpoint is while it is not whole; see `remove_partial`."""
-    return final.with_name(f".{final.name}.partial")
-
-
-@contextmanager
-def _clear_errors(partial: Path) -> Iterator[None]:
-    """A block whose write errors become CheckpointError; removes partial files then."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as err:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"expected to write a checkpoint to {partial.parent}, got: {err}: free disk space and "
-            "run the same command again; it resumes from the newest checkpoint"
-        ) from err
+    return final.with_name(f".{final.name}{mark}.partial")
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were written whole, oldest first; they may be damaged since."""
     return sorted(folder.glob("step-*"))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_partial(folder: Path) -> None:
@@ -280,9 +195,9 @@ def load_checkpoint(
         regularizer.load_state(risks[ranks.rank] if is_same else risks, state.regularizer)
         # Last, so that nothing draws from a generator between this and training.
         if is_same:
-            _load_random(checkpoint / f"rank{ranks.rank}.safetensors", ranks.device)
+            load_random(checkpoint / f"rank{ranks.rank}.safetensors", ranks.device)
         else:
-            _new_random(seed, state.step, ranks)
+            new_random(seed, state.step, ranks)
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -318,64 +233,3 @@ def require_same_run(checkpoint: Path, state: RunState, config: Config) -> None:
             f"{checkpoint} was written by another configuration, or by an earlier version of "
             "safereg: resume with the same ones, or choose another output_dir"
         )
-
-
-def _checkpoint_bytes(regularizer: SafetyRegularizer, folder: Path) -> int:
-    """Bytes of a checkpoint: the size of the last one, else 16 per parameter."""
-    written = saved_checkpoints(folder)
-    if written:
-        return sum(f.stat().st_size for f in written[-1].rglob("*") if f.is_file())
-    return 16 * sum(
-        getattr(p, "ds_numel", p.numel()) for p in regularizer.policy.model.parameters()
-    )
-
-
-def _require_disk(folder: Path, needed: int) -> None:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed + _RESERVE_BYTES:
-        raise CheckpointError(
-            f"expected {(needed + _RESERVE_BYTES) / 1e9:.2f} GB free in {existing} for a "
-            f"checkpoint, found {free / 1e9:.2f} GB: free some space, lower "
-            "train.keep_checkpoints, or move output_dir"
-        )
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _save_random(path: Path, device: torch.device) -> None:
-    _, words, _ = random.getstate()  # drops the pending gauss() value: it is never used here
-    numpy_state = np.random.get_state(legacy=False)
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.tensor(numpy_state["state"]["key"].astype(np.int64)),
-        "numpy_pos": torch.tensor([numpy_state["state"]["pos"]]),
-    }
-    if device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
-    save_file(tensors, path)
-
-
-def _load_random(path: Path, device: torch.device) -> None:
-    tensors = load_file(path)
-    torch.set_rng_state(tensors["torch"])
-    random.setstate((3, tuple(tensors["python"].tolist()), None))
-    key = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, int(tensors["numpy_pos"][0]), 0, 0.0))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["cuda"], device)
-
-
-def _new_random(seed: int, step: int, ranks: Ranks) -> None:
-    """Generators for a number of ranks that wrote no states: they follow from seed, step, rank."""
-    drawn = np.random.SeedSequence([seed, step, ranks.world_size, ranks.rank]).generate_state(3)
-    own, python, numpy = (int(number) for number in drawn)
-    torch.manual_seed(own)  # of the device too
-    random.seed(python)
-    np.random.seed(numpy)

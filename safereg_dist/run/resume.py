@@ -135,10 +135,12 @@ def _looked_at(path: Path, config: Config, key: Key | None, ranks: Ranks) -> Run
     if wrong:
         return wrong
     manifest = Manifest.from_bytes(text.encode()) if text else None
-    if wrong := _first(_changed_file(path, manifest, ranks), ranks):
+    own = _checked(path, manifest, ranks)
+    if wrong := _first(own if isinstance(own, str) else None, ranks):
         return wrong
+    assert isinstance(own, RunState)  # else all ranks had returned
+    state = own
     with ranks.together():
-        state = read_state(path)
         require_same_run(path, state, config)
     if manifest is None:
         return state
@@ -161,8 +163,8 @@ def _manifest(path: Path, key: Key | None) -> str:
     return read_manifest(path, key).to_bytes().decode()
 
 
-def _changed_file(path: Path, manifest: Manifest | None, ranks: Ranks) -> str | None:
-    """What is wrong with a file that this rank reads; nothing of it is run."""
+def _checked(path: Path, manifest: Manifest | None, ranks: Ranks) -> RunState | str:
+    """The state, or what is wrong with a file that this rank reads; nothing of it is run."""
     names = files_of_rank(
         files_below(path) if manifest is None else manifest.files, ranks.rank, ranks.world_size
     )
@@ -172,10 +174,9 @@ def _changed_file(path: Path, manifest: Manifest | None, ranks: Ranks) -> str | 
     try:
         for name in names:
             check_file(path / name)
-        read_state(path)
+        return read_state(path)
     except (OSError, CheckpointError) as err:
         return str(err)
-    return None
 
 
 def _changed_log(folder: Path, manifest: Manifest, state: RunState, ranks: Ranks) -> str | None:

@@ -11,7 +11,6 @@ Secrets are read where they are used, and never written anywhere.
 
 import hashlib
 import hmac
-import os
 import re
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +18,9 @@ from typing import Any, Protocol
 from safereg_dist.config import SigningConfig
 from safereg_dist.errors import ConfigError
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.secret import secret_in, too_short
 
 SUFFIX = ".sig"
-_FEWEST_CHARACTERS = 16
 _VARIABLE = re.compile(r"SAFEREG_[A-Z0-9_]+")
 
 
@@ -49,13 +48,10 @@ class HmacKey:
 
     def __init__(self, variable: str) -> None:
         self.name = f"HMAC-SHA256 with the key in {variable}"
-        self._secret = os.environ.get(variable, "").encode()
-        if len(self._secret) < _FEWEST_CHARACTERS:
-            raise ConfigError(
-                f"expected a secret of {_FEWEST_CHARACTERS} characters or more in the environment "
-                f"variable {variable}, found {len(self._secret)}: set it where rank 0 runs, e.g. "
-                "from `openssl rand -hex 32`"
-            )
+        found = secret_in(variable)
+        if found is None:
+            raise too_short(variable, 0)
+        self._secret = found
 
     def sign(self, content: bytes) -> bytes:
         """The authentication code, 32 bytes."""

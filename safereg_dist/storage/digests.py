@@ -33,12 +33,33 @@ def digest_of(path: Path, length: int | None = None, *, sync: bool = False) -> F
     return FileDigest(total, running.hexdigest())
 
 
-def hashed(file: IO[bytes], length: int | None) -> "tuple[hashlib._Hash, int]":
-    """The SHA-256, and the number, of the next `length` bytes; of all where None, or of fewer."""
+def copied(source: Path, target: Path) -> FileDigest:
+    """Copies a file to where there is none, making folders; its digest. It is on the disk then.
+
+    Raises:
+        OSError: it cannot be read or written, or `target` is there already.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as file, target.open("xb") as copy:
+        running, total = hashed(file, None, copy=copy)
+        copy.flush()
+        os.fsync(copy.fileno())
+    return FileDigest(total, running.hexdigest())
+
+
+def hashed(
+    file: IO[bytes], length: int | None, *, copy: IO[bytes] | None = None
+) -> "tuple[hashlib._Hash, int]":
+    """The SHA-256, and the number, of the next `length` bytes; of all where None, or of fewer.
+
+    They are written to `copy` too.
+    """
     running, total = hashlib.sha256(), 0
     while data := file.read(_AT_ONCE if length is None else min(_AT_ONCE, length - total)):
         running.update(data)
         total += len(data)
+        if copy is not None:
+            copy.write(data)
     return running, total
 
 

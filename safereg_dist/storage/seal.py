@@ -15,11 +15,11 @@ import secrets
 from pathlib import Path
 
 from safereg_dist.errors import ConfigError
+from safereg_dist.storage.secret import secret_in
 
 KEY_VARIABLE = "SAFEREG_CACHE_KEY"
 _KEY_FILE = "seal.key"
 _KEY_BYTES = 32
-_LEAST_CHARACTERS = 16
 _PLAIN, _KEYED = "sha256:", "hmac-sha256:"
 
 
@@ -102,13 +102,8 @@ def flaw_of(content: bytes, seal: object) -> str | None:
 
 def _given_key() -> bytes | None:
     """The key in the environment, where there is one."""
-    given = os.environ.get(KEY_VARIABLE, "")
-    if given and len(given) < _LEAST_CHARACTERS:
-        raise ConfigError(
-            f"expected at least {_LEAST_CHARACTERS} characters in {KEY_VARIABLE}, got "
-            f"{len(given)}: set a longer one (openssl rand -hex 32), or unset it"
-        )
-    return hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest() if given else None
+    given = secret_in(KEY_VARIABLE)
+    return None if given is None else hashlib.sha256(given).digest()
 
 
 def _make_key(path: Path) -> None:

@@ -5,11 +5,9 @@ ranks while a checkpoint is being written, in one run one after the other; in th
 a run of its own, under the deepspeed launcher and torchrun. Refused: another configuration.
 """
 
-import json
 import os
 import shutil
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +16,13 @@ import torch
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
 from support.extent import FULL
 from support.launching import FINETUNE, descendants, kill_session, tail
+from support.results import result
+from support.watching import last_checkpoint, steps_logged, wait_for
 
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.probe import Probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
-TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
 STEPS = 12
 DEEPSPEED, TORCHRUN = ("deepspeed", "torchrun") if FULL else ("preloaded", "preloaded")
 
@@ -61,30 +60,6 @@ def config(tmp_path_factory):
         f"output_dir: {folder / 'whole'}\n"
     )
     return path
-
-
-def result(out):
-    """Everything that must be the same bits."""
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "metrics": [{k: v for k, v in row.items() if k not in TIMES} for row in metrics],
-        "ledger": (out / "ledger.jsonl").read_bytes(),
-        "model": (out / "model" / "model.safetensors").read_bytes(),
-    }
-
-
-def wait_for(condition, process, log, timeout_s=240):
-    """Polls until the condition holds while the process runs."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, f"ended before it could be killed:\n{tail(log)}"
-        assert time.monotonic() < end, f"nothing to kill after {timeout_s} s:\n{tail(log)}"
-        time.sleep(0.001)
-
-
-def steps_logged(out):
-    path = out / "metrics.jsonl"
-    return path.read_text().count("\n") if path.is_file() else 0
 
 
 def rank_processes(process):
@@ -144,13 +119,8 @@ def killed_while_it_saves(config, launch, out):
 
 def is_at_checkpoint(out, step):
     """Whether a run writes the checkpoint of a step, or has come further."""
-    is_writing = (out / "checkpoint" / f".step-{step:08d}.partial").exists()
-    return is_writing or last_checkpoint(out) >= step
-
-
-def last_checkpoint(out):
-    """The steps that are saved; 0 where nothing is."""
-    return max((int(p.name[5:]) for p in (out / "checkpoint").glob("step-*")), default=0)
+    is_writing = list((out / "checkpoint").glob(f".step-{step:08d}.*.partial"))
+    return bool(is_writing) or last_checkpoint(out) >= step
 
 
 def check_goes_on(config, launch, out, expected):

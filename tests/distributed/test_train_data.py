@@ -13,11 +13,11 @@ import pytest
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
 from support.extent import cases
 from support.launching import FINETUNE
+from support.results import result
 
 from safereg_dist.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
-TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
 STEPS, PER_STEP = 6, 4
 
 
@@ -47,15 +47,6 @@ def config(tmp_path_factory):
 def weighted(config):
     small, large = (config.parent / f"{name}.jsonl" for name in ("small", "large"))
     return f"data.train=[{{path: {small}, weight: 1}}, {{path: {large}, weight: 2}}]"
-
-
-def result(out):
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "metrics": [{k: v for k, v in row.items() if k not in TIMES} for row in metrics],
-        "ledger": (out / "ledger.jsonl").read_bytes(),
-        "model": (out / "model" / "model.safetensors").read_bytes(),
-    }
 
 
 def trained(out):

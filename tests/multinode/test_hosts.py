@@ -7,7 +7,10 @@ Exact: metrics (but for times and memory), ledger, exported weights.
 
 import pytest
 from support.extent import FULL, cases
-from support.host_faults import FAULTS, messages, result, strike
+from support.host_faults import FAULTS, messages, strike
+from support.results import result
+
+from safereg_dist.run.manifest import first_changed, read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
 
@@ -47,6 +50,26 @@ def test_a_fault_ends_the_run_or_nothing(hosts, folder, one_host, name, launcher
         assert "resuming from" in again.output
         assert not messages(again.output)
     assert result(out) == result(one_host)
+
+
+def test_saves_wait_on_a_disk_of_each_host(hosts, folder, one_host):
+    """Asynchronous saves over a fault: the same bits, whole checkpoints, disks that are empty."""
+    out, local = folder / "async", folder / "own" / "local"
+    arguments = [folder / "run.yaml", f"output_dir={out}", "train.async_save=true"]
+    arguments += [f"train.save_staging={local}", "train.save_every=1"]
+    outcome = strike(hosts, FAULTS["SIGKILL of a rank"], arguments, out, launcher="torchrun")
+    assert outcome.status != 0
+    left = [hosts.run(host, "ls", local).output.split() for host in range(hosts.count)]
+    assert any(left), "nothing was ever staged"
+    assert len({name for names in left for name in names}) == sum(map(len, left))
+    again = hosts(arguments, launcher="torchrun")
+    assert again.status == 0, again.output[-4000:]
+    assert "resuming from" in again.output
+    assert result(out) == result(one_host)
+    assert [hosts.run(host, "ls", local).output for host in range(hosts.count)] == ["", ""]
+    for checkpoint in (out / "checkpoint").iterdir():
+        files = read_manifest(checkpoint, None).files
+        assert first_changed(checkpoint, files, files) is None
 
 
 def test_a_name_that_resolves_to_loopback_is_refused(hosts, folder, one_host):

@@ -1,6 +1,5 @@
 """What can happen to a run over several hosts, done to it, and what came of it."""
 
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ from support.hosts import Hosts, Launch
 from support.launching import tail
 
 STEPS = 8
-TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
 SHAPE = ("tc", "qdisc", "replace", "dev", "eth0", "root")
 SLOW = (*SHAPE, "tbf", "rate", "20mbit", "burst", "32kbit", "latency", "400ms")
 
@@ -34,16 +32,6 @@ def write_run(folder: Path) -> None:
         "engine: {timeout_s: 30}\n"
         f"output_dir: {folder / 'out'}\n"
     )
-
-
-def result(out: Path) -> dict[str, Any]:
-    """Everything of a run that must be the same bits."""
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "metrics": [{k: v for k, v in row.items() if k not in TIMES} for row in metrics],
-        "ledger": (out / "ledger.jsonl").read_bytes(),
-        "model": (out / "model" / "model.safetensors").read_bytes(),
-    }
 
 
 def messages(output: str) -> list[str]:

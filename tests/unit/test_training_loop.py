@@ -16,26 +16,27 @@ import pytest
 import torch
 import yaml
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.results import TIMES, result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safereg_dist.config import load_config
-from safereg_dist.errors import EXIT_REQUEUE, NonFiniteLoss
+from safereg_dist.errors import EXIT_REQUEUE, CheckpointError, NonFiniteLoss
 from safereg_dist.factory import build_run, start_backend
+from safereg_dist.run import save
 from safereg_dist.run.checkpoint import (
     RunState,
     config_hash,
     load_checkpoint,
     read_state,
-    save_checkpoint,
     saved_checkpoints,
 )
 from safereg_dist.run.resume import find_checkpoint
+from safereg_dist.run.save import Saver
 from safereg_dist.trainer import train
 
 ROWS, STEPS, ROWS_PER_STEP = 8, 4, 4
 """Two epochs of two steps: each shows every row once."""
 THRESHOLD = 0.5
-TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,36 @@ def test_a_validation_changes_no_step(world):
         assert np.mean([row["risk_mean"] for row in steps]) == pytest.approx(np.mean(risks))
         assert sum(row["active_rows"] for row in steps) == sum(r >= THRESHOLD for r in risks)
         assert max(row["kl_coef_max"] for row in steps) == 1.0
+
+
+def test_saving_changes_no_step_and_says_how_long_it_took(world):
+    """At once and asynchronously: the rows after a save, and the summary."""
+    metrics_of(world, "unsaved")
+    for name, words in (("at-once", []), ("async", ["train.async_save=true"])):
+        rows = metrics_of(world, name, "train.save_every=1", *words)
+        assert result(world / name) == result(world / "unsaved")
+        assert ["save_blocked_s" in row for row in rows] == [False] + [True] * (STEPS - 1)
+        said = json.loads((world / name / "summary.json").read_text())["checkpoints"]
+        assert said["saved"] == STEPS - 1
+        blocked = sum(row.get("save_blocked_s", 0.0) for row in rows)
+        assert 0 < blocked <= said["blocked_seconds"]  # the last step's save is waited for after it
+        assert said["seconds"] > 0
+        if not words:
+            assert blocked == pytest.approx(said["blocked_seconds"], rel=1e-9)
+
+
+def test_a_save_that_fails_ends_the_run_with_its_reason(world, monkeypatch):
+    """The copy of the first checkpoint finds no place: the step after it raises."""
+    run = built(world, "unsavable", "train.save_every=1", "train.async_save=true", "train.steps=8")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(save, "copied", full)
+    with pytest.raises(CheckpointError, match=r"expected to write a checkpoint.*No space left"):
+        train(run, None)
+    assert not list((world / "unsavable" / "checkpoint").iterdir())
+    assert not (world / "unsavable" / "summary.json").exists()
 
 
 def test_a_validation_leaves_the_model_in_training(world):
@@ -237,7 +268,7 @@ def test_random_states_go_through_a_checkpoint(world, tmp_path: Path):
     parts = {"engine": run.engine, "regularizer": run.regularizer, "ranks": run.ranks}
     np.random.seed(5)
     draws()  # no generator is at its beginning
-    save_checkpoint(tmp_path, state, keep=1, **parts)
+    Saver(tmp_path, keep=1, **parts).save(state, logs={}, key=None)
     expected = draws()
     draws()
     (path,) = saved_checkpoints(tmp_path)

@@ -5,9 +5,11 @@ Real sockets, folders and files; the answers of several hosts are written down h
 """
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -21,6 +23,8 @@ from safereg_dist.doctor.link import receive
 from safereg_dist.doctor.remote import read_hostfile
 from safereg_dist.doctor.work import work_of
 from safereg_dist.errors import ConfigError
+from safereg_dist.plan.settings import settings_of
+from safereg_dist.run.lock import STALE_S, RunLock
 
 
 @pytest.fixture
@@ -60,6 +64,10 @@ def test_a_healthy_host_and_what_fails_on_it(config, capsys):
     status, found = findings(capsys, config, judged, "--port", 0)
     assert status == 1
     assert "refused" in found["judge answers"]["found"]
+    asks = ("train.async_save=true", f"train.save_staging={folder / 'not' / 'there'}")
+    _, found = findings(capsys, config, *asks, "--port", 0)
+    assert found["disk for staging"]["verdict"] == "ok"
+    assert f"in {folder} of " in found["disk for staging"]["found"]
     status, found = findings(capsys, config, "data.train=/nowhere/x.jsonl", "--port", 0)
     assert "/nowhere/x.jsonl" in found["inputs are there"]["found"]
     assert sorted(folder.rglob("*")) == before
@@ -108,11 +116,56 @@ def test_hosts_that_differ_are_named(config, tmp_path):
     assert all(f.remedy for f in found.values() if f.verdict == "FAIL")
     twice = {f.check: f for f in host_findings({"a": one, "b": one}, work)}
     assert twice["each name is a host of its own"].verdict == "FAIL"
+    staged = replace(one, staging="/local", staging_free_bytes=10)
+    _, staging, _ = disk_findings({"a": staged, "b": replace(other, staging="")}, work, tmp_path)
+    assert (staging.verdict, staging.check) == ("FAIL", "disk for staging")
+    assert "in /local of a" in staging.found
     disk, save = disk_findings({"a": one, "b": other}, work, tmp_path)
     assert (disk.verdict, save.verdict) == ("FAIL", "warn")
     assert link_finding({"a": 1e12, "b": 1e12}, work, between_hosts=True).verdict == "ok"
     slow = link_finding({"a": 1e12, "b": 1.0}, work, between_hosts=True)
     assert (slow.verdict, "into b" in slow.found) == ("warn", True)
+
+
+def test_who_holds_the_folder_is_said(config, capsys):
+    """This process, one of another host with and without a sign of life, and a dead one."""
+    out = config.parent / "runs" / "one"
+    lock = RunLock(out)
+    while not lock.take():
+        pass
+    status, found = findings(capsys, config, "--port", 0)
+    held = found["run lock"]
+    assert (status, held["verdict"]) == (1, "FAIL")
+    assert f"pid {os.getpid()}, since 2" in held["found"]
+    assert found["run folder"]["found"] == "new"  # a lock alone is no run, and no foreign file
+    elsewhere = json.loads(lock.text) | {"place": "another boot", "host": "node7"}
+    lock.release()
+    out.mkdir(exist_ok=True)
+    file = out / "run.lock.3"
+    file.write_text(json.dumps(elsewhere))
+    status, found = findings(capsys, config, "--port", 0)
+    assert (status, found["run lock"]["verdict"]) == (1, "FAIL")
+    assert "host node7" in found["run lock"]["found"]
+    os.utime(file, (0, time.time() - 2 * STALE_S))
+    status, found = findings(capsys, config, "--port", 0)
+    assert (status, found["run lock"]["verdict"]) == (0, "warn")
+    file.write_text(lock.text.replace('"started": "', '"started": "9'))  # its id went to another
+    _, found = findings(capsys, config, "--port", 0)
+    assert "run lock" not in found
+
+
+def test_stages_that_the_planner_does_not_know_have_no_plan(config):
+    known, other = (
+        work_of(load_config(config, words), world_size=16, per_host=8, gpu="")
+        for words in ([], ["engine.zero_stage=2"])
+    )
+    assert known.step_seconds
+    assert other.step_seconds is other.between_bytes is None
+    found = link_finding({"a": 1.0}, other, between_hosts=True)
+    assert (found.expected, found.verdict) == ("no plan to compare", "ok")
+    offloaded = load_config(config, ["engine.offload_params=cpu", "reference.offload=cpu"])
+    settings = settings_of(offloaded, world_size=16)
+    assert (settings.offload_params, settings.offload_reference) == ("cpu", "cpu")
 
 
 def test_a_transfer_is_timed():

@@ -35,6 +35,7 @@ from safereg_dist.config import CriticConfig, replace
 from safereg_dist.critic.critic import build_critic, score_conversations
 from safereg_dist.critic.formats import FORMATS
 from safereg_dist.critic.verdict import Messages, Verdict
+from safereg_dist.data import chat_template
 from safereg_dist.demo import grammar
 from safereg_dist.demo.guard import write_guard
 from safereg_dist.errors import ConfigError, CriticUnavailable
@@ -178,6 +179,33 @@ def test_a_conversation_that_is_too_long_is_a_failed_judgement(guard: Path) -> N
     assert judge(local(guard, fail="open"), asked)[3].score == 0.0
     with pytest.raises(CriticUnavailable, match="`fail` is `stop`"):
         judge(local(guard, fail="stop"), asked)
+
+
+@pytest.mark.parametrize(
+    ("hostile", "kind"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "TimeoutError",
+        ),
+        ("{{ 'x' * 10000000000 }}", "MemoryError"),
+        ("{{ 'x' * 9000000 }}", "ValueError"),
+        ("{{ raise_exception(messages[0]['content']) }}", "TemplateError"),
+    ],
+)
+def test_a_template_that_never_ends_is_a_failed_judgement(
+    tmp_path: Path, monkeypatch, hostile: str, kind: str
+) -> None:
+    """For one of the conversations; no word of it gets into the reason."""
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    template = "{% if 'w9' in messages[0]['content'] %}" + hostile + "{% endif %}" + TEMPLATE
+    folder = classifier(tmp_path / "c", {0: "safe", 1: "unsafe"})
+    word_tokenizer(template).save_pretrained(folder)
+    good, bad, other = judge(local(folder, None), [turns(f"w{n}", "w3") for n in (1, 9, 2)])
+    assert not good.failed
+    assert not other.failed
+    assert bad[:3] == (1.0, None, True)
+    assert bad.reason == f"the judge's chat template refuses the conversation ({kind})"
 
 
 def test_a_guard_that_says_neither_label_has_failed(tmp_path: Path) -> None:
@@ -333,8 +361,14 @@ def test_many_callers_share_one_worker_and_closing_cancels(guard: Path) -> None:
     for caller in callers:
         caller.join()
     assert [found[i] for i in range(len(asked))] == pytest.approx(expected, abs=TOLERANCE)
-    futures = [critic.submit(messages) for messages in asked * 20]
-    critic.close()
+    gate = threading.Event()
+    critic.submit(asked[0]).add_done_callback(lambda _: gate.wait(20))  # in the worker
+    futures = [critic.submit(messages) for messages in asked]
+    closing = threading.Thread(target=critic.close)
+    closing.start()
+    time.sleep(0.2)
+    gate.set()
+    closing.join()
     assert all(future.done() for future in futures)
     assert futures[-1].cancelled()
 

@@ -1,5 +1,6 @@
 """Claimed: a Trainer's `risk` column is checked as a whole before the reference is loaded: its
-values, and the share of rows that would be held back. Exact.
+values, the share of rows that would be held back, and rows that hide in a heap below the threshold.
+Exact.
 
 Tables of plain rows, of packed lines and of rows in another order; what cannot be checked is said
 where the settings ask for it.
@@ -126,6 +127,24 @@ def test_a_large_table_in_another_order():
         check(data)
 
 
+def test_rows_that_hide_below_the_threshold(tmp_path):
+    """Of 1000 honest rows 5 % are put just below the threshold: refused, and not above it."""
+    honest = np.random.default_rng(0).random(1000) * 0.3
+    check(rows(honest.tolist()))
+    hiding = [*honest.tolist(), *[0.48] * 50]
+    message = r"50 of 1050 rows \(4\.8%\) lie in a heap just below the threshold 0\.5"
+    with pytest.raises(ConfigError, match=message):
+        check(rows(hiding))
+    with pytest.raises(ConfigError, match=r"those whose `risk` is 0\.5 or more"):
+        check(rows(hiding))
+    check(rows(hiding), max_hidden=1.0)
+    check(rows(hiding), max_hidden=0.05)
+    check(rows(hiding), regularizer={"schedule": "linear"})  # no cliff to hide behind
+    allowed = [{"id": str(n), "action": "allow", "reason": "seen"} for n in range(1000, 1050)]
+    ids = [str(n) for n in range(1050)]
+    check(rows(hiding, id=ids), override=str(write_jsonl(tmp_path / "o.jsonl", allowed)))
+
+
 def test_other_sources_of_risk(tmp_path, capsys):
     bad = rows([0.9, 1.5])
     check(bad, estimator="none")
@@ -135,7 +154,7 @@ def test_other_sources_of_risk(tmp_path, capsys):
     check(rows([0.9, 0.9]), estimator="max", parts=parts)
     assert capsys.readouterr().err == ""
     check(rows([0.9, 0.9]), estimator="max", parts=parts, max_held_back=0.5)
-    assert "risk.max_held_back=0.5 is not checked here" in capsys.readouterr().err
+    assert "risk.max_held_back=0.5 cannot be checked here" in capsys.readouterr().err
     check(rows([0.9, 0.9]), estimator="max", parts=parts, max_held_back=0.5, announces=False)
     check(rows([0.9, 0.9]), estimator="max", parts=parts, max_held_back=1.0)
     assert capsys.readouterr().err == ""
@@ -148,8 +167,10 @@ def test_data_sets_that_cannot_be_read_at_once(capsys):
     with pytest.raises(DataError, match="which has text: add it"):
         check(Dataset.from_dict({"text": ["a"]}))
     assert capsys.readouterr().err == ""
-    check(bad.to_iterable_dataset(), max_held_back=0.5)
-    assert "needs risk.estimator=column and a datasets.Dataset" in capsys.readouterr().err
+    check(bad.to_iterable_dataset(), max_held_back=0.5, max_hidden=0.1)
+    said = capsys.readouterr().err
+    assert "risk.max_held_back=0.5 and risk.max_hidden=0.1 cannot be checked here" in said
+    assert "needs risk.estimator=column and a datasets.Dataset" in said
 
 
 def test_a_trainer_refuses_before_it_loads_the_reference(tmp_path):

@@ -8,71 +8,27 @@ import json
 import random
 import shutil
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from support.ranks import ALONE
+from support.saves import Engine, Regularizer, state
 
-from safereg_dist.coefficient import Coefficient
-from safereg_dist.config import RegularizerConfig, load_config
+from safereg_dist.config import load_config
 from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.run.checkpoint import (
-    RunState,
     config_hash,
     differences,
     load_checkpoint,
     remove_partial,
-    save_checkpoint,
     saved_checkpoints,
 )
 from safereg_dist.run.manifest import own_digests, read_manifest, write_manifest
 from safereg_dist.run.resume import find_checkpoint, set_aside_newer
+from safereg_dist.run.save import Saver
 from safereg_dist.run.signing import signing_key
 from safereg_dist.storage.digests import digest_of
-
-
-class Engine:
-    """An engine whose state is one number."""
-
-    def __init__(self, number=0):
-        self.number = number
-
-    def save(self, folder):
-        """Writes it."""
-        folder.mkdir(parents=True)
-        (folder / "number").write_text(str(self.number))
-
-    def load(self, folder):
-        """Reads it."""
-        self.number = int((folder / "number").read_text())
-
-
-class Regularizer:
-    """A regulariser around a policy without weights: a moving average, and a risk of one number."""
-
-    def __init__(self, ema=None, others=0):
-        self.others = others
-        config = RegularizerConfig(granularity="batch", ema=0.5)
-        self.policy = SimpleNamespace(model=torch.nn.Identity())
-        self.coefficient = Coefficient(config, threshold=None, ranks=ALONE)
-        self.coefficient.load_state_dict({"ema": ema})
-        self.risk = ema
-
-    def save_state(self, path):
-        """Writes the risk, returns the average."""
-        path.write_text(str(self.risk))
-        if self.others:
-            path.with_name("risk1.safetensors").write_text("5")
-        return self.coefficient.state_dict()
-
-    def load_state(self, path, state):
-        """Reads both."""
-        self.coefficient.load_state_dict(state)
-        paths = [path] if isinstance(path, Path) else path
-        self.risk = sum(float(each.read_text()) for each in paths)
 
 
 @pytest.fixture
@@ -94,22 +50,7 @@ def names(folder):
     return [path.name for path in saved_checkpoints(folder)]
 
 
-def state(config, step, **changes):
-    values = RunState(
-        step=step,
-        world_size=1,
-        config_hash=config_hash(config),
-        order_digest="rows",
-        non_finite_steps=0,
-        non_finite_in_a_row=0,
-        metrics_bytes=0,
-        ledger_bytes=[0],
-        seconds=1.0,
-    )
-    return replace(values, **changes)
-
-
-def save(folder, run_state, engine, *, risks=1, **how):
+def save(folder, run_state, engine, *, risks=1, keep=2, key=None):
     """Beside the logs of a run that has written nothing yet; `risks` = 2: rank 1 has risk 5."""
     regularizer = Regularizer(run_state.step / 8, others=risks - 1)
     logs = {}
@@ -117,8 +58,8 @@ def save(folder, run_state, engine, *, risks=1, **how):
         folder.parent.mkdir(exist_ok=True)
         (folder.parent / name).touch()
         logs[name] = digest_of(folder.parent / name)
-    parts = {"engine": engine, "regularizer": regularizer, "ranks": ALONE, "keep": 2, "logs": logs}
-    save_checkpoint(folder, run_state, **{**parts, **how})
+    with Saver(folder, engine=engine, regularizer=regularizer, ranks=ALONE, keep=keep) as saver:
+        saver.save(run_state, logs=logs, key=key)
 
 
 def load(found, regularizer, *, order_digest="rows", seed=0):
@@ -228,7 +169,7 @@ def test_the_format_without_a_manifest_goes_on_with_a_warning(config, folder, ca
     rewrite_state(folder, lambda values: values)
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
         found_by(config())
-    old = ("damaged_checkpoints", "saves", "save_seconds")
+    old = ("damaged_checkpoints", "saves", "save_seconds", "save_blocked_seconds")
     (path,) = saved_checkpoints(folder)
     values = json.loads((path / "state.json").read_text())
     kept = {k: v for k, v in values.items() if k not in old}

@@ -198,7 +198,7 @@ def test_a_key_that_is_none_is_refused_in_one_line(own_cache, file, spoil, said)
 
 def test_a_short_secret_is_refused(monkeypatch):
     monkeypatch.setenv("SAFEREG_CACHE_KEY", "hunter2")
-    with pytest.raises(ConfigError, match="at least 16 characters") as caught:
+    with pytest.raises(ConfigError, match="16 characters or more") as caught:
         user_key()
     assert "hunter2" not in str(caught.value)
 
