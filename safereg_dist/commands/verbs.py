@@ -64,23 +64,28 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Command(VerbParser):
+    """Its help lists the verbs by stage."""
+
+    def format_help(self) -> str:
+        return f"{self.format_usage()}\n{self.description}\n\n{_overview()}\n"
+
+
 def command_parser(loaded: Collection[str] = tuple(VERBS)) -> argparse.ArgumentParser:
     """Knows all verbs, and the options of those in `loaded`: others' files are not imported."""
-    parser = VerbParser(
+    parser = _Command(
         prog="safereg",
         usage="safereg VERB ...",
         description="Fine-tuning of language models that keeps their safety.",
-        epilog=_overview(),
     )
     # `deepspeed --module safereg_dist VERB ...` puts it before the verb.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--version", action=_Version, help="of this and of what it runs on")
-    # The overview lists them by stage.
     verbs = parser.add_subparsers(
-        prog="safereg", metavar="VERB", dest="verb", required=True, help=argparse.SUPPRESS
+        prog="safereg", metavar="VERB", dest="verb", required=True, parser_class=VerbParser
     )
     for name, what in VERBS.items():
-        verb = verbs.add_parser(name, description=f"{what[0].upper()}{what[1:]}.")
+        verb = verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         if name in loaded:
             module = f"safereg_dist.commands.{name.replace('-', '_')}"
             file = importlib.import_module(module)
@@ -100,5 +105,6 @@ def _overview() -> str:
     for code, meaning in EXIT_CODES.items():
         first, *more = textwrap.wrap(meaning, 88)
         lines += [f"  {code:>3}  {first}", *(f"       {line}" for line in more)]
+    lines += ["", "options:", "  --version  versions of this and of what it runs on"]
     lines += ["", "`safereg VERB --help` has the options of a verb and an example."]
     return "\n".join(lines)
