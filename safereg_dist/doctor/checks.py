@@ -164,9 +164,9 @@ def folder_findings(folder: Path) -> Iterator[Finding]:
             found=f"held by {holder.name}",
             expected="nobody writes to the folder",
             remedy="wait for its end, stop it, or choose another output_dir"
-            if holder.lives
-            else "it gave no sign of life for a while: the next run watches it, and takes over",
-            bad="FAIL" if holder.lives else "warn",
+            if holder.is_alive
+            else "it is gone, or silent for a while: the next run makes sure, and takes over",
+            bad="FAIL" if holder.is_alive else "warn",
         )
     if stop_file(folder).exists():
         yield Finding(

@@ -215,32 +215,6 @@ class RunLock:
         return self.file.read_bytes() == self.text.encode()
 
 
-class Holder(NamedTuple):
-    """Who holds a run folder."""
-
-    name: str
-    """Host, process and since when."""
-    lives: bool
-    """False where its last sign of life is older than `STALE_S`, so that a run would go on."""
-
-
-def holder_of(folder: Path) -> Holder | None:
-    """Who has a lock in a run folder, at one look; None where nobody has, or is known to be dead.
-
-    Where its process cannot be seen from here the file's time decides, by this host's clock.
-    """
-    found = []
-    for path in sorted(folder.glob("run.lock.*")):
-        with suppress(OSError):
-            holder = _holder_of(path.read_text("utf-8", "replace"))
-            age = time.time() - path.stat().st_mtime
-            if holder.get("place") != _place():
-                found.append(Holder(_named(holder), age < STALE_S))
-            elif _runs(holder):
-                found.append(Holder(_named(holder), lives=True))
-    return max(found, key=lambda each: each.lives, default=None)
-
-
 def _own_identity() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),

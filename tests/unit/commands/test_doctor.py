@@ -150,6 +150,9 @@ def test_who_holds_the_folder_is_said(config, capsys):
     status, found = findings(capsys, config, "--port", 0)
     assert (status, found["run lock"]["verdict"]) == (0, "warn")
     file.write_text(lock.text.replace('"started": "', '"started": "9'))  # its id went to another
+    status, found = findings(capsys, config, "--port", 0)
+    assert (status, found["run lock"]["verdict"]) == (0, "warn")
+    file.unlink()
     _, found = findings(capsys, config, "--port", 0)
     assert "run lock" not in found
 
