@@ -163,7 +163,8 @@ def upper_share(count: int, rows: int, *, is_sample: bool) -> float:
 
 def _bounds(count: int, rows: int, *, is_sample: bool) -> tuple[float, float]:
     if not (is_sample and rows):
-        return (count / max(rows, 1),) * 2
+        share = count / max(rows, 1)
+        return share, share
     from scipy.stats import binomtest
 
     found = binomtest(count, rows).proportion_ci(2 * _CONFIDENCE - 1, method="exact")
