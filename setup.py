@@ -52,6 +52,10 @@ EXTRAS = {
         "beartype",
         "setuptools>=77",
         "shtab>=1.7",
+        "kubeflow-trainer-api>=2.3",  # the Kubernetes objects are held against its types
+        "sphinx>=8",
+        "myst-parser>=4",
+        "furo",
     ],
 }
 
