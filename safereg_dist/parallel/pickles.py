@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,10 @@ def load_tensors(file: Any, **options: Any) -> Any:
         CheckpointError: the file asks for another class or function, or cannot be read.
     """
     # deepspeed's are there where deepspeed is: without it nothing needs them.
-    listed = [getattr(sys.modules[m], name) for m, name in _OF_DEEPSPEED if m in sys.modules]
+    listed: list[Any] = [
+        getattr(sys.modules[m], name) for m, name in _OF_DEEPSPEED if m in sys.modules
+    ]
+    listed.append((_enum_member, "builtins.getattr"))
     try:
         with torch.serialization.safe_globals(listed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle's protocol: it is read, or refused here
@@ -118,8 +122,17 @@ def check_file(path: Path) -> None:
         read_metadata(path)
 
 
+def _enum_member(listed: Any, name: str) -> Any:
+    """In place of `getattr`, by which Python before 3.11.4 pickles the member of an enumeration."""
+    if not (isinstance(listed, type) and issubclass(listed, Enum)):
+        raise pickle.UnpicklingError("GLOBAL builtins.getattr is not allowed here")
+    return listed[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if (module, name) not in _OF_METADATA:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed")
         return super().find_class(module, name)

@@ -193,7 +193,9 @@ def test_pip_is_silent_and_its_output_kept(environment: str, tools: Path, tmp_pa
 def test_what_pip_said_is_shown_where_it_fails(environment: str, tools: Path) -> None:
     """A package that no index has: the end of pip's own output, then one line with the remedy."""
     call = 'quietly "installing it failed: check the index" pip_install --no-index no-such-thing'
-    result = run_check(f"{environment} {call}; echo went on", tools)
+    # The environment here is a link to this interpreter, which a distribution may call its own.
+    own = {"PIP_BREAK_SYSTEM_PACKAGES": "1"}
+    result = run_check(f"{environment} {call}; echo went on", tools, **own)
     assert (result.returncode, result.stdout) == (2, "")
     *tail, last = result.stderr.splitlines()
     assert last == "[setup] error: installing it failed: check the index"

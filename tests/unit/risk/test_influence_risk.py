@@ -7,6 +7,7 @@ a whole model). A finite difference of float64 agrees to 1e-3. Which rows are sc
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,4 +305,4 @@ def test_a_path_is_needed(folder, capsys):
     assert safereg(["audit", str(folder / "run.yaml"), "risk.path=null"]) == 2
     assert "risk.estimator=influence needs risk.path" in capsys.readouterr().err
     assert safereg(["audit", str(folder / "run.yaml"), "risk.path=nowhere.jsonl"]) == 2
-    assert "found none at nowhere.jsonl" in capsys.readouterr().err
+    assert f"found none at {Path.cwd() / 'nowhere.jsonl'}" in capsys.readouterr().err
