@@ -69,7 +69,8 @@ def test_own_rows_from_probe_to_report(model: Path, tmp_path: Path) -> None:
     printed = run("own_rows", model, rows, labelled, prompts, "out", folder=tmp_path)
     out = tmp_path / "out" / "run"
     assert {row["estimator"] for row in ledger_of(out)} <= {"probe-reference", "anchor"}
-    assert "base.json" in (out / "eval.json").read_text()
+    [base] = json.loads((out / "eval.json").read_text())["against"]
+    assert base == "base"
     assert (out / "report.html").stat().st_size > 10_000
     assert "ledger holds: 24 rows" in printed
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.results import TIMES
 
 from safereg_dist.cli import main as safereg
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
-TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
 
 
 @pytest.fixture(scope="module")

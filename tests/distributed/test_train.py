@@ -15,13 +15,13 @@ from support import oracles
 from support.builders import random_rows, save_model, tiny_model, word_tokenizer, write_jsonl
 from support.extent import HAS_CPU_ADAM
 from support.launching import FINETUNE
+from support.results import TIMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safereg_dist.data import tokenize_row
 from safereg_dist.run.ledger import verify_ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
-TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
 METRIC_KEYS = (
     "step loss task_loss divergence kl_coef_mean kl_coef_max risk_mean risk_max risky_fraction "
     "rows active_rows reference_rows response_tokens active_tokens grad_norm lr tokens_per_s "

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
 from support.ranks import ALONE
+from support.results import TIMES
 
 from safereg_dist import row_of
 from safereg_dist.cli import main as safereg
@@ -21,8 +22,6 @@ from safereg_dist.config import RegularizerConfig, config_from_dict
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.comm import Result
 from safereg_dist.types import RowRisks
-
-TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
 
 
 def by_hand(divergences, *, budget, gains, floor, ceiling):

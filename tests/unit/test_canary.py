@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.results import TIMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safereg_dist.cli import main as safereg
 
-TIMES = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
 PROMPTS = [
     {"prompt": "w1 w2", "label": "harmful"},
     {"prompt": "w3", "label": "harmful", "response": "w9 w8"},
