@@ -48,7 +48,8 @@ _SHOWN = 3
 def require_same_setup(config: Config, ranks: Ranks) -> None:
     """Returns where all ranks have the same configuration, versions and code.
 
-    Every key counts, those of saving and logging too: on them hangs which collectives run.
+    Every key counts, those of saving and logging too: on them hangs which collectives run. Of a
+    file the name counts, not the folder: `require_same_inputs` compares what it holds.
 
     Raises:
         GroupError: they differ; the message names hosts and keys.
@@ -180,7 +181,7 @@ def _is_choice(kind: Any) -> bool:
 
 
 def _shortened(value: Any) -> str:
-    text = str(value)
+    text = Path(value).name if isinstance(value, str) and value.startswith("/") else str(value)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return text if len(text) <= 60 else f"{text[:40]}... sha256 {digest}"
 

@@ -128,9 +128,8 @@ def test_a_run_folder_that_is_not_shared_is_named(hosts):
     for folder in hosts:
         edit(folder / "run.yaml", str(hosts[0].parent / "out"), "out")
     line = message_of(hosts)
-    assert (
-        f"output_dir out is not one folder for all ranks: rank 0 on {HOST} wrote run.lock.1" in line
-    )
+    said = "out is not one folder for all ranks"
+    assert f"output_dir {hosts[0] / said}: rank 0 on {HOST} wrote run.lock.1" in line
     assert f"{HOST} (rank 1) cannot see it" in line
     assert not (hosts[0] / "out").exists()
 
