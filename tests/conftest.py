@@ -17,10 +17,24 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
 
 
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 @pytest.fixture(autouse=True)
 def row_cache(tmp_path_factory, monkeypatch):
     """Tokenised rows are cached below pytest's own folder, never in the user's home."""
     monkeypatch.setenv("SAFEREG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def no_rank():
+    """What a run in this process says of itself as a rank is not passed on to later tests."""
+    before = {name: os.environ.get(name) for name in OF_A_RANK}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture

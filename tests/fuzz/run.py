@@ -266,12 +266,14 @@ def build(folder: Path) -> None:
     sweep = {"config": "run.yaml", "out": "out", "axes": axes, "arms": {"a": ["train.steps=2"]}}
     sweep |= {"evaluation": {"prompts": ["prompts.jsonl"], "max_new_tokens": 2}}
     (world / "sweep.yaml").write_text(json.dumps(sweep))
-    shutil.copytree(world, folder / "ran")
-    run = Case(folder / "ran", folder / "log")
+    # A run keeps the paths of what it read: it runs where its cases do.
+    shutil.copytree(world, folder / "case")
+    run = Case(folder / "case", folder / "log")
     ended = run.ends(("train", "run.yaml", "train.keep_checkpoints=3"), seconds=100)
     assert ended == "accepted", (folder / "log").read_text()
     ended = run.ends((*EVAL, "--prompts", "prompts.jsonl"), seconds=100)
     assert ended == "accepted", (folder / "log").read_text()
+    (folder / "case").rename(folder / "ran")
     shutil.copytree(folder / "ran", folder / "cut")
     for name in ("summary.json", "report.html"):
         (folder / "cut" / "out" / name).unlink(missing_ok=True)

@@ -53,7 +53,7 @@ def given(tmp_path):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     wide = tiny_model(seed=1, max_position_embeddings=512)
-    return save_model(tmp_path_factory.mktemp("arm") / "model", wide, PLAIN_TEMPLATE)
+    return save_model(tmp_path_factory.mktemp("demo") / "arm" / "model", wide, PLAIN_TEMPLATE)
 
 
 def test_every_set_is_reported_by_its_name(given, model, tmp_path):
