@@ -95,7 +95,8 @@ class StepMetrics:
         self._results.append((batch, result))
         for row, risk, coef in zip(batch.rows, result.risk.values, result.kl_coef, strict=True):
             if row.id:  # not a filler
-                self._add_row(row.is_anchor, sum(row.loss_mask), len(row.input_ids), risk, coef)
+                tokens = row.num_response_tokens
+                self._add_row(row.is_anchor, tokens, len(row.input_ids), risk, coef)
         self._host["reference_rows"] += result.reference_rows
         self._host["reference_misses"] += result.reference_misses
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safereg_dist.data.collation import padded
+from safereg_dist.errors import DataError
 from safereg_dist.models.fingerprint import row_key
 from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.regions import PROBE, region
@@ -147,7 +148,7 @@ class ReferenceProbeRisk(CachedProbeRisk):
         return [None if key is None else self.cache[key] for key in keys]
 
     def _score_missing(self, rows: Sequence[Row], keys: list[str | None]) -> None:
-        missing = capture(self.missing, keys)
+        missing = capture(self._readable, rows, keys)
         passes = self._ranks.max_over_ranks(
             missing.then(lambda places: -(-len(places) // self._rows_per_pass))
         )
@@ -156,6 +157,22 @@ class ReferenceProbeRisk(CachedProbeRisk):
             group = missing.value[i * self._rows_per_pass : (i + 1) * self._rows_per_pass]
             new |= self._score(rows, group, keys)
         self.learn(new)
+
+    def _readable(self, rows: Sequence[Row], keys: list[str | None]) -> list[int]:
+        """Places of the rows to score.
+
+        Raises:
+            DataError: one of them has nothing that this probe reads.
+        """
+        places = self.missing(keys)
+        for row in (rows[place] for place in places):
+            if self.probe.position == "prompt" and 0 in row.prompt_ends:
+                raise DataError(
+                    f"row {row.id!r} has no prompt: its loss begins at the first token, so a probe "
+                    "on prompts has nothing to read. TRL trains every token of `messages`: set "
+                    "assistant_only_loss=True, or give `prompt` and `completion`"
+                )
+        return places
 
     def pooled(self, rows: Sequence[Row], turns: "Turns") -> Tensor:
         """[N, H] states of the turns of all rows, in order, without the cache.

@@ -54,6 +54,17 @@ def a_step():
     return metrics
 
 
+def test_a_first_token_is_not_counted_though_a_stack_labels_it():
+    """The mean of what is predicted: TRL labels whole conversations."""
+    metrics = StepMetrics()
+    whole = replace(row("a", 2), loss_mask=[1] * 4, prompt_ends=[0])
+    batch = collate([whole], pad_id=0)
+    metrics.add(batch, result(batch, 2.0, [None], [0.0], ran=0, missed=0))
+    totals = metrics.reduce(ALONE, step=0, flags={}, risk_sums={})
+    found = totals.metrics_row(step=0, lr=0.1, grad_norm=2.0, step_time_s=4.0)
+    assert (found["response_tokens"], found["task_loss"]) == (3, 2.0)  # of 1, 2, 3
+
+
 def test_sums_and_rows_of_a_step():
     metrics = a_step()
     ranks = replace(ALONE, rank=2)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from support import oracles
 from support.builders import FAMILIES, random_rows, save_model, tiny_model, word_tokenizer
 
-from safereg_dist.data import collate, filler, tokenize_row
-from safereg_dist.errors import CheckpointError, ProbeError
+from safereg_dist.data import collate, filler, row_of, tokenize_row
+from safereg_dist.errors import CheckpointError, DataError, ProbeError
 from safereg_dist.models.architecture import decoder_layers, enable_activation_checkpointing
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
@@ -389,6 +389,13 @@ def test_the_riskiest_turn_counts():
         assert risk == pytest.approx(max(turns), abs=1e-6)
         several += len(turns) > 1
     assert several == 2
+
+
+def test_a_row_without_a_prompt_is_refused_by_name():
+    whole = row_of("conversation-3", [5, 6, 7], [1, 1, 1])
+    estimator = ReferenceProbeRisk(make_probe(), CountingTrunk(), ranks=ALONE, rows_per_pass=4)
+    with pytest.raises(DataError, match=r"'conversation-3' has no prompt.*assistant_only_loss"):
+        estimator([whole], in_first_epoch=True)
 
 
 def test_each_content_is_scored_once_over_its_prompt_only():
