@@ -87,7 +87,7 @@ def answer(question: Question) -> Answer:
             if peer != host and not leads_elsewhere(found := _address(peer))
         },
         sees_nonce=bool(question.nonce) and (folder / question.nonce).is_file(),
-        missing=[path for path in question.paths if not Path(path).exists()],
+        missing=[lack for path in question.paths if (lack := _lack(Path(path)))],
         unreachable={url: why for url in question.endpoints if (why := _unreachable(url))},
         port_error=_port_error(question.port),
         free_bytes=_free_bytes(folder),
@@ -173,3 +173,12 @@ def _gpu() -> str:
 
 if __name__ == "__main__":
     print(json.dumps(asdict(answer(Question(**json.load(sys.stdin))))))
+
+
+def _lack(path: Path) -> str:
+    """What is not there of an input; empty where it is whole."""
+    if not path.exists():
+        return str(path)
+    is_model = (path / "config.json").is_file()
+    has_weights = any(path.glob("*.safetensors"))
+    return f"{path}/*.safetensors" if is_model and not has_weights else ""

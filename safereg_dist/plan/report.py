@@ -124,11 +124,17 @@ def _assumptions(plan: Plan) -> str:
             f"  a rank has {expected.mean_rows:.3g} risky rows a step, the fullest "
             f"{expected.most_rows:.3g}: {expected.passes:.3g} passes of the reference, "
             f"{expected.head_gathers:.3g} gathers of its head",
-            f"  rows fall on ranks {'by chance' if s.balance == 'none' else 'evenly (deal)'}; "
+            f"  rows fall on ranks {_BALANCES[s.balance]}; "
             "all have the same length; attention counts the whole square",
             *_unsupported(plan),
         )
     )
+
+
+_BALANCES = {
+    "none": "by chance (with a risk column training deals them: --balance deal)",
+    "deal": "evenly (deal)",
+}
 
 
 def _unsupported(plan: Plan) -> list[str]:

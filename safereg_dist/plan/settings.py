@@ -129,7 +129,8 @@ class Settings:
                 )
         if self.engine == "megatron" and self.arm == "stored":
             raise ConfigError(
-                "--engine megatron has no stored reference: leave --stored-reference out"
+                "--engine megatron has no stored reference in its plan (training has one: "
+                "reference.cache): leave --stored-reference out"
             )
         if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
             raise ConfigError(

@@ -364,7 +364,7 @@ def test_126_layers_are_spread_with_the_ends_counted():
         ({"vpp": 2}, "expects --pipeline-parallel of at least 2"),
         ({"world_size": 8, "tp": 2, "cp": 3}, "x --context-parallel 3: the nearest are 6 and 12"),
         ({"hpz": 2, "world_size": 2}, "expects hpz=1"),
-        ({"arm": "stored"}, "has no stored reference"),
+        ({"arm": "stored"}, "has no stored reference in its plan"),
         ({"engine": "deepspeed", "world_size": 2, "cp": 2}, "expects context_parallel=1"),
         ({"engine": "horovod"}, "--engine must be one of deepspeed, megatron"),
     ],
