@@ -243,9 +243,9 @@ def _commands(
             *("mpirun", "--allow-run-as-root", "-n", str(count * ranks)),
             *("--hostfile", str(hostfile), "--bind-to", "none"),
             *("--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"),
-            # Its daemons notice a silent host after 50 s, when ranks have spoken; else after 480.
+            # Its daemons must notice a silent host before the ranks do: else mpirun waits for it.
             *("--mca", "oob_tcp_keepalive_time", "10", "--mca", "oob_tcp_keepalive_intvl", "5"),
-            *("--mca", "oob_tcp_keepalive_probes", "8"),
+            *("--mca", "oob_tcp_keepalive_probes", "2"),
             *(word for name in names for word in ("-x", name)),
             *(sys.executable, entry),
         ]
