@@ -21,8 +21,8 @@ output_dir: $(realpath "$out")/run
 YAML
 safereg audit "$out/run.yaml" "$@"
 safereg launch "$out/run.yaml" --nproc "${GPUS:-2}" "$@"
-safereg eval --model "$model" --prompts "$prompts" --out "$out/base.json"
+safereg eval --model "$model" --prompts "$prompts" --out "$out/base/eval.json"
 safereg eval --model "$out/run/model" --prompts "$prompts" --out "$out/run/eval.json" \
-    --against "$out/base.json"
+    --base "$out/base/eval.json"
 safereg report "$out/run"
 safereg ledger verify "$out/run"
