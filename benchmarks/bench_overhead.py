@@ -30,7 +30,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -54,6 +53,8 @@ from overhead_rows import COLUMNS, Launch, Row, meta_rows, print_table, read_tab
 from overhead_worker import Case
 from plot_overhead import draw_all
 from tqdm import tqdm
+
+from safereg_dist.parallel.launchers import free_port
 
 WORKER = Path(__file__).resolve().with_name("overhead_worker.py")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -180,7 +181,7 @@ def _run_ranks(launch: Launch, settings: Path, results: list[Path], bar: tqdm) -
         path.unlink(missing_ok=True)
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(launch.ranks)),
-        *("--master_port", str(_free_port()), str(WORKER), str(settings)),
+        *("--master_port", str(free_port()), str(WORKER), str(settings)),
     ]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "DS_LOG_LEVEL": "error"}
     log, done = settings.with_suffix(".log"), 0
@@ -201,12 +202,6 @@ def _run_ranks(launch: Launch, settings: Path, results: list[Path], bar: tqdm) -
     if process.returncode != 0 or done < len(results):
         last = log.read_text("utf-8", errors="replace").splitlines()[-STEP_ERRORS:]
         raise SystemExit("\n".join([*last, f"{launch.name} failed, see {log}"]))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # ---- the whole

@@ -8,7 +8,6 @@ row for each case says how far the two engines are apart, or why it could not ru
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from harness import provenance
 from result_rows import Rows, read_rows
+
+from safereg_dist.parallel.launchers import free_port
 
 CASES = (("fp32", "none"), ("bf16", "none"), ("bf16", "cpu"))
 """Precision, and where the reference's shards rest."""
@@ -48,12 +49,9 @@ class Ended(NamedTuple):
 
 def launch(folder: Path, device: str, out: Path) -> Ended:
     """Runs the rank under torchrun; what it prints goes to the screen."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--nnodes=1"),
-        *("--local-addr=127.0.0.1", "--master-addr=127.0.0.1", f"--master-port={port}"),
+        *("--local-addr=127.0.0.1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"),
         *(str(Path(__file__).with_name("zero3_worker.py")), device, str(out), str(folder)),
     ]
     # Loopback is all that one rank needs, and all that a machine without a network has.

@@ -12,7 +12,6 @@ are always started by deepspeed's, whose ranks run any engine.
 import argparse
 import os
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from safereg_dist.commands.options import add_config, at_least, example
 from safereg_dist.errors import ConfigError
+from safereg_dist.parallel.launchers import free_port
 
 PATIENT_SSH = "-o ServerAliveInterval=5 -o ServerAliveCountMax=6"
 """pdsh waits for its ssh connections, which by themselves notice a host without power or network
@@ -105,7 +105,7 @@ def command_of(
                 "set engine.name=deepspeed or fsdp2"
             )
         return [*python, *module]
-    ranks, port = ranks or _gpus() or 1, port or _free_port()
+    ranks, port = ranks or _gpus() or 1, port or free_port()
     if engine == "fsdp2":
         own = ["--nproc-per-node", str(ranks), "--master-port", str(port), "-m"]
         return [*python, "torch.distributed.run", *own, *module]
@@ -125,9 +125,3 @@ def _gpus() -> int:
     code = "import torch; print(torch.cuda.device_count())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return int(found.stdout or 0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

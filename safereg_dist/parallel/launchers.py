@@ -6,6 +6,7 @@ do not, and a rank that takes itself to be alone would train beside the others i
 
 import os
 import re
+import socket
 import zlib
 from collections.abc import MutableMapping
 from typing import NamedTuple
@@ -142,3 +143,10 @@ def _first(names: tuple[str, ...], env: Environment) -> str:
 def _port_of(job: list[str]) -> str:
     """Below the ports that a system gives away itself (from 32768 on); torch's own without job."""
     return str(20000 + zlib.crc32(" ".join(job).encode()) % 12000) if job else "29500"
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens at, for ranks of one host to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

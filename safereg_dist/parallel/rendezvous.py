@@ -9,7 +9,7 @@ import torch
 
 from safereg_dist.errors import GroupError, reason_of
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.launchers import adopt_launcher, require_ranks
+from safereg_dist.parallel.launchers import adopt_launcher, free_port, require_ranks
 
 
 def join_group(timeout_s: float, form_group: Callable[[str, timedelta], object]) -> Ranks:
@@ -87,13 +87,10 @@ def _require_own_address() -> None:
 
 
 def _pretend_single_launcher() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.update(
         RANK="0",
         WORLD_SIZE="1",
         LOCAL_RANK="0",
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=str(free_port()),
     )
