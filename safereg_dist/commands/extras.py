@@ -3,11 +3,11 @@
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from safereg_dist import __version__
+from safereg_dist.models.versions import UNKNOWN, versions_of
 
 EXTRAS = {
     "train": (
@@ -57,10 +57,8 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _version_of(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "-"
+    found = versions_of(name)[name]
+    return "-" if found == UNKNOWN else found
 
 
 def _cuda() -> str:

@@ -22,10 +22,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from pydantic.fields import FieldInfo
 from transformers import PreTrainedTokenizerBase
 
 from safereg_dist.config import Config
-from safereg_dist.config.section import Section
+from safereg_dist.config.section import Section, place_in
 from safereg_dist.errors import GroupError
 from safereg_dist.models.fingerprint import tokenizer_fingerprint
 from safereg_dist.models.versions import code_digest, versions_of
@@ -57,7 +58,11 @@ def require_same_setup(config: Config, ranks: Ranks) -> None:
     """
     if ranks.dp_group is None:
         return
-    facts = {key: _shortened(value) for key, _, value in _keys(config) if key != "output_dir"}
+    facts = {
+        key: _shortened(Path(value).name if _is_absolute(value, field) else value)
+        for key, field, value in _keys(config)
+        if key != "output_dir"
+    }
     facts |= {f"version of {name}": found for name, found in versions_of(*_PACKAGES).items()}
     facts |= {"version of python": platform.python_version()}
     facts |= {f"variable {name}": os.environ.get(name, "none") for name in _SWITCHES}
@@ -103,8 +108,8 @@ def require_same_inputs(
 def named_files(config: Config) -> dict[str, Path]:
     """The files that values of the configuration name, and those in folders that they name."""
     found: dict[str, Path] = {}
-    for key, kind, value in _keys(config):
-        if isinstance(value, str) and value and not _is_choice(kind) and key != "output_dir":
+    for key, field, value in _keys(config):
+        if isinstance(value, str) and value and not _is_choice(field) and key != "output_dir":
             path = Path(value)
             if path.is_file():
                 found[key] = path
@@ -162,26 +167,34 @@ def _require_same(facts: dict[str, str], ranks: Ranks, *, remedy: str) -> None:
 # ---- configuration and code
 
 
-def _keys(value: Any, prefix: str = "", kind: Any = None) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, annotation, value) of everything in a configuration."""
+def _keys(
+    value: Any, prefix: str = "", field: FieldInfo | None = None
+) -> Iterator[tuple[str, FieldInfo | None, Any]]:
+    """(dotted key, its field, value) of everything in a configuration."""
     if isinstance(value, Section):
-        for name, field in type(value).model_fields.items():
-            yield from _keys(getattr(value, name), f"{prefix}.{name}", field.annotation)
+        for name, own in type(value).model_fields.items():
+            yield from _keys(getattr(value, name), f"{prefix}.{name}", own)
     elif isinstance(value, tuple | dict):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, each in items:
-            yield from _keys(each, f"{prefix}.{name}", kind)
+            yield from _keys(each, f"{prefix}.{name}", field)
     else:
-        yield prefix.lstrip("."), kind, value
+        yield prefix.lstrip("."), field, value
 
 
-def _is_choice(kind: Any) -> bool:
+def _is_absolute(value: Any, field: FieldInfo | None) -> bool:
+    """Whether it is an absolute path, of a key that names one."""
+    return field is not None and place_in(field) is not None and str(value).startswith("/")
+
+
+def _is_choice(field: FieldInfo | None) -> bool:
     """Whether a key's value is one of a few words."""
+    kind = None if field is None else field.annotation
     return any(get_origin(each) is Literal for each in (kind, *get_args(kind)))
 
 
 def _shortened(value: Any) -> str:
-    text = Path(value).name if isinstance(value, str) and value.startswith("/") else str(value)
+    text = str(value)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return text if len(text) <= 60 else f"{text[:40]}... sha256 {digest}"
 

@@ -4,6 +4,9 @@ import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+UNKNOWN = "unknown"
+"""In place of the version of a package without metadata."""
+
 
 def versions_of(*names: str) -> dict[str, str]:
     """Package -> its version; `unknown` where its metadata is missing (run from a source tree)."""
@@ -28,4 +31,4 @@ def _version_of(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "unknown"
+        return UNKNOWN

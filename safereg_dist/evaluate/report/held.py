@@ -18,9 +18,9 @@ from safereg_dist.evaluate.report.arms import (
     as_object,
     number,
 )
-from safereg_dist.evaluate.report.lines import read_lines
 from safereg_dist.run.ledger import MERGED_NAME, LedgerHead, verify_ledger
 from safereg_dist.run.signing import SUFFIX, Key
+from safereg_dist.storage.json_text import json_objects
 
 _TOP_ROWS = 10
 _ANCHOR, _OVERRIDE, _FAILED, _JUDGED = "anchor", "override", "judge failed", "judge: "
@@ -36,7 +36,7 @@ def read_ledger(
     """
     merged = folder / MERGED_NAME
     files = [merged] if merged.is_file() else sorted(folder.glob("ledger.rank*.jsonl"))
-    rows = [row for file in files for row in read_lines(file, may_be_bad=True) if "id" in row]
+    rows = [row for file in files for row in json_objects(file) if "id" in row]
     check = _checked(folder, summary, key)
     if not rows and check.state != "altered":
         return None

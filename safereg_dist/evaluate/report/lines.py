@@ -22,11 +22,11 @@ def read_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON ({err}): write it again or remove it") from err
 
 
-def read_lines(path: Path, *, may_be_bad: bool = False) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a JSONL file; a last line that a kill cut short is left out.
 
     Raises:
-        CheckpointError: another line is not JSON, unless lines `may_be_bad`: then it is left out.
+        CheckpointError: another line is not JSON; `json_text.json_objects` leaves such lines out.
     """
     if not path.is_file():
         return []
@@ -38,7 +38,7 @@ def read_lines(path: Path, *, may_be_bad: bool = False) -> list[dict[str, Any]]:
         try:
             row = parse_json(line)
         except ValueError as err:
-            if may_be_bad or line_number == len(lines):
+            if line_number == len(lines):
                 continue
             raise CheckpointError(
                 f"{path}:{line_number} is not JSON: the file was altered or its disk was full; "

@@ -15,7 +15,9 @@ from safereg_dist.evaluate.report.arms import Arm, as_object, number
 from safereg_dist.evaluate.report.held import read_ledger
 from safereg_dist.evaluate.report.lines import read_lines, read_object
 from safereg_dist.evaluate.stale import stale_because
+from safereg_dist.run.alerts import ALERTS_NAME
 from safereg_dist.run.signing import Key
+from safereg_dist.storage.json_text import json_objects
 
 _BASELINE_OBJECTIVES = ("none", "static", "token_wise")
 
@@ -151,7 +153,7 @@ def _alerts(folder: Path, summary: dict[str, Any]) -> dict[str, int]:
     counted = as_object(summary.get("tracking")).get("alerts")
     if isinstance(counted, dict):
         return {str(k): int(number(n)) for k, n in counted.items() if 0 < number(n) < math.inf}
-    rows = read_lines(folder / "alerts.jsonl", may_be_bad=True)
+    rows = json_objects(folder / ALERTS_NAME)
     return dict(Counter(str(row["alert"]) for row in rows if "alert" in row))
 
 
