@@ -3,8 +3,8 @@
 #
 #   bash run.sh MODEL ROWS.jsonl LABELLED.jsonl PROMPTS.jsonl OUT [key=value ...]
 #
-# LABELLED: `prompt` and `label` (harmful or benign), what the probe learns from, at least 95 harmful
-# ones. PROMPTS: harmful and harmless requests that were held out, for anchors and for evaluation.
+# LABELLED: `prompt` and `label` (harmful or benign), what the probe learns from and the anchors answer,
+# at least 95 harmful ones. PROMPTS: harmful and harmless requests held out for the evaluation.
 # GPUS: processes (default 2).
 set -euo pipefail
 model=$1 rows=$2 labelled=$3 prompts=$4 out=$5
