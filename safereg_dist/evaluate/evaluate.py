@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -151,22 +150,20 @@ def evaluate_model(
     outcomes = _judged(prompts, kept, referee)
     kept.finish([_verdict(outcome) for outcome in outcomes])
 
-    result = {"model": respondent.name, "judge": referee.name, **asked, **figures_of(outcomes)}
+    def of(places: range) -> dict[str, Any]:
+        figures = figures_of([outcomes[place] for place in places])
+        under = rates_under(forms, prompts, kept, referee, places)
+        return {**figures, "attacks": under} if forms else figures
+
+    overall = of(range(len(prompts)))
+    result = {"model": respondent.name, "judge": referee.name, **asked, **overall}
     if endpoint is None and (training := training_digest(Path(model_dir).parent)) is not None:
         result["training"] = training
-    places = _places(files) if len(files) > 1 else {}
-    if places:
-        result["sets"] = {
-            name: figures_of([outcomes[place] for place in own]) for name, own in places.items()
-        }
+    if len(files) > 1:
+        result["sets"] = {name: of(places) for name, places in _places(files).items()}
     if critics:
         given = outcomes, referee.name, critics, Path(model_dir), progress
         result["judges"] = _side_by_side(*given)
-    if attacks:
-        under = partial(rates_under, forms, prompts, kept, referee)
-        result["attacks"] = under(range(len(prompts)))
-        for name, own in places.items():
-            result["sets"][name]["attacks"] = under(own)
     if harness is not None:
         sizes = {"batch_size": batch_size, "limit": lm_eval_limit}
         result["lm_eval"] = harness.figures(model_dir, **sizes, **load)

@@ -157,81 +157,57 @@ def build_sources(
         DataError: a file or row that cannot be used, or a missing risk column.
     Collectives: gathers of texts.
     """
-    data, train = config.data, config.train
-    of_lane = StepShape(train.grad_accum_steps, train.micro_batch_size)
-    lanes = Lanes(
-        count=began_with or ranks.world_size,
-        of_lane=of_lane,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    with ranks.together():
-        _check_lanes(config, lanes)
+    data, seed = config.data, config.train.seed
+    lanes = _lanes(config, ranks, began_with)
+    needs_column = config.needs_risk and reads_column(config.risk)
 
     def load(path: str) -> TokenizedDataset:
         with ranks.main_first():
             return load_rows(path, tokenizer, data, progress=ranks.is_main)
 
-    needs_column = config.needs_risk and reads_column(config.risk)
     sets = [] if data.streaming else [(each, load(each.path)) for each in data.train_sets]
-    anchor_rows = load(data.anchor) if data.anchor is not None else None
-    validation = load(data.validation) if data.validation is not None else None
+    anchor = load(data.anchor) if data.anchor is not None else None
+    held_out = load(data.validation) if data.validation is not None else None
     with ranks.together():
         overrides = configured_overrides(config)
-        train_rows = joined({each.path: rows for each, rows in sets}) if sets else None
-        active = None
-        if train_rows is not None:
-            if needs_column:
-                require_risk_column(train_rows, data.train_names)
-            if ranks.is_main:
-                warn_of_unknown_rows(overrides, config, train_rows)
-            active = _known_active_rows(config, train_rows, overrides)
-    parts = [(len(rows), each.weight) for each, rows in sets if each.weight is not None]
+        train = joined({each.path: rows for each, rows in sets}) if sets else None
+        if train is not None and needs_column:
+            require_risk_column(train, data.train_names)
+        if train is not None and ranks.is_main:
+            warn_of_unknown_rows(overrides, config, train)
+        active = None if train is None else _known_active_rows(config, train, overrides)
 
     with ranks.together():
-        rows = train_rows
+        rows = train
         if rows is None:
-            rows = StreamedRows(
-                data,
-                tokenizer,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                seed=train.seed,
-                keep=3 * of_lane.rows,  # a step and the next, once read ahead and once used
-                needs_risk=needs_column,
-            )
-            rows.row(0)  # a wrong path or form shows before any weights are loaded
-        order = partial(Sampler, seed=train.seed, anchor_fraction=data.anchor_fraction)
+            rows = _streamed(config, tokenizer, lanes, needs_risk=needs_column)
+        order = partial(Sampler, seed=seed, anchor_fraction=data.anchor_fraction)
         lane = partial(
             order,
             rows,
-            anchor_rows,
+            anchor,
             world_size=lanes.count,
-            epochs=train.epochs,
+            epochs=config.train.epochs,
             active=active,
-            parts=parts or None,
+            parts=[(len(r), s.weight) for s, r in sets if s.weight is not None] or None,
         )
+        validation = None
+        if held_out is not None:
+            own = partial(order, held_out, None, rank=ranks.rank, world_size=ranks.world_size)
+            validation = own(epochs=1.0, name="data.validation")
+        canary = None
+        if config.eval is not None:
+            canary = canary_rows(config.eval, tokenizer, max_length=data.max_length)
         return RowSources(
             # On other ranks than at first it has what training asks of one; what else is asked of a
             # `Sampler` is so before the first step.
             stream=cast(Sampler, lanes.stream(lambda rank: lane(rank=rank))),
-            train=train_rows,
-            anchor=anchor_rows,
-            validation=None
-            if validation is None
-            else order(
-                validation,
-                None,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                epochs=1.0,
-                name="data.validation",
-            ),
-            validation_rows=0 if validation is None else len(validation),
-            canary=None
-            if config.eval is None
-            else canary_rows(config.eval, tokenizer, max_length=data.max_length),
-            total_steps=_total_steps(config, train_rows, lanes),
+            train=train,
+            anchor=anchor,
+            validation=validation,
+            validation_rows=0 if held_out is None else len(held_out),
+            canary=canary,
+            total_steps=_total_steps(config, train, lanes),
             micro_batches=lanes.of_rank.micro_batches,
             lanes=lanes,
             order_digest="" if active is None else hashlib.sha256(active.tobytes()).hexdigest(),
@@ -248,13 +224,35 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return pad_id
 
 
-def _check_lanes(config: Config, lanes: Lanes) -> None:
-    if lanes.count != lanes.world_size and config.data.streaming:
-        raise ConfigError(
-            f"data.streaming reads each rank's rows as they come, and this run began with "
-            f"{lanes.count} ranks, now there are {lanes.world_size}: go on with {lanes.count} ranks"
-        )
-    _ = lanes.of_rank  # raises
+def _lanes(config: Config, ranks: Ranks, began_with: int | None) -> Lanes:
+    """How rows go to the ranks of now, which all of them can."""
+    of_lane = StepShape(config.train.grad_accum_steps, config.train.micro_batch_size)
+    count = began_with or ranks.world_size
+    lanes = Lanes(count=count, of_lane=of_lane, rank=ranks.rank, world_size=ranks.world_size)
+    with ranks.together():
+        if count != ranks.world_size and config.data.streaming:
+            raise ConfigError(
+                f"data.streaming reads each rank's rows as they come, and this run began with "
+                f"{count} ranks, now there are {ranks.world_size}: go on with {count} ranks"
+            )
+        _ = lanes.of_rank  # raises
+    return lanes
+
+
+def _streamed(
+    config: Config, tokenizer: PreTrainedTokenizerBase, lanes: Lanes, *, needs_risk: bool
+) -> StreamedRows:
+    rows = StreamedRows(
+        config.data,
+        tokenizer,
+        rank=lanes.rank,
+        world_size=lanes.world_size,
+        seed=config.train.seed,
+        keep=3 * lanes.of_lane.rows,  # a step and the next, once read ahead and once used
+        needs_risk=needs_risk,
+    )
+    rows.row(0)  # a wrong path or form shows before any weights are loaded
+    return rows
 
 
 def _total_steps(config: Config, rows: TokenizedDataset | None, lanes: Lanes) -> int:
