@@ -37,59 +37,12 @@ from safereg_dist.plan.megatron.proposal import propose
 from safereg_dist.plan.pipeline import bubble_room
 from safereg_dist.plan.plan import make_plan
 from safereg_dist.plan.settings import Settings
-from safereg_dist.plan.shape import ModelShape, shape_of
+from safereg_dist.plan.shape import ModelShape, read_shape
 
 RESULTS = Path(__file__).resolve().parent / "results" / "plan"
 GPU = find_gpu("H100-SXM")
 ROWS_PER_STEP = 512
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
-MODELS: dict[str, dict[str, Any]] = {
-    "Llama-2-7B": {
-        **LLAMA,
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "Falcon-40B": {
-        "model_type": "falcon",
-        "vocab_size": 65024,
-        "hidden_size": 8192,
-        "num_hidden_layers": 60,
-        "num_attention_heads": 128,
-        "num_kv_heads": 8,
-        "new_decoder_architecture": True,
-        "bias": False,
-    },
-    "Mixtral-8x7B": {
-        "model_type": "mixtral",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-    "Llama-3.1-70B": {
-        **LLAMA,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
-    "Llama-3.1-405B": {
-        **LLAMA,
-        "hidden_size": 16384,
-        "intermediate_size": 53248,
-        "num_hidden_layers": 126,
-        "num_attention_heads": 128,
-    },
-}
-"""Dimensions as published with the models."""
+MODELS = ("Llama-2-7B", "Falcon-40B", "Mixtral-8x7B", "Llama-3.1-70B", "Llama-3.1-405B")
 LABELLED_AT = {"always_on": 2, "routed": 6, "stored": 6}
 """Where along its line an arm's name stands in the figure of the window."""
 LABEL_STYLE: dict[str, Any] = {"xytext": (-8, 5), "textcoords": "offset points", "ha": "right"}
@@ -226,7 +179,7 @@ def main() -> int:
     """Writes the table and the figures."""
     argparse.ArgumentParser(description=str(__doc__).splitlines()[0]).parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    shapes = {name: shape_of(fields, where=name) for name, fields in MODELS.items()}
+    shapes = {name: read_shape(name) for name in MODELS}
     rows = [
         row
         for name, shape in tqdm(shapes.items(), desc="plan", unit=" models")

@@ -1,4 +1,4 @@
-"""The table of README.md, planned from the recipes and `architectures.yaml`; no GPU, no download.
+"""The table of README.md, planned from the recipes and `hardware.yaml`; no GPU, no download.
 
 python launch/recipes/table.py          rewrites the table
 python launch/recipes/table.py --check  fails where it is not what the recipes give
@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from safereg_dist.config import Config, load_config
 from safereg_dist.models.adapters import adapter_parameters, add_adapters
 from safereg_dist.parallel.hardware import find_gpu
+from safereg_dist.plan.named_shapes import NAMED_SHAPES
 from safereg_dist.plan.plan import Plan, make_plan
 from safereg_dist.plan.settings import settings_of
-from safereg_dist.plan.shape import shape_of
+from safereg_dist.plan.shape import read_shape
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- table.py: -->", "<!-- end -->"
@@ -51,13 +52,13 @@ def table() -> str:
         *("FLOPs", "bytes", "time", "LoRA trains"),
     )
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    for name, known in architectures().items():
+    for name, known in hardware().items():
         plan = plan_of(name, load_config(HERE / f"{name}.yaml"))
         over = plan.overhead("routed")
         cells = (
             f"`{name}`",
             f"{plan.shape.parameters / 1e9:.2f} B",
-            f"{known['hardware']['gpus']} x {plan.gpu.name}",
+            f"{known['gpus']} x {plan.gpu.name}",
             f"{plan.chosen.memory.gpu / GIB:.0f}",
             f"{plan.arms['sft'].memory.gpu / GIB:.0f}",
             f"{plan.chosen.total_bytes / 1e9:.0f}",
@@ -68,22 +69,21 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def architectures() -> dict[str, dict[str, Any]]:
-    """Recipe -> hardware and the fields of its model's config.json."""
-    return yaml.safe_load((HERE / "architectures.yaml").read_text("utf-8"))
+def hardware() -> dict[str, dict[str, Any]]:
+    """Recipe -> GPU and their number."""
+    return yaml.safe_load((HERE / "hardware.yaml").read_text("utf-8"))
 
 
 def plan_of(name: str, config: Config) -> Plan:
     """What `safereg plan` says of a recipe on its hardware."""
-    known = architectures()[name]
-    settings = settings_of(config, world_size=known["hardware"]["gpus"], **ASSUMED)
-    shape = shape_of(known["config"], where=name)
-    return make_plan(shape, settings, find_gpu(known["hardware"]["gpu"]))
+    known = hardware()[name]
+    settings = settings_of(config, world_size=known["gpus"], **ASSUMED)
+    return make_plan(read_shape(name), settings, find_gpu(known["gpu"]))
 
 
 def meta_model(name: str) -> Any:
     """The recipe's model without weights."""
-    fields = dict(architectures()[name]["config"])
+    fields = dict(NAMED_SHAPES[name])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(

@@ -90,10 +90,14 @@ def at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """A configuration file and `key=value` overrides."""
     parser.add_argument(
-        "config", type=Path, metavar="CONFIG.yaml", help="as `safereg config init` writes it"
+        "config",
+        type=Path,
+        nargs=None if required else "?",
+        metavar="CONFIG.yaml",
+        help="as `safereg config init` writes it",
     )
     parser.add_argument(
         "overrides",

@@ -1,37 +1,48 @@
 """`safereg plan`: predicts memory, FLOPs, bytes and time of a run."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from safereg_dist.commands.options import add_json, example
+from safereg_dist.commands.options import add_config, add_json, add_quiet, at_least, example
 from safereg_dist.commands.outcome import Outcome
+from safereg_dist.errors import ConfigError
+from safereg_dist.parallel.hardware import MFU, Gpu, find_gpu
+from safereg_dist.plan.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.epilog = example(
-        "safereg plan --model-config MODEL/config.json --world-size 16 --micro-batch 2"
+        "safereg plan run.yaml --world-size 16",
+        "safereg plan --model-config llama-3.1-70b --world-size 16 --rows-per-step 64",
     )
-    parser.add_argument(
-        "--model-config",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="config.json of the model's folder; no weights are read",
-    )
+    add_config(parser, required=False)
     parser.add_argument("--world-size", type=int, required=True, help="number of GPUs")
     parser.add_argument(
-        "--gpu", default="H100-SXM", metavar="NAME", help="their model; a wrong one lists all"
+        "--model-config",
+        metavar="FILE",
+        help="config.json, or a name as llama-3.1-70b; no weights are read (default: that of the "
+        "configuration's model)",
     )
-    for name, default, what in (
-        ("gpus-per-node", 8, "GPUs of a host"),
-        ("seq-length", 1024, "tokens of a row"),
-        ("micro-batch", 4, "rows per GPU and forward"),
-        ("grad-accum", 1, "micro-batches of a step"),
-        ("hpz-partition-size", 1, "ranks among which ZeRO++ keeps a second copy of the shards"),
-        ("zero-stage", 3, "DeepSpeed's; 3 in this version"),
+    _add_hardware(parser)
+    for name, what in (
+        ("seq-length", "tokens of a row"),
+        ("micro-batch", "rows per GPU and forward"),
+        ("grad-accum", "micro-batches of a step"),
+        ("zero-stage", "DeepSpeed's; 3 in this version"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=what)
+        parser.add_argument(f"--{name}", type=int, help=_of_config(name, what))
+    parser.add_argument(
+        "--hpz-partition-size",
+        dest="hpz",
+        metavar="N",
+        type=int,
+        help=_of_config("hpz", "ranks among which ZeRO++ keeps a second copy of the shards"),
+    )
+    parser.add_argument(
+        "--rows-per-step", type=int, help="rows of a step on all GPUs, in place of --grad-accum"
+    )
     for name, what in (("tensor", "a layer"), ("pipeline", "the layers")):
         parser.add_argument(
             f"--{name}-parallel",
@@ -58,36 +69,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             0.1,
             "share of rows that is risky, anchor rows among them, in [0, 1]",
         ),
-        ("probe-depth", 0.0, "k / L of a probe on the reference, in [0, 1]; 0 for a column"),
     ):
         parser.add_argument(f"--{name}", type=float, default=default, help=what)
+    parser.add_argument(
+        "--probe-depth",
+        type=float,
+        help="k / L of a probe on the reference, in [0, 1]; 0 for a column (default: that of the "
+        "configuration's probe, else 0)",
+    )
     for name, what in (
         ("params", "where parameters rest"),
         ("optimizer", "where the optimizer's states rest"),
         ("reference", "where the reference rests"),
     ):
-        parser.add_argument(f"--offload-{name}", choices=("none", "cpu"), default="none", help=what)
+        parser.add_argument(
+            f"--offload-{name}",
+            choices=("none", "cpu"),
+            help=_of_config(f"offload-{name}", what),
+        )
     parser.add_argument(
         "--activation-checkpointing",
-        action="store_true",
-        help="recompute the layers in the backward pass",
+        action=argparse.BooleanOptionalAction,
+        help="recompute the layers in the backward pass (default: the configuration's, else no)",
     )
     parser.add_argument(
-        "--precision", choices=("bf16", "fp32"), default="bf16", help="of parameters and products"
+        "--precision",
+        choices=("bf16", "fp32"),
+        help=_of_config("precision", "of parameters and products"),
     )
     parser.add_argument(
         "--balance",
         choices=("none", "deal"),
-        default="none",
-        help="how risky rows fall on ranks: by chance, or dealt evenly",
+        help="how risky rows fall on ranks: by chance, or dealt evenly (default: as training does: "
+        "dealt with a risk column, which is assumed where --probe-depth is 0)",
     )
     parser.add_argument(
-        "--stored-reference", action="store_true", help="states from `safereg reference build`"
+        "--stored-reference",
+        action=argparse.BooleanOptionalAction,
+        help="states from `safereg reference build`, and their price (default: the "
+        "configuration's, else no)",
+    )
+    parser.add_argument(
+        "--data-rows",
+        type=at_least(1),
+        default=100_000,
+        help="rows of the data set, for the price of a stored reference",
     )
     _add_megatron(parser)
     add_json(parser)
+    add_quiet(parser)
     parser.add_argument(
         "--figure", type=Path, metavar="FILE.png", help="draw the curves; .svg, .pdf as well"
+    )
+
+
+def _of_config(name: str, what: str) -> str:
+    default = Settings.__dataclass_fields__[name.replace("-", "_")].default
+    return f"{what} (default: the configuration's, else {default})"
+
+
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu", default="H100-SXM", metavar="NAME", help="their model; a wrong one lists all"
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a host")
+    for name, what in (
+        ("link-gbps", "network of a host, all its ports together, Gbit/s"),
+        ("nvlink-gbps", "a GPU's links to the others of its host, one direction, Gbit/s"),
+    ):
+        parser.add_argument(f"--{name}", type=float, help=f"{what} (default: usual for --gpu)")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=MFU,
+        help="share of the GPU's peak that products reach, in (0, 1]",
     )
 
 
@@ -121,15 +176,39 @@ def _add_megatron(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Prints the plan, and draws it if requested."""
-    from safereg_dist.plan.settings import Settings
-    from safereg_dist.plan.verb import run_plan
+    from safereg_dist.config import load_config
+    from safereg_dist.plan.verb import Asked, run_plan
 
     values = {
         name: value
         for name, value in vars(arguments).items()
         if name in Settings.__dataclass_fields__ and value is not None
     }
-    values["hpz"] = arguments.hpz_partition_size
-    values["arm"] = "stored" if arguments.stored_reference else "routed"
-    numbers = run_plan(arguments.model_config, arguments.gpu, values, figure_path=arguments.figure)
-    return Outcome(figures=numbers)
+    if arguments.stored_reference is not None:
+        values["arm"] = "stored" if arguments.stored_reference else "routed"
+    path = arguments.config
+    asked = Asked(
+        gpu=_gpu(arguments),
+        values=values,
+        config=None if path is None else load_config(path, arguments.overrides),
+        model=arguments.model_config,
+        rows_per_step=arguments.rows_per_step,
+        data_rows=arguments.data_rows,
+        figure=arguments.figure,
+    )
+    return Outcome(figures=run_plan(asked))
+
+
+def _gpu(arguments: argparse.Namespace) -> Gpu:
+    """The GPU, with the rates of its links that are given."""
+    links = {
+        "network_bytes_per_s": ("--link-gbps", arguments.link_gbps, arguments.gpus_per_node),
+        "node_bytes_per_s": ("--nvlink-gbps", arguments.nvlink_gbps, 1),
+    }
+    given = {}
+    for name, (option, gbps, sharers) in links.items():
+        if gbps is not None and gbps <= 0:
+            raise ConfigError(f"{option} must be above 0 Gbit/s, got {gbps}")
+        if gbps is not None:
+            given[name] = gbps * 1.25e8 / max(sharers, 1)
+    return replace(find_gpu(arguments.gpu), **given)

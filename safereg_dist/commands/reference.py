@@ -27,6 +27,7 @@ from safereg_dist.reference import Reference, active_rows
 from safereg_dist.reference.store import StoreIdentity
 from safereg_dist.reference.store_writer import (
     SHARD_BYTES,
+    WINDOW_PASSES,
     StoreSize,
     StoreWriter,
     begin_store,
@@ -37,9 +38,6 @@ from safereg_dist.reference.store_writer import (
 from safereg_dist.screen.progress import progress_bar
 from safereg_dist.screen.table import table
 from safereg_dist.types import Row
-
-WINDOW_PASSES = 32
-"""Passes of the reference whose rows are sorted by length together."""
 
 
 def build_store(

@@ -557,3 +557,15 @@ class Config(Section):
     def needs_risk(self) -> bool:
         """True where the coefficient depends on the row's risk."""
         return self.regularizer.objective in ("convex", "additive")
+
+    @property
+    def deals_rows(self) -> bool:
+        """True where active rows are known beforehand and dealt evenly over ranks and steps."""
+        return (
+            self.needs_risk
+            and self.risk.estimator == "column"
+            and self.reference.balance in ("auto", "deal")
+            and self.regularizer.granularity == "sequence"  # else it hangs on the rows beside it
+            and self.data.train_weights is None  # an even deal shows each row once an epoch
+            and not self.data.streaming
+        )

@@ -272,13 +272,8 @@ def _known_active_rows(
     config: Config, rows: TokenizedDataset, overrides: Mapping[str, Override]
 ) -> np.ndarray | None:
     """bool [rows], True where b > 0; None if not known yet or if rows are not dealt evenly."""
-    is_column = config.needs_risk and config.risk.estimator == "column"
-    if not is_column or config.reference.balance not in ("auto", "deal"):
+    if not config.deals_rows:
         return None
-    if config.data.train_weights is not None:
-        return None  # an even deal shows each row once an epoch
-    if config.regularizer.granularity == "batch":
-        return None  # a row's coefficient depends on its micro-batch
     risk = np.asarray(rows.table.data.column("risk")).copy()
     for index, name in enumerate(rows.table["id"] if overrides else ()):
         if name in overrides:

@@ -13,6 +13,11 @@ LINK_EFFICIENCY = 0.7
 USABLE_MEMORY = 0.92
 """Share of the memory that tensors get: the rest is the driver, NCCL's buffers, fragments."""
 
+HOST_LINK_BYTES_PER_S = 2e10
+"""Between a GPU and its host's memory, each way: what PCIe 4 x16 reaches; PCIe 5 twice that."""
+HOST_MEMORY_BYTES_PER_S = 2e11
+"""What a host's memory reaches for all its GPUs together: the order of two sockets of servers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:

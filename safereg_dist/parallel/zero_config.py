@@ -3,14 +3,13 @@
 A reference that inherits an optimizer block gets a whole optimizer.
 """
 
-from typing import Any
-
-import torch
-from torch import nn
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from safereg_dist.config import Config
-from safereg_dist.types import head_of
+
+if TYPE_CHECKING:  # the planner reads the numbers below without loading torch
+    from torch import nn
+    from transformers import PreTrainedModel
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default limit on gathered parameters; beyond it nothing is prefetched."""
@@ -43,7 +42,7 @@ def zero_config(
     """
     zero: dict[str, Any] = {"stage": 3, "zero_hpz_partition_size": hpz_partition_size}
     if offload == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = _on_host()
     if hidden_size is not None:
         zero["stage3_param_persistence_threshold"] = persistence_threshold(hidden_size)
         zero["stage3_prefetch_bucket_size"] = prefetched_elements(hidden_size)
@@ -54,8 +53,16 @@ def zero_config(
     }
 
 
-def policy_config(model: PreTrainedModel, config: Config) -> dict[str, Any]:
+def _on_host() -> dict[str, Any]:
+    import torch
+
+    return {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+
+
+def policy_config(model: "PreTrainedModel", config: Config) -> dict[str, Any]:
     """ZeRO with an optimizer: for the trained model."""
+    from safereg_dist.types import head_of
+
     hidden_size = hidden_size_of(model)
     ds = zero_config(
         precision=config.train.precision,
@@ -75,10 +82,7 @@ def policy_config(model: PreTrainedModel, config: Config) -> dict[str, Any]:
             "reduce_bucket_size": zero["reduce_bucket_size"],
         }
     if config.engine.offload_optimizer == "cpu":
-        zero["offload_optimizer"] = {
-            "device": "cpu",
-            "pin_memory": torch.cuda.is_available(),
-        }
+        zero["offload_optimizer"] = _on_host()
     ds["gradient_accumulation_steps"] = config.train.grad_accum_steps
     ds["gradient_clipping"] = config.optimizer.max_grad_norm
     ds["zero_allow_untested_optimizer"] = True  # torch's AdamW, which DeepSpeed does not list
@@ -88,7 +92,9 @@ def policy_config(model: PreTrainedModel, config: Config) -> dict[str, Any]:
     return ds
 
 
-def hidden_size_of(module: nn.Module) -> int:
+def hidden_size_of(module: "nn.Module") -> int:
     """The hidden size of the model; bucket sizes and thresholds are computed from it."""
+    from transformers import PreTrainedModel
+
     config = next(m.config for m in module.modules() if isinstance(m, PreTrainedModel))
     return int(config.get_text_config().hidden_size)

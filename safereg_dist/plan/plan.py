@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from safereg_dist.parallel.hardware import LINK_EFFICIENCY, MFU, USABLE_MEMORY, Gpu
+from safereg_dist.parallel.hardware import LINK_EFFICIENCY, USABLE_MEMORY, Gpu
 from safereg_dist.plan.flops import flops
 from safereg_dist.plan.memory import Memory, memory
+from safereg_dist.plan.offload import offload_seconds
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import ARMS, Settings
 from safereg_dist.plan.shape import ModelShape
@@ -83,7 +84,7 @@ class Plan:
             "settings": asdict(self.settings),
             "gpu": asdict(self.gpu),
             "assumptions": {
-                "mfu": MFU,
+                "mfu": self.settings.mfu,
                 "link_efficiency": LINK_EFFICIENCY,
                 "usable_memory": USABLE_MEMORY,
             },
@@ -129,7 +130,7 @@ def arm_costs(shape: ModelShape, settings: Settings, gpu: Gpu) -> Costs:
         flops=work,
         traffic=moved,
         memory=memory(shape, settings),
-        seconds=_seconds(work, moved, settings, gpu),
+        seconds=_seconds(work, moved, settings, gpu) + offload_seconds(shape, settings),
     )
 
 
@@ -141,19 +142,36 @@ def _seconds(
     Within each, products and communication overlap: the longer counts. All ranks wait for the one
     with the most risky rows in the reference's passes; nothing overlaps the gather of its head.
     """
-    rate = MFU * gpu.flops_per_s * settings.world_size
     policy = sum(n for part, n in work.items() if part not in SAFETY)
     comm = sum(transfer_seconds(m, gpu) for part, m in moved.items() if part not in SAFETY)
-    total = max(policy / rate, comm)
-    slowest = 1.0
-    if settings.arm in ("routed", "stored"):
-        expected = expected_rows(settings)
-        slowest = expected.most_rows / expected.mean_rows if expected.mean_rows else 1.0
-    for part in ("reference trunk", "probe, first epoch"):
-        skew = slowest if part == "reference trunk" else 1.0
-        total += max(skew * work[part] / rate, transfer_seconds(moved[part], gpu))
-    head = slowest * work["head, divergence"] / rate
-    return total + head + transfer_seconds(moved["reference head"], gpu)
+    rate = settings.mfu * gpu.flops_per_s * settings.world_size
+    head = _skew(settings) * work["head, divergence"] / rate
+    return (
+        max(policy / rate, comm)
+        + sum(trunk_seconds(work, moved, settings, gpu).values())
+        + head
+        + transfer_seconds(moved["reference head"], gpu)
+    )
+
+
+def trunk_seconds(
+    work: dict[str, float], moved: dict[str, Traffic], settings: Settings, gpu: Gpu
+) -> dict[str, float]:
+    """Time of the reference's passes over risky rows, and of the probe's over all, by item."""
+    rate = settings.mfu * gpu.flops_per_s * settings.world_size
+    skews = {"reference trunk": _skew(settings), "probe, first epoch": 1.0}
+    return {
+        part: max(skew * work[part] / rate, transfer_seconds(moved[part], gpu))
+        for part, skew in skews.items()
+    }
+
+
+def _skew(settings: Settings) -> float:
+    """Risky rows of the fullest rank, for which all wait, over those of a rank."""
+    if settings.arm not in ("routed", "stored"):
+        return 1.0
+    expected = expected_rows(settings)
+    return expected.most_rows / expected.mean_rows if expected.mean_rows else 1.0
 
 
 def transfer_seconds(moved: Traffic, gpu: Gpu) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from safereg_dist.plan.memory import memory
-from safereg_dist.plan.plan import Plan
+from safereg_dist.plan.plan import Plan, arm_costs
 from safereg_dist.plan.settings import Settings
 
 
@@ -15,6 +15,8 @@ class Remedy:
     text: str
     saved_bytes: float
     """Reduction of the GPU's peak memory, in bytes."""
+    added_seconds: float
+    """What it adds to the time of a step."""
     fits: bool
 
 
@@ -23,22 +25,28 @@ def remedies(plan: Plan) -> tuple[list[Remedy], Remedy | None]:
 
     The second is None where it fits already, where one change is enough, or where none are.
     """
-    before = plan.chosen.memory.gpu
-    alone = [
-        Remedy(text=text, saved_bytes=before - after, fits=after <= plan.usable_bytes)
-        for text, settings in _changes(plan.settings)
-        if (after := memory(plan.shape, settings).gpu) < before
-    ]
+    found = [_remedy(plan, text, settings) for text, settings in _changes(plan.settings)]
+    alone = [remedy for remedy in found if remedy.saved_bytes > 0]
     alone.sort(key=lambda remedy: -remedy.saved_bytes)
     if plan.fits or any(remedy.fits for remedy in alone):
         return alone, None
     return alone, _together(plan)
 
 
+def _remedy(plan: Plan, text: str, settings: Settings) -> Remedy:
+    before, after = plan.chosen, arm_costs(plan.shape, settings, plan.gpu)
+    return Remedy(
+        text=text,
+        saved_bytes=before.memory.gpu - after.memory.gpu,
+        added_seconds=after.seconds - before.seconds,
+        fits=after.memory.gpu <= plan.usable_bytes,
+    )
+
+
 def _together(plan: Plan) -> Remedy | None:
     """The most effective change, and on top of it the next, until it fits."""
     settings, texts = plan.settings, []
-    before = current = plan.chosen.memory.gpu
+    current = plan.chosen.memory.gpu
     while current > plan.usable_bytes:
         found = [(memory(plan.shape, new).gpu, text, new) for text, new in _changes(settings)]
         after, text, new = min(found, key=lambda change: change[0], default=(current, "", settings))
@@ -46,11 +54,11 @@ def _together(plan: Plan) -> Remedy | None:
             return None
         current, settings = after, new
         texts.append(text)
-    return Remedy(text=" and ".join(texts), saved_bytes=before - current, fits=True)
+    return _remedy(plan, " and ".join(texts), settings)
 
 
 def _changes(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Settings with one change each; the batch of an optimizer step stays as it is."""
+    """Settings with one change each; the batch of an optimizer step stays, but with more GPUs."""
     if not settings.activation_checkpointing:
         yield (
             "train.activation_checkpointing=true",
@@ -81,4 +89,5 @@ def _changes(settings: Settings) -> Iterator[tuple[str, Settings]]:
     else:
         more = 2 * settings.world_size
     if more % settings.world_size == 0 and more <= 8192:
-        yield f"{more} GPUs", replace(settings, world_size=more)
+        times = more // settings.world_size
+        yield f"{more} GPUs, {times} x the rows a step", replace(settings, world_size=more)

@@ -1,9 +1,20 @@
 """A plan as text: tables to read in a terminal."""
 
-from safereg_dist.parallel.hardware import GIB, LINK_EFFICIENCY, MFU, USABLE_MEMORY
+from collections.abc import Sequence
+
+from safereg_dist.parallel.hardware import (
+    GIB,
+    HOST_LINK_BYTES_PER_S,
+    HOST_MEMORY_BYTES_PER_S,
+    LINK_EFFICIENCY,
+    USABLE_MEMORY,
+    Gpu,
+)
 from safereg_dist.plan.plan import Plan
 from safereg_dist.plan.remedies import remedies
 from safereg_dist.plan.risky_rows import expected_rows
+from safereg_dist.plan.settings import Settings
+from safereg_dist.plan.stored import StoredPrice
 from safereg_dist.plan.traffic import group_batches
 from safereg_dist.screen.table import table
 
@@ -15,10 +26,13 @@ ARM_NAMES = {
 }
 
 
-def text_of(plan: Plan) -> str:
-    """All tables, one under another."""
+def text_of(plan: Plan, price: StoredPrice, notes: Sequence[str] = ()) -> str:
+    """All tables, one under another; `notes` are further assumptions."""
     parts = [_head(plan), _parameters(plan), _memory(plan), _fit(plan)]
-    parts += [_flops(plan), _traffic(plan), _overheads(plan), _assumptions(plan)]
+    parts += [_flops(plan), _traffic(plan), _overheads(plan)]
+    if plan.settings.arm != "sft":
+        parts.append(_stored(plan, price))
+    parts.append("\n".join([_assumptions(plan), *(f"  {note}" for note in notes)]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -66,13 +80,55 @@ def _fit(plan: Plan) -> str:
     if plan.fits:
         return "It fits."
     alone, together = remedies(plan)
-    rows = [(r.text, f"-{gib(r.saved_bytes)}", "fits" if r.fits else "not enough") for r in alone]
-    text = table("It does not fit. Remedies", ("", "GiB", ""), rows)
+    rows = [
+        (r.text, f"-{gib(r.saved_bytes)}", _added(r.added_seconds), verdict)
+        for r in alone
+        if (verdict := "fits" if r.fits else "not enough")
+    ]
+    columns = ("", "GiB", "s a step", "")
+    text = table("It does not fit. Remedies, and what they add to a step", columns, rows)
     if together is not None:
-        text += f"\ntogether: {together.text}: -{gib(together.saved_bytes)} GiB, fits"
+        text += (
+            f"\ntogether: {together.text}: -{gib(together.saved_bytes)} GiB, "
+            f"{_added(together.added_seconds)} s a step, fits"
+        )
     elif not any(remedy.fits for remedy in alone):
         text += "\nnot even all of them together are enough: more memory a GPU, or a smaller model"
     return text
+
+
+def _added(seconds: float) -> str:
+    return f"{seconds:+.3f}" if abs(seconds) >= 0.0005 else "0"
+
+
+def _stored(plan: Plan, price: StoredPrice) -> str:
+    """The price of a store; in one line where the plan has none."""
+    disk, building = f"{price.num_bytes / 1e9:,.3g} GB", _time(price.seconds)
+    pays = f"after {price.epochs:.2g} epochs" if price.epochs < float("inf") else "never"
+    if plan.settings.arm == "routed":
+        return (
+            f"A stored reference (--stored-reference), of {price.data_rows:,} rows (--data-rows): "
+            f"{disk} of disk,\n  {building} to build on these GPUs, "
+            f"{_added(-price.saved_seconds)} s a step; it has paid {pays}"
+        )
+    rows = [
+        ("rows of the data set (--data-rows)", f"{price.data_rows:,}"),
+        ("rows in it, the risky ones", f"{price.stored_rows:,.0f}"),
+        ("disk", disk),
+        ("FLOPs to build it (10^12)", f"{price.flops / 1e12:,.0f}"),
+        ("time to build it on these GPUs", building),
+    ]
+    if price.probe_seconds:
+        rows.append(("the probe on all rows, once, as in training", _time(price.probe_seconds)))
+    rows += [("seconds less a step", f"{price.saved_seconds:.3f}"), ("it has paid", pays)]
+    return table("Stored reference (`safereg reference build`)", ("", ""), rows)
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def _flops(plan: Plan) -> str:
@@ -114,26 +170,38 @@ def _assumptions(plan: Plan) -> str:
     return "\n".join(
         (
             "Assumed",
-            f"  {MFU:.0%} of the GPU's peak, {LINK_EFFICIENCY:.0%} of a link's peak, "
-            f"{USABLE_MEMORY:.0%} of its memory for tensors",
-            f"  peaks: {plan.gpu.flops_per_s / 1e12:.0f} TFLOP/s, "
-            f"{plan.gpu.node_bytes_per_s / 1e9:.0f} GB/s in the node, "
-            f"{plan.gpu.network_bytes_per_s / 1e9:.1f} GB/s of network a GPU",
+            rates_text(plan.gpu, s),
             "  communication and products overlap within the policy's passes and within the",
-            "  reference's, not across; no time for data, optimizer and offloading",
+            "  reference's, not across; no time for data and the optimizer on the GPU",
+            f"  offloading: {HOST_LINK_BYTES_PER_S / 1e9:.0f} GB/s between a GPU and its host, "
+            f"{HOST_MEMORY_BYTES_PER_S / 1e9:.0f} GB/s of a host's memory; nothing overlaps",
             f"  a rank has {expected.mean_rows:.3g} risky rows a step, the fullest "
-            f"{expected.most_rows:.3g}: {expected.passes:.3g} passes of the reference, "
+            f"{expected.most_rows:.3g}:",
+            f"  {expected.passes:.3g} passes of the reference, "
             f"{expected.head_gathers:.3g} gathers of its head",
-            f"  rows fall on ranks {_BALANCES[s.balance]}; "
-            "all have the same length; attention counts the whole square",
+            f"  rows fall on ranks {_BALANCES[s.balance]};",
+            "  all have the same length; attention counts the whole square",
             *_unsupported(plan),
         )
     )
 
 
+def rates_text(gpu: Gpu, settings: Settings) -> str:
+    """The rates that a plan assumes, and the options that change them."""
+    node = gpu.network_bytes_per_s * settings.gpus_per_node
+    return (
+        f"  {settings.mfu:.0%} of the GPU's peak (--mfu), {LINK_EFFICIENCY:.0%} of a link's peak, "
+        f"{USABLE_MEMORY:.0%} of its memory for tensors\n"
+        f"  peaks: {gpu.flops_per_s / 1e12:.0f} TFLOP/s; {gpu.node_bytes_per_s / 1e9:.0f} GB/s a "
+        f"GPU in the node ({gpu.node_bytes_per_s / 1.25e8:,.0f} Gbit/s: --nvlink-gbps);\n"
+        f"  {gpu.network_bytes_per_s / 1e9:.1f} GB/s of network a GPU "
+        f"({node / 1.25e8:,.0f} Gbit/s a node: --link-gbps)"
+    )
+
+
 _BALANCES = {
     "none": "by chance (with a risk column training deals them: --balance deal)",
-    "deal": "evenly (deal)",
+    "deal": "evenly, as training deals them with a risk column (else --balance none)",
 }
 
 

@@ -1,4 +1,4 @@
-"""The settings of a plan: ranks, batch, risk and offloading."""
+"""The settings of a plan: ranks, batch, risk and offloading. Loads no torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +7,8 @@ from safereg_dist.config import Config
 from safereg_dist.config.checks import one_of, within
 from safereg_dist.config.sections import KEEP_BYTES
 from safereg_dist.errors import ConfigError
+from safereg_dist.parallel.hardware import MFU
 from safereg_dist.parallel.zero_config import MAX_LIVE_PARAMETERS, MAX_REUSE_DISTANCE
-from safereg_kernels.budget import HEAD_BYTES
 
 ARMS = ("sft", "routed", "stored", "always_on")
 """Plain fine-tuning; the reference on risky rows; its states from a store; on every row."""
@@ -91,6 +91,8 @@ class Settings:
     """DeepSpeed's `stage3_max_reuse_distance`, in parameters, >= 1; this is its default."""
     max_live_parameters: int = MAX_LIVE_PARAMETERS
     """Parameters beside the head's beyond which nothing is prefetched (see `zero_config`)."""
+    mfu: float = MFU
+    """Share of the GPU's peak that matrix products reach, in (0, 1]."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -105,8 +107,10 @@ class Settings:
         if self.rows_per_pass is not None:
             _at_least("--rows-per-pass", self.rows_per_pass, 1)
         _at_least("--seq-length", self.seq_length, 2)
-        for name in ("response_share", "risky_fraction", "probe_depth"):
+        for name in ("response_share", "risky_fraction", "probe_depth", "mfu"):
             within(f"--{name.replace('_', '-')}", getattr(self, name), 0.0, 1.0)
+        if not self.mfu:
+            raise ConfigError("--mfu must be above 0: with 0 no step would ever end")
         one_of("arm", self.arm, ARMS)
         one_of("--engine", self.engine, ENGINES)
         one_of("--balance", self.balance, ("none", "deal"))
@@ -114,7 +118,10 @@ class Settings:
         for name in ("offload_params", "offload_optimizer", "offload_reference"):
             one_of(f"--{name.replace('_', '-')}", getattr(self, name), ("none", "cpu"))
         if self.zero_stage != 3:
-            raise ConfigError(f"--zero-stage must be 3 in this version, got {self.zero_stage}")
+            raise ConfigError(
+                f"--zero-stage must be 3 in this version, got {self.zero_stage}: plan with 3 "
+                "(engine.zero_stage=3), which needs less memory and moves more bytes"
+            )
         self._check_engine()
         self._check_division()
 
@@ -188,6 +195,8 @@ class Settings:
     @property
     def head_bytes_held(self) -> int:
         """Bytes of the head's logits and their gradient."""
+        from safereg_kernels.budget import HEAD_BYTES  # its package loads torch
+
         return self.head_bytes or HEAD_BYTES["cuda"]
 
     @property
@@ -196,8 +205,8 @@ class Settings:
         return 2 if self.precision == "bf16" else 4
 
 
-def settings_of(config: Config, *, world_size: int, **assumed: Any) -> Settings:
-    """The settings of a configured run; `assumed` are those that no configuration says.
+def settings_of(config: Config, *, world_size: int, **given: Any) -> Settings:
+    """The settings of a configured run; `given` win over the configuration's, and add to them.
 
     Raises:
         ConfigError: a run that cannot be planned, as one with ZeRO-1 or 2.
@@ -205,9 +214,9 @@ def settings_of(config: Config, *, world_size: int, **assumed: Any) -> Settings:
     arm = "sft"
     if config.needs_reference:
         arm = "routed" if config.reference.cache is None else "stored"
-    return Settings(
-        world_size=world_size,
+    own: dict[str, Any] = dict(
         arm=arm,
+        balance="deal" if config.deals_rows else "none",
         seq_length=config.data.max_length,
         micro_batch=config.train.micro_batch_size,
         grad_accum=config.train.grad_accum_steps,
@@ -222,8 +231,8 @@ def settings_of(config: Config, *, world_size: int, **assumed: Any) -> Settings:
         offload_reference=config.reference.offload,
         rows_per_pass=config.reference.rows_per_pass,
         keep_bytes=config.reference.keep_bytes,
-        **assumed,
     )
+    return Settings(world_size=world_size, **{**own, **given})
 
 
 def near(value: int, step: int) -> str:

@@ -1,4 +1,4 @@
-"""The sizes of a model, from its `config.json`: nothing is downloaded and no weight is made.
+"""The sizes of a model, from its `config.json` or name: no download, and no weight is made.
 
 The parameters are those of the model that transformers builds on the meta device, so tied
 embeddings, biases and experts are counted as they are trained.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safereg_dist.errors import ConfigError, reason_of
+from safereg_dist.plan.named_shapes import NAMED_SHAPES, shape_name
 from safereg_dist.storage.json_text import parse_json
 
 SIZES = (
@@ -111,22 +112,38 @@ class ModelShape:
         return round(sum(module.used for module in self.modules))
 
 
-def read_shape(path: Path) -> ModelShape:
-    """The shape that a `config.json`, or a folder with one, describes.
+def read_shape(model: str | Path) -> ModelShape:
+    """The shape of a `config.json`, of a folder with one, or of a name in `NAMED_SHAPES`.
 
     Raises:
-        ConfigError: not readable, not JSON, of an unknown type, or without a needed field.
+        ConfigError: see `read_fields` and `shape_of`.
     """
+    return shape_of(read_fields(model), where=str(model))
+
+
+def read_fields(model: str | Path) -> dict[str, Any]:
+    """The fields of that `config.json`; loads no torch.
+
+    Raises:
+        ConfigError: not readable, not JSON, or neither a file nor a known name.
+    """
+    path = Path(model)
     path = path / "config.json" if path.is_dir() else path
+    name = shape_name(str(model))
+    if name is not None and not path.exists():
+        return NAMED_SHAPES[name]
     try:
         found = parse_json(path.read_bytes())
     except OSError as err:
-        raise ConfigError(f"--model-config {path} cannot be read: {err.strerror}") from err
+        raise ConfigError(
+            f"--model-config {path} cannot be read: {err.strerror}; a name is one of "
+            f"{', '.join(NAMED_SHAPES)}"
+        ) from err
     except ValueError as err:
         raise ConfigError(f"--model-config {path} is not JSON ({err})") from err
     if not isinstance(found, dict):
         raise ConfigError(f"--model-config {path} must hold an object, got {type(found).__name__}")
-    return shape_of(found, where=str(path))
+    return found
 
 
 def shape_of(fields: Mapping[str, Any], *, where: str) -> ModelShape:

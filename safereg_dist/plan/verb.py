@@ -1,13 +1,39 @@
 """The action of `safereg plan`."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
-from safereg_dist.parallel.hardware import Gpu, find_gpu
-from safereg_dist.plan.settings import Settings
-from safereg_dist.plan.shape import ModelShape, read_shape
+from safereg_dist.parallel.hardware import Gpu
+from safereg_dist.plan.named_shapes import shape_name
+from safereg_dist.plan.settings import Settings, near, settings_of
+from safereg_dist.plan.shape import ModelShape, read_fields, shape_of
+from safereg_dist.screen.progress import phase
+
+UNFITTED_DEPTH = 0.5
+"""Share of the layers that a probe is taken to read before it is fitted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a plan is asked for."""
+
+    gpu: Gpu
+    values: Mapping[str, Any]
+    """What `Settings` takes, as far as it is given."""
+    config: Config | None = None
+    """The run to plan, whose keys stand where no value is given."""
+    model: str | None = None
+    """`config.json`, its folder, or a name; None = that of the configuration."""
+    rows_per_step: int | None = None
+    """Rows of a step on all GPUs, in place of `grad_accum`."""
+    data_rows: int = 100_000
+    """Rows of the data set, for the price of a stored reference."""
+    figure: Path | None = None
+    """Where the curves are drawn."""
 
 
 class Planned(NamedTuple):
@@ -18,43 +44,151 @@ class Planned(NamedTuple):
     draw: Callable[[], Any]
 
 
-def run_plan(
-    model_config: Path,
-    gpu_name: str,
-    values: Mapping[str, Any],
-    *,
-    figure_path: Path | None = None,
-) -> dict[str, Any]:
+def run_plan(asked: Asked) -> dict[str, Any]:
     """Prints the plan, draws its curves if requested, and returns its numbers.
 
-    `values` are what `Settings` takes; a Megatron layout's sizes that they leave out are proposed.
+    All that needs no model is checked before torch is loaded. Sizes of a Megatron layout that are
+    not given are proposed.
 
     Raises:
-        ConfigError: an unknown GPU, a configuration that cannot be read, sizes that do not go
-            together, or a figure not written.
+        ConfigError: a configuration that cannot be read, sizes that do not go together, or a figure
+            not written.
     """
-    gpu, planned_by = find_gpu(gpu_name), _zero_plan
-    if values.get("engine") == "megatron":
-        planned_by = _layout_plan
-    planned = planned_by(read_shape(model_config), values, gpu)
+    model = _model_of(asked)
+    fields = read_fields(model)
+    is_megatron = asked.values.get("engine") == "megatron"
+    settings = _layout_values(asked) if is_megatron else _settings(asked)
+    phase("loading torch and transformers, to count the parameters")
+    shape = shape_of(fields, where=model)
+    phase("planning")
+    if isinstance(settings, Settings):
+        planned = _zero_plan(shape, settings, asked)
+    else:
+        planned = _layout_plan(shape, settings, asked.gpu)
     print(planned.text, end="", flush=True)
-    if figure_path is not None:
+    if asked.figure is not None:
         from safereg_dist.plan.figures import save
 
+        phase(f"drawing {asked.figure}")
         try:
-            save(planned.draw(), figure_path)
+            save(planned.draw(), asked.figure)
         except (OSError, ValueError) as err:
             raise ConfigError(f"the figure cannot be written: {err}") from err
     return planned.numbers
 
 
-def _zero_plan(shape: ModelShape, values: Mapping[str, Any], gpu: Gpu) -> Planned:
+def _model_of(asked: Asked) -> str:
+    """The model's file, folder or name."""
+    if asked.model is not None:
+        return asked.model
+    if asked.config is None:
+        raise ConfigError(
+            "expected a configuration or --model-config, got neither: safereg plan run.yaml "
+            "--world-size N, or --model-config FILE or NAME"
+        )
+    model = asked.config.model
+    if not Path(model).is_dir() and shape_name(model) is None:
+        raise ConfigError(
+            f"model={model} is no folder here, and its shape is not known by name: give its "
+            "config.json as --model-config FILE"
+        )
+    return model
+
+
+def _settings(asked: Asked) -> Settings:
+    """The settings of a ZeRO-3 run, checked."""
+    values = dict(asked.values)
+    if asked.rows_per_step is not None:
+        if "grad_accum" in values:
+            raise ConfigError("--rows-per-step gives --grad-accum: leave one of them out")
+        values["grad_accum"] = 1
+    if asked.config is None:
+        # As training: with a column it deals, with a probe the risk is not known beforehand.
+        values.setdefault("balance", "none" if values.get("probe_depth") else "deal")
+        settings = Settings(**values)
+    else:
+        settings = settings_of(asked.config, **values)
+    rows, least = asked.rows_per_step, settings.data_parallel * settings.micro_batch
+    if rows is None:
+        return settings
+    if rows < 1 or rows % least:
+        raise ConfigError(
+            f"--rows-per-step {rows} is not a multiple of {least} (--micro-batch "
+            f"{settings.micro_batch} on {settings.data_parallel} data-parallel GPUs): the nearest "
+            f"are {near(rows, least)}; or change --micro-batch"
+        )
+    return replace(settings, grad_accum=rows // least)
+
+
+def _layout_values(asked: Asked) -> Mapping[str, Any]:
+    """The values of a Megatron layout: their checks need the model."""
+    if asked.config is not None or asked.rows_per_step is not None:
+        raise ConfigError(
+            "--engine megatron expects its sizes as options: leave CONFIG.yaml and --rows-per-step "
+            "out"
+        )
+    return asked.values
+
+
+def _zero_plan(shape: ModelShape, settings: Settings, asked: Asked) -> Planned:
     from safereg_dist.plan.figures import draw
     from safereg_dist.plan.plan import make_plan
     from safereg_dist.plan.report import text_of
+    from safereg_dist.plan.stored import stored_price
 
-    plan = make_plan(shape, Settings(**values), gpu)
-    return Planned(text_of(plan), plan.to_json(), lambda: draw(plan, name=shape.model_type))
+    notes: list[str] = []
+    if asked.config is not None:
+        notes = _not_planned(asked.config, asked.values)
+        if "probe_depth" not in asked.values:
+            depth, more = _probe_depth(asked.config, shape.num_layers)
+            settings, notes = replace(settings, probe_depth=depth), notes + more
+    plan = make_plan(shape, settings, asked.gpu)
+    price = stored_price(plan, asked.data_rows)
+    return Planned(
+        text_of(plan, price, notes),
+        {**plan.to_json(), "stored": asdict(price), "notes": notes},
+        lambda: draw(plan, name=shape.model_type),
+    )
+
+
+def _not_planned(config: Config, values: Mapping[str, Any]) -> list[str]:
+    """What a configuration asks for and the plan leaves out."""
+    found = []
+    if "seq_length" not in values:
+        length = config.data.max_length
+        found.append(f"every row has data.max_length={length} tokens (--seq-length)")
+    if config.engine.name != "deepspeed":
+        found.append(f"engine.name={config.engine.name} is planned as deepspeed's ZeRO-3")
+    if config.lora is not None:
+        found.append("lora is planned as full fine-tuning: adapters need far less memory")
+    if config.reference.balance == "exchange" and "balance" not in values:
+        found.append("reference.balance=exchange is planned as by chance, the most it can cost")
+    return found
+
+
+def _probe_depth(config: Config, num_layers: int) -> tuple[float, list[str]]:
+    """k / L of the deepest probe on the reference, and what had to be assumed."""
+    from safereg_dist.risk.probe import load_probes
+
+    risk = config.risk
+    if not config.needs_risk or (not risk.is_composite and risk.source == "policy"):
+        return 0.0, []
+    parts = risk.parts if risk.is_composite else (risk,)
+    depths, notes = [0.0], []
+    for part in parts:
+        if part.estimator == "influence":
+            depths.append(1.0)
+        elif part.estimator == "probe":
+            assert part.path is not None
+            if Path(part.path).exists():
+                depths += [probe.layer / num_layers for probe in load_probes(part.path)]
+                continue
+            depths.append(UNFITTED_DEPTH)
+            notes.append(
+                f"no probe in {part.path} yet, it reads {UNFITTED_DEPTH:.0%} of the layers "
+                "(--probe-depth)"
+            )
+    return min(max(depths), 1.0), notes
 
 
 def _layout_plan(shape: ModelShape, values: Mapping[str, Any], gpu: Gpu) -> Planned:

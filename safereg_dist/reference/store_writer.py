@@ -21,6 +21,10 @@ from safereg_dist.reference.store import INDEX_FILE, StoreIdentity, crc32_of, ma
 
 SHARD_BYTES = 1 << 30
 """Most bytes of states in one shard; while a store is built each rank holds up to two in memory."""
+ROW_BYTES = 8 + 32 + 8
+"""Of a row on disk beside its states: where it begins, its key and its checksum."""
+WINDOW_PASSES = 32
+"""Passes of the reference whose rows are sorted by length together while a store is built."""
 
 
 class StoreSize(NamedTuple):

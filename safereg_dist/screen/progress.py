@@ -48,3 +48,12 @@ def bars_of_transformers(*, shown: bool) -> Iterator[None]:
     finally:
         if had_bars:
             logging.enable_progress_bar()
+
+
+def phase(text: str) -> None:
+    """Says on stderr what takes the next seconds, in one line, but not under `quiet`.
+
+    Unlike a bar it is also shown where stderr is no terminal: call it on one rank.
+    """
+    if not _is_quiet:
+        print(f"{text} ...", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from safereg_dist.parallel.hardware import MFU, USABLE_MEMORY, Gpu
+from safereg_dist.parallel.hardware import USABLE_MEMORY, Gpu
 from safereg_dist.plan.flops import trunk_flops
 from safereg_dist.plan.megatron.memory import (
     active_law,
@@ -271,7 +271,7 @@ def _chunk_seconds(costs: LayoutCosts, place: int) -> float:
     )
     sharers = settings.tensor_parallel * settings.context_parallel
     row = trunk_flops(shape, settings.seq_length) * layers / shape.num_layers
-    products = settings.micro_batch * row / sharers / (MFU * gpu.flops_per_s)
+    products = settings.micro_batch * row / sharers / (settings.mfu * gpu.flops_per_s)
     return max(products, context) + tensor + arrival
 
 
@@ -280,4 +280,4 @@ def _head_seconds(costs: LayoutCosts) -> float:
     settings = costs.settings
     work = costs.flops["head, cross-entropy"] + costs.flops["head, divergence"]
     ranks = settings.world_size / settings.pipeline_parallel
-    return work / ranks / settings.grad_accum / (MFU * costs.gpu.flops_per_s)
+    return work / ranks / settings.grad_accum / (settings.mfu * costs.gpu.flops_per_s)

@@ -1,12 +1,11 @@
 """A plan of a Megatron layout as text: tables to read in a terminal."""
 
-from safereg_dist.parallel.hardware import LINK_EFFICIENCY, MFU, USABLE_MEMORY
 from safereg_dist.plan.megatron.memory import active_law, mean_of
 from safereg_dist.plan.megatron.plan import LayoutPlan
 from safereg_dist.plan.megatron.stages import layers_of, parameters
 from safereg_dist.plan.megatron.traffic import group_of, link_of
 from safereg_dist.plan.pipeline import bubble_room
-from safereg_dist.plan.report import gib
+from safereg_dist.plan.report import gib, rates_text
 from safereg_dist.plan.risky_rows import active_share
 from safereg_dist.screen.table import table
 
@@ -148,14 +147,10 @@ def _overheads(plan: LayoutPlan) -> str:
 
 
 def _assumptions(plan: LayoutPlan) -> str:
-    gpu = plan.gpu
     return "\n".join(
         (
             "Assumed",
-            f"  {MFU:.0%} of the GPU's peak, {LINK_EFFICIENCY:.0%} of a link's peak, "
-            f"{USABLE_MEMORY:.0%} of its memory for tensors",
-            f"  peaks: {gpu.flops_per_s / 1e12:.0f} TFLOP/s, {gpu.node_bytes_per_s / 1e9:.0f} GB/s "
-            f"in the node, {gpu.network_bytes_per_s / 1e9:.1f} GB/s of network a GPU",
+            rates_text(plan.gpu, plan.settings),
             "  tensor-parallel exchanges after the products, context-parallel ones beside them;",
             "  gradients beside the last backward, weights beside the first forward; all wait for",
             "  the replica with the most active micro-batches; no time for data and optimizer",

@@ -17,6 +17,7 @@ from support.launching import ROOT
 from safereg_dist.cli import main as safereg
 from safereg_dist.config import config_from_dict, config_to_yaml, load_config
 from safereg_dist.data.tokenized import tokenize_row
+from safereg_dist.plan.named_shapes import NAMED_SHAPES
 
 FOLDER = ROOT / "launch" / "recipes"
 PUBLISHED = {
@@ -42,7 +43,7 @@ TABLE = table_module()
 
 def matrices(name):
     """(in, out) of each linear layer of one decoder layer."""
-    c = TABLE.architectures()[name]["config"]
+    c = NAMED_SHAPES[name]
     h, heads = c["hidden_size"], c["num_attention_heads"]
     kv = c.get("num_key_value_heads", c.get("num_kv_heads")) * (h // heads)
     if c["model_type"] == "falcon":
@@ -54,8 +55,8 @@ def matrices(name):
 
 
 def test_a_recipe_for_each_architecture():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*PUBLISHED, "architectures"}
-    assert list(TABLE.architectures()) == list(PUBLISHED)
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*PUBLISHED, "hardware"}
+    assert list(TABLE.hardware()) == list(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -66,7 +67,7 @@ def test_configurations(name):
     rule = plain.regularizer
     assert (rule.objective, rule.divergence, rule.schedule) == ("convex", "kl_forward", "step")
     assert (rule.floor, rule.ceiling, rule.granularity) == (0.0, 1.0, "sequence")
-    gpus = TABLE.architectures()[name]["hardware"]["gpus"]
+    gpus = TABLE.hardware()[name]["gpus"]
     assert plain.train.micro_batch_size * plain.train.grad_accum_steps * gpus == 64
     told = re.search(r"--nproc (\d+)", path.read_text())
     assert gpus == (int(told[1]) if told else 16)
@@ -97,7 +98,7 @@ def test_recipes_differ_in_what_a_model_needs():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_models_without_weights(name, tmp_path, capsys):
-    fields = TABLE.architectures()[name]["config"]
+    fields = NAMED_SHAPES[name]
     model = TABLE.meta_model(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
     per_layer = sum(64 * (inside + out) for inside, out in matrices(name))

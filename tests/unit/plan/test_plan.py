@@ -25,62 +25,38 @@ from safereg_dist.parallel.hardware import (
 )
 from safereg_dist.plan.flops import trunk_flops
 from safereg_dist.plan.memory import activation_bytes, memory
+from safereg_dist.plan.named_shapes import NAMED_SHAPES
 from safereg_dist.plan.plan import make_plan
 from safereg_dist.plan.remedies import remedies
 from safereg_dist.plan.risky_rows import expected_rows, most_rows_law
 from safereg_dist.plan.settings import Settings
-from safereg_dist.plan.shape import shape_of
+from safereg_dist.plan.shape import read_shape, shape_of
 from safereg_dist.plan.traffic import traffic
 from safereg_dist.reference.exchange import exchange_pays
 
-FALCON = {
-    "model_type": "falcon",
-    "vocab_size": 65024,
-    "hidden_size": 8192,
-    "num_hidden_layers": 60,
-    "num_attention_heads": 128,
-    "num_kv_heads": 8,
-    "new_decoder_architecture": True,
-    "bias": False,
-}
-EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
-QWEN_MOE = {
-    "moe_intermediate_size": 768,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-}
-REAL = {
-    "Llama-2-7B": config_fields("llama", 32000, 4096, 11008, 32, 32, 32),
-    "Llama-3.1-8B": config_fields("llama", 128256, 4096, 14336, 32, 32, 8),
-    "Llama-2-70B": config_fields("llama", 32000, 8192, 28672, 80, 64, 8),
-    "Llama-3.1-405B": config_fields("llama", 128256, 16384, 53248, 126, 128, 8),
-    "Mistral-7B": config_fields("mistral", 32000, 4096, 14336, 32, 32, 8),
-    "Mixtral-8x7B": config_fields("mixtral", 32000, 4096, 14336, 32, 32, 8, **EXPERTS),
-    "Qwen2.5-0.5B": config_fields("qwen2", 151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
-    "Qwen2-7B": config_fields("qwen2", 152064, 3584, 18944, 28, 28, 4),
-    "Qwen3-8B": config_fields("qwen3", 151936, 4096, 12288, 36, 32, 8, head_dim=128),
-    "Qwen3-30B-A3B": config_fields("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, **QWEN_MOE),
-    "Phi-3-mini": config_fields("phi3", 32064, 3072, 8192, 32, 32, 32),
-    "Gemma-2-9B": config_fields("gemma2", 256000, 3584, 14336, 42, 16, 8, head_dim=256),
-    "Falcon-40B": FALCON,
-}
 PUBLISHED = {
-    "Llama-2-7B": 6_738_415_616,
-    "Llama-3.1-8B": 8_030_261_248,
-    "Llama-2-70B": 68_976_648_192,
-    "Llama-3.1-405B": 405_853_388_800,
-    "Mistral-7B": 7_241_732_096,
-    "Mixtral-8x7B": 46_702_792_704,
-    "Qwen2.5-0.5B": 494_032_768,
-    "Qwen2-7B": 7_615_616_512,
-    "Qwen3-8B": 8_190_735_360,
-    "Qwen3-30B-A3B": 30_532_122_624,
-    "Phi-3-mini": 3_821_079_552,
-    "Gemma-2-9B": 9_241_705_984,
-    "Falcon-40B": 41_303_293_952,
+    "smollm2-135m": 134_515_008,
+    "smollm2-1.7b": 1_711_376_384,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "phi-3.5-mini": 3_821_079_552,
+    "gemma-2-9b": 9_241_705_984,
+    "falcon-40b": 41_303_293_952,
 }
-TIED = ("Qwen2.5-0.5B", "Gemma-2-9B", "Falcon-40B")
+TIED = {name for name in PUBLISHED if name.startswith(("smollm2", "llama-3.2"))}
+TIED |= {"qwen2.5-0.5b", "qwen2.5-3b", "gemma-2-9b", "falcon-40b"}
 
 
 def analytic_count(f: dict, *, tied: bool) -> int:
@@ -105,21 +81,21 @@ def analytic_count(f: dict, *, tied: bool) -> int:
     return layers + final + f["vocab_size"] * h * (1 if tied else 2)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", NAMED_SHAPES)
 def test_parameters_are_those_published_and_those_counted_by_hand(name):
-    shape = shape_of(REAL[name], where=name)
+    shape = read_shape(name)
     assert shape.parameters == PUBLISHED[name]
-    assert shape.parameters == analytic_count(REAL[name], tied=name in TIED)
+    assert shape.parameters == analytic_count(NAMED_SHAPES[name], tied=name in TIED)
     assert shape.is_tied == (name in TIED)
     parts = [shape.part(part) for part in ("embedding", "layers", "final", "head")]
     assert sum(parts) == shape.parameters
 
 
 def test_active_parameters_leave_idle_experts_out():
-    shape = shape_of(REAL["Mixtral-8x7B"], where="")
+    shape = read_shape("mixtral-8x7b")
     idle = 32 * 6 * 3 * 4096 * 14336
-    assert shape.active_parameters == PUBLISHED["Mixtral-8x7B"] - idle
-    dense = shape_of(REAL["Llama-2-7B"], where="")
+    assert shape.active_parameters == PUBLISHED["mixtral-8x7b"] - idle
+    dense = read_shape("llama-2-7b")
     assert dense.active_parameters == dense.parameters
 
 
@@ -222,7 +198,7 @@ def test_dealt_rows_make_one_pass_where_chance_would_make_more():
 
 
 def test_overheads_keep_what_is_promised():
-    shape = shape_of(REAL["Llama-3.1-8B"], where="")
+    shape = read_shape("llama-3.1-8b")
     plan = make_plan(shape, Settings(world_size=64, risky_fraction=0.1), find_gpu("H100"))
     assert plan.overhead("routed")["flops"] < 0.045
     assert plan.overhead("stored")["flops"] < 0.005
@@ -250,8 +226,8 @@ def test_the_update_is_the_fullest_moment_of_short_rows():
     """Two tokens a row, one layer whole at a time: the float32 gradients outweigh the rest."""
     settings = {"seq_length": 2, "micro_batch": 1, "arm": "sft", "activation_checkpointing": True}
     few_whole = {"reuse_distance": 1, "max_live_parameters": 1}
-    shape = shape_of(REAL["Llama-2-7B"], where="")
-    shard = PUBLISHED["Llama-2-7B"] / 8
+    shape = read_shape("llama-2-7b")
+    shard = PUBLISHED["llama-2-7b"] / 8
     # A shard of weights and gradients (2 bytes each), master weights and two moments (4 each); the
     # norms whole (2 layers' and the last, of 4096); in the update the gradients in float32.
     expected = (2 + 2 + 3 * 4) * shard + 65 * 4096 * 2 + 4 * shard
@@ -259,7 +235,7 @@ def test_the_update_is_the_fullest_moment_of_short_rows():
     # Of more than a sub-group, its gradients alone.
     alone = memory(shape, Settings(world_size=1, **settings, **few_whole))
     assert alone.updating == 4e9 > sum(alone.working.values())
-    assert alone.gpu == 16 * PUBLISHED["Llama-2-7B"] + 65 * 4096 * 2 + 4e9
+    assert alone.gpu == 16 * PUBLISHED["llama-2-7b"] + 65 * 4096 * 2 + 4e9
 
 
 # Numbers of the small Llama beyond 640, which are gathered: embedding and head, and the layers'.
@@ -299,7 +275,7 @@ def test_a_reference_that_always_runs_is_gathered_for_every_micro_batch():
 
 
 def test_remedies_name_what_fits_and_how_much_it_frees():
-    shape = shape_of(REAL["Llama-3.1-8B"], where="")
+    shape = read_shape("llama-3.1-8b")
     plan = make_plan(shape, Settings(world_size=8, seq_length=4096), find_gpu("A100"))
     assert not plan.fits
     alone, together = remedies(plan)
@@ -407,7 +383,7 @@ def test_an_unknown_gpu_lists_the_known_ones(tmp_path, capsys):
 
 def test_the_verb_prints_and_writes(tmp_path, capsys):
     path, out = tmp_path / "config.json", tmp_path / "plan.json"
-    path.write_text(json.dumps(REAL["Mixtral-8x7B"]))
+    path.write_text(json.dumps(NAMED_SHAPES["mixtral-8x7b"]))
     command = ["plan", "--model-config", str(path), "--world-size", "64", "--gpu", "h200"]
     figure = tmp_path / "plan.png"
     assert main([*command, "--json", str(out), "--figure", str(figure)]) == 0
@@ -415,7 +391,7 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
     for expected in ("46,702,792,704", "12,879,925,248", "between nodes", "always on", "Assumed"):
         assert expected in text
     found = json.loads(out.read_text())
-    assert found["model"]["parameters"] == PUBLISHED["Mixtral-8x7B"]
+    assert found["model"]["parameters"] == PUBLISHED["mixtral-8x7b"]
     assert set(found["arms"]) == {"sft", "routed", "stored", "always_on"}
     assert figure.read_bytes().startswith(b"\x89PNG")
     stored = [*command, "--stored-reference", "--json", str(out)]
