@@ -199,7 +199,14 @@ def starter(model: str, data: str, file: Path = Path("CONFIG.yaml")) -> str:
             f"  {_fit(model, file.parent)}",
             build,
         ]
-    head += ["Then:", f"  {command('audit', file)}", f"  {command('train', file)}"]
+    head += [
+        *("Then:", f"  {command('audit', file)}", f"  {command('train', file)}"),
+        "On several GPUs `launch` in place of `train`. On several hosts (docs/multi_node.md)",
+        "output_dir is a folder that all share; `hosts` names them, a line each: HOST slots=GPUS",
+        f"  {command('plan', file, '--world-size', 16)}",
+        f"  {command('doctor', file, '--hostfile', 'hosts')}",
+        f"  {command('launch', file, '--hostfile', 'hosts')}",
+    ]
     lines = [f"# {line}".rstrip() for line in head]
     keys = {key.name: key for group, cls in sections() for key in keys_of(cls, group)}
     before = ""

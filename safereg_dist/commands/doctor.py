@@ -39,17 +39,19 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from safereg_dist.parallel.distributed import distributed_ranks
 
     config = load_config(arguments.config, list(arguments.overrides))
-    shows = True
+    shows, about = True, ""
     if arguments.hostfile is not None:
         found = examine_hosts(config, read_hostfile(arguments.hostfile), port=arguments.port)
     else:
         with distributed_ranks() as ranks:
             found = examine_ranks(config, ranks, port=arguments.port)
             shows = ranks.is_main
+            if ranks.world_size == 1:
+                about = "figures of one rank on this host; of several hosts: --hostfile FILE\n"
     would_fail = any(each.verdict == "FAIL" for each in found)
     status = EXIT_FAILED if would_fail else EXIT_DONE
     if not shows:
         return Outcome(status=status)
-    print(table(found), end="", flush=True)
+    print(table(found) + about, end="", flush=True)
     now = "" if would_fail else command("audit", arguments.config, *arguments.overrides)
     return Outcome(status=status, figures=[asdict(each) for each in found], now=now)

@@ -64,15 +64,17 @@ def run(arguments: argparse.Namespace) -> int:
         hostfile=arguments.hostfile,
         port=arguments.master_port,
     )
-    if arguments.print:
-        print(shlex.join(words))
-        return 0
-    environment = {"PDSH_SSH_ARGS_APPEND": PATIENT_SSH, **os.environ}
     # Compilers of extensions are looked for on the PATH, beside the interpreter.
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    folder = str(Path(sys.executable).parent)
+    ssh = os.environ.get("PDSH_SSH_ARGS_APPEND", PATIENT_SSH)
+    if arguments.print:
+        told = "" if arguments.hostfile is None else f"PDSH_SSH_ARGS_APPEND={shlex.quote(ssh)} "
+        print(f"PATH={shlex.quote(folder)}:$PATH {told}{shlex.join(words)}")
+        return 0
     _require(words[2])
     sys.stdout.flush()
-    os.execve(words[0], words, environment)
+    path = os.pathsep.join([folder, os.environ["PATH"]])
+    os.execve(words[0], words, {**os.environ, "PATH": path, "PDSH_SSH_ARGS_APPEND": ssh})
 
 
 def command_of(

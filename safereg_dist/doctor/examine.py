@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,48 +26,59 @@ TIMES = 3
 
 
 def examine_hosts(config: Config, hosts: Mapping[str, int], *, port: int) -> list[Finding]:
-    """Findings of all hosts of a hostfile, asked over ssh, with the rates of a ring of TCP."""
+    """Findings of all hosts of a hostfile, asked over ssh, with the rates of a ring of TCP.
+
+    Where none of them answers, those of this host.
+    """
     names = list(hosts)
     peers = [name.rpartition("@")[2] for name in names]
-    work = work_of(config, world_size=sum(hosts.values()), per_host=max(hosts.values()), gpu="")
+    sizes = dict(world_size=sum(hosts.values()), per_host=max(hosts.values()))
+    work = work_of(config, **sizes, gpu="")
     with _question(config, work, peers=peers, port=port) as question:
         found = ask_hosts(names, question)
-    silent = {host: why for host, why in found.items() if isinstance(why, str)}
-    answers = {host: a for host, a in found.items() if isinstance(a, Answer)}
-    findings = [
-        Finding(
-            check=f"ssh to {host}",
-            found=why,
-            expected="an answer",
-            verdict="FAIL",
-            remedy="set up ssh without a password, and the project at the same path there",
-        )
-        for host, why in silent.items()
-    ]
-    if not answers:
-        return findings
-    first = next(iter(answers.values()))
-    work = work_of(
-        config, world_size=sum(hosts.values()), per_host=max(hosts.values()), gpu=first.gpu
+        answers = {host: a for host, a in found.items() if isinstance(a, Answer)}
+        if not answers:
+            answers["this host"] = answer(question)
+    nobody = "this host" in answers
+    findings = _unanswered(
+        found,
+        check="ssh to {}",
+        expected="an answer; what follows is of this host alone" if nobody else "an answer",
+        remedy="set up ssh without a password, and the project at the same path there",
     )
+    work = work_of(config, **sizes, gpu=next(iter(answers.values())).gpu)
     findings += _of_answers(config, answers, work, port=port)
     if len(answers) > 1:
         links = measure_links(list(answers))
+        findings += _unanswered(
+            links,
+            check="link into {}",
+            expected="a transfer",
+            remedy="open the firewall between the hosts for all ports: ranks choose theirs",
+        )
         rates = {host: rate for host, rate in links.items() if isinstance(rate, float)}
-        findings += [
-            Finding(
-                check=f"link into {host}",
-                found=why,
-                expected="a transfer",
-                verdict="FAIL",
-                remedy="open the firewall between the hosts for all ports: ranks choose theirs",
-            )
-            for host, why in links.items()
-            if isinstance(why, str)
-        ]
         if rates:
             findings.append(checks.link_finding(rates, work, between_hosts=True))
     return findings
+
+
+def _unanswered(found: Mapping[str, object], *, check: str, **told: str) -> list[Finding]:
+    """One finding for the hosts that failed for the same reason, which is a text in `found`."""
+    alike: dict[str, dict[str, str]] = {}
+    for host, why in found.items():
+        if isinstance(why, str):
+            name = re.escape(host.rpartition("@")[2])
+            nameless = re.sub(rf"(?<![\w.-])(\S+@)?{name}(?![\w-])", "HOST", why)
+            alike.setdefault(nameless, {})[host] = why
+    return [
+        Finding(
+            check=check.format(", ".join(same)),
+            found=why if len(same) > 1 else next(iter(same.values())),
+            verdict="FAIL",
+            **told,
+        )
+        for why, same in alike.items()
+    ]
 
 
 def examine_ranks(config: Config, ranks: Ranks, *, port: int) -> list[Finding]:

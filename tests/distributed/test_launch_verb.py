@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.launching import ROOT
 from support.results import TIMES
 
 from safereg_dist.cli import main as safereg
@@ -75,7 +76,9 @@ def test_fsdp2_and_the_way_on_from_another_folder(project, launch, tmp_path):
 def test_the_command_that_is_printed(project, capsys, monkeypatch):
     def printed(*words: str) -> list[str]:
         assert safereg(["launch", str(project / "run.yaml"), "--print", *words]) == 0
-        return shlex.split(capsys.readouterr().out)
+        path, *rest = shlex.split(capsys.readouterr().out)
+        assert path == f"PATH={Path(sys.executable).parent}:$PATH"
+        return rest
 
     run = ["safereg_dist", "train", str(project / "run.yaml")]
     monkeypatch.chdir(project.parent)
@@ -91,7 +94,20 @@ def test_the_command_that_is_printed(project, capsys, monkeypatch):
     (project / "hosts").write_text("a slots=2\n")
     words = printed("--hostfile", str(project / "hosts"), "engine.name=fsdp2")
     own = ["--hostfile", str(project / "hosts"), "--master_port", "29500"]
-    assert words == [*runner, *own, "--module", *run, "engine.name=fsdp2"]
+    ssh = "PDSH_SSH_ARGS_APPEND=-o ServerAliveInterval=5 -o ServerAliveCountMax=6"
+    assert words == [ssh, *runner, *own, "--module", *run, "engine.name=fsdp2"]
+
+
+def test_the_page_shows_what_is_run(project, capsys, monkeypatch):
+    """The command in the docs, of an installation in /venv, is the one that `--print` shows."""
+    page = (ROOT / "docs" / "multi_node.md").read_text().replace("\\\n", " ")
+    (told,) = [line for line in page.splitlines() if line.startswith("    PATH=")]
+    monkeypatch.chdir(project)
+    for name, text in (("mine.yaml", (project / "run.yaml").read_text()), ("hosts", "a slots=2\n")):
+        (project / name).write_text(text)
+    assert safereg(["launch", "mine.yaml", "--hostfile", "hosts", "--print"]) == 0
+    own = told.replace("/venv/bin", str(Path(sys.executable).parent)).replace("/job", str(project))
+    assert shlex.split(capsys.readouterr().out) == shlex.split(own)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ def test_a_starter_for_rows_with_a_risk_reads_it(safereg, tmp_path):
     out = tmp_path / "run.yaml"
     told = safereg("init", "--model", "org/M-1", "--data", data, "--out", out)
     assert told == f"written: {out}; look it through\nnow: safereg audit {out}\n"
-    assert f"safereg train {out}" in out.read_text()
+    for verb in ("train {}", "doctor {} --hostfile hosts", "launch {} --hostfile hosts"):
+        assert f"  safereg {verb.format(out)}\n" in out.read_text()
     config = load_config(out)
     assert (config.model, config.data.train) == ("org/M-1", str(data))
     assert (config.risk.estimator, config.risk.path) == ("column", None)

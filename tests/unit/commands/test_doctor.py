@@ -127,6 +127,24 @@ def test_hosts_that_differ_are_named(config, tmp_path):
     assert (slow.verdict, "into b" in slow.found) == ("warn", True)
 
 
+def test_where_no_host_answers_this_one_is_examined(config, capsys, tmp_path):
+    """Names that no resolver knows: one line for both, whatever ssh says, and the checks here."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a.invalid slots=2\nuser@b.invalid slots=2\n")
+    status, found = findings(capsys, config, "--hostfile", hosts, "--port", 0)
+    assert status == 1
+    told = found.pop("ssh to a.invalid, user@b.invalid")
+    assert "of this host alone" in told["expected"]
+    assert not any(check.startswith(("ssh", "link")) for check in found)
+    alone = {"packages are there", "output_dir is one folder", "inputs are there", "disk"}
+    assert {f["verdict"] for name, f in found.items() if name in alone} == {"ok"}
+    assert alone | {"time of a save", "run folder"} == found.keys()
+    main(["doctor", str(config), "--hostfile", str(hosts)])
+    assert "of several hosts" not in capsys.readouterr().out
+    main(["doctor", str(config)])
+    assert "figures of one rank on this host; of several hosts: --" in capsys.readouterr().out
+
+
 def test_who_holds_the_folder_is_said(config, capsys):
     """This process, one of another host with and without a sign of life, and a dead one."""
     out = config.parent / "runs" / "one"
