@@ -171,10 +171,6 @@ def _gpu() -> str:
     return done.stdout.partition("\n")[0].strip()
 
 
-if __name__ == "__main__":
-    print(json.dumps(asdict(answer(Question(**json.load(sys.stdin))))))
-
-
 def _lack(path: Path) -> str:
     """What is not there of an input; empty where it is whole."""
     if not path.exists():
@@ -182,3 +178,7 @@ def _lack(path: Path) -> str:
     is_model = (path / "config.json").is_file()
     has_weights = any(path.glob("*.safetensors"))
     return f"{path}/*.safetensors" if is_model and not has_weights else ""
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(answer(Question(**json.load(sys.stdin))))))
