@@ -15,7 +15,7 @@ from safereg_dist.run.manifest import first_changed, read_manifest
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
 
 
-@pytest.mark.parametrize("launcher", cases(["torchrun", "openmpi"], ["no_ssh", "pdsh"]))
+@pytest.mark.parametrize("launcher", cases(["torchrun", "openmpi", "safereg"], ["no_ssh", "pdsh"]))
 def test_two_hosts_give_the_bits_of_one(hosts, folder, one_host, launcher):
     out = folder / launcher
     done = hosts([folder / "run.yaml", f"output_dir={out}"], launcher=launcher)

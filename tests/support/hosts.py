@@ -25,6 +25,8 @@ PROGRAMS = (
     "/usr/sbin/sshd",
 )
 LAUNCHERS = ("pdsh", "no_ssh", "torchrun", "openmpi")
+RANKS = rf"{FINETUNE.name}|safereg_dist train"
+"""What a rank's command line has, and a launcher's."""
 
 
 def missing() -> str | None:
@@ -135,12 +137,12 @@ class Hosts:
 
     def is_quiet(self) -> bool:
         """Whether no rank and no launcher runs on any host."""
-        return not any(self.run(host, "pgrep", "-f", FINETUNE.name).output for host in self._on())
+        return not any(self.run(host, "pgrep", "-f", RANKS).output for host in self._on())
 
     def end_processes(self) -> None:
         """SIGKILL to everything that a launch may have left."""
         for host in self._on():
-            self.run(host, "pkill", "-KILL", "-f", FINETUNE.name)
+            self.run(host, "pkill", "-KILL", "-f", RANKS)
 
     def _on(self) -> list[int]:
         return [host for host in self._all() if host not in self._off]
@@ -160,7 +162,8 @@ class Hosts:
     ) -> Launch:
         """The entry with `ranks` ranks on every host, as a user starts it.
 
-        `pdsh` and `openmpi` are started on host 0; `no_ssh` and `torchrun` on each.
+        `pdsh`, `openmpi` and `safereg` (its verb `launch`) are started on host 0; `no_ssh` and
+        `torchrun` on each.
         """
         self._launches += 1
         folder = self.folder / f"launch-{self._launches}"
@@ -229,6 +232,9 @@ def _commands(
     entry, deepspeed = str(FINETUNE), str(ROOT / "launch" / "deepspeed.sh")
     if launcher == "pdsh":
         return [[deepspeed, "--hostfile", str(hostfile), entry]]
+    if launcher == "safereg":
+        verb = [sys.executable, "-m", "safereg_dist", "launch"]
+        return [[*verb, "--hostfile", str(hostfile)]]
     if launcher == "no_ssh":
         told = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", "node0"]
         return [[deepspeed, *told, "--node_rank", str(host), entry] for host in range(count)]
