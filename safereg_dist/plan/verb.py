@@ -11,7 +11,7 @@ from safereg_dist.parallel.hardware import Gpu
 from safereg_dist.plan.named_shapes import shape_name
 from safereg_dist.plan.settings import Settings, near, settings_of
 from safereg_dist.plan.shape import ModelShape, read_fields, shape_of
-from safereg_dist.screen.progress import phase
+from safereg_dist.screen.progress import say
 
 UNFITTED_DEPTH = 0.5
 """Share of the layers that a probe is taken to read before it is fitted."""
@@ -58,9 +58,9 @@ def run_plan(asked: Asked) -> dict[str, Any]:
     fields = read_fields(model)
     is_megatron = asked.values.get("engine") == "megatron"
     settings = _layout_values(asked) if is_megatron else _settings(asked)
-    phase("loading torch and transformers, to count the parameters")
+    say("plan: loads torch and transformers, to count the model's parameters")
     shape = shape_of(fields, where=model)
-    phase("planning")
+    say("plan: works out memory, FLOPs, bytes and time")
     if isinstance(settings, Settings):
         planned = _zero_plan(shape, settings, asked)
     else:
@@ -69,7 +69,7 @@ def run_plan(asked: Asked) -> dict[str, Any]:
     if asked.figure is not None:
         from safereg_dist.plan.figures import save
 
-        phase(f"drawing {asked.figure}")
+        say(f"plan: draws {asked.figure}")
         try:
             save(planned.draw(), asked.figure)
         except (OSError, ValueError) as err:

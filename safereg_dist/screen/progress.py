@@ -1,5 +1,6 @@
-"""Progress bars on stderr: none where nobody watches, and none under `--quiet`."""
+"""Progress on stderr, in bars and lines: none where nobody watches, and none under `--quiet`."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,12 @@ def progress_bar(steps: Iterable[Any] | None = None, *, shown: bool = True, **ho
     return tqdm(steps, disable=not shows_bars(shown), **how)
 
 
+def say(text: str) -> None:
+    """One line on stderr of what goes on, by the launcher's first rank; none under `quiet`."""
+    if not _is_quiet and os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
 def shows_bars(shown: bool) -> bool:
     """True if `progress_bar(shown=shown)` is to be seen."""
     return shown and not _is_quiet and sys.stderr.isatty()
@@ -48,12 +55,3 @@ def bars_of_transformers(*, shown: bool) -> Iterator[None]:
     finally:
         if had_bars:
             logging.enable_progress_bar()
-
-
-def phase(text: str) -> None:
-    """Says on stderr what takes the next seconds, in one line, but not under `quiet`.
-
-    Unlike a bar it is also shown where stderr is no terminal: call it on one rank.
-    """
-    if not _is_quiet:
-        print(f"{text} ...", file=sys.stderr, flush=True)
