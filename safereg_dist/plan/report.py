@@ -121,7 +121,7 @@ def _stored(plan: Plan, price: StoredPrice) -> str:
     if price.probe_seconds:
         rows.append(("the probe on all rows, once, as in training", _time(price.probe_seconds)))
     rows += [("seconds less a step", f"{price.saved_seconds:.3f}"), ("it has paid", pays)]
-    return table("Stored reference (`safereg reference build`)", ("", ""), rows)
+    return table("Stored reference (`safereg reference build`)", ("", "number"), rows)
 
 
 def _time(seconds: float) -> str:

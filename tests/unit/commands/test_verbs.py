@@ -162,6 +162,7 @@ def test_a_misspelt_word_gets_the_nearest(words, said, capsys):
 def test_json_on_stdout_is_alone_there(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SMALL_MODEL))
     words = ["plan", "--model-config", str(tmp_path / "config.json"), "--world-size", "2"]
+    words += ["--quiet"]
     assert main(words) == 0
     text = capsys.readouterr().out
     assert main([*words, "--json", "-"]) == 0
