@@ -104,13 +104,10 @@ def test_models_without_weights(name, tmp_path, capsys):
     per_layer = sum(64 * (inside + out) for inside, out in matrices(name))
     assert TABLE.lora_parameters(name) == fields["num_hidden_layers"] * per_layer
 
-    (tmp_path / "config.json").write_text(json.dumps(fields))
     plan = TABLE.plan_of(name, load_config(FOLDER / f"{name}.yaml"))
-    s = plan.settings
-    words = ["plan", "--model-config", tmp_path, "--world-size", s.world_size]
-    words += ["--gpu", plan.gpu.name, "--seq-length", 2048, "--micro-batch", s.micro_batch]
-    words += ["--grad-accum", s.grad_accum, "--activation-checkpointing", "--probe-depth", 0.5]
-    assert safereg([str(w) for w in [*words, "--json", tmp_path / "plan.json"]]) == 0
+    words = ["plan", FOLDER / f"{name}.yaml", "--world-size", plan.settings.world_size]
+    words += ["--gpu", plan.gpu.name, "--json", tmp_path / "plan.json"]
+    assert safereg([str(word) for word in words]) == 0
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["fits"]
     assert found["arms"]["routed"]["gpu_bytes"] == plan.chosen.memory.gpu
