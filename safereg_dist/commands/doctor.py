@@ -12,6 +12,7 @@ from pathlib import Path
 from safereg_dist.commands.options import add_config, add_json, example
 from safereg_dist.commands.outcome import Outcome, command
 from safereg_dist.errors import EXIT_DONE, EXIT_FAILED
+from safereg_dist.screen.progress import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,15 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """Examines and prints; fails where something would."""
     from safereg_dist.config import load_config
-    from safereg_dist.doctor.examine import examine_hosts, examine_ranks
     from safereg_dist.doctor.finding import table
     from safereg_dist.doctor.remote import read_hostfile
-    from safereg_dist.parallel.distributed import distributed_ranks
 
     config = load_config(arguments.config, list(arguments.overrides))
+    hosts = None if arguments.hostfile is None else read_hostfile(arguments.hostfile)
+    say("doctor: loads the libraries")  # what is given, above, is read without them
+    from safereg_dist.doctor.examine import examine_hosts, examine_ranks
+    from safereg_dist.parallel.distributed import distributed_ranks
+
     shows, about = True, ""
-    if arguments.hostfile is not None:
-        found = examine_hosts(config, read_hostfile(arguments.hostfile), port=arguments.port)
+    if hosts is not None:
+        found = examine_hosts(config, hosts, port=arguments.port)
     else:
         with distributed_ranks() as ranks:
             found = examine_ranks(config, ranks, port=arguments.port)

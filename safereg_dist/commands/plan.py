@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"GPUs that share {what} (default: 1; with --engine megatron proposed)",
         )
     parser.add_argument(
-        "--rows-per-pass", type=int, help="rows of a reference forward (default: --micro-batch)"
+        "--rows-per-pass",
+        type=int,
+        help="rows of a reference forward (default: the configuration's, else --micro-batch)",
     )
     parser.add_argument(
         "--head-bytes",

@@ -19,6 +19,7 @@ from safereg_dist.doctor.remote import ask_hosts, measure_links
 from safereg_dist.doctor.work import Work, work_of
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.screen.progress import say
 
 GATHERED_BYTES = 16 << 20
 """Of each rank in a timed all-gather."""
@@ -35,6 +36,7 @@ def examine_hosts(config: Config, hosts: Mapping[str, int], *, port: int) -> lis
     sizes = dict(world_size=sum(hosts.values()), per_host=max(hosts.values()))
     work = work_of(config, **sizes, gpu="")
     with _question(config, work, peers=peers, port=port) as question:
+        say(f"doctor: asks {len(names)} hosts over ssh")
         found = ask_hosts(names, question)
         answers = {host: a for host, a in found.items() if isinstance(a, Answer)}
         if not answers:
@@ -49,6 +51,7 @@ def examine_hosts(config: Config, hosts: Mapping[str, int], *, port: int) -> lis
     work = work_of(config, **sizes, gpu=next(iter(answers.values())).gpu)
     findings += _of_answers(config, answers, work, port=port)
     if len(answers) > 1:
+        say("doctor: measures the links between them")
         links = measure_links(list(answers))
         findings += _unanswered(
             links,

@@ -212,6 +212,11 @@ def settings_of(config: Config, *, world_size: int, **given: Any) -> Settings:
         ConfigError: a run that cannot be planned, as one with ZeRO-1 or 2.
     """
     arm = "sft"
+    if not config.needs_reference and given.get("arm") == "stored":
+        raise ConfigError(
+            f"regularizer.objective={config.regularizer.objective} runs no reference: leave "
+            "--stored-reference out"
+        )
     if config.needs_reference:
         arm = "routed" if config.reference.cache is None else "stored"
     own: dict[str, Any] = dict(

@@ -66,6 +66,12 @@ def test_a_run_is_planned_as_it_is_configured(tmp_path, capsys):
     wanted |= {"activation_checkpointing": False, "arm": "stored", "grad_accum": 4}
     assert {name: found["settings"][name] for name in wanted} == wanted
     assert "data.max_length" not in text
+    plain = (config, "--world-size", 16, "regularizer.objective=none", "reference.balance=none")
+    found, text = planned(capsys, *plain)
+    assert found["settings"]["arm"] == "sft"
+    assert "tored reference (" not in text
+    told = planned(capsys, *plain, "--stored-reference", status=2)
+    assert "runs no reference: leave --stored-reference out" in told
 
 
 def test_the_probe_of_a_run_is_priced(tmp_path, capsys):
