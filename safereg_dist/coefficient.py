@@ -114,7 +114,8 @@ class Coefficient:
     ) -> None:
         """`ceilings` maps a category to its largest coefficient, where one is configured."""
         self.threshold = resolved_threshold(config, threshold)
-        self._config = config
+        self.config = config
+        """The section of the configuration that it follows."""
         self._ranks = ranks
         self._by_category = {
             category: replace(config, ceiling=ceiling)
@@ -135,7 +136,7 @@ class Coefficient:
         risk is raised; with granularity `batch` on all ranks together.
         Collectives: none; with granularity `batch` one SUM all-reduce of 16 bytes each.
         """
-        if risk.error is not None and self._config.granularity == "batch":
+        if risk.error is not None and self.config.granularity == "batch":
             self._sum_over_ranks(float("nan"), 1)
             self._ranks.raise_together(risk.error)
         known, found = risk.value, []
@@ -150,7 +151,7 @@ class Coefficient:
         return found
 
     def _of_micro_batch(self, rows: Sequence[Row], risk: RowRisks) -> list[float]:
-        config = self._config
+        config = self.config
         if config.objective == "none":
             return [0.0] * len(rows)
         if config.objective == "static":
@@ -172,13 +173,13 @@ class Coefficient:
             return common
         if self._controller is not None:
             is_risky = known_risk(risk.values[index]) >= self.threshold
-            return self._controller.coefficient if is_risky else self._config.floor
+            return self._controller.coefficient if is_risky else self.config.floor
         if not self._by_category:
-            return scheduled(known_risk(risk.values[index]), self._config, self.threshold)
+            return scheduled(known_risk(risk.values[index]), self.config, self.threshold)
         return max(
             scheduled(
                 known_risk(values[index]),
-                self._by_category.get(category, self._config),
+                self._by_category.get(category, self.config),
                 self.threshold,
             )
             for category, values in risk.by_category.items()
@@ -198,7 +199,7 @@ class Coefficient:
             return self._ema or 0.0
         mean = risk_sum / count
         before = mean if self._ema is None else self._ema
-        self._ema = self._config.ema * before + (1 - self._config.ema) * mean
+        self._ema = self.config.ema * before + (1 - self.config.ema) * mean
         return self._ema
 
     def _sum_over_ranks(self, risk_sum: float, count: int) -> tuple[float, float]:

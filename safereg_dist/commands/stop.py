@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Asks, and waits if told to; the exit status."""
     from safereg_dist.run.stop import request_stop, wait_for_stop
+    from safereg_dist.run.watching import how_it_goes_on
 
     request_stop(arguments.run_dir)
     if not arguments.wait:
@@ -38,5 +39,5 @@ def run(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     show = partial(print, file=sys.stderr, flush=True)
     wait_for_stop(arguments.run_dir, timeout_s=arguments.timeout, show=show)
-    print(f"{arguments.run_dir} has ended; the same command as before goes on with it")
+    print(f"{arguments.run_dir} has ended; {how_it_goes_on(arguments.run_dir)}")
     return EXIT_DONE

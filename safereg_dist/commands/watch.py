@@ -23,7 +23,8 @@ _BARS = "".join(map(chr, range(0x2581, 0x2589)))  # eighths of a block, from low
 _PLAIN_BARS = "_.-:=+*#"
 _SPARKS = 40
 _LISTED = 3
-_COLOURS = {"running": "green", "complete": "green", "stopping": "yellow", "dead": "red"}
+_COLOURS = {"running": "green", "complete": "green", "stopping": "yellow"}
+_COLOURS |= {"failed": "red", "dead": "red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def _seconds(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Shows the run until it is complete, or Ctrl-C; 0."""
+    """Shows the run until it has ended for good, or Ctrl-C; 0."""
     from rich.console import Console
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -66,13 +67,13 @@ def _follow(console: "Console", folder: Path, *, every_s: float, once: bool) -> 
     from rich.live import Live
 
     from safereg_dist.run.metrics import METRICS_NAME
-    from safereg_dist.run.watching import MetricsTail, look_at
+    from safereg_dist.run.watching import ENDED, MetricsTail, look_at
 
     tail = MetricsTail(folder / METRICS_NAME)
     view = look_at(folder, tail)
     if once or not console.is_terminal:
         console.print(frame(folder, view, tail, console), soft_wrap=True)
-        while not once and view.state != "complete":
+        while not once and view.state not in ENDED:
             time.sleep(every_s)
             before, view = view, look_at(folder, tail)
             if view != before:
@@ -80,7 +81,7 @@ def _follow(console: "Console", folder: Path, *, every_s: float, once: bool) -> 
         return
     with Live(console=console, auto_refresh=False) as live:
         live.update(frame(folder, view, tail, console), refresh=True)
-        while view.state != "complete":
+        while view.state not in ENDED:
             time.sleep(every_s)
             view = look_at(folder, tail)
             live.update(frame(folder, view, tail, console), refresh=True)

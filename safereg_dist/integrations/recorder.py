@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 
 from safereg_dist.errors import CheckpointError
-from safereg_dist.factory.prepare import read_settings
-from safereg_dist.models.versions import versions_of
+from safereg_dist.factory.prepare import config_of
+from safereg_dist.models.versions import UNKNOWN, versions_of
 from safereg_dist.run.folder import sole_writer
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
 from safereg_dist.run.stop import forget_stop, stop_file
+from safereg_dist.run.tracking import TRACKING_NAME
 from safereg_dist.step import SafetyRegularizer, StepPlan
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.storage.json_text import parse_json
@@ -27,36 +28,72 @@ _COUNTS_OF_RISK = ("risk_unknown", "risk_failed", "risky_rows/")
 """How the names of counts begin that sources of risk report."""
 
 
-def settings_of(given: str | Path | Mapping[str, Any], args: Any) -> dict[str, Any]:
-    """The settings as a mapping; what a Trainer's arguments already say is filled in from them.
+_STACK = ("safereg_dist", "torch", "transformers", "accelerate", "datasets", "trl", "peft")
 
-    Raises:
-        ConfigError: a file that cannot be read.
-    """
-    settings: dict[str, Any] = read_settings(given)
+
+def settings_of(settings: Mapping[str, Any], args: Any) -> dict[str, Any]:
+    """The settings, filled in with what a Trainer's arguments already say."""
     known = {
         "micro_batch_size": args.per_device_train_batch_size,
+        "grad_accum_steps": args.gradient_accumulation_steps,
         "precision": "bf16" if args.bf16 else "fp32",
     }
     return {**settings, "train": {**known, **(settings.get("train") or {})}}
+
+
+def describe_trainer(
+    trainer: Any, regularizer: SafetyRegularizer, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `config.yaml` says of a Trainer's run, in the form of a run of our own.
+
+    Of `data` and `train` what is known, nothing of the optimizer and the engine, which are the
+    Trainer's; without `settings` (a ready regulariser) nothing of the risk either.
+    """
+    name = trainer.model.name_or_path
+    told: dict[str, Any] = {
+        "model": name,
+        "data": {},
+        "regularizer": regularizer.coefficient.config.model_dump(),
+        "train": {},
+    }
+    if settings:
+        config = config_of(settings, name or "-")
+        told |= config.model_dump(include={"reference", "risk"})
+        told["data"] = config.data.model_dump(exclude_unset=True)
+        told["train"] = config.train.model_dump(exclude_unset=True)
+    if told["data"].get("train", "-") == "-":
+        told["data"]["train"] = _name_of(trainer.train_dataset)
+    for adapter in getattr(trainer.model, "peft_config", {}).values():
+        if not adapter.inference_mode:
+            told["lora"] = {"rank": adapter.r, "alpha": adapter.lora_alpha}
+    return {**told, "output_dir": str(trainer.args.output_dir)}
+
+
+def _name_of(dataset: Any) -> str:
+    """A hub data set's own; `datasets` does not keep the names of files that it has read."""
+    info = getattr(dataset, "info", None)
+    name = getattr(info, "dataset_name", None)
+    return name if name and name != getattr(info, "builder_name", None) else "train_dataset"
 
 
 class Recorder:
     """Writes `metrics.jsonl` and the ledger into a folder, and averages metrics between logs."""
 
     def __init__(
-        self, regularizer: SafetyRegularizer, folder: Path, settings: Mapping[str, Any]
+        self, regularizer: SafetyRegularizer, folder: Path, config: Mapping[str, Any]
     ) -> None:
+        """`config`: what `config.yaml` says, but for the steps."""
         self._regularizer = regularizer
         self._ranks = regularizer.ranks
         self._folder = folder
-        self._settings = settings
+        self._config = config
         self._log: RunLog | None = None
         self._held = ExitStack()
         """The lock of the folder, from `start` to `finish`."""
         self._since: dict[str, list[float]] = defaultdict(list)
         self._last = time.perf_counter()
-        self._steps = 0
+        self._total_steps: int | None = None
+        """None where the stack does not say."""
         self.is_stop_requested = False
         """Whether the stop file was seen at the last step; the same on all ranks."""
 
@@ -82,16 +119,28 @@ class Recorder:
             if ranks.is_main:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 forget_stop(self._folder)  # it was meant for the run before
-                if self._settings:
-                    text = yaml.safe_dump(json.loads(json.dumps(self._settings, default=str)))
-                    write_atomically(self._folder / "config.yaml", text)
+                self._write_config({})
         self._log = RunLog(
             self._folder,
             ranks,
             metrics_bytes=position["metrics_bytes"],
             ledger_bytes=position["ledger_bytes"],
         )
+
+    def begin(self, total_steps: int) -> None:
+        """Notes how long the run is to be, before its first step. Collectives: gather of texts."""
+        self._total_steps = total_steps
+        with self._ranks.together():
+            if self._ranks.is_main:
+                self._write_config({"steps": total_steps})
+                known = {"total_steps": total_steps, "resumed_by": "resume_from_checkpoint"}
+                write_atomically(self._folder / TRACKING_NAME, json.dumps(known) + "\n")
         self._last = time.perf_counter()
+
+    def _write_config(self, train: Mapping[str, Any]) -> None:
+        config = {**self._config, "train": {**(self._config.get("train") or {}), **train}}
+        text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False)
+        write_atomically(self._folder / "config.yaml", text)
 
     def _load(self, state: Path) -> dict[str, Any]:
         try:
@@ -125,7 +174,6 @@ class Recorder:
             step=plan.step, lr=lr, grad_norm=float(grad_norm), step_time_s=now - self._last
         )
         self._last = now
-        self._steps = plan.step + 1
         for name, value in row.items():
             self._since[name].append(value)
         if log is not None:
@@ -173,12 +221,12 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         """Closes the logs of a run that has failed; `finish` has closed those of others."""
-        with self._held:
-            if self._log is not None:
-                with self._log:
-                    self._log = None
+        if self._log is not None:
+            with self._log:
+                self._log = None
+        self._held.__exit__(*error)
 
     def pause(self) -> None:
         """Ends the logs of a run that goes on later. Collectives: one gather of texts."""
@@ -189,8 +237,10 @@ class Recorder:
             forget_stop(self._folder)
         self._held.close()
 
-    def finish(self) -> None:
+    def finish(self, steps: int) -> None:
         """Ends the logs: the ledgers of all ranks become one, whose last hash the summary keeps.
+
+        With fewer than all `steps` done (early stopping, a callback) the run is not complete.
 
         Raises:
             DataError: see `RiskSource.finish`.
@@ -203,13 +253,17 @@ class Recorder:
         with self._ranks.together():
             if self._ranks.is_main:
                 head = merge_ledgers(self._folder, self._ranks.world_size)
+                found = versions_of(*_STACK)
+                is_complete = steps >= (self._total_steps or 0)
                 summary = {
-                    "status": "complete",
-                    "steps": self._steps,
+                    "status": "complete" if is_complete else "ended early",
+                    "steps": steps,
+                    "total_steps": self._total_steps,
                     "world_size": self._ranks.world_size,
                     "threshold": self._regularizer.coefficient.threshold,
                     "ledger": {"head": head.head, "rows": head.rows},
-                    "versions": versions_of("safereg_dist", "torch", "transformers"),
+                    "rank_changes": [change._asdict() for change in head.rank_changes],
+                    "versions": {name: v for name, v in found.items() if v != UNKNOWN},
                 }
                 write_atomically(
                     self._folder / "summary.json", json.dumps(summary, indent=2) + "\n"

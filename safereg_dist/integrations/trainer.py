@@ -17,11 +17,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from safereg_dist.errors import EXIT_REQUEUE
-from safereg_dist.factory.prepare import config_of, prepare
+from safereg_dist.factory.prepare import config_of, prepare, read_settings
 from safereg_dist.integrations.anchors import with_anchors
 from safereg_dist.integrations.checks import check_trainer
 from safereg_dist.integrations.collator import COLUMNS, KEY, RowCollator
-from safereg_dist.integrations.recorder import Recorder, settings_of
+from safereg_dist.integrations.recorder import Recorder, describe_trainer, settings_of
 from safereg_dist.integrations.risk_column import check_risk_column
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.reference import NoReference
@@ -63,25 +63,30 @@ class SafeRegMixin(_Trainer):
                 be held back than `risk.max_held_back` allows.
             DataError: a `risk` column that cannot be used.
         """
+        settings: Mapping[str, Any] = {}
+        if not isinstance(safereg, SafetyRegularizer):
+            with current_ranks().together():  # a typo is said before TRL loads the model
+                settings = read_settings(safereg)
+                config_of(settings, "-")
         super().__init__(*args, **kwargs)
         ranks = current_ranks()
         with ranks.together():
             check_trainer(self)
         has_loss = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # else older Trainers divide by the batches again
-        settings: Mapping[str, Any] = {}
+        tokenizer = getattr(self, "processing_class", None)
         if not isinstance(safereg, SafetyRegularizer):
             with ranks.together():
-                settings = settings_of(safereg, self.args)
+                settings = settings_of(settings, self.args)
                 config = config_of(settings, "-")
                 check_risk_column(self.train_dataset, config, announces=ranks.is_main)
-            tokenizer = getattr(self, "processing_class", None)
             model: Any = self.model
             safereg = prepare(model, settings, tokenizer=tokenizer)
-            self._mix_anchors(settings, tokenizer)
         self.safereg = safereg
+        folder = Path(str(self.args.output_dir))
+        self._recorder = Recorder(safereg, folder, describe_trainer(self, safereg, settings))
+        self._mix_anchors(settings, tokenizer)
         self._keeps_loss = has_loss and self._loss_is_plain(settings)
-        self._recorder = Recorder(safereg, Path(str(self.args.output_dir)), settings)
         self.data_collator = RowCollator(self.data_collator, needs_positions=self._packs_rows())
         if isinstance(self.train_dataset, IterableDataset):
             # Rows travel as objects: each rank reads its own, none are sent from the first rank.
@@ -228,7 +233,7 @@ class SafeRegMixin(_Trainer):
             if self._recorder.is_stop_requested and self.state.global_step < self.state.max_steps:
                 self._recorder.pause()
                 raise SystemExit(EXIT_REQUEUE)
-            self._recorder.finish()
+            self._recorder.finish(self.state.global_step)
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
@@ -247,6 +252,7 @@ class _StepEnd(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self._trainer
         trainer.safereg.bind(trainer.model_wrapped)
+        trainer._recorder.begin(state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self._trainer

@@ -5,7 +5,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safereg_dist.models.versions import versions_of
 from safereg_dist.parallel.comm import Ranks, Result, capture
 from safereg_dist.run.checkpoint import config_hash, differences, is_hash_of
 from safereg_dist.run.lock import RunLock, is_lock
+from safereg_dist.run.stop import failure_noted
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.storage.json_text import parse_json
 
@@ -58,7 +59,8 @@ def sole_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
         while not ranks.max_over_ranks(capture(lock.take) if ranks.is_main else Result(0)):
             pass
         _require_one_folder(folder, lock, ranks)
-        yield
+        with failure_noted(folder) if ranks.is_main else nullcontext():
+            yield
     finally:
         lock.release()
 

@@ -1,5 +1,5 @@
-"""Asking a run to save and end: by a file in its folder, which every launcher leaves alone, or by
-a signal to one of its ranks."""
+"""How a run ends: asked to by a file in its folder, which every launcher leaves alone, or by a
+signal to one of its ranks; of itself; or by an error, which it leaves a note of."""
 
 import os
 import signal
@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safereg_dist.errors import CheckpointError
+from safereg_dist.errors import CheckpointError, reason_of
+from safereg_dist.run.lock import holder_of
+from safereg_dist.run.rank_log import masked, secrets_of_environment
 from safereg_dist.storage.atomic import write_atomically
 
 _SAVES = (signal.SIGUSR1, signal.SIGTERM)
@@ -48,12 +50,31 @@ def forget_stop(folder: Path) -> None:
         stop_file(folder).unlink()
 
 
+def failure_file(folder: Path) -> Path:
+    """The file that says by which error the last start of the run in this folder ended."""
+    return folder / "failed"
+
+
+@contextmanager
+def failure_noted(folder: Path) -> Iterator[None]:
+    """A block whose error is noted in the folder of its run, until the next such block begins."""
+    failure_file(folder).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as err:
+        if (folder / "config.yaml").is_file():  # else no run has begun, and the folder stays free
+            text = masked(f"{type(err).__name__}: {reason_of(err)}", secrets_of_environment())
+            with suppress(CheckpointError):  # the disk may be full
+                write_atomically(failure_file(folder), text)
+        raise
+
+
 def request_stop(folder: Path) -> None:
     """Writes the stop file of a run.
 
     Raises:
-        CheckpointError: not the folder of a run, a run that has ended, or a folder that cannot be
-            written.
+        CheckpointError: not the folder of a run, a run that has ended or does not run, or a folder
+            that cannot be written.
     """
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(
@@ -62,6 +83,10 @@ def request_stop(folder: Path) -> None:
         )
     if has_ended(folder):
         raise CheckpointError(f"the run in {folder} is complete: there is nothing to stop")
+    if holder_of(folder) is None:
+        raise CheckpointError(
+            f"expected a run at work in {folder}, nobody holds its lock: there is nothing to stop"
+        )
     write_atomically(stop_file(folder), "")
 
 

@@ -258,15 +258,19 @@ class _Memory:
 
 
 def read_tracking(path: Path) -> dict[str, Any]:
-    """What `tracking.json` holds: `ids` and `dropped` by tracker, `total_steps` or None."""
+    """What `tracking.json` holds: `ids` and `dropped` by tracker, `total_steps` or None.
+
+    `resumed_by` is what goes on with the run; None where its command does.
+    """
     try:
         found = parse_json(path.read_bytes())
     except (OSError, ValueError):
         found = None
     found = found if isinstance(found, dict) else {}
-    steps = found.get("total_steps")
+    steps, resumed_by = found.get("total_steps"), found.get("resumed_by")
     return {
         "total_steps": steps if isinstance(steps, int) else None,
+        "resumed_by": resumed_by if isinstance(resumed_by, str) else None,
         "ids": _texts(found.get("ids")),
         "dropped": _texts(found.get("dropped")),
     }

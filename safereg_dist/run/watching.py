@@ -15,12 +15,14 @@ from typing import IO, Any
 from safereg_dist.errors import printable
 from safereg_dist.run.alerts import ALERTS_NAME, read_alerts
 from safereg_dist.run.lock import holder_of
-from safereg_dist.run.stop import has_ended, stop_file
+from safereg_dist.run.stop import failure_file, has_ended, stop_file
 from safereg_dist.run.tracking import TRACKING_NAME, read_tracking
 from safereg_dist.storage.json_text import json_object
 
 WATCHED = ("loss", "risky_fraction", "divergence", "canary_refusal")
 """The metrics that are shown over time."""
+ENDED = ("complete", "ended early")
+"""States, and a summary's `status`, of runs that nobody goes on with."""
 _RECENT = 20
 """Steps whose median time says how long the rest will take."""
 _LOG_BYTES = 64 << 10
@@ -80,7 +82,8 @@ class RunView:
     """A run at one moment."""
 
     state: str
-    """`waiting`, `starting`, `running`, `stopping`, `complete`, `stopped` or `dead`."""
+    """`waiting`, `starting`, `running`, `stopping`, `stopped`, `failed`, `dead`, `complete` or
+    `ended early`."""
     note: str
     """What the state means here."""
     step: int
@@ -135,15 +138,31 @@ def state_of(folder: Path) -> tuple[str, str]:
             return "starting", f"{holder.name} builds it"
         return "waiting", f"no run in {folder} yet"
     if has_ended(folder):
-        return "complete", "see summary.json and report.html"
+        files = [name for name in ("summary.json", "report.html") if (folder / name).is_file()]
+        summary = json_object(_end_of(folder / "summary.json").encode()) or {}
+        is_early = summary.get("status") == ENDED[1]
+        return ENDED[is_early], f"see {' and '.join(files)}"
     if holder is None:
-        return "stopped", "the same command goes on with it"
+        if failure := _end_of(failure_file(folder)):
+            return "failed", failure
+        return "stopped", how_it_goes_on(folder)
     if not holder.is_alive:
         ago = timedelta(seconds=round(holder.silent_s))
         return "dead", f"no sign of life of {holder.name} for {ago}"
     if stop_file(folder).exists():
         return "stopping", "it saves after this step, and ends"
     return "running", holder.name
+
+
+def how_it_goes_on(folder: Path) -> str:
+    """Half a sentence: what goes on with the run in a folder that has saved and ended."""
+    resumed_by = read_tracking(folder / TRACKING_NAME)["resumed_by"]
+    if resumed_by is None:
+        return "the same command goes on with it"
+    saved = checkpoints_in(folder)
+    if not saved:
+        return "it has no checkpoint, and would begin anew"
+    return f"{printable(resumed_by, 40)} goes on from {saved[-1]}"
 
 
 def warnings_in(folder: Path) -> list[str]:

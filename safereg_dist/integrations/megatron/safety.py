@@ -165,7 +165,8 @@ class MegatronSafety:
             error = error or capture(run.stored.flush).error
         run.layout.world.raise_together(error)
         if run.recorder is not None:
-            error = capture(run.recorder.finish).error
+            recorder = run.recorder
+            error = capture(lambda: recorder.finish(self.step)).error
         run.layout.world.raise_together(error)
 
     # ---- one step

@@ -142,6 +142,11 @@ def test_settings(tmp_path, reference, given, message):
         make(tmp_path, reference, safereg=whole)
 
 
+def test_a_typo_is_said_before_a_model_is_loaded():
+    with pytest.raises(ConfigError, match=r"'risk\.estimatr': did you mean 'estimator'"):
+        SafeRegSFTTrainer(model="no/such/model", safereg={"risk": {"estimatr": "column"}})
+
+
 def test_a_data_set_without_a_risk_column(tmp_path, reference):
     with pytest.raises(DataError, match=r"needs a column `risk` in train_dataset, which has input"):
         make(tmp_path, reference, train_dataset=dataset(8, risk=False))

@@ -7,10 +7,14 @@ and `safereg report` reads the folder.
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from support.builders import tiny_model
 from support.trainer_runs import (
+    SMALL,
     Losses,
     dataset,
     metrics_rows,
@@ -20,14 +24,19 @@ from support.trainer_runs import (
     weights,
     write_reference,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from safereg_dist.errors import CheckpointError
 from safereg_dist.evaluate.report import write_report
+from safereg_dist.evaluate.report.reading import read_arms
+from safereg_dist.evaluate.report.summary import method_of, risk_of
+from safereg_dist.evaluate.report.trained import steps_of
+from safereg_dist.integrations.recorder import describe_trainer
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.reference import EngineModel
 from safereg_dist.risk.probe import Probe
 from safereg_dist.run.ledger import verify_ledger
+from safereg_dist.run.watching import MetricsTail, look_at, state_of
 
 ADAPTIVE = {"regularizer": {"granularity": "batch", "ema": 0.7, "schedule": "linear"}}
 
@@ -55,6 +64,10 @@ def test_resumed_run_has_the_same_bits(tmp_path, end):
     assert len(losses) == 6
     assert len(set(losses)) == 6
     before, _, _ = run(tmp_path / "again", reference, **end)
+    state, note = state_of(tmp_path / "again")
+    assert state == ("ended early" if "stop" in end else "stopped")
+    if "crash" in end:
+        assert note == "resume_from_checkpoint goes on from checkpoint-3"
     after, resumed, made = run(tmp_path / "again", reference, resume=True)
     assert made.state.global_step == 6
     assert before[:3] + after == losses
@@ -63,9 +76,59 @@ def test_resumed_run_has_the_same_bits(tmp_path, end):
     ledgers = [(tmp_path / name / "ledger.jsonl").read_text() for name in ("whole", "again")]
     assert ledgers[0] == ledgers[1]
     summary = json.loads((tmp_path / "again" / "summary.json").read_text())
-    assert summary["steps"] == 6
+    assert (summary["status"], summary["steps"], summary["total_steps"]) == ("complete", 6, 6)
     assert verify_ledger(tmp_path / "again").rows == 24
-    assert "Ledger" in write_report([tmp_path / "again"]).read_text()
+
+
+def test_its_folder_says_what_a_run_of_our_own_says(tmp_path):
+    """Data that a hub data set or the settings name, else `train_dataset`; LoRA's rank."""
+    reference = write_reference(tmp_path / "reference")
+    _, _, made = run(tmp_path / "plain", reference, stop=4)
+    view = look_at(tmp_path / "plain", MetricsTail(tmp_path / "plain" / "metrics.jsonl"))
+    assert (view.state, view.step, view.total_steps) == ("ended early", 4, 6)
+    (arm,) = read_arms([tmp_path / "plain"], may_be_empty=set())
+    assert steps_of(arm) == "4 of 6"
+    assert method_of(arm) == "convex, linear"
+    assert risk_of(arm) == "column, from 0.5"
+    assert [tally.name for tally in arm.ledger.by["source"]] == ["train_dataset"]
+    assert arm.config["train"] == {
+        "micro_batch_size": 2,
+        "grad_accum_steps": 2,
+        "precision": "fp32",
+        "steps": 6,
+    }
+    hub = dataset(40)
+    hub.info.builder_name, hub.info.dataset_name = "parquet", "beavertails"
+    adapted = get_peft_model(tiny_model(**SMALL), LoraConfig(r=3, target_modules="all-linear"))
+    made = trainer(
+        tmp_path / "lora",
+        model=adapted,
+        safereg={"risk": {"estimator": "column", "max_held_back": 1.0}},
+        train_dataset=hub,
+        args={"max_steps": 1},
+    )
+    made.train()
+    (arm,) = read_arms([tmp_path / "lora"], may_be_empty=set())
+    assert method_of(arm) == "convex, step, LoRA r 3"
+    assert [tally.name for tally in arm.ledger.by["source"]] == ["beavertails"]
+    ready = trainer(tmp_path / "ready", safereg=made.safereg, model=made.model)
+    assert method_of(replace(arm, config=describe_trainer(ready, made.safereg, {}))) == (
+        "convex, step, LoRA r 3"
+    )
+    assert "convex, step, LoRA r 3" in write_report([tmp_path / "lora"]).read_text()
+
+
+def test_an_error_is_said_to_who_watches(tmp_path):
+    reference = write_reference(tmp_path / "reference")
+
+    class Broken(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            raise ValueError("disk gone")
+
+    made = trainer(tmp_path / "run", safereg=settings(reference), callbacks=[Broken()])
+    with pytest.raises(ValueError, match="disk gone"):
+        made.train()
+    assert state_of(tmp_path / "run") == ("failed", "ValueError: disk gone")
 
 
 def test_a_stop_file_saves_and_ends_the_program(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 from safereg_dist.cli import main
 from safereg_dist.commands.watch import sparkline
 from safereg_dist.run.lock import STALE_S, RunLock, holder_of
+from safereg_dist.run.stop import failure_noted
 from safereg_dist.run.watching import MetricsTail, checkpoints_in, look_at, state_of
 
 
@@ -95,15 +96,49 @@ def test_states(folder):
     lock.release()
     assert not file.exists()
     (folder / "stop").unlink()
-    later = time.time() + 1
-    (folder / "summary.json").touch()
-    os.utime(folder / "summary.json", (later, later))
-    assert state_of(folder)[0] == "complete"
+    for text, state in (("", "complete"), ('{"status": "ended early"}\n', "ended early")):
+        (folder / "summary.json").write_text(text)
+        os.utime(folder / "summary.json", (time.time() + 1,) * 2)
+        assert state_of(folder) == (state, "see summary.json")
     (folder / "summary.json").unlink()
     (folder / "config.yaml").unlink()
     assert lock.take()
     assert state_of(folder)[0] == "starting"
     lock.release()
+
+
+def test_what_goes_on_with_a_run_of_another_stack(folder):
+    known = {"total_steps": 10, "resumed_by": "resume_from_checkpoint"}
+    (folder / "tracking.json").write_text(json.dumps(known))
+    assert state_of(folder) == ("stopped", "it has no checkpoint, and would begin anew")
+    (folder / "checkpoint-4").mkdir()
+    assert state_of(folder) == ("stopped", "resume_from_checkpoint goes on from checkpoint-4")
+
+
+def test_an_error_is_noted_until_the_next_start(folder, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "sesame-open")
+    with pytest.raises(ValueError, match="bad"), failure_noted(folder):
+        raise ValueError("bad\nrow, asked with sesame-open")
+    assert state_of(folder) == ("failed", "ValueError: bad row, asked with ***")
+    with pytest.raises(KeyboardInterrupt), failure_noted(folder):
+        raise KeyboardInterrupt
+    assert state_of(folder)[0] == "stopped"
+    with pytest.raises(ValueError, match="other"), failure_noted(folder / "nowhere"):
+        raise ValueError("other")
+    assert not (folder / "nowhere").exists()
+
+
+def test_a_run_that_nobody_holds_cannot_be_stopped(folder, capsys):
+    assert main(["stop", str(folder)]) == 2
+    assert "nobody holds its lock: there is nothing to stop" in capsys.readouterr().err
+    assert not (folder / "stop").exists()
+    lock = RunLock(folder)
+    assert lock.take()
+    try:
+        assert main(["stop", str(folder)]) == 0
+    finally:
+        lock.release()
+    assert (folder / "stop").is_file()
 
 
 def test_a_process_that_was_killed_is_dead_at_once(folder):
