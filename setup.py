@@ -21,7 +21,7 @@ EXTRAS = {
     ],
     "trl": ["safereg-dist[train]", "trl>=1.9"],
     "peft": ["safereg-dist[train]", "peft>=0.17"],
-    "megatron": ["megatron-core>=0.16"],
+    "megatron": ["safereg-dist[train]", "megatron-core>=0.16"],
     "wandb": ["wandb>=0.19.10"],
     "mlflow": ["mlflow-skinny>=3"],
     "sign": ["cryptography>=42"],

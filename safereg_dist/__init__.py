@@ -12,6 +12,7 @@ What a training loop of one's own needs is loaded on first use:
 """
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,10 +72,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+def loader(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose names are loaded on first use, each from its module."""
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        from safereg_dist.models.extras import needed
+
+        with needed():
+            return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+
+    return load
+
+
+__getattr__ = loader(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from safereg_dist import errors
-from safereg_dist.commands.extras import remedy_of
 from safereg_dist.commands.outcome import finish
 from safereg_dist.commands.verbs import VERBS, command_parser
+from safereg_dist.models.extras import needed
 from safereg_dist.parallel.launchers import adopt_launcher
 from safereg_dist.run.terminal import outlive_terminal
 
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None, *, hints: bool = True) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     adopt_launcher()
     try:
-        arguments = _arguments(argv)
-        return finish(arguments, hints=hints)
+        with needed():
+            return finish(_arguments(argv), hints=hints)
     except errors.own_errors() as error:
         # Who has lost a rank cannot leave the message to rank 0: that may be the lost one.
         if isinstance(error, errors.PeerLost):
@@ -48,13 +48,6 @@ def main(argv: Sequence[str] | None = None, *, hints: bool = True) -> int:
             if isinstance(error, errors.RemoteRankError):
                 traceback.print_exc()
         return errors.EXIT_REFUSED if errors.is_user_error(error) else errors.EXIT_FAILED
-    except ModuleNotFoundError as error:
-        remedy = remedy_of(error)
-        if remedy is None:
-            raise
-        if _speaks():
-            print(f"safereg: {remedy}", file=sys.stderr, flush=True)
-        return errors.EXIT_REFUSED
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise

@@ -15,11 +15,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from safereg_dist.commands.options import add_config, at_least, example
 from safereg_dist.errors import ConfigError
+from safereg_dist.models.extras import require
 from safereg_dist.parallel.launchers import free_port
 
 PATIENT_SSH = "-o ServerAliveInterval=5 -o ServerAliveCountMax=6"
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         told = "" if arguments.hostfile is None else f"PDSH_SSH_ARGS_APPEND={shlex.quote(ssh)} "
         print(f"PATH={shlex.quote(folder)}:$PATH {told}{shlex.join(words)}")
         return 0
-    _require(words[2])
+    require(words[2].partition(".")[0])
     sys.stdout.flush()
     path = os.pathsep.join([folder, os.environ["PATH"]])
     os.execve(words[0], words, {**os.environ, "PATH": path, "PDSH_SSH_ARGS_APPEND": ssh})
@@ -113,13 +113,6 @@ def command_of(
         return [*python, "torch.distributed.run", *own, *module]
     own = ["--num_gpus", str(ranks), "--master_port", str(port), "--module"]
     return [*python, "deepspeed.launcher.runner", *own, *module]
-
-
-def _require(module: str) -> None:
-    """Raises ModuleNotFoundError where a launcher is not installed."""
-    top = module.partition(".")[0]
-    if find_spec(top) is None:
-        raise ModuleNotFoundError(f"No module named {top!r}", name=top)
 
 
 def _gpus() -> int:

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from safereg_dist.commands.extras import versions
 from safereg_dist.commands.options import VerbParser
+from safereg_dist.commands.versions import versions
 from safereg_dist.errors import EXIT_CODES
 
 STAGES = {

@@ -8,8 +8,8 @@ from safereg_dist.config.checks import one_of
 from safereg_dist.config.section import ASIDE, WRITTEN, Section
 from safereg_dist.errors import ConfigError
 
-TRACKERS = {"tensorboard": "train", "wandb": "wandb", "mlflow": "mlflow"}
-"""What `tracking.to` may name, each with the extra of safereg-dist that brings its package."""
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""What `tracking.to` may name: modules."""
 
 
 class Band(Section):
@@ -89,5 +89,5 @@ class TrackingConfig(Section):
         if not isinstance(given, list | tuple | None):
             raise ConfigError(f"tracking.to must be a list, as [tensorboard], got {given!r}")
         for name in given or ():
-            one_of("tracking.to", name, tuple(TRACKERS))
+            one_of("tracking.to", name, TRACKERS)
         return given

@@ -3,8 +3,9 @@
 Names are loaded on first use: what reads files alone (`files`, `indexed`) needs no torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from safereg_dist import loader
 
 if TYPE_CHECKING:
     from safereg_dist.data.collation import collate as collate
@@ -57,7 +58,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = loader(__name__, _HOMES)

@@ -7,6 +7,7 @@ from pathlib import Path
 from safereg_dist.doctor.finding import Finding, finding
 from safereg_dist.doctor.host import Answer, leads_elsewhere
 from safereg_dist.doctor.work import Work
+from safereg_dist.models.extras import install
 from safereg_dist.run.checkpoint import saved_checkpoints
 from safereg_dist.run.lock import holder_of, is_lock
 from safereg_dist.run.stop import stop_file
@@ -37,7 +38,7 @@ def host_findings(answers: Mapping[str, Answer], work: Work) -> Iterator[Finding
         "packages are there",
         {h: ", ".join(names) for h, names in missing.items()},
         found=", ".join(work.packages),
-        remedy="there: " + _pip({work.packages[p] for names in missing.values() for p in names}),
+        remedy="there: " + install(*(name for names in missing.values() for name in names)),
     )
     yield _everywhere(
         "output_dir is one folder",
@@ -76,10 +77,6 @@ def host_findings(answers: Mapping[str, Answer], work: Work) -> Iterator[Finding
 
 def _has(answer: Answer, package: str) -> bool:
     return answer.versions.get(package, "unknown") != "unknown"
-
-
-def _pip(extras: set[str]) -> str:
-    return f'pip install "safereg-dist[{",".join(sorted(extras))}]"'
 
 
 def first_host_findings(first: Answer, *, port: int) -> Iterator[Finding]:

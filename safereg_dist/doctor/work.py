@@ -18,8 +18,8 @@ CHECKPOINT_BYTES = 16
 class Work:
     """The needs of a run; None where the planner cannot say them."""
 
-    packages: dict[str, str]
-    """Package -> the extra of safereg-dist that brings it."""
+    packages: tuple[str, ...]
+    """Of extras (`models.extras`)."""
     paths: list[str]
     endpoints: list[str]
     checkpoint_bytes: int | None
@@ -59,11 +59,9 @@ def work_of(config: Config, *, world_size: int, per_host: int, gpu: str) -> Work
         export = (2 if config.train.precision == "bf16" else 4) * shape.parameters
         costs = _costs(config, shape, world_size, per_host, gpu)
     kept = config.train.keep_checkpoints + 1 if config.train.save_every else 1
-    packages = {"datasets": "train"}
-    packages |= {"deepspeed": "train"} if config.engine.name == "deepspeed" else {}
-    packages |= {"peft": "peft"} if config.lora is not None else {}
+    needs = {"deepspeed": config.engine.name == "deepspeed", "peft": config.lora is not None}
     return Work(
-        packages=packages,
+        packages=("datasets", *(name for name, is_needed in needs.items() if is_needed)),
         paths=[path for path in paths if path is not None and ("/" in path or Path(path).exists())],
         endpoints=[critic.endpoint for critic in critics if critic.endpoint is not None],
         checkpoint_bytes=checkpoint,

@@ -14,6 +14,7 @@ import yaml
 from safereg_dist.config.yaml_text import read_yaml
 from safereg_dist.errors import ConfigError, reason_of
 from safereg_dist.evaluate.generate import load_model
+from safereg_dist.models.extras import install
 
 
 class Harness:
@@ -31,7 +32,7 @@ class Harness:
         except ImportError as err:
             raise ConfigError(
                 f"the tasks {', '.join(tasks)} need lm-evaluation-harness ({reason_of(err)}): "
-                "pip install 'safereg-dist[lm-eval]'"
+                f"{install('lm_eval')}"
             ) from err
         self._manager = TaskManager()
         self._tasks = [_task(name) for name in tasks]

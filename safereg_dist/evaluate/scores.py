@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from safereg_dist.errors import ConfigError
+from safereg_dist.models.extras import needed
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -82,10 +82,6 @@ def _value(number: str) -> float:
 
 @cache
 def _rouge() -> Any:
-    try:
+    with needed():
         from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as err:
-        raise ConfigError(
-            "rows measured by rouge_l need rouge-score: pip install 'safereg-dist[eval]'"
-        ) from err
     return RougeScorer(["rougeL"], use_stemmer=True)

@@ -6,3 +6,7 @@ trl             trl.SFTTrainer
 axolotl, llamafactory      the two that are driven by YAML
 anchors         anchor rows mixed into a data set of any kind
 """
+
+from safereg_dist.models.extras import require
+
+require("accelerate", "datasets")

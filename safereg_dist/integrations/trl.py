@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl.data_utils import pack_dataset
-from trl.trainer.sft_trainer import SFTTrainer
 
 from safereg_dist.errors import ConfigError
 from safereg_dist.integrations.collator import COLUMNS
 from safereg_dist.integrations.trainer import SafeRegMixin
+from safereg_dist.models.extras import needed
 from safereg_dist.types import to_device
+
+with needed():
+    from trl.data_utils import pack_dataset
+    from trl.trainer.sft_trainer import SFTTrainer
 
 
 class SafeRegSFTTrainer(SafeRegMixin, SFTTrainer):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from safereg_dist.config import TRAINED_ADAPTER, LoraConfig
 from safereg_dist.errors import ConfigError, reason_of
+from safereg_dist.models.extras import needed
 from safereg_dist.models.stored_adapter import StoredAdapter, read_tensors, value_of
 
 
@@ -34,10 +35,8 @@ def add_adapters(
         ConfigError: peft is not installed, a target that the model does not have, or a frozen
             adapter of another model.
     """
-    try:
+    with needed():
         import peft
-    except ImportError as err:
-        raise ConfigError("lora needs peft: pip install 'safereg-dist[peft]'") from err
     added = [(each.name, each.settings, each.where) for each in frozen]
     if config is not None:
         settings = peft.LoraConfig(

@@ -1,6 +1,5 @@
 """A chat model in a GGUF file, as a Hugging Face folder of plain weights."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from safereg_dist.errors import CheckpointError, ConfigError, reason_of
+from safereg_dist.models.extras import require
 from safereg_dist.storage.atomic import whole_folder
 
 Precision = Literal["bf16", "fp32"]
@@ -62,10 +62,7 @@ def _check(file: Path) -> None:
         ) from err
     if begin != _MAGIC:
         raise ConfigError(f"{file} is no GGUF file: it begins with {begin!r}, expected {_MAGIC!r}")
-    if find_spec("gguf") is None:
-        raise ConfigError(
-            "GGUF files are read by the package gguf: pip install 'safereg-dist[gguf]'"
-        )
+    require("gguf")
 
 
 def _load(file: Path) -> tuple[Any, Any]:

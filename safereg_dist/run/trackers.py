@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from safereg_dist.config import TrackingConfig
-from safereg_dist.config.tracking import TRACKERS
 from safereg_dist.errors import ConfigError
+from safereg_dist.models.extras import install
 
 _AT_ONCE = 100
 """Parameters in one request to MLflow: its limit."""
@@ -76,10 +76,9 @@ def require_trackers(config: TrackingConfig) -> None:
     """Raises ConfigError where a tracker of `tracking.to` is not installed."""
     missing = [name for name in config.to if not _is_installed(name)]
     if missing:
-        extras = ",".join(TRACKERS[name] for name in missing)
         raise ConfigError(
-            f"tracking.to names {', '.join(missing)}, not installed here: pip install "
-            f'"safereg-dist[{extras}]", or leave it out'
+            f"tracking.to names {', '.join(missing)}, not installed here: {install(*missing)}, or "
+            "leave it out"
         )
 
 

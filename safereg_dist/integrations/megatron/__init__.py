@@ -9,5 +9,8 @@ checks.py       what is refused at the start
 """
 
 from safereg_dist.integrations.megatron.safety import MegatronSafety
+from safereg_dist.models.extras import require
 
 __all__ = ["MegatronSafety"]
+
+require("megatron")

@@ -21,7 +21,7 @@ from support.reports import metrics, write_run
 from support.wheels import ROOT, build, closure, copied, environment, needs
 
 from safereg_dist import __version__
-from safereg_dist.commands.extras import EXTRAS
+from safereg_dist.models.extras import EXTRAS
 from safereg_dist.run.ledger import RankLedger, merge_ledgers
 from safereg_dist.types import LedgerRow
 

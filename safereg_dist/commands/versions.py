@@ -1,4 +1,4 @@
-"""What is installed: the versions that matter, and the extra that brings what is missing."""
+"""What is installed: the versions that matter."""
 
 import re
 import sys
@@ -9,36 +9,10 @@ from pathlib import Path
 from safereg_dist import __version__
 from safereg_dist.models.versions import UNKNOWN, versions_of
 
-EXTRAS = {
-    "train": (
-        *("accelerate", "datasets", "datasketch", "deepspeed", "ninja", "scipy", "sklearn"),
-        "tensorboard",
-    ),
-    "trl": ("trl",),
-    "peft": ("peft",),
-    "megatron": ("megatron",),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
-    "sign": ("cryptography",),
-    "gguf": ("gguf",),
-    "completion": ("shtab",),
-    "eval": ("rouge_score",),
-    "lm-eval": ("lm_eval",),
-}
-"""The modules that each extra of setup.py brings."""
 _SHOWN = (
     *("torch", "triton", "deepspeed", "transformers", "accelerate", "trl", "peft"),
     "megatron-core",
 )
-
-
-def remedy_of(error: ModuleNotFoundError) -> str | None:
-    """What to install where a module of an extra is missing, in a line; None for another module."""
-    missing = (error.name or "").partition(".")[0]
-    extra = next((name for name, modules in EXTRAS.items() if missing in modules), None)
-    if extra is None:
-        return None
-    return f'this needs {missing}, which is not installed: pip install "safereg-dist[{extra}]"'
 
 
 def versions() -> str:
