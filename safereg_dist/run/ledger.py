@@ -430,6 +430,21 @@ def _last(rows: Iterator[tuple[_Json, LedgerHead]]) -> LedgerHead:
     return tail[0][1] if tail else LedgerHead(GENESIS, 0)
 
 
+def _why_none(summary: Path) -> str:
+    """What to do where there is no summary."""
+    folder = summary.parent
+    if not folder.is_dir():
+        return f"expected the folder of a run, found none at {folder}: check the path"
+    if (folder / MERGED_NAME).exists():
+        return f"missing summary: expected it in {summary}, found no file: {_RESTORE}"
+    if any(folder.glob("ledger.rank*.jsonl")):
+        return (
+            f"the run in {folder} has not ended: its ledger becomes a chain, with a head in "
+            "summary.json, at its end; let it go on, and verify it then"
+        )
+    return f"expected a ledger in {folder}, found none: give the output_dir of a run"
+
+
 def _summary_head(path: Path, key: Key | None) -> LedgerHead:
     """The ledger's head in `summary.json`."""
     try:
@@ -444,9 +459,11 @@ def _summary_head(path: Path, key: Key | None) -> LedgerHead:
         raise LedgerError(
             f"expected the folder of a run, got the file {path.parent}: give the folder it is in"
         ) from err
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as err:
+    except FileNotFoundError as err:
+        raise LedgerError(_why_none(path)) from err
+    except (ValueError, KeyError, TypeError) as err:
         raise LedgerError(
-            f'missing summary: expected "ledger": {{"head", "rows"}} in {path}, found '
-            f"{'none' if path.exists() else 'no file'}: the run has not finished, or restore it"
+            f'missing summary: expected "ledger": {{"head", "rows"}} in {path}, found none: '
+            f"{_RESTORE}"
         ) from err
     return LedgerHead(head, rows)

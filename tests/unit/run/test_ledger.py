@@ -219,6 +219,16 @@ def test_missing_summary(run: Path, text: str | None) -> None:
         verify_ledger(run)
 
 
+def test_folders_without_a_chain(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="expected the folder of a run, found none at"):
+        verify_ledger(tmp_path / "typo")
+    with pytest.raises(LedgerError, match=r"expected a ledger in .*, found none: give the output"):
+        verify_ledger(tmp_path)
+    (tmp_path / "ledger.rank0.jsonl").touch()
+    with pytest.raises(LedgerError, match="has not ended: its ledger becomes a chain"):
+        verify_ledger(tmp_path)
+
+
 def test_missing_ledger(run: Path) -> None:
     (run / "ledger.jsonl").unlink()
     with pytest.raises(LedgerError, match=r"cut file: expected 18 rows .* found no file"):

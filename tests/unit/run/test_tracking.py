@@ -238,7 +238,7 @@ def test_a_package_that_is_missing(tmp_path, monkeypatch):
     require = trackers.require_trackers
     require(TrackingConfig(to=("tensorboard", "wandb", "mlflow")))
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "safereg-dist\[wandb,mlflow\]", or'):
+    with pytest.raises(ConfigError, match=r'pip install "safereg-dist\[mlflow,wandb\]", or'):
         require(TrackingConfig(to=("wandb", "mlflow")))
     require(TrackingConfig(to=()))
 
