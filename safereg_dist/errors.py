@@ -158,5 +158,12 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException, limit: int = 300) -> str:
-    """The message of another library's error as one line of at most `limit` characters."""
-    return printable(error)[:limit]
+    """The message of another library's error as one line of at most `limit` characters.
+
+    A longer one ends with a sentence, else with a word and three dots.
+    """
+    text = printable(error)
+    if len(text) <= limit:
+        return text
+    sentences, dot, _ = text[:limit].rpartition(". ")
+    return sentences + dot.rstrip() if dot else text[: limit - 4].rsplit(" ", 1)[0] + " ..."

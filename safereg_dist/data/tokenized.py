@@ -90,7 +90,10 @@ def read_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as err:  # its files are read by many hands
-        raise ConfigError(f"no tokenizer could be loaded from {model}: {reason_of(err)}") from err
+        raise ConfigError(
+            f"no tokenizer could be loaded from {model} ({reason_of(err)}): save one there, with "
+            "save_pretrained of transformers, or check the name"
+        ) from err
 
 
 def load_tokenizer(model: str, config: DataConfig) -> PreTrainedTokenizerBase:

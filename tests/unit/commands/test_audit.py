@@ -8,6 +8,8 @@ The judge counts over the data file. Exact.
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +18,10 @@ from scipy.stats import beta
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
 
 from safereg_dist.cli import main
-from safereg_dist.commands.audit import AuditFacts, write_audit, write_part
 from safereg_dist.config import load_config
 from safereg_dist.data import filler
 from safereg_dist.errors import ConfigError
+from safereg_dist.evaluate.audit import AuditFacts, write_audit, write_part
 from safereg_dist.parallel.single import single_ranks
 from safereg_dist.risk.stage import ColumnRisk, RiskStage, WeightedSource
 from safereg_dist.run.gate import RowRisk, is_held_back, refuse_too_many_held_back
@@ -93,6 +95,10 @@ def test_counts_are_those_of_the_data(tmp_path, model, capsys):
     assert not (tmp_path / "out").exists()
     printed = capsys.readouterr()
     assert "w1 w2" not in printed.out
+    assert "just below the threshold, from 0.25 to 0.5: 3 rows (27.3%); in eighths" in printed.out
+    assert "calibrat" not in printed.out  # nor what there is of probes alone
+    assert "the probe" not in printed.out
+    assert "audit: computes the risk of 11 rows\n" in printed.err
     assert printed.err.endswith(f"now: safereg audit {tmp_path / 'run.yaml'} --show-text\n")
 
 
@@ -129,6 +135,15 @@ def test_a_failed_row_is_held_back_and_counts_in_full(tmp_path):
     expected = np.histogram([1.0, 0.75, 0.25, 0.0], 10, (0, 1))[0].tolist()
     assert list(report["rows_by_risk"].values()) == expected
     assert report["predicted_refusal_factor"] == pytest.approx(0.8 * (1.0 + 0.75) / 2)
+
+
+def test_a_wrong_key_is_said_before_torch_is_loaded(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\ndata: {train: t}\nrist: {}\n")
+    code = "import sys; from safereg_dist.cli import main; main(sys.argv[1:]); print(*sys.modules)"
+    words = [sys.executable, "-c", code, "audit", str(tmp_path / "run.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("safereg: unknown key 'rist': did you mean 'risk'?")
+    assert "torch" not in done.stdout.split()
 
 
 def test_text_is_shown_only_on_demand(tmp_path, model, capsys):
