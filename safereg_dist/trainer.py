@@ -31,6 +31,7 @@ from safereg_dist.run.staging import staging_folder
 from safereg_dist.run.status import status_of
 from safereg_dist.run.stop import forget_stop, stop_requests
 from safereg_dist.run.tracking import Tracking
+from safereg_dist.screen.progress import progress_bar
 from safereg_dist.step import StepPlan
 from safereg_dist.types import Row
 
@@ -432,12 +433,12 @@ def _finish(run: Run, progress: Progress, saver: Saver, told: dict[str, Any]) ->
 
 
 def _bar(run: Run, progress: Progress) -> tqdm:
-    return tqdm(
+    return progress_bar(
         total=run.sources.total_steps,
         initial=progress.step,
         desc="train",
         unit=" steps",
-        disable=not run.ranks.is_main,
+        shown=run.ranks.is_main,
         dynamic_ncols=True,
     )
 

@@ -11,6 +11,9 @@ import pty
 import re
 import subprocess
 import sys
+import termios
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from support.builders import random_rows, save_model, tiny_model, write_jsonl, write_run
@@ -158,6 +161,15 @@ def test_status():
     assert set(status_of({"loss": None}).values()) == {"-", "0%"}
 
 
+def all_of(terminal):
+    """What is written to a terminal until nobody has it open."""
+    seen = b""
+    with suppress(OSError):
+        while True:
+            seen += os.read(terminal, 10_000)
+    return seen
+
+
 def test_watch_follows_a_run_in_a_terminal(tmp_path):
     """It is there before the run, and ends with it."""
     out = tmp_path / "out"
@@ -177,16 +189,16 @@ def test_watch_follows_a_run_in_a_terminal(tmp_path):
     seen = b""
     while b"waiting" not in seen:
         seen += os.read(terminal, 1000)
-    with (tmp_path / "bar").open("wb") as sink:
-        trained = subprocess.Popen([sys.executable, str(FINETUNE), str(config)], stderr=sink)
-    while True:
-        try:
-            seen += os.read(terminal, 10_000)
-        except OSError:  # it has ended
-            break
-    assert trained.wait(30) == 0
-    shown = r"loss=[\d.]+, risky=\d+%, kl_coef=[\d.]+, reference=\d+%, tokens/s="
-    assert re.search(shown, (tmp_path / "bar").read_text())
+    bar, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (40, 120))
+    trained = subprocess.Popen([sys.executable, str(FINETUNE), str(config)], stderr=slave)
+    os.close(slave)
+    with ThreadPoolExecutor() as pool:
+        drawn = pool.submit(all_of, bar)
+        seen += all_of(terminal)
+        assert trained.wait(30) == 0
+        shown = r"loss=[\d.]+, risky=\d+%, kl_coef=[\d.]+, reference=\d+%, tokens/s="
+        assert re.search(shown, drawn.result().decode())
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
     running = r"  running  [^\n]*\n(?:[^\n]*\n)?step \d+ of 60, about 0:00:\d\d left"
