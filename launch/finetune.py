@@ -10,5 +10,4 @@ import sys
 from safereg_dist.cli import entry
 
 if __name__ == "__main__":
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    entry(["train", *arguments])
+    entry(["train", *sys.argv[1:]])

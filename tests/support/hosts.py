@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safereg_dist.commands.launch import PATIENT_SSH
 from support.launching import FINETUNE, ROOT, Finished, tail
 
 SCRIPT = ROOT / "tests" / "hosts.sh"
@@ -196,6 +197,7 @@ class Hosts:
                     env={  # of the tests' own no more than ssh would carry: all hosts are alike
                         "HOME": os.environ.get("HOME", "/root"),
                         **environment,
+                        **({"PDSH_SSH_ARGS_APPEND": PATIENT_SSH} if launcher == "pdsh" else {}),
                         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
                         "PYTHONPATH": os.pathsep.join((str(ROOT / "kernels"), str(ROOT))),
                     },
@@ -229,15 +231,15 @@ def _commands(
     launcher: str, count: int, ranks: int, hostfile: Path, environment: dict[str, str]
 ) -> list[list[str]]:
     """The command line of each host that starts one, without the entry's arguments."""
-    entry, deepspeed = str(FINETUNE), str(ROOT / "launch" / "deepspeed.sh")
+    entry = str(FINETUNE)
     if launcher == "pdsh":
-        return [[deepspeed, "--hostfile", str(hostfile), entry]]
+        return [["deepspeed", "--hostfile", str(hostfile), entry]]
     if launcher == "safereg":
         verb = [sys.executable, "-m", "safereg_dist", "launch"]
         return [[*verb, "--hostfile", str(hostfile)]]
     if launcher == "no_ssh":
         told = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", "node0"]
-        return [[deepspeed, *told, "--node_rank", str(host), entry] for host in range(count)]
+        return [["deepspeed", *told, "--node_rank", str(host), entry] for host in range(count)]
     if launcher == "torchrun":
         sizes = ["--nnodes", str(count), "--nproc-per-node", str(ranks)]
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29500", "--rdzv-id", "run"]

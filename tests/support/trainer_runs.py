@@ -10,10 +10,10 @@ from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArgume
 
 from safereg_dist.integrations.trainer import SafeRegTrainer
 from support.builders import VOCAB, tiny_model, word_tokenizer
+from support.results import TIMES
 
 SETTINGS = {"risk": {"estimator": "column", "max_held_back": 1.0}, "reference": {}}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-TIMES = ("tokens_per_s", "step_time_s", "peak_memory_bytes")
 
 
 def features(count: int, *, seed: int = 1, risk: bool = True) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def test_commands_are_taken(page: Path, capsys: pytest.CaptureFixture[str]) -> N
         shown = f"{page}: {' '.join(words)}"
         if words[0] in {"bash", "python"} and "/" in words[1]:
             assert (ROOT / words[1]).exists(), shown
-        if words[0] in {"deepspeed", "torchrun", "launch/deepspeed.sh"}:
+        if words[0] in {"deepspeed", "torchrun"}:
             scripts = [word.rstrip(")") for word in words if word.startswith("launch/")]
             assert all((ROOT / script).exists() for script in scripts), shown
         if words[0] == "safereg":
