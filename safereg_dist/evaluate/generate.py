@@ -59,6 +59,12 @@ def load_model(
             would otherwise fill them with random numbers).
     """
     path = Path(model_dir)
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{path} holds an adapter, not a model: merge it, "
+            "model.merge_and_unload().save_pretrained(FOLDER), with the tokenizer beside it, and "
+            "give that folder"
+        )
     if path.exists() and not (path / "config.json").is_file():
         raise ConfigError(
             f"expected a Hugging Face model folder, found no config.json in {path}: give the "

@@ -533,6 +533,9 @@ def test_bad_model_folders_are_named(folder: Path, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(ConfigError, match="cannot load"):
         load_model(folder)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ConfigError, match="holds an adapter, not a model: merge it"):
+        load_model(tmp_path)
 
 
 def test_weights_missing_from_the_files_are_not_invented(folder: Path) -> None:
