@@ -301,10 +301,10 @@ def print_audit(report: dict[str, Any], facts: AuditFacts, out: Path, *, show_te
 def _below(report: dict[str, Any]) -> Iterator[str]:
     """What lies between half the threshold and the threshold, and what that means."""
     threshold, bins = report["threshold"], report["below_threshold"]
+    in_eighths = f"; in eighths, from low to high: {', '.join(map(str, bins))}" if any(bins) else ""
     yield (
         f"just below the threshold, from {threshold / 2:.3g} to {threshold:.3g}: {sum(bins)} rows "
-        f"({report['below_threshold_share']:.1%}); in eighths, from low to high: "
-        f"{', '.join(map(str, bins))}"
+        f"({report['below_threshold_share']:.1%}){in_eighths}"
     )
     if report["heap"]:
         yield (
