@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safereg_dist.errors import CheckpointError, reason_of
+from safereg_dist.errors import LONGEST, CheckpointError, reason_of
 from safereg_dist.run.lock import holder_of
 from safereg_dist.run.rank_log import masked, secrets_of_environment
 from safereg_dist.storage.atomic import write_atomically
@@ -63,7 +63,8 @@ def failure_noted(folder: Path) -> Iterator[None]:
         yield
     except Exception as err:
         if (folder / "config.yaml").is_file():  # else no run has begun, and the folder stays free
-            text = masked(f"{type(err).__name__}: {reason_of(err)}", secrets_of_environment())
+            text = f"{type(err).__name__}: {reason_of(err, LONGEST)}"
+            text = masked(text, secrets_of_environment())
             with suppress(CheckpointError):  # the disk may be full
                 write_atomically(failure_file(folder), text)
         raise
