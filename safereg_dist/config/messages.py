@@ -31,10 +31,15 @@ def first_mistake(error: ValidationError, cls: type[Section], raw: Any, where: s
         names = [_name(where, each["loc"]) for each in found if each["type"] == "missing"]
         return f"missing key {', '.join(names)}: add it to the configuration"
     if first["type"] in ("model_type", "tuple_type"):
-        what = "a section of keys" if first["type"] == "model_type" else "a list of sections"
+        field = cls.model_fields.get(str(key))
+        entries = " of sections" if field and section_in(field.annotation) else ""
+        what = "a section of keys" if first["type"] == "model_type" else f"a list{entries}"
         return f"{name} must be {what}, got {first['input']!r}"
     if first["type"] in (*_RANGE, "literal_error"):
         name = _name(where, first["loc"], raw)
+    if str(key) not in cls.model_fields:  # an entry of a list, or of a mapping
+        wanted = first["msg"].removeprefix("Input should ")
+        return f"{_name(where, first['loc'])} must {wanted}, got {first['input']!r}"
     return f"{name} must {_expected(first, cls.model_fields[str(key)])}"
 
 

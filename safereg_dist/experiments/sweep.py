@@ -115,16 +115,12 @@ class Sweep(Section):
         if not isinstance(raw, dict):
             return raw
         found = dict(raw)
-        if isinstance(axes := found.get("axes"), dict):
-            found["axes"] = {
-                str(name): {str(v): tuple(o or ()) for v, o in values.items()}
-                for name, values in axes.items()
-                if isinstance(values, dict)
-            }
-        if isinstance(arms := found.get("arms"), dict):
-            found["arms"] = {str(name): _section_of(arm) for name, arm in arms.items()}
+        if "axes" in found:
+            found["axes"] = _named(found["axes"], lambda values: _named(values, _tuple))
+        if "arms" in found:
+            found["arms"] = _named(found["arms"], _section_of)
         if isinstance(skip := found.get("skip"), list):
-            found["skip"] = tuple({str(k): str(v) for k, v in each.items()} for each in skip)
+            found["skip"] = tuple(_named(each, str) for each in skip)
         return found
 
     @model_validator(mode="after")
@@ -402,9 +398,19 @@ def _changed(sweep: Sweep, cell: Cell, after: After, model: Path) -> Path:
     return out
 
 
+def _named(raw: Any, read: Callable[[Any], Any]) -> Any:
+    """A mapping with texts as names; what is none is left to the check that refuses it."""
+    return {str(k): read(v) for k, v in raw.items()} if isinstance(raw, dict) else raw
+
+
+def _tuple(raw: Any) -> Any:
+    return tuple(raw or ()) if isinstance(raw, list | tuple | None) else raw
+
+
 def _section_of(arm: Any) -> Any:
     """An arm as the section that a list of overrides stands for."""
-    return {"overrides": tuple(arm or ())} if isinstance(arm, list | tuple | None) else arm
+    overrides = _tuple(arm)
+    return {"overrides": overrides} if isinstance(overrides, tuple) else arm
 
 
 def is_done(cell: Cell) -> bool:
