@@ -26,13 +26,13 @@ from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
 from safereg_dist.run.resume import Found, set_aside_newer
 from safereg_dist.run.save import Saver
-from safereg_dist.run.signing import signing_key, write_signed
 from safereg_dist.run.staging import staging_folder
 from safereg_dist.run.status import status_of
 from safereg_dist.run.stop import forget_stop, stop_requests
 from safereg_dist.run.tracking import Tracking
 from safereg_dist.screen.progress import progress_bar
 from safereg_dist.step import StepPlan
+from safereg_dist.storage.signing import signing_key, write_signed
 from safereg_dist.types import Row
 
 MAX_NON_FINITE_IN_A_ROW = 3

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """Verifies, or raises."""
     from safereg_dist.run.ledger import verify_ledger
-    from safereg_dist.run.signing import checking_key
+    from safereg_dist.storage.signing import checking_key
 
     key = None if arguments.key is None else checking_key(arguments.key)
     head = verify_ledger(arguments.run_dir, key)

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     """Writes the report, and the model card's section where it is asked for."""
     from safereg_dist.errors import printable
     from safereg_dist.evaluate.report import write_model_card, write_report
-    from safereg_dist.run.signing import checking_key
+    from safereg_dist.storage.signing import checking_key
 
     key = None if arguments.key is None else checking_key(arguments.key)
     page = write_report(arguments.runs, out=arguments.out, key=key)

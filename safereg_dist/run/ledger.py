@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from safereg_dist.errors import CheckpointError, LedgerError
-from safereg_dist.run.signing import Key, what_is_wrong
 from safereg_dist.storage.digests import AppendedFile, FileDigest
 from safereg_dist.storage.json_text import parse_json
+from safereg_dist.storage.signing import Key, what_is_wrong
 
 if TYPE_CHECKING:  # it loads torch, which verifying does without
     from safereg_dist.types import LedgerRow

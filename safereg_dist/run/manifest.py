@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safereg_dist.errors import CheckpointError
-from safereg_dist.run.signing import SUFFIX, Key, what_is_wrong, write_signed
 from safereg_dist.storage.digests import FileDigest, digest_of
 from safereg_dist.storage.json_text import parse_json
+from safereg_dist.storage.signing import SUFFIX, Key, what_is_wrong, write_signed
 
 NAME = "manifest.json"
 _FORMAT = 1

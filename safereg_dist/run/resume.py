@@ -31,7 +31,7 @@ from safereg_dist.run.manifest import (
     read_manifest,
 )
 from safereg_dist.run.metrics import METRICS_NAME
-from safereg_dist.run.signing import Key, signing_key
+from safereg_dist.storage.signing import Key, signing_key
 
 
 class Found(NamedTuple):

@@ -29,12 +29,12 @@ from safereg_dist.parallel.engine import PolicyEngine
 from safereg_dist.run.checkpoint import RunState, aside, saved_checkpoints
 from safereg_dist.run.manifest import Digests, Manifest, files_below, own_digests, write_manifest
 from safereg_dist.run.random_states import save_random
-from safereg_dist.run.signing import Key
 from safereg_dist.run.staging import emptied
 from safereg_dist.step import SafetyRegularizer
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.storage.digests import FileDigest, copied
 from safereg_dist.storage.json_text import parse_json
+from safereg_dist.storage.signing import Key
 
 _RESERVE_BYTES = 64 << 20
 """Free disk required beyond the size of a checkpoint, for logs."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safereg_dist.evaluate.report.page import render
 from safereg_dist.evaluate.report.reading import read_arms
-from safereg_dist.run.signing import checking_key
+from safereg_dist.storage.signing import checking_key
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202e$\\frac{x$"
 """A name that is to be shown as text."""

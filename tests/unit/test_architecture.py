@@ -21,7 +21,8 @@ FILES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 # rooms, and modules of its own room.
 ROOMS = (
     {"errors", "regions", "types"},
-    {"config", "screen", "storage"},
+    {"config"},
+    {"screen", "storage"},
     {"models"},
     {"data", "parallel", "policy"},
     {"coefficient", "critic", "metrics", "objective", "profiling", "reference"},

@@ -19,8 +19,8 @@ from safereg_dist.evaluate.report.arms import (
     number,
 )
 from safereg_dist.run.ledger import MERGED_NAME, LedgerHead, verify_ledger
-from safereg_dist.run.signing import SUFFIX, Key
 from safereg_dist.storage.json_text import json_objects
+from safereg_dist.storage.signing import SUFFIX, Key
 
 _TOP_ROWS = 10
 _ANCHOR, _OVERRIDE, _FAILED, _JUDGED = "anchor", "override", "judge failed", "judge: "

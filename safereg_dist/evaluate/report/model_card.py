@@ -22,8 +22,8 @@ from safereg_dist.evaluate.report.tables import (
     rate_cell,
 )
 from safereg_dist.evaluate.report.trained import share, steps_of
-from safereg_dist.run.signing import Key
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.signing import Key
 
 BEGIN, END = "<!-- safereg: begin -->", "<!-- safereg: end -->"
 _FRONT = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)

@@ -22,8 +22,8 @@ from safereg_dist.evaluate.report.reading import read_arms
 from safereg_dist.evaluate.report.steps import draw_cost, draw_divergence, draw_loss, draw_risk
 from safereg_dist.evaluate.report.summary import lead_of, summary_sections
 from safereg_dist.evaluate.report.tradeoff import draw_first_tokens, draw_law, draw_safety
-from safereg_dist.run.signing import Key
 from safereg_dist.storage.atomic import write_atomically
+from safereg_dist.storage.signing import Key
 
 _MAKERS = (
     *(draw_safety, draw_first_tokens, draw_law),

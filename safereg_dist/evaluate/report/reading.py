@@ -16,8 +16,8 @@ from safereg_dist.evaluate.report.held import read_ledger
 from safereg_dist.evaluate.report.lines import read_lines, read_object
 from safereg_dist.evaluate.stale import stale_because
 from safereg_dist.run.alerts import ALERTS_NAME
-from safereg_dist.run.signing import Key
 from safereg_dist.storage.json_text import json_objects
+from safereg_dist.storage.signing import Key
 
 _BASELINE_OBJECTIVES = ("none", "static", "token_wise")
 

@@ -21,7 +21,7 @@ from safereg_dist.evaluate.report.arms import Arm
 from safereg_dist.evaluate.report.reading import read_arms
 from safereg_dist.evaluate.report.summary import amount, duration, lead_of, verdict
 from safereg_dist.run.ledger import RankLedger, merge_ledgers
-from safereg_dist.run.signing import checking_key, write_signed
+from safereg_dist.storage.signing import checking_key, write_signed
 from safereg_dist.types import LedgerRow
 
 ROWS = metrics(coefficient=1.0, active=2, seconds=0.5, steps=6)

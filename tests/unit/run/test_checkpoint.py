@@ -27,8 +27,8 @@ from safereg_dist.run.checkpoint import (
 from safereg_dist.run.manifest import own_digests, read_manifest, write_manifest
 from safereg_dist.run.resume import find_checkpoint, set_aside_newer
 from safereg_dist.run.save import Saver
-from safereg_dist.run.signing import signing_key
 from safereg_dist.storage.digests import digest_of
+from safereg_dist.storage.signing import signing_key
 
 
 @pytest.fixture

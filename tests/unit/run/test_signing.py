@@ -16,7 +16,7 @@ from safereg_dist.cli import main
 from safereg_dist.config import SigningConfig
 from safereg_dist.errors import ConfigError
 from safereg_dist.run.ledger import RankLedger, merge_ledgers
-from safereg_dist.run.signing import checking_key, signing_key, write_signed
+from safereg_dist.storage.signing import checking_key, signing_key, write_signed
 from safereg_dist.types import LedgerRow
 
 SECRET = "a secret of enough characters"
