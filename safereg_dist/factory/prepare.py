@@ -42,9 +42,9 @@ from safereg_dist.reference.adapters_off import AdaptersOff
 from safereg_dist.risk.stage import RiskSource, RiskStage, WeightedSource
 from safereg_dist.step import SafetyRegularizer
 
-SECTIONS = ("reference", "data", "risk", "regularizer", "train")
+SECTIONS = ("reference", "data", "risk", "regularizer", "train", "signing")
 """The sections that `prepare` reads; of `data` only the anchors' keys and `max_length`, of `train`
-precision, rows and the head's keys."""
+precision, rows and the head's keys. `signing` is for the stacks whose checkpoints we write to."""
 
 
 def prepare(
@@ -241,6 +241,11 @@ def _config_of(model: PreTrainedModel, settings: Path | str | Mapping[str, Any])
         raise ConfigError(
             "reference.cache and reference.balance=deal or exchange need the data of a whole run: "
             "use `safereg train`, or leave them out"
+        )
+    if config.signing is not None:
+        raise ConfigError(
+            "signing signs checkpoints and the ledger, which a loop of your own writes itself: "
+            "leave it out, or train with `safereg train`, a Trainer or Megatron"
         )
     return config
 

@@ -10,17 +10,19 @@ from typing import Any
 
 import yaml
 
-from safereg_dist.errors import CheckpointError
+from safereg_dist.config import SigningConfig
 from safereg_dist.factory.prepare import config_of
+from safereg_dist.integrations.state import load_state, save_state
 from safereg_dist.models.versions import UNKNOWN, versions_of
 from safereg_dist.run.folder import sole_writer
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
+from safereg_dist.run.save import seal
 from safereg_dist.run.stop import forget_stop, stop_file
 from safereg_dist.run.tracking import TRACKING_NAME
 from safereg_dist.step import SafetyRegularizer, StepPlan
 from safereg_dist.storage.atomic import write_atomically
-from safereg_dist.storage.json_text import parse_json
+from safereg_dist.storage.signing import signing_key, write_signed
 
 _LARGEST = ("kl_coef_max", "risk_max")
 _COUNTS = ("rows", "active_rows", "reference_rows", "response_tokens", "active_tokens")
@@ -80,13 +82,18 @@ class Recorder:
     """Writes `metrics.jsonl` and the ledger into a folder, and averages metrics between logs."""
 
     def __init__(
-        self, regularizer: SafetyRegularizer, folder: Path, config: Mapping[str, Any]
+        self,
+        regularizer: SafetyRegularizer,
+        folder: Path,
+        config: Mapping[str, Any],
+        signing: SigningConfig | None = None,
     ) -> None:
         """`config`: what `config.yaml` says, but for the steps."""
         self._regularizer = regularizer
         self._ranks = regularizer.ranks
         self._folder = folder
         self._config = config
+        self._signing = signing
         self._log: RunLog | None = None
         self._held = ExitStack()
         """The lock of the folder, from `start` to `finish`."""
@@ -97,25 +104,31 @@ class Recorder:
         self.is_stop_requested = False
         """Whether the stop file was seen at the last step; the same on all ranks."""
 
-    def start(self, state: Path | None) -> None:
-        """Opens the logs; from a checkpoint's `state` it goes on where that was written.
+    def start(self, state: Path | None, *, step: int = 0) -> None:
+        """Opens the logs; from the `state` of a checkpoint after `step` steps it goes on there.
 
         Raises:
-            CheckpointError: the state is missing or belongs to other settings, or another run
-                writes to the folder, on all ranks.
-        Collectives: those of `sole_writer`, gathers of texts.
+            CheckpointError: the state is not what was written or belongs to other settings, or
+                another run writes to the folder, on all ranks.
+        Collectives: those of `sole_writer` and `load_state`, gathers of texts.
         """
         with ExitStack() as held:
             held.enter_context(sole_writer(self._folder, self._ranks))
-            self._open(state)
+            self._open(state, step)
             self._held = held.pop_all()
 
-    def _open(self, state: Path | None) -> None:
-        ranks = self._ranks
+    def _open(self, state: Path | None, step: int) -> None:
+        ranks, self._steps = self._ranks, step
         position = {"metrics_bytes": 0, "ledger_bytes": []}
+        if state is not None:
+            position = load_state(
+                state,
+                step,
+                regularizer=self._regularizer,
+                logs=self._folder,
+                signing=self._signing,
+            )
         with ranks.together():
-            if state is not None:
-                position = self._load(state)
             if ranks.is_main:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 forget_stop(self._folder)  # it was meant for the run before
@@ -141,19 +154,6 @@ class Recorder:
         config = {**self._config, "train": {**(self._config.get("train") or {}), **train}}
         text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False)
         write_atomically(self._folder / "config.yaml", text)
-
-    def _load(self, state: Path) -> dict[str, Any]:
-        try:
-            known = parse_json((state / "state.json").read_bytes())
-        except (OSError, ValueError) as err:
-            raise CheckpointError(
-                f"expected the regulariser's state in {state}, got: {err}: resume from a "
-                "checkpoint that this Trainer has written"
-            ) from err
-        self._regularizer.load_state(
-            state / f"risk{self._ranks.rank}.safetensors", known["regularizer"]
-        )
-        return known
 
     def close(self, plan: StepPlan, *, lr: float, grad_norm: Any) -> None:
         """Closes the step, and writes its row of metrics and its rows of the ledger.
@@ -192,31 +192,17 @@ class Recorder:
         self._since.clear()
         return {f"safereg/{name}": float(value) for name, value in found.items()}
 
-    def save(self, folder: Path) -> None:
-        """Writes the regulariser's state and the logs' ends. Collectives: a gather, and of texts.
+    def save(self, state: Path, *, step: int) -> None:
+        """Writes the regulariser's state and the logs' ends. Raises and collectives: `save_state`.
 
-        Raises:
-            CheckpointError: it cannot be written, on all ranks.
+        `step` steps are done.
         """
-        ranks = self._ranks
         assert self._log is not None
-        metrics_bytes, ledger_bytes = self._log.positions(ranks)
-        with ranks.together():
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                small = self._regularizer.save_state(folder / f"risk{ranks.rank}.safetensors")
-                if ranks.is_main:
-                    state = {
-                        "regularizer": small,
-                        "metrics_bytes": metrics_bytes,
-                        "ledger_bytes": ledger_bytes,
-                    }
-                    write_atomically(folder / "state.json", json.dumps(state) + "\n")
-            except OSError as err:
-                raise CheckpointError(
-                    f"expected to write the regulariser's state to {folder}, got: {err}: free disk "
-                    "space"
-                ) from err
+        save_state(state, step, regularizer=self._regularizer, log=self._log, signing=self._signing)
+
+    def seal(self, checkpoint: Path, *, step: int) -> None:
+        """Writes the manifest over a stack's whole checkpoint. Raises and collectives: `seal`."""
+        seal(checkpoint, step, logs={}, signing=self._signing, ranks=self._ranks)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -265,9 +251,9 @@ class Recorder:
                     "rank_changes": [change._asdict() for change in head.rank_changes],
                     "versions": {name: v for name, v in found.items() if v != UNKNOWN},
                 }
-                write_atomically(
-                    self._folder / "summary.json", json.dumps(summary, indent=2) + "\n"
-                )
+                text = json.dumps(summary, indent=2) + "\n"
+                key = signing_key(self._signing)
+                write_signed(self._folder / "summary.json", text.encode(), key)
         self._held.close()
 
 

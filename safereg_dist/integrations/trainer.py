@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from safereg_dist.config import SigningConfig
 from safereg_dist.errors import EXIT_REQUEUE
 from safereg_dist.factory.prepare import config_of, prepare, read_settings
 from safereg_dist.integrations.anchors import with_anchors
@@ -23,14 +24,13 @@ from safereg_dist.integrations.checks import check_trainer
 from safereg_dist.integrations.collator import COLUMNS, KEY, RowCollator
 from safereg_dist.integrations.recorder import Recorder, describe_trainer, settings_of
 from safereg_dist.integrations.risk_column import check_risk_column
+from safereg_dist.integrations.state import STATE, check_checkpoint
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.reference import NoReference
 from safereg_dist.step import SafetyRegularizer, StepPlan
+from safereg_dist.storage.signing import signing_key
 
 Settings = str | Path | Mapping[str, Any]
-STATE = "safereg"
-"""The folder of a Trainer's checkpoint that holds the regulariser's state and the logs' ends."""
-
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -51,6 +51,7 @@ class SafeRegMixin(_Trainer):
     _recorder: Recorder
     _keeps_loss: bool
     """Where no row is active the Trainer's own loss stays."""
+    _signing: SigningConfig | None = None
     _plan: StepPlan | None = None
     _next = 0
     _lr = _grad_norm = float("nan")
@@ -79,12 +80,17 @@ class SafeRegMixin(_Trainer):
             with ranks.together():
                 settings = settings_of(settings, self.args)
                 config = config_of(settings, "-")
+                self._signing = config.signing
+                if ranks.is_main:
+                    signing_key(config.signing)  # a key that is missing is refused now
                 check_risk_column(self.train_dataset, config, announces=ranks.is_main)
             model: Any = self.model
-            safereg = prepare(model, settings, tokenizer=tokenizer)
+            for_step = {name: given for name, given in settings.items() if name != "signing"}
+            safereg = prepare(model, for_step, tokenizer=tokenizer)
         self.safereg = safereg
         folder = Path(str(self.args.output_dir))
-        self._recorder = Recorder(safereg, folder, describe_trainer(self, safereg, settings))
+        told = describe_trainer(self, safereg, settings)
+        self._recorder = Recorder(safereg, folder, told, self._signing)
         self._mix_anchors(settings, tokenizer)
         self._keeps_loss = has_loss and self._loss_is_plain(settings)
         self.data_collator = RowCollator(self.data_collator, needs_positions=self._packs_rows())
@@ -227,7 +233,11 @@ class SafeRegMixin(_Trainer):
             found = get_last_checkpoint(str(self.args.output_dir))
             if found is None:
                 return super().train(True, *args, **kwargs)  # says that there is no checkpoint
-        self._recorder.start(Path(found, STATE) if isinstance(found, str | Path) else None)
+        state, step = None, 0
+        if isinstance(found, str | Path):
+            state, ranks = Path(found, STATE), self.safereg.ranks
+            step = check_checkpoint(Path(found), signing=self._signing, ranks=ranks)
+        self._recorder.start(state, step=step)
         with self._recorder:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._recorder.is_stop_requested and self.state.global_step < self.state.max_steps:
@@ -238,13 +248,13 @@ class SafeRegMixin(_Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         # Before the Trainer's own files: a checkpoint that it counts as complete has ours.
-        name = f"checkpoint-{self.state.global_step}"
-        self._recorder.save(Path(str(self.args.output_dir), name, STATE))
+        step = self.state.global_step
+        self._recorder.save(Path(str(self.args.output_dir), f"checkpoint-{step}", STATE), step=step)
         super()._save_checkpoint(model, trial, *args, **kwargs)
 
 
 class _StepEnd(TrainerCallback):
-    """Closes each step where the Trainer has made its update."""
+    """Closes each step where the Trainer has made its update, and seals its checkpoints."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -262,6 +272,10 @@ class _StepEnd(TrainerCallback):
         trainer._plan = None
         if trainer._recorder.is_stop_requested:
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        self._trainer._recorder.seal(checkpoint, step=state.global_step)
 
 
 class SafeRegTrainer(SafeRegMixin, Trainer):

@@ -24,6 +24,7 @@ from safereg_dist.storage.signing import SUFFIX, Key, what_is_wrong, write_signe
 NAME = "manifest.json"
 _FORMAT = 1
 _RANK_OF = re.compile(r"(?:^|[_.])(?<!mp_)(?:rank_?|risk|_)(\d+)(?=[-_.])")  # mp_: not of data
+_STEP_OF = re.compile(r"(?:step|checkpoint)-(\d+)")
 
 Digests = Mapping[str, FileDigest]
 
@@ -75,6 +76,21 @@ def _digests(plain: dict[str, list]) -> Digests:
 # ---- writing
 
 
+def part_of(files: Digests, logs: Digests) -> str:
+    """What a rank tells rank 0 of the files and logs that it wrote."""
+    return json.dumps({"files": files, "logs": logs})
+
+
+def merged(parts: Iterable[str | bytes]) -> tuple[Digests, Digests]:
+    """The digests of all ranks' files, and of their logs."""
+    found = [parse_json(part) for part in parts]
+    files, logs = (
+        {name: FileDigest(*digest) for part in found for name, digest in part[kind].items()}
+        for kind in ("files", "logs")
+    )
+    return files, logs
+
+
 def own_digests(folder: Path, rank: int, world_size: int) -> Digests:
     """Digests of the files below `folder` that this rank wrote; they are on the disk then.
 
@@ -118,8 +134,10 @@ def _writer(name: str) -> int:
 # ---- checking
 
 
-def read_manifest(folder: Path, key: Key | None) -> Manifest:
+def read_manifest(folder: Path, key: Key | None, *, may_hold_more: bool = False) -> Manifest:
     """The manifest of a checkpoint, if its folder holds the files that it names and no others.
+
+    With `may_hold_more` others are not looked at.
 
     Raises:
         ValueError: what is wrong with it: missing, changed, not signed with `key`, of another step
@@ -137,9 +155,11 @@ def read_manifest(folder: Path, key: Key | None) -> Manifest:
         manifest = Manifest.from_bytes(content)
     except ValueError as err:
         raise ValueError(f"{NAME}: {err}") from err
-    if folder.name.startswith("step-") and folder.name != f"step-{manifest.step:08d}":
+    named = _STEP_OF.fullmatch(folder.name)
+    if named and int(named[1]) != manifest.step:
         raise ValueError(f"{NAME} is of step {manifest.step}")
-    different = sorted(manifest.files.keys() ^ set(files_below(folder)))
+    different = manifest.files.keys() ^ set(files_below(folder))
+    different = sorted(different & manifest.files.keys() if may_hold_more else different)
     if different:
         kind = "is missing" if different[0] in manifest.files else "is not in the manifest"
         raise ValueError(f"{different[0]} {kind}")

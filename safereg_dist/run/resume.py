@@ -7,6 +7,7 @@ at. Nothing is removed: a checkpoint that a run went back behind is renamed.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,18 +126,11 @@ def _candidates(config: Config) -> list[Path]:
 
 def _looked_at(path: Path, config: Config, key: Key | None, ranks: Ranks) -> RunState | str:
     """The state of a whole checkpoint of this run, or what is wrong with it; equal on all ranks."""
-    text, wrong = "", ""
-    if ranks.is_main:
-        try:
-            text = _manifest(path, key)
-        except (ValueError, OSError, CheckpointError) as err:
-            wrong = str(err)
-    text, wrong = json.loads(ranks.from_main(json.dumps([text, wrong])))
-    if wrong:
-        return wrong
-    manifest = Manifest.from_bytes(text.encode()) if text else None
+    manifest = agreed_manifest(lambda: _manifest(path, key), ranks)
+    if isinstance(manifest, str):
+        return manifest
     own = _checked(path, manifest, ranks)
-    if wrong := _first(own if isinstance(own, str) else None, ranks):
+    if wrong := first_found(own if isinstance(own, str) else None, ranks):
         return wrong
     assert isinstance(own, RunState)  # else all ranks had returned
     state = own
@@ -147,11 +141,28 @@ def _looked_at(path: Path, config: Config, key: Key | None, ranks: Ranks) -> Run
     with ranks.together():
         if ranks.is_main:
             reopen_ledger(config.output_dir)  # where the run was killed before its summary
-    return _first(_changed_log(Path(config.output_dir), manifest, state, ranks), ranks) or state
+    wrong = _changed_log(Path(config.output_dir), manifest, state, ranks)
+    return first_found(wrong, ranks) or state
 
 
-def _manifest(path: Path, key: Key | None) -> str:
-    """The manifest's text; empty for a checkpoint of the format that had none, without a key."""
+def agreed_manifest(read: Callable[[], Manifest | None], ranks: Ranks) -> Manifest | str | None:
+    """What rank 0 reads, on all ranks: a manifest, none, or what is wrong with it as a text.
+
+    Collectives: one broadcast.
+    """
+    text, wrong = "", ""
+    if ranks.is_main:
+        try:
+            found = read()
+            text = "" if found is None else found.to_bytes().decode()
+        except (ValueError, OSError, CheckpointError) as err:
+            wrong = str(err)
+    text, wrong = json.loads(ranks.from_main(json.dumps([text, wrong])))
+    return wrong or (Manifest.from_bytes(text.encode()) if text else None)
+
+
+def _manifest(path: Path, key: Key | None) -> Manifest | None:
+    """None for a checkpoint of the format that had none, without a key."""
     if key is None and not (path / "manifest.json").exists():
         if read_state(path).format == UNCHECKED_FORMAT:
             print(
@@ -159,8 +170,8 @@ def _manifest(path: Path, key: Key | None) -> str:
                 "be found",
                 flush=True,
             )
-            return ""
-    return read_manifest(path, key).to_bytes().decode()
+            return None
+    return read_manifest(path, key)
 
 
 def _checked(path: Path, manifest: Manifest | None, ranks: Ranks) -> RunState | str:
@@ -190,7 +201,7 @@ def _changed_log(folder: Path, manifest: Manifest, state: RunState, ranks: Ranks
     return first_changed_log(folder, manifest.logs, names)
 
 
-def _first(own: str | None, ranks: Ranks) -> str | None:
+def first_found(own: str | None, ranks: Ranks) -> str | None:
     """The first rank's finding, on all ranks. Collectives: one gather of texts."""
     found = ((rank, text) for rank, text in enumerate(ranks.gather_texts(own or "")) if text)
     return next((f"{text} (rank {rank})" for rank, text in found), None)

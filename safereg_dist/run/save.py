@@ -23,18 +23,26 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from safereg_dist.config import SigningConfig
 from safereg_dist.errors import CheckpointError
 from safereg_dist.parallel.comm import Ranks, capture
 from safereg_dist.parallel.engine import PolicyEngine
 from safereg_dist.run.checkpoint import RunState, aside, saved_checkpoints
-from safereg_dist.run.manifest import Digests, Manifest, files_below, own_digests, write_manifest
+from safereg_dist.run.manifest import (
+    Digests,
+    Manifest,
+    files_below,
+    merged,
+    own_digests,
+    part_of,
+    write_manifest,
+)
 from safereg_dist.run.random_states import save_random
 from safereg_dist.run.staging import emptied
 from safereg_dist.step import SafetyRegularizer
 from safereg_dist.storage.atomic import write_atomically
-from safereg_dist.storage.digests import FileDigest, copied
-from safereg_dist.storage.json_text import parse_json
-from safereg_dist.storage.signing import Key
+from safereg_dist.storage.digests import copied
+from safereg_dist.storage.signing import Key, signing_key
 
 _RESERVE_BYTES = 64 << 20
 """Free disk required beyond the size of a checkpoint, for logs."""
@@ -122,7 +130,7 @@ class Saver:
 
         if self._staging is None:
             for part in (deliver, publish):
-                with self._ranks.together(), _as_checkpoint_errors(self._folder):
+                with self._ranks.together(), as_checkpoint_errors(self._folder):
                     part()
             note_end()
             self._is_whole()
@@ -174,7 +182,7 @@ class Saver:
     def _make_room(self, partial: Path) -> None:
         if self._ranks.is_main:
             self._require_disk()
-        with _as_checkpoint_errors(self._folder):
+        with as_checkpoint_errors(self._folder):
             if self._ranks.is_main:
                 partial.mkdir(parents=True)
             if self._staging is not None:
@@ -183,9 +191,9 @@ class Saver:
     def _snapshot(self, folder: Path, state: RunState) -> None:
         """This rank's part, in a folder of its own or in one that all share."""
         ranks = self._ranks
-        with _as_checkpoint_errors(folder):
+        with as_checkpoint_errors(folder):
             self._engine.save(folder / "engine")
-        with ranks.together(), _as_checkpoint_errors(folder):
+        with ranks.together(), as_checkpoint_errors(folder):
             save_random(folder / f"rank{ranks.rank}.safetensors", ranks.device)
             small = self._regularizer.save_state(folder / f"risk{ranks.rank}.safetensors")
             if ranks.is_main:
@@ -207,8 +215,7 @@ class Saver:
             for name in files_below(source):
                 files[name] = copied(source / name, partial / name)
                 (source / name).unlink()
-        text = json.dumps({"files": files, "logs": logs})
-        write_atomically(_marker(partial, self._ranks.rank), text)
+        write_atomically(_marker(partial, self._ranks.rank), part_of(files, logs))
 
     def _publish(self, partial: Path, final: Path, key: Key | None) -> None:
         """The checkpoint appears whole, once every rank has delivered; older ones go."""
@@ -222,7 +229,7 @@ class Saver:
             os.replace(old, aside(old))
             shutil.rmtree(aside(old))
 
-    def _delivered(self, partial: Path) -> tuple[dict[str, FileDigest], dict[str, FileDigest]]:
+    def _delivered(self, partial: Path) -> tuple[Digests, Digests]:
         """The digests of all ranks' files and logs; their markers are gone then."""
         markers = [_marker(partial, rank) for rank in range(self._ranks.world_size)]
         began = time.monotonic()
@@ -236,14 +243,10 @@ class Saver:
                 )
             if self._given_up.wait(_LOOK_S):
                 raise CheckpointError(f"{partial} was given up: the run has ended")
-        found = [parse_json(path.read_bytes()) for path in markers]
+        found = merged([path.read_bytes() for path in markers])
         for path in markers:
             path.unlink()
-        files, logs = (
-            {name: FileDigest(*digest) for each in found for name, digest in each[kind].items()}
-            for kind in ("files", "logs")
-        )
-        return files, logs
+        return found
 
     # ---- the thread
 
@@ -253,7 +256,7 @@ class Saver:
             own = os.PRIO_PROCESS, threading.get_native_id()
             os.setpriority(*own, max(_NICE, os.getpriority(*own)))
             try:
-                with _as_checkpoint_errors(self._folder):
+                with as_checkpoint_errors(self._folder):
                     for step in steps:
                         step()
             except Exception as err:
@@ -303,6 +306,27 @@ class Saver:
         return 16 * sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
+def seal(
+    folder: Path, step: int, *, logs: Digests, signing: SigningConfig | None, ranks: Ranks
+) -> None:
+    """Writes the manifest of a folder that all ranks have filled; `logs` are this rank's.
+
+    Raises:
+        CheckpointError: a file cannot be read, or the manifest written, on all ranks.
+        ConfigError: the key is missing.
+    Collectives: four gathers of texts.
+    """
+    ranks.raise_together(None)  # a rank's last file is there
+    own = ""
+    with ranks.together(), as_checkpoint_errors(folder):
+        own = part_of(own_digests(folder, ranks.rank, ranks.world_size), logs)
+    parts = ranks.gather_texts(own)
+    with ranks.together():
+        if ranks.is_main:
+            files, all_logs = merged(parts)
+            write_manifest(folder, Manifest(step, files, all_logs), signing_key(signing))
+
+
 def _marker(partial: Path, rank: int) -> Path:
     return partial / f"rank{rank}.done"
 
@@ -312,14 +336,14 @@ def _step_of(final: Path) -> int:
 
 
 @contextmanager
-def _as_checkpoint_errors(folder: Path) -> Iterator[None]:
+def as_checkpoint_errors(folder: Path) -> Iterator[None]:
     """A block whose write errors become CheckpointError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as err:
         raise CheckpointError(
-            f"expected to write a checkpoint to {folder}, got: {err}: free disk space and run the "
-            "same command again; it resumes from the newest checkpoint"
+            f"expected to write a checkpoint to {folder}, got: {err}: free disk space, and go on "
+            "from the newest checkpoint"
         ) from err
 
 

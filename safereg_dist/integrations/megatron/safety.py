@@ -32,6 +32,7 @@ from safereg_dist.integrations.megatron.read_ahead import ReadAhead
 from safereg_dist.integrations.megatron.step import Pass, Replica
 from safereg_dist.integrations.megatron.stored import StoredStates, reference_identity
 from safereg_dist.integrations.recorder import Recorder
+from safereg_dist.integrations.state import STATE
 from safereg_dist.parallel.comm import capture
 from safereg_dist.parallel.megatron import (
     MARK,
@@ -136,7 +137,9 @@ class MegatronSafety:
     # ---- state
 
     def save(self, folder: str | Path) -> None:
-        """Writes the regulariser's state; all ranks call it, beside Megatron's own checkpoint.
+        """Writes the regulariser's state to `folder/safereg`; all ranks call it.
+
+        The folder may be that of Megatron's own checkpoint, whose files are not looked at.
 
         Raises:
             CheckpointError: it cannot be written, on all ranks.
@@ -146,12 +149,14 @@ class MegatronSafety:
         run = self._run
         world, error = run.layout.world, None
         if run.recorder is not None:
-            error = capture(run.recorder.save, Path(folder)).error
+            error = capture(run.recorder.save, Path(folder, STATE), step=self.step).error
         world.raise_together(error)
 
     def load(self, folder: str | Path, *, step: int) -> None:
         """Goes on from what `save` wrote after `step` optimizer steps; before the first one."""
-        self._loaded, self.step = Path(folder), step
+        own = Path(folder, STATE)
+        # In version 0.1 the folder itself held the state.
+        self._loaded, self.step = own if own.is_dir() else Path(folder), step
 
     def finish(self) -> None:
         """Ends the logs. All ranks call it after the last step.
@@ -265,8 +270,10 @@ class MegatronSafety:
             ),
             ranks=ranks,
         )
-        run.recorder = Recorder(run.regularizer, self._output_dir, self._settings)
-        run.recorder.start(self._loaded)
+        run.recorder = Recorder(
+            run.regularizer, self._output_dir, self._settings, self.config.signing
+        )
+        run.recorder.start(self._loaded, step=self.step)
 
     def _build_reference(self, policy: Sequence[nn.Module]) -> list[nn.Module]:
         given = self._given
