@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # the tests' builders and launcher
@@ -91,14 +91,14 @@ KINDS = (*INSIDE, *BETWEEN)
 class Damaged:
     """A checkpoint and the logs of its run, to damage and to mend again."""
 
-    def __init__(self, checkpoint: Path, run: Path) -> None:
+    def __init__(self, checkpoint: Path, run: Path, *, of_logs: str = ".") -> None:
+        """`of_logs` is the folder below the checkpoint whose manifest is about the logs too."""
         self.checkpoint, self.run = checkpoint, run
         names = [*files_below(checkpoint), NAME]
-        logs = [run / "metrics.jsonl", *(run / f"ledger.rank{r}.jsonl" for r in range(RANKS))]
-        self.kept = {p: p.read_bytes() for p in (*(checkpoint / n for n in names), *logs)}
-        ends = read_manifest(checkpoint, None).logs
+        logs = read_manifest(checkpoint / of_logs, None).logs
         self._touched: set[Path] = set()
-        self._log_ends = {path: ends[path.name].bytes for path in logs}
+        self._log_ends = {run / name: end.bytes for name, end in logs.items()}
+        self.kept = {p: p.read_bytes() for p in (*(checkpoint / n for n in names), *self._log_ends)}
 
     def damage(self, kind: str, rng: random.Random, path: Path) -> bool:
         """Damages `path`; False where the chance left all bytes as they were."""
@@ -146,20 +146,22 @@ class Damaged:
         return None
 
 
-def try_all(damaged: Damaged, tries: int, seed: int = 0) -> list[dict[str, object]]:
+def try_all(
+    damaged: Damaged, tries: int, seed: int = 0, *, kinds: Sequence[str] = KINDS
+) -> list[dict[str, object]]:
     """Rows of so many tries, over all kinds and files in turn; the checkpoint is whole after."""
     rng, tried, detected = random.Random(seed), Counter(), Counter()
     assert damaged.found() is None
     paths, number = sorted(damaged.kept), 0
     while tried.total() < tries:
-        kind, path = KINDS[number % len(KINDS)], paths[number // len(KINDS) % len(paths)]
+        kind, path = kinds[number % len(kinds)], paths[number // len(kinds) % len(paths)]
         number += 1
         if damaged.damage(kind, rng, path):
             tried[kind] += 1
             detected[kind] += damaged.found() is not None
         damaged.mend()
     assert damaged.found() is None
-    return [row("checked", kind, tried[kind], detected[kind]) for kind in KINDS]
+    return [row("checked", kind, tried[kind], detected[kind]) for kind in kinds]
 
 
 def row(what: str, kind: str, tried: int, detected: int) -> dict[str, object]:
