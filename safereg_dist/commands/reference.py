@@ -37,6 +37,7 @@ from safereg_dist.reference.store_writer import (
 )
 from safereg_dist.screen.progress import progress_bar
 from safereg_dist.screen.table import table
+from safereg_dist.storage.signing import signing_key
 from safereg_dist.types import Row
 
 
@@ -46,17 +47,21 @@ def build_store(
     """Writes the states of all active rows of the data to `out`; their size, on rank 0.
 
     Raises:
-        ConfigError: `out` exists, or is not one folder for all nodes.
+        ConfigError: `out` exists, is not one folder for all nodes, or the key is missing.
         DataError: states of a row are not finite.
         CheckpointError: the states cannot be written.
     Collectives: for each window those of risk and reference, and agreements of 8 bytes.
     """
     ranks, reference = parts.ranks, parts.reference
     assert isinstance(reference, Reference)
+    signing = parts.config.signing
     with ranks.together():
         if ranks.is_main:
+            signing_key(signing)  # refused now, not once all states are there
             begin_store(out)
-    writer = StoreWriter(partial_folder(out), ranks.rank, shard_bytes=shard_bytes)
+    writer = StoreWriter(
+        partial_folder(out), ranks.rank, shard_bytes=shard_bytes, is_signed=signing is not None
+    )
     _Build(parts, reference, writer).run()
     with ranks.together():
         writer.flush()
@@ -71,7 +76,8 @@ def build_store(
     with ranks.together():
         if ranks.is_main:
             hidden_size = reference.state_size
-            size = finish_store(out, identity, hidden_size=hidden_size, rows=rows)
+            key = signing_key(signing)
+            size = finish_store(out, identity, hidden_size=hidden_size, rows=rows, key=key)
             print(_summary(size, out))
     return size
 

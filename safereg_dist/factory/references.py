@@ -30,8 +30,9 @@ from safereg_dist.reference import (
 )
 from safereg_dist.reference.adapters_off import AdaptersOff
 from safereg_dist.reference.exchange import slowest_rates
-from safereg_dist.reference.store import ReferenceStore, StoreIdentity
+from safereg_dist.reference.store import ReferenceStore, StoreIdentity, read_index
 from safereg_dist.reference.trunk import used_parameters
+from safereg_dist.storage.signing import signing_key
 
 
 class WeightsFacts(NamedTuple):
@@ -188,8 +189,13 @@ def _stored_reference(
     """A reference with only its head loaded; loads the trunk for the first row not in store."""
     ranks, settings = backend.ranks, config.reference
     assert settings.cache is not None
+    cache, index = Path(settings.cache), ""
     with ranks.together():
-        store = ReferenceStore.open(Path(settings.cache), identity)
+        if ranks.is_main:  # where the key is
+            index = read_index(cache, signing_key(config.signing))
+    index = ranks.from_main(index)
+    with ranks.together():
+        store = ReferenceStore.open(cache, identity, index=index)
 
     def load_trunk() -> ReferenceEngine:
         if ranks.is_main:

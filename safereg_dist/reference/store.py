@@ -6,8 +6,10 @@ Text and reference are frozen, so the states never change. A store is a folder o
     begin    [n + 1]     int64, where the states of each of n rows begin; the last entry is T
     keys     [n, 32]     uint8, the rows' names (`fingerprint.row_key`)
     crc32    [n]         int64, of the bytes of each row's states
+    sha256   [n, 32]     uint8, of the same bytes, where the store is signed
 
-and of `index.json`, written last: what the states depend on, and size and digest of every shard.
+and of `index.json`, written last: what the states depend on, and size of every shard and digest of
+its table. With `signing` it has a signature beside it, `index.json.sig`.
 Every rank writes shards of its own and reads those of all, so any number of ranks can read.
 """
 
@@ -28,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from safereg_dist.errors import CheckpointError, ConfigError, reason_of
 from safereg_dist.models.fingerprint import tokenizer_fingerprint
 from safereg_dist.storage.json_text import parse_json
+from safereg_dist.storage.signing import Key, what_is_wrong
 
 INDEX_FILE = "index.json"
 _FORMAT = 1
@@ -88,18 +91,22 @@ class ReferenceStore:
         self._places = np.concatenate(places)[first]
 
     @classmethod
-    def open(cls, folder: Path, expected: StoreIdentity) -> "ReferenceStore":
+    def open(
+        cls, folder: Path, expected: StoreIdentity, *, index: str | None = None
+    ) -> "ReferenceStore":
         """The store in a folder.
 
+        Args:
+            index: what `read_index` has returned, on rank 0; by default it is read without a key.
         Raises:
             ConfigError: the folder is no store, is damaged, or holds states of something else than
                 `expected`.
         Collectives: none.
         """
-        index = _read_index(folder)
-        _require_same(folder, index.identity, expected)
-        shards = [_open_shard(folder, entry, index.hidden_size) for entry in index.shards]
-        return cls(shards, index.hidden_size)
+        found = _parsed(folder, read_index(folder, None) if index is None else index)
+        _require_same(folder, found.identity, expected)
+        shards = [_open_shard(folder, entry, found.hidden_size) for entry in found.shards]
+        return cls(shards, found.hidden_size)
 
     def __len__(self) -> int:
         """Number of distinct rows."""
@@ -119,12 +126,12 @@ class ReferenceStore:
         row = self._find(key)
         if row is None:
             raise KeyError(f"no states are stored of row {key}")
-        shard, begin, end, crc32 = self._places[row].tolist()
-        states = self._shards[shard].hidden[begin:end]
-        if crc32_of(states) != crc32:
+        number, begin, end, place = self._places[row].tolist()
+        shard = self._shards[number]
+        states = shard.hidden[begin:end]
+        if not shard.table.holds(place, states):
             raise CheckpointError(
-                f"the states of a row in {self._shards[shard].path} are not those that were "
-                f"written: the disk has lost them, {_BUILD}"
+                f"the states of a row in {shard.path} are not those that were written: {_BUILD}"
             )
         return states
 
@@ -144,16 +151,24 @@ class Table(NamedTuple):
     """[n + 1] first token of each row, and the number of tokens."""
     crc32: np.ndarray
     """[n] checksum of each row's states."""
+    sha256: np.ndarray | None = None
+    """[n, 32] digest of each row's states; None in a store without a signature."""
 
     def places(self, shard: int) -> np.ndarray:
-        """[n, 4] shard, first and one past the last token, crc32 of every row."""
-        return np.stack(
-            [np.full_like(self.crc32, shard), self.begin[:-1], self.begin[1:], self.crc32], axis=1
-        )
+        """[n, 4] shard, first and one past the last token, place in the shard of every row."""
+        rows = np.arange(len(self.crc32))
+        return np.stack([np.full_like(rows, shard), self.begin[:-1], self.begin[1:], rows], axis=1)
+
+    def holds(self, place: int, states: Tensor) -> bool:
+        """Whether these are the states of the row at this place."""
+        if self.sha256 is None:
+            return crc32_of(states) == self.crc32[place]
+        return sha256_of(states) == self.sha256[place].tobytes()
 
     def digest(self) -> str:
         """SHA-256 (hex) of all of it."""
-        return hashlib.sha256(b"".join(part.tobytes() for part in self)).hexdigest()
+        parts = (part.tobytes() for part in self if part is not None)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 class Shard(NamedTuple):
@@ -180,21 +195,42 @@ class _Index(NamedTuple):
     shards: list[_Entry]
 
 
-def _read_index(folder: Path) -> _Index:
+def read_index(folder: Path, key: Key | None) -> str:
+    """The text of a store's index, which is signed with the key where one is given.
+
+    Raises:
+        ConfigError: it cannot be read, or is not signed with the key.
+    """
+    path = folder / INDEX_FILE
     try:
-        raw = parse_json((folder / INDEX_FILE).read_bytes())
-        shards = [_Entry(e["file"], e["bytes"], e["sha256"]) for e in raw["shards"]]
-        return _Index(dict(raw["identity"]), int(raw["hidden_size"]), shards)
+        content = path.read_bytes()
     except FileNotFoundError as err:
         raise ConfigError(
             f"expected a stored reference at reference.cache={folder}, found no {INDEX_FILE} in "
             f"it: check the path, or {_BUILD}"
         ) from err
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise ConfigError(
-            f"expected a stored reference at reference.cache={folder}, got {type(err).__name__}: "
-            f"{reason_of(err, 200)}: check the path, or {_BUILD}"
-        ) from err
+    except OSError as err:
+        raise _no_store(folder, err) from err
+    wrong = None if key is None else what_is_wrong(path, content, key)
+    if wrong:
+        raise ConfigError(f"{wrong}: {_BUILD} and the same `signing`, or set signing=null")
+    return content.decode("utf-8", "replace")
+
+
+def _parsed(folder: Path, text: str) -> _Index:
+    try:
+        raw = parse_json(text)
+        shards = [_Entry(e["file"], e["bytes"], e["sha256"]) for e in raw["shards"]]
+        return _Index(dict(raw["identity"]), int(raw["hidden_size"]), shards)
+    except (ValueError, KeyError, TypeError) as err:
+        raise _no_store(folder, err) from err
+
+
+def _no_store(folder: Path, err: Exception) -> ConfigError:
+    return ConfigError(
+        f"expected a stored reference at reference.cache={folder}, got {type(err).__name__}: "
+        f"{reason_of(err, 200)}: check the path, or {_BUILD}"
+    )
 
 
 def _require_same(folder: Path, found: dict[str, Any], expected: StoreIdentity) -> None:
@@ -240,10 +276,20 @@ def map_shard(path: Path) -> Shard:
     """
     file = safe_open(path, framework="pt")
     keys, begin, crc32 = (file.get_tensor(name).numpy() for name in ("keys", "begin", "crc32"))
+    sha256 = file.get_tensor("sha256").numpy() if "sha256" in set(file.keys()) else None
     names = np.frombuffer(keys.tobytes(), dtype="S32")
-    return Shard(path, file.get_slice("hidden"), Table(names, begin, crc32))
+    return Shard(path, file.get_slice("hidden"), Table(names, begin, crc32, sha256))
 
 
 def crc32_of(states: Tensor) -> int:
     """CRC-32 of the bytes of [t, H] states."""
-    return zlib.crc32(states.contiguous().view(torch.uint8).numpy().data)
+    return zlib.crc32(_bytes_of(states))
+
+
+def sha256_of(states: Tensor) -> bytes:
+    """SHA-256 of the bytes of [t, H] states: unlike a CRC-32 nobody finds others with the same."""
+    return hashlib.sha256(_bytes_of(states)).digest()
+
+
+def _bytes_of(states: Tensor) -> memoryview:
+    return states.contiguous().view(torch.uint8).numpy().data

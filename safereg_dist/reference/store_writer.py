@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safereg_dist.errors import CheckpointError, ConfigError
-from safereg_dist.reference.store import INDEX_FILE, StoreIdentity, crc32_of, map_shard
+from safereg_dist.reference.store import (
+    INDEX_FILE,
+    StoreIdentity,
+    crc32_of,
+    map_shard,
+    sha256_of,
+)
+from safereg_dist.storage.signing import Key, write_signed
 
 SHARD_BYTES = 1 << 30
 """Most bytes of states in one shard; while a store is built each rank holds up to two in memory."""
@@ -39,10 +46,14 @@ class StoreSize(NamedTuple):
 class StoreWriter:
     """Writes one rank's shards into a folder, with one shard in memory."""
 
-    def __init__(self, folder: Path, rank: int, *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, rank: int, *, shard_bytes: int = SHARD_BYTES, is_signed: bool = False
+    ) -> None:
+        """`is_signed` keeps a digest of each row's states, for an index that will be signed."""
         self._folder = folder
         self._rank = rank
         self._shard_bytes = shard_bytes
+        self._is_signed = is_signed
         self._known: set[bytes] = set()
         self._states: dict[bytes, Tensor] = {}
         self._held_bytes = 0
@@ -88,6 +99,9 @@ class StoreWriter:
             "crc32": torch.tensor([crc32_of(states) for states in rows], dtype=torch.int64),
         }
         tensors["keys"] = tensors["keys"].reshape(-1, 32)
+        if self._is_signed:
+            digests = bytearray(b"".join(map(sha256_of, rows)))
+            tensors["sha256"] = torch.frombuffer(digests, dtype=torch.uint8).reshape(-1, 32)
         path = self._folder / f"rank{self._rank}-{self._shards:05d}.safetensors"
         try:
             save_file(tensors, path)
@@ -128,11 +142,14 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def finish_store(out: Path, identity: StoreIdentity, *, hidden_size: int, rows: int) -> StoreSize:
+def finish_store(
+    out: Path, identity: StoreIdentity, *, hidden_size: int, rows: int, key: Key | None = None
+) -> StoreSize:
     """Writes the index of all ranks' shards and renames the folder to `out`.
 
     Args:
         rows: number of rows that the writers of all ranks hold together.
+        key: signs the index.
     Raises:
         ConfigError: shards of some rank are not visible here.
         CheckpointError: the index cannot be written.
@@ -151,13 +168,13 @@ def finish_store(out: Path, identity: StoreIdentity, *, hidden_size: int, rows: 
     ]
     index = {"identity": asdict(identity), "hidden_size": hidden_size, "shards": entries}
     text = json.dumps(index, indent=2) + "\n"
+    write_signed(partial / INDEX_FILE, text.encode(), key)
     try:
-        (partial / INDEX_FILE).write_text(text, encoding="utf-8")
         partial.rename(out)
     except OSError as err:
         raise _cannot_write(out, err) from err
     tokens = sum(int(shard.table.begin[-1]) for shard in shards)
-    return StoreSize(rows, tokens, sum(entry["bytes"] for entry in entries) + len(text))
+    return StoreSize(rows, tokens, sum(path.stat().st_size for path in out.iterdir()))
 
 
 def _cannot_write(path: Path, err: Exception) -> CheckpointError:

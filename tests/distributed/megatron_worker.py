@@ -398,7 +398,7 @@ def train(args: argparse.Namespace) -> None:
     if args.resume_at:
         read_checkpoint(saved / "model", chunks)
         if safety is not None:
-            safety.load(saved / "safereg", step=args.resume_at)
+            safety.load(saved / "model", step=args.resume_at)
     counter = StepCost(step=1 if args.cost else None)
     plain = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -442,7 +442,7 @@ def train(args: argparse.Namespace) -> None:
         if args.save_at == step + 1:
             write_checkpoint(saved / "model", chunks)
             if safety is not None:
-                safety.save(saved / "safereg")
+                safety.save(saved / "model")
         losses.append(mean_of(reported, "lm loss"))
         reports.append({k: mean_of(reported, k) for k in (reported[0] if reported else {})})
     facts = {"losses": losses, "reports": reports, "collectives": COLLECTIVES, "slots": slots}

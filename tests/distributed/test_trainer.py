@@ -1,7 +1,8 @@
 """Claimed: a Trainer's run on two ranks resumes, saves and ends windows as one on one rank does.
 
 Exact: a resumed run under DDP, ZeRO-3 and FSDP2 (losses, weights, metrics, ledger), the weights
-that `save_model` wrote, an error that one rank sees. Rounds: logged losses (float32).
+that `save_model` wrote, an error that one rank sees, damage that one finds. Rounds: logged losses
+(float32).
 """
 
 import json
@@ -78,3 +79,10 @@ def test_all_ranks_raise_what_one_sees(folder, launch):
     assert "has risk 7.0" in one["errors"][0]
     assert "has risk 7.0" in other["errors"][0]
     assert one["errors"][0].startswith("DataError: rank 1:")
+
+
+@pytest.mark.deepspeed
+def test_all_ranks_refuse_what_one_finds_changed(folder, launch):
+    for found in run_worker(folder, launch, "damaged", "zero-3"):
+        assert "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt was changed" in found["error"]
+        assert "(rank 1): resume from another checkpoint" in found["error"]

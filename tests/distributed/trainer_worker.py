@@ -35,6 +35,8 @@ from support.trainer_runs import (  # noqa: E402
 )
 from torch.utils.data import IterableDataset  # noqa: E402
 
+from safereg_dist.errors import CheckpointError  # noqa: E402
+
 RANK = int(os.environ["RANK"])
 
 
@@ -67,6 +69,23 @@ def resume():
         "losses": [seen.losses, first.losses + second.losses],
         "same_weights": same_weights(trained, resumed),
     }
+
+
+def damaged():
+    """What every rank raises where a file that one rank alone reads was changed."""
+    saves = {"save_strategy": "steps", "save_steps": 3}
+    run("damaged", args=saves, stop=3)
+    [path] = (FOLDER / "damaged").rglob("*zero_pp_rank_1*optim*")
+    torch.distributed.barrier()
+    if RANK == 0:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    torch.distributed.barrier()
+    try:
+        run("damaged", args=saves, resume=True)
+    except CheckpointError as error:
+        return {"error": str(error)}
+    return {}
 
 
 class Stream(IterableDataset):
@@ -108,7 +127,7 @@ def errors():
 
 def main():
     torch.set_num_threads(1)
-    found = {"resume": resume, "windows": windows, "errors": errors}[WORK]()
+    found = {"resume": resume, "windows": windows, "errors": errors, "damaged": damaged}[WORK]()
     (FOLDER / f"{WORK}.rank{RANK}.json").write_text(json.dumps(found))
 
 

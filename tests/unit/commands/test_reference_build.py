@@ -299,3 +299,23 @@ def test_what_cannot_be_built_is_refused_with_status_2(run, capsys):
     assert build() == 2
     assert "are not finite" in capsys.readouterr().err
     assert not Path("store").exists()
+
+
+def test_a_run_with_a_key_takes_a_store_that_is_signed_with_it(run, monkeypatch, capsys):
+    """Signed or not, training reads the same states."""
+    signing = "signing={hmac_env: SAFEREG_TEST_KEY}"
+    assert build(signing) == 2  # no state was computed for it
+    assert "SAFEREG_TEST_KEY, found 0" in capsys.readouterr().err
+    monkeypatch.setenv("SAFEREG_TEST_KEY", "a secret of enough characters")
+    assert build(out="unsigned") == 0
+    assert build(signing) == 0
+    assert (run / "store" / "index.json.sig").is_file()
+    check_same(trained("online"), trained("stored", signing, "reference.cache=store"))
+    capsys.readouterr()
+    train = ["train", "base.yaml", "output_dir=refused", signing]
+    assert safereg([*train, "reference.cache=unsigned"]) == 2
+    assert "unsigned/index.json is not signed" in capsys.readouterr().err
+    (run / "unsigned" / "index.json").replace(run / "store" / "index.json")
+    assert safereg([*train, "reference.cache=store"]) == 2
+    assert "index.json was changed or signed with another key" in capsys.readouterr().err
+    assert not Path("refused").exists()

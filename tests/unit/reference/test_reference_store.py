@@ -1,6 +1,7 @@
 """Claimed: a stored reference gives back what was written, whoever wrote it and whoever reads it,
 and nothing that is damaged, half built or of another model, tokenizer, data or precision is opened;
-a model's fingerprint and its head can be had from its files alone.
+with a key nothing that somebody else wrote, not even where every checksum fits; a model's
+fingerprint and its head can be had from its files alone.
 
 Exact: all of it; states are copied, never computed here. The judge of fingerprint and head is the
 loaded model.
@@ -8,8 +9,10 @@ loaded model.
 
 import json
 import threading
+import zlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,13 +23,14 @@ from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.models.fingerprint import row_key, tokenizer_fingerprint
 from safereg_dist.parallel.shards import weights_fingerprint
 from safereg_dist.parallel.single import SingleBackend, single_ranks
-from safereg_dist.reference.store import INDEX_FILE, ReferenceStore, StoreIdentity
+from safereg_dist.reference.store import INDEX_FILE, ReferenceStore, StoreIdentity, read_index
 from safereg_dist.reference.store_writer import (
     StoreWriter,
     begin_store,
     finish_store,
     partial_folder,
 )
+from safereg_dist.storage.signing import HmacKey
 
 IDENTITY = StoreIdentity(reference="r", tokenizer="t", data=("train", "anchor"), precision="bf16")
 HIDDEN = 48
@@ -44,16 +48,16 @@ def states_of(number, dtype=torch.bfloat16):
     return torch.randn(1 + number * 7 % 37, HIDDEN, generator=generator).to(dtype)
 
 
-def build(out, numbers, *, ranks=2, dtype=torch.bfloat16, shard_bytes=20_000):
+def build(out, numbers, *, ranks=2, dtype=torch.bfloat16, shard_bytes=20_000, key=None):
     """A store of these rows, dealt to so many writers."""
-    folder = begin_store(out)
-    writers = [StoreWriter(folder, rank, shard_bytes=shard_bytes) for rank in range(ranks)]
+    folder, how = begin_store(out), {"shard_bytes": shard_bytes, "is_signed": key is not None}
+    writers = [StoreWriter(folder, rank, **how) for rank in range(ranks)]
     for place, number in enumerate(numbers):
         writers[place % ranks].add(key_of(number), states_of(number, dtype))
     for writer in writers:
         writer.flush()
     rows = sum(len(writer) for writer in writers)
-    return finish_store(out, IDENTITY, hidden_size=HIDDEN, rows=rows)
+    return finish_store(out, IDENTITY, hidden_size=HIDDEN, rows=rows, key=key)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -209,6 +213,102 @@ def test_states_that_changed_on_the_disk_are_refused_on_reading(tmp_path):
                 store.read(key_of(number))
         else:
             assert torch.equal(store.read(key_of(number)), states_of(number))
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("SAFEREG_TEST_KEY", "a secret of enough characters")
+    return HmacKey("SAFEREG_TEST_KEY")
+
+
+def open_signed(folder, key):
+    return ReferenceStore.open(folder, IDENTITY, index=read_index(folder, key))
+
+
+def test_a_signed_store_is_refused_where_somebody_else_wrote_its_index(tmp_path, key):
+    folder = tmp_path / "store"
+    size = build(folder, range(30), key=key)
+    assert size.num_bytes == sum(f.stat().st_size for f in folder.iterdir())
+    store = open_signed(folder, key)
+    for number in range(30):
+        assert torch.equal(store.read(key_of(number)), states_of(number))
+    assert len(ReferenceStore.open(folder, IDENTITY)) == 30  # who has no key reads it all the same
+    build(tmp_path / "forged", [*range(29), 99])
+    for path in (tmp_path / "forged").iterdir():
+        path.replace(folder / path.name)
+    assert len(ReferenceStore.open(folder, IDENTITY)) == 30
+    with pytest.raises(ConfigError, match=r"index\.json was changed or signed with another key"):
+        open_signed(folder, key)
+    (folder / f"{INDEX_FILE}.sig").unlink()
+    with pytest.raises(ConfigError, match=r"index\.json is not signed.*build it again"):
+        open_signed(folder, key)
+
+
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_states_with_the_checksum_of_others_are_refused_in_a_signed_store(tmp_path, key, is_signed):
+    """A CRC-32 finds damage alone, which is what an unsigned store promises."""
+    used = key if is_signed else None
+    build(tmp_path / "store", [3], ranks=1, key=used)
+    path = tmp_path / "store" / "rank0-00000.safetensors"
+    tensors = load_file(path)
+    hidden = tensors["hidden"].view(torch.uint8)
+    content = hidden.numpy().tobytes()
+    forged = with_the_crc_of(content)
+    assert forged != content
+    hidden.view(-1)[:] = torch.frombuffer(bytearray(forged), dtype=torch.uint8)
+    save_file(tensors, path)
+    store = open_signed(tmp_path / "store", used)
+    if is_signed:
+        with pytest.raises(CheckpointError, match="not those that were written"):
+            store.read(key_of(3))
+    else:
+        assert not torch.equal(store.read(key_of(3)), states_of(3))
+
+
+def with_the_crc_of(content):
+    """Other bytes with the CRC-32 of these: the first dependent set of changes by one bit.
+
+    A change of bits changes the sum by an XOR that hangs on their places alone, so that among 33
+    places some cancel each other (elimination over GF(2)).
+    """
+
+    def flipped(bits):
+        found = bytearray(content)
+        for bit in bits:
+            found[bit // 8] ^= 1 << bit % 8
+        return bytes(found)
+
+    basis = {}  # leading bit of a sum -> (the sum, the places)
+    for bit in range(33):
+        change, places = zlib.crc32(flipped([bit])) ^ zlib.crc32(content), {bit}
+        while change and change.bit_length() in basis:
+            other, others = basis[change.bit_length()]
+            change, places = change ^ other, places ^ others
+        if not change:
+            return flipped(places)
+        basis[change.bit_length()] = change, places
+    raise AssertionError("33 vectors of 32 bits are dependent")
+
+
+def test_no_random_flip_of_a_signed_store_is_read(tmp_path, key):
+    build(tmp_path / "store", range(20), key=key)
+    files = sorted((tmp_path / "store").iterdir())
+    draw, refused = np.random.default_rng(0), 0
+    for number in range(300):
+        path = files[number % len(files)]
+        content = bytearray(path.read_bytes())
+        kept = bytes(content)
+        content[draw.integers(len(content))] ^= 1 << draw.integers(8)
+        path.write_bytes(content)
+        try:
+            store = open_signed(tmp_path / "store", key)
+            rows = [store.read(key_of(row)) for row in range(20)]
+            # A flip may hit the spaces of a shard's header, which mean nothing.
+            assert all(torch.equal(rows[row], states_of(row)) for row in range(20)), path
+        except (ConfigError, CheckpointError, KeyError):
+            refused += 1
+        path.write_bytes(kept)
+    assert refused > 290
 
 
 def test_a_build_that_ends_early_leaves_nothing_that_opens_and_is_begun_again(tmp_path):
