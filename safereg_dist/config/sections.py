@@ -378,7 +378,8 @@ class LisaConfig(Section):
 
 
 class SigningConfig(Section):
-    """A key over checkpoints and `summary.json`, with the ledger's head in it; one of the two."""
+    """A key over checkpoints, stored references and `summary.json`, with the ledger's head in it; one
+    of the two."""
 
     hmac_env: str | None = Field(
         default=None, pattern=r"^SAFEREG_[A-Z0-9_]+$", json_schema_extra=ASIDE
@@ -418,7 +419,7 @@ class Config(Section):
     lisa: LisaConfig | None = Field(default=None, json_schema_extra=NEWER)
     """Turns with safety rows, a rival to compare with; null = none."""
     signing: SigningConfig | None = Field(default=None, json_schema_extra=ASIDE | NEWER)
-    """Key over checkpoints and the ledger's head; null = none."""
+    """Key over checkpoints, stored references and the ledger's head; null = none."""
     tracking: TrackingConfig = Field(default=TrackingConfig(), json_schema_extra=ASIDE | NEWER)
     output_dir: Annotated[str, WRITTEN] = Field(default="runs/my-run", json_schema_extra=ASIDE)
     """Run folder: metrics, ledger, checkpoints, exported model."""

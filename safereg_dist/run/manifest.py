@@ -24,7 +24,7 @@ from safereg_dist.storage.signing import SUFFIX, Key, what_is_wrong, write_signe
 NAME = "manifest.json"
 _FORMAT = 1
 _RANK_OF = re.compile(r"(?:^|[_.])(?<!mp_)(?:rank_?|risk|_)(\d+)(?=[-_.])")  # mp_: not of data
-_STEP_OF = re.compile(r"(?:step|checkpoint)-(\d+)")
+_OF_STEP = re.compile(r"step-.*|checkpoint-\d+")  # ours, a Trainer's
 
 Digests = Mapping[str, FileDigest]
 
@@ -155,8 +155,8 @@ def read_manifest(folder: Path, key: Key | None, *, may_hold_more: bool = False)
         manifest = Manifest.from_bytes(content)
     except ValueError as err:
         raise ValueError(f"{NAME}: {err}") from err
-    named = _STEP_OF.fullmatch(folder.name)
-    if named and int(named[1]) != manifest.step:
+    named = (f"step-{manifest.step:08d}", f"checkpoint-{manifest.step}")
+    if _OF_STEP.fullmatch(folder.name) and folder.name not in named:
         raise ValueError(f"{NAME} is of step {manifest.step}")
     different = manifest.files.keys() ^ set(files_below(folder))
     different = sorted(different & manifest.files.keys() if may_hold_more else different)
