@@ -378,8 +378,8 @@ class LisaConfig(Section):
 
 
 class SigningConfig(Section):
-    """A key over checkpoints, stored references and `summary.json`, with the ledger's head in it; one
-    of the two."""
+    """A key over checkpoints, stored references and `summary.json`, the ledger's head in it; one of
+    the two."""
 
     hmac_env: str | None = Field(
         default=None, pattern=r"^SAFEREG_[A-Z0-9_]+$", json_schema_extra=ASIDE

@@ -145,8 +145,11 @@ def aside(final: Path, mark: str = "") -> Path:
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were written whole, oldest first; they may be damaged since."""
-    return sorted(folder.glob("step-*"))
+    """Checkpoints that were written whole, oldest first; they may be damaged since.
+
+    Somebody's copy beside them (`step-00000100-kept`) is none: old ones are removed.
+    """
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdecimal())
 
 
 def remove_partial(folder: Path) -> None:

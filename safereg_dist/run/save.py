@@ -170,9 +170,12 @@ class Saver:
 
     def __exit__(self, *_: object) -> None:
         self._given_up.set()
+        is_let_go = True
         if self._thread is not None:
             self._thread.join(_LET_GO_S)
-        if self._partial is not None and self._ranks.is_main:
+            is_let_go = not self._thread.is_alive()
+        # A thread that goes on could publish what is half removed; the next start removes it.
+        if self._partial is not None and self._ranks.is_main and is_let_go:
             shutil.rmtree(self._partial, ignore_errors=True)
         if self._staging is not None:
             shutil.rmtree(self._staging, ignore_errors=True)

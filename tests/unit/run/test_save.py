@@ -5,6 +5,9 @@ on two ranks; the files that take long are pipes. Kills: tests/distributed/test_
 """
 
 import os
+import resource
+import shutil
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +18,7 @@ from support.saves import Engine, Regularizer, state
 
 from safereg_dist.config import load_config
 from safereg_dist.errors import CheckpointError, ConfigError
+from safereg_dist.run import save
 from safereg_dist.run.checkpoint import read_state, saved_checkpoints
 from safereg_dist.run.manifest import first_changed, read_manifest
 from safereg_dist.run.save import Saver
@@ -166,6 +170,83 @@ def test_a_part_that_never_comes_is_named(config, tmp_path):
     for found in on_ranks(2, work, tmp_path):
         assert "within 0 s (engine.timeout_s), that of rank1 never came" in found
     assert not list((tmp_path / "checkpoint").iterdir())
+
+
+class SlowKey:
+    """A key that takes its time, as a disk that stalls under the manifest."""
+
+    name = "slow"
+
+    def __init__(self):
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def sign(self, content):
+        """When it may."""
+        self.asked.set()
+        self.go_on.wait(20)
+        return b"signed"
+
+
+def test_what_a_run_gives_up_is_never_published_in_part(config, tmp_path, monkeypatch):
+    """The run ends while its thread is between the last part and the rename, and older ones go."""
+    monkeypatch.setattr(save, "_LET_GO_S", 0.1)
+    key, made = SlowKey(), saver_of(tmp_path, ALONE, RankEngine(0))
+    made._keep = 1
+    with suppress(KeyboardInterrupt), made:
+        made.save(state(config, 2), logs={}, key=None)
+        made.wait()
+        made.save(state(config, 3), logs={}, key=key)
+        assert key.asked.wait(20)
+        raise KeyboardInterrupt
+    key.go_on.set()
+    made._thread.join(20)
+    assert made.error is None
+    assert saved(tmp_path) == ["step-00000003"]
+    whole = tmp_path / "checkpoint" / "step-00000003"
+    files = read_manifest(whole, None).files
+    assert first_changed(whole, files, files) is None
+
+
+class FillingEngine(RankEngine):
+    """Once rank 1 has written its snapshot, files of 1 MB fill the disk (a limit of the system)."""
+
+    fills = False
+
+    def save(self, folder):
+        super().save(folder)
+        if self.rank == 1 and self.fills:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+
+def test_the_disk_fills_while_a_thread_copies(config, tmp_path):
+    """Earlier checkpoints stay, and nothing else."""
+
+    def work(ranks):
+        engine = FillingEngine(ranks.rank)
+        with suppress(CheckpointError), saver_of(tmp_path, ranks, engine) as saver:
+            saver.save(state(config, 1), logs={}, key=None)
+            saver.wait()
+            engine.fills = True
+            saver.save(state(config, 3), logs={}, key=None)
+            found = said_by(saver.wait)
+            raise CheckpointError("the run ends")
+        return found
+
+    for found in on_ranks(2, work, tmp_path):
+        assert "File too large: free disk space, and go on from the newest checkpoint" in found
+    assert os.listdir(tmp_path / "checkpoint") == ["step-00000001"]
+
+
+def test_a_copy_that_somebody_keeps_beside_is_not_removed(config, tmp_path):
+    with saver_of(tmp_path, ALONE, Engine(), is_async=False) as saver:
+        for step in (1, 2, 3, 4):
+            saver.save(state(config, step), logs={}, key=None)
+            kept = tmp_path / "checkpoint" / f"step-{step:08d}"
+            if step == 1:
+                shutil.copytree(kept, kept.with_name(f"{kept.name}-kept"))
+    names = ["step-00000001-kept", "step-00000003", "step-00000004"]
+    assert sorted(os.listdir(tmp_path / "checkpoint")) == names
+    assert saved(tmp_path) == names[1:]
 
 
 def test_staging_holds_what_its_owner_alone_may_see(tmp_path):
