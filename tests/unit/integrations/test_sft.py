@@ -3,10 +3,11 @@
 The judge is the plain SFTTrainer on rows without risk: losses, entropy, accuracy and tokens the
 same bits; with `stack_loss` off, where all come from our head, within 1e-5 and 1e-4. Exact: risk
 reaches the rows of packed, padding-free and conversational data, and which of their tokens are
-trained.
+trained; a resumed run.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from support.trainer_runs import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from safereg_dist.errors import DataError
+from safereg_dist.errors import CheckpointError, DataError
 from safereg_dist.integrations.trl import SafeRegSFTTrainer
 
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
@@ -46,7 +47,7 @@ def rows(count=40, **how):
     return found[:count]
 
 
-def run(folder, data, *, cls=SafeRegSFTTrainer, args=None, **how):
+def run(folder, data, *, cls=SafeRegSFTTrainer, args=None, resume=False, **how):
     seen = Losses()
     made = cls(
         model=tiny_model(**SMALL),
@@ -56,7 +57,7 @@ def run(folder, data, *, cls=SafeRegSFTTrainer, args=None, **how):
         callbacks=[seen],
         **how,
     )
-    made.train()
+    made.train(resume_from_checkpoint=resume)
     return [log for log in seen.logs if "loss" in log], made
 
 
@@ -191,3 +192,19 @@ def test_conversations_keep_their_risk_and_their_answers(reference, tmp_path, da
     trained = sum(row["response_tokens"] for row in metrics_rows(tmp_path))
     assert trained == sum(len(words) + eos for words in answers)
     assert torch.isfinite(torch.tensor(made.state.log_history[0]["loss"]))
+
+
+def test_a_finished_run_goes_on_from_what_was_written_alone(reference, tmp_path):
+    saves = {"packing": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    how = {"args": saves, "safereg": settings(reference)}
+    whole, _ = run(tmp_path / "whole", rows(), **how)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    again, _ = run(tmp_path / "again", rows(), resume=True, **how)
+    assert [log["loss"] for log in again] == [log["loss"] for log in whole[2:]]
+    ledgers = [(tmp_path / name / "ledger.jsonl").read_bytes() for name in ("whole", "again")]
+    assert ledgers[0] == ledgers[1]
+    weights = tmp_path / "again" / "checkpoint-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was changed"):
+        run(tmp_path / "again", rows(), resume=True, **how)
