@@ -1,8 +1,9 @@
 """Reference states that a rank of the last stage has stored: a line is run once, then read.
 
 One file for each line of tokens, below a folder of the rank's place in its head: a line's states
-[S_own, H] are those of this layout. The files of the owner come last, a step after all others, so
-that a line that the owner has stored is stored on every rank of its head.
+[S_own, H] are those of this layout, and their SHA-256 is beside them. The files of the owner come
+last, a step after all others, so that a line that the owner has stored is stored on every rank of
+its head.
 """
 
 import hashlib
@@ -11,14 +12,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.parallel.megatron import Layout
+from safereg_dist.reference.store import sha256_of
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.types import MicroBatch
 
@@ -65,8 +67,13 @@ class StoredStates:
         """
         path = self._path(key.hex())
         try:
-            return load_file(path)["states"]
-        except (OSError, KeyError, SafetensorError) as err:
+            with safe_open(path, framework="pt") as file:
+                states, facts = file.get_tensor("states"), file.metadata() or {}
+            # Files of version 0.1 have no digest.
+            if facts.get("sha256", digest := sha256_of(states).hex()) != digest:
+                raise ValueError("another SHA-256 than was written")
+            return states
+        except (OSError, ValueError, SafetensorError) as err:
             raise CheckpointError(
                 f"expected the reference's states of a line in {path}, got {err}: remove "
                 f"{path.parents[2]}, the states are computed again"
@@ -81,7 +88,8 @@ class StoredStates:
     def flush(self) -> None:
         """Writes what waits. Raises CheckpointError where the disk is full."""
         for name, states in self._later:
-            write_atomically(self._path(name), save({"states": states}))
+            facts = {"sha256": sha256_of(states).hex()}
+            write_atomically(self._path(name), save({"states": states}, facts))
         self._later = []
 
     def _path(self, name: str) -> Path:

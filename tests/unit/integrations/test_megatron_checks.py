@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from safereg_dist.data.collation import row_of
@@ -189,6 +190,13 @@ def test_states_of_something_else(tmp_path):
     assert torch.equal(again.read(key), states)
     with pytest.raises(CheckpointError, match="expected the reference's states of a line"):
         again.read(bytes(32))
+    [path] = tmp_path.rglob("*.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # in a state
+    with pytest.raises(CheckpointError, match="got another SHA-256 than was written"):
+        again.read(key)
+    save_file({"states": states}, path)  # of version 0.1
+    assert torch.equal(again.read(key), states)
     for change in ({"identity": "b"}, {"is_spread": True}):
         with pytest.raises(ConfigError, match="expected states of"):
             StoredStates(tmp_path, layout, **{"identity": "a", "is_spread": False, **change})
