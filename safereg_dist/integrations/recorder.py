@@ -118,7 +118,7 @@ class Recorder:
             self._held = held.pop_all()
 
     def _open(self, state: Path | None, step: int) -> None:
-        ranks, self._steps = self._ranks, step
+        ranks = self._ranks
         position = {"metrics_bytes": 0, "ledger_bytes": []}
         if state is not None:
             position = load_state(
