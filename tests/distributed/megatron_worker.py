@@ -369,6 +369,8 @@ def train(args: argparse.Namespace) -> None:
             settings["reference"] = {"cache": str(args.cache)}
         if args.stored_reference:
             settings["reference"] = {"model": str(args.folder / "stored")}
+        if "SAFEREG_TEST_KEY" in os.environ:
+            settings["signing"] = {"hmac_env": "SAFEREG_TEST_KEY"}
         safety = MegatronSafety(
             settings,
             output_dir=args.out.with_suffix(""),

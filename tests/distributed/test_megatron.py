@@ -41,6 +41,7 @@ from safereg_dist.cli import main
 from safereg_dist.plan.pipeline import Pipeline
 from safereg_dist.run.ledger import verify_ledger
 from safereg_dist.run.manifest import read_manifest
+from safereg_dist.storage.signing import HmacKey
 
 pytest.importorskip("megatron.core")
 
@@ -230,8 +231,10 @@ def test_the_example_without_risk_is_the_plain_one(layout, launch, tmp_path):
     assert sum(row["active_rows"] for row in rows) > 0
 
 
-def test_a_resumed_run_gives_the_same_bits(train, made, launch):
-    """Our state lies in Megatron's own checkpoint; once it is changed, all ranks say so."""
+def test_a_resumed_run_gives_the_same_bits(train, made, launch, monkeypatch):
+    """Our state lies in Megatron's own checkpoint, signed; once changed, all ranks refuse it."""
+    monkeypatch.setenv("SAFEREG_TEST_KEY", "a secret of enough characters")
+    key = HmacKey("SAFEREG_TEST_KEY")
     options = ("--stored-reference", "--probe", "middle", "--steps", 4)
     whole = train("pp2", 2, *options, "--save-at", 2)
     kept = whole.with_suffix("")
@@ -239,12 +242,12 @@ def test_a_resumed_run_gives_the_same_bits(train, made, launch):
     expected = weights(whole, 2)
     model = whole.with_suffix(".saved") / "model"
     assert (model / "metadata.json").is_file()
-    assert set(read_manifest(model / "safereg", None).files) == {"state.json", "risk0.safetensors"}
+    assert set(read_manifest(model / "safereg", key).files) == {"state.json", "risk0.safetensors"}
     resumed = train("pp2", 2, *options, "--resume-at", 2, out=whole)
     for own, other in zip(expected, weights(resumed, 2), strict=True):
         assert all(torch.equal(own[name], other[name]) for name in own)
     assert (kept / "ledger.jsonl").read_bytes() == ledger
-    assert verify_ledger(kept).rows == 4 * 16
+    assert verify_ledger(kept, key).rows == 4 * 16
     risks = model / "safereg" / "risk0.safetensors"
     risks.write_bytes(risks.read_bytes()[:-1] + b"\x7f")
     refused = launch(WORKER, "pp2", made(), whole, *options, "--resume-at", 2, ranks=2)

@@ -30,7 +30,7 @@ from safereg_dist.run.manifest import NAME, Manifest, own_digests, read_manifest
 from safereg_dist.storage.signing import SUFFIX
 
 SIGNING = {"hmac_env": "SAFEREG_TEST_KEY"}
-EVERY_STATE = {"regularizer": {"granularity": "batch", "ema": 0.7, "schedule": "linear"}}
+ADAPTIVE = {"regularizer": {"granularity": "batch", "ema": 0.7, "schedule": "linear"}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,9 +45,9 @@ def run(folder, reference, *, resume=True, signed=False, **watch):
     seen, signing = Losses(**watch), {"signing": SIGNING} if signed else {}
     made = trainer(
         folder,
-        safereg=settings(reference, **EVERY_STATE, **signing),
+        safereg=settings(reference, **ADAPTIVE, **signing),
         callbacks=[seen],
-        args={"save_strategy": "steps", "save_steps": 2, "dataloader_num_workers": 0},
+        args={"save_strategy": "steps", "save_steps": 2},
     )
     try:
         made.train(resume_from_checkpoint=resume)
