@@ -12,7 +12,7 @@ import yaml
 
 from safereg_dist.config import SigningConfig
 from safereg_dist.factory.prepare import config_of
-from safereg_dist.integrations.state import load_state, save_state
+from safereg_dist.integrations.state import check_checkpoint, load_state, save_state
 from safereg_dist.models.versions import UNKNOWN, versions_of
 from safereg_dist.run.folder import sole_writer
 from safereg_dist.run.ledger import merge_ledgers
@@ -104,12 +104,17 @@ class Recorder:
         self.is_stop_requested = False
         """Whether the stop file was seen at the last step; the same on all ranks."""
 
+    def check(self, checkpoint: Path) -> int:
+        """The step of a Trainer's checkpoint. Raises and collectives: `check_checkpoint`."""
+        return check_checkpoint(checkpoint, signing=self._signing, ranks=self._ranks)
+
     def start(self, state: Path | None, *, step: int = 0) -> None:
         """Opens the logs; from the `state` of a checkpoint after `step` steps it goes on there.
 
         Raises:
             CheckpointError: the state is not what was written or belongs to other settings, or
                 another run writes to the folder, on all ranks.
+            ConfigError: the key is missing, on all ranks.
         Collectives: those of `sole_writer` and `load_state`, gathers of texts.
         """
         with ExitStack() as held:
@@ -130,6 +135,7 @@ class Recorder:
             )
         with ranks.together():
             if ranks.is_main:
+                signing_key(self._signing)  # one that is missing is refused now
                 self._folder.mkdir(parents=True, exist_ok=True)
                 forget_stop(self._folder)  # it was meant for the run before
                 self._write_config({})

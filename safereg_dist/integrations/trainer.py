@@ -16,7 +16,6 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from safereg_dist.config import SigningConfig
 from safereg_dist.errors import EXIT_REQUEUE
 from safereg_dist.factory.prepare import config_of, prepare, read_settings
 from safereg_dist.integrations.anchors import with_anchors
@@ -24,11 +23,10 @@ from safereg_dist.integrations.checks import check_trainer
 from safereg_dist.integrations.collator import COLUMNS, KEY, RowCollator
 from safereg_dist.integrations.recorder import Recorder, describe_trainer, settings_of
 from safereg_dist.integrations.risk_column import check_risk_column
-from safereg_dist.integrations.state import STATE, check_checkpoint
+from safereg_dist.integrations.state import STATE
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.reference import NoReference
 from safereg_dist.step import SafetyRegularizer, StepPlan
-from safereg_dist.storage.signing import signing_key
 
 Settings = str | Path | Mapping[str, Any]
 
@@ -51,7 +49,6 @@ class SafeRegMixin(_Trainer):
     _recorder: Recorder
     _keeps_loss: bool
     """Where no row is active the Trainer's own loss stays."""
-    _signing: SigningConfig | None = None
     _plan: StepPlan | None = None
     _next = 0
     _lr = _grad_norm = float("nan")
@@ -76,21 +73,19 @@ class SafeRegMixin(_Trainer):
         has_loss = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # else older Trainers divide by the batches again
         tokenizer = getattr(self, "processing_class", None)
+        signing = None
         if not isinstance(safereg, SafetyRegularizer):
             with ranks.together():
                 settings = settings_of(settings, self.args)
                 config = config_of(settings, "-")
-                self._signing = config.signing
-                if ranks.is_main:
-                    signing_key(config.signing)  # a key that is missing is refused now
+                signing = config.signing
                 check_risk_column(self.train_dataset, config, announces=ranks.is_main)
             model: Any = self.model
-            for_step = {name: given for name, given in settings.items() if name != "signing"}
-            safereg = prepare(model, for_step, tokenizer=tokenizer)
+            safereg = prepare(model, {**settings, "signing": None}, tokenizer=tokenizer)
         self.safereg = safereg
         folder = Path(str(self.args.output_dir))
         told = describe_trainer(self, safereg, settings)
-        self._recorder = Recorder(safereg, folder, told, self._signing)
+        self._recorder = Recorder(safereg, folder, told, signing)
         self._mix_anchors(settings, tokenizer)
         self._keeps_loss = has_loss and self._loss_is_plain(settings)
         self.data_collator = RowCollator(self.data_collator, needs_positions=self._packs_rows())
@@ -235,8 +230,7 @@ class SafeRegMixin(_Trainer):
                 return super().train(True, *args, **kwargs)  # says that there is no checkpoint
         state, step = None, 0
         if isinstance(found, str | Path):
-            state, ranks = Path(found, STATE), self.safereg.ranks
-            step = check_checkpoint(Path(found), signing=self._signing, ranks=ranks)
+            state, step = Path(found, STATE), self._recorder.check(Path(found))
         self._recorder.start(state, step=step)
         with self._recorder:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
