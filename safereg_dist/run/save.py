@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -257,7 +257,8 @@ class Saver:
         def run() -> None:
             # Of this thread alone, as Linux has it: who trains on the host's cores goes first.
             own = os.PRIO_PROCESS, threading.get_native_id()
-            os.setpriority(*own, max(_NICE, os.getpriority(*own)))
+            with suppress(OSError):  # elsewhere there is no such process
+                os.setpriority(*own, max(_NICE, os.getpriority(*own)))
             try:
                 with as_checkpoint_errors(self._folder):
                     for step in steps:

@@ -172,6 +172,19 @@ def test_a_part_that_never_comes_is_named(config, tmp_path):
     assert not list((tmp_path / "checkpoint").iterdir())
 
 
+def test_a_system_that_ranks_no_threads_saves_all_the_same(config, tmp_path, monkeypatch):
+    """An error before the thread's first file would look like its end."""
+
+    def refuse(*_):
+        raise ProcessLookupError(3, "No such process")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    with saver_of(tmp_path, ALONE, RankEngine(0)) as saver:
+        saver.save(state(config, 2), logs={}, key=None)
+        saver.wait()
+    assert saved(tmp_path) == ["step-00000002"]
+
+
 class SlowKey:
     """A key that takes its time, as a disk that stalls under the manifest."""
 
