@@ -1,12 +1,13 @@
-"""Damages checkpoints of a real run of two ranks, and counts what is found and what is loaded.
+"""Damages checkpoints of real runs, and counts what is found and what is loaded.
 
     python benchmarks/damage.py [--tries 2000] [--resumes 14] [--out benchmarks/results/damage.csv]
 
 Each try changes one place of the newest checkpoint, in every file in turn, and asks what each rank
-asks before it loads anything. Resumes start the run's own command on the damaged folder: it must
-name the damage, go on from the checkpoint before, and end with the undamaged run's bits. The
-hostile ones put a pickle in place of a file that would write a marker, and make the manifest anew
-as somebody would who can write to the folder.
+asks before it loads anything: of a run of two ranks, and of Trainers (half as many each), with a
+key and without one; there a file that was added or lost is refused with a key alone. Resumes start
+the run's own command on the damaged folder: it must name the damage, go on from the checkpoint
+before, and end with the undamaged run's bits. The hostile ones put a pickle in place of a file that
+would write a marker, and make the manifest anew as somebody would who can write to the folder.
 """
 
 import argparse
@@ -14,19 +15,28 @@ import csv
 import os
 import pickle
 import random
+import secrets
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 if __name__ == "__main__":  # the tests' builders and launcher
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
 from support.launching import FINETUNE, Launcher
+from support.ranks import ALONE
+from support.trainer_runs import Losses, settings, trainer, write_reference
 
+from safereg_dist.config import SigningConfig
+from safereg_dist.errors import CheckpointError
+from safereg_dist.integrations.state import STATE, check_checkpoint, load_state
 from safereg_dist.run.manifest import (
     NAME,
     Manifest,
@@ -42,6 +52,7 @@ from safereg_dist.run.manifest import (
 RANKS = 2
 COLUMNS = ("what", "kind", "tried", "detected", "loaded")
 _BLOCK = 4096
+_KEY = "SAFEREG_DAMAGE_KEY"
 
 
 # ---- one place
@@ -197,6 +208,50 @@ def make_manifest_anew(checkpoint: Path) -> None:
 # ---- real runs
 
 
+class OfTrainer(Damaged):
+    """The newest checkpoint of a Trainer's killed run."""
+
+    def __init__(self, run: Path, signing: dict[str, str] | None) -> None:
+        self._signing = None if signing is None else SigningConfig(**signing)
+        super().__init__(run / "checkpoint-4", run, of_logs=STATE)
+
+    def found(self) -> str | None:
+        """What is refused before the Trainer loads anything."""
+        regularizer: Any = SimpleNamespace(ranks=ALONE, load_state=lambda path, state: None)
+        try:
+            step = check_checkpoint(self.checkpoint, signing=self._signing, ranks=ALONE)
+            how = {"logs": self.run, "signing": self._signing}
+            load_state(self.checkpoint / STATE, step, regularizer=regularizer, **how)
+        except CheckpointError as err:
+            return str(err)
+        return None
+
+
+def train_and_kill(folder: Path, reference: Path, signing: dict[str, str] | None) -> OfTrainer:
+    """A Trainer's run, killed in its fifth step, with checkpoints after steps 2 and 4."""
+    made = trainer(
+        folder,
+        safereg=settings(reference, **({} if signing is None else {"signing": signing})),
+        callbacks=[Losses(crash=5)],
+        args={"save_strategy": "steps", "save_steps": 2},
+    )
+    with suppress(KeyboardInterrupt):
+        made.train()
+    return OfTrainer(folder, signing)
+
+
+def try_trainers(folder: Path, tries: int) -> Iterator[dict[str, object]]:
+    """Rows of so many tries on a Trainer's checkpoint without a key, and on one with a key."""
+    reference = write_reference(folder / "reference")
+    os.environ[_KEY] = secrets.token_hex(16)
+    for what, signing, kinds in (
+        ("Trainer", None, (*INSIDE, "files swapped")),
+        ("Trainer, signed", {"hmac_env": _KEY}, KINDS),
+    ):
+        damaged = train_and_kill(folder / what, reference, signing)
+        yield from ({**each, "what": what} for each in try_all(damaged, tries, kinds=kinds))
+
+
 def make_run(folder: Path, *, steps: int = 6) -> Path:
     """The configuration of a small run of two ranks with a checkpoint every two steps."""
     save_model(folder / "model", tiny_model(seed=0, num_hidden_layers=2))
@@ -246,6 +301,7 @@ def _measure(folder: Path, tries: int, resumes: int) -> list[dict[str, object]]:
     assert done.status == 0, done.output
     checkpoint = interrupted(folder / "whole", folder / "checked")
     rows = try_all(Damaged(checkpoint, folder / "checked"), tries)
+    rows += try_trainers(folder / "trainers", tries // 2)
     rng, tried, detected = random.Random(1), Counter(), Counter()
     for number in range(resumes):
         kind = (*KINDS, "hostile", "hostile, manifest made anew")[number % (len(KINDS) + 2)]

@@ -54,11 +54,12 @@ def damage() -> Trials:
     """Damaged checkpoints; survived: found before anything was loaded."""
     sums: dict[str, list[int]] = {}
     for row in read("damage.csv"):
-        known = sums.setdefault(row["kind"], [0, 0])
+        place = f"{row['what']}: " if row["what"].startswith("Trainer") else "checkpoint: "
+        known = sums.setdefault(place + row["kind"], [0, 0])
         known[0] += int(row["tried"])
         known[1] += int(row["detected"])
     for kind, (tried, survived) in sums.items():
-        yield f"checkpoint: {kind}", tried, survived, "python benchmarks/damage.py"
+        yield kind, tried, survived, "python benchmarks/damage.py"
 
 
 def hosts() -> Trials:
