@@ -124,9 +124,9 @@ class Recorder:
 
     def _open(self, state: Path | None, step: int) -> None:
         ranks = self._ranks
-        position = {"metrics_bytes": 0, "ledger_bytes": []}
+        metrics_bytes, ledger_bytes = 0, []
         if state is not None:
-            position = load_state(
+            metrics_bytes, ledger_bytes = load_state(
                 state,
                 step,
                 regularizer=self._regularizer,
@@ -142,8 +142,8 @@ class Recorder:
         self._log = RunLog(
             self._folder,
             ranks,
-            metrics_bytes=position["metrics_bytes"],
-            ledger_bytes=position["ledger_bytes"],
+            metrics_bytes=metrics_bytes,
+            ledger_bytes=ledger_bytes,
         )
 
     def begin(self, total_steps: int) -> None:

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safereg_dist.config import SigningConfig
 from safereg_dist.errors import CheckpointError, reason_of
@@ -85,8 +84,10 @@ def load_state(
     regularizer: SafetyRegularizer,
     logs: Path,
     signing: SigningConfig | None,
-) -> dict[str, Any]:
-    """What `save_state` wrote after `step` steps, where it and the logs below `logs` are as then.
+) -> tuple[int, list[int]]:
+    """Restores what `save_state` wrote after `step` steps, if it and the logs are as then.
+
+    Returns the bytes of metrics, and of each rank's ledger, that were in the folder `logs`.
 
     Raises:
         CheckpointError: they are not, or the state cannot be read, on all ranks.
@@ -98,7 +99,8 @@ def load_state(
 
     def read(key: Key | None) -> Manifest | None:
         if key is None and not (folder / NAME).exists():
-            if "format" not in parse_json((folder / "state.json").read_bytes()):
+            known = parse_json((folder / "state.json").read_bytes())
+            if isinstance(known, dict) and "format" not in known:
                 print(f"{folder} is of an earlier version: {_UNCHECKED}", flush=True)
                 return None
         manifest = read_manifest(folder, key)
@@ -110,7 +112,7 @@ def load_state(
     with ranks.together(), _usable(folder, wrong):
         known = parse_json((folder / "state.json").read_bytes())
         regularizer.load_state(folder / f"risk{ranks.rank}.safetensors", known["regularizer"])
-        return known
+        return int(known["metrics_bytes"]), list(known["ledger_bytes"])
 
 
 def check_checkpoint(checkpoint: Path, *, signing: SigningConfig | None, ranks: Ranks) -> int:
@@ -175,7 +177,7 @@ def _usable(folder: Path, wrong: str | None) -> Iterator[None]:
         if wrong:
             raise ValueError(wrong)
         yield
-    except (OSError, ValueError, KeyError, TypeError) as err:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise CheckpointError(
             f"expected in {folder} what this run has written, got: {reason_of(err)}: resume from "
             "another checkpoint of it"

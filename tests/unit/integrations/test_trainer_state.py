@@ -210,6 +210,17 @@ def test_a_loop_of_ones_own_signs_nothing(written):
         prepare(model, {"risk": {"estimator": "column"}, "signing": SIGNING})
 
 
+@pytest.mark.parametrize("content", ["5", "null", "[]", "{}", '{"regularizer": 5}', "{", ""])
+def test_hostile_state_without_a_manifest_is_refused_in_one_line(again, content):
+    folder, resume = again()
+    (folder / "checkpoint-4" / NAME).unlink()
+    (folder / "checkpoint-4" / STATE / NAME).unlink()
+    (folder / "checkpoint-4" / STATE / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match="resume from another checkpoint") as raised:
+        resume()
+    assert len(str(raised.value).splitlines()) == 1
+
+
 def test_what_a_kill_and_an_earlier_version_leave_goes_on(written, again, tmp_path, capsys):
     """Also beside files of others, and where the run goes back behind a checkpoint."""
     losses, trained = run(tmp_path / "whole", written / "reference", resume=False)
