@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 from safereg_dist.config import SigningConfig
 from safereg_dist.errors import ConfigError
-from safereg_dist.models.extras import needed
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.storage.secret import secret_in, too_short
 
@@ -101,10 +100,15 @@ class Ed25519Key:
 
 def _read_pem(path: Path) -> tuple[Any, Any]:
     """(private key or None, public key)."""
-    with needed():
+    try:
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ModuleNotFoundError as err:
+        raise ConfigError(
+            "Ed25519 keys need cryptography, which is not installed: pip install "
+            "'safereg-dist[sign]', or sign with signing.hmac_env"
+        ) from err
     try:
         content = path.read_bytes()
         if b"PRIVATE KEY" not in content:
