@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 TIMEOUT_S = 300
 CHANGING = (
-    *("step_time_s", "tokens_per_s", "peak_memory_bytes", "seconds"),
+    *("step_time_s", "tokens_per_s", "peak_memory_bytes", "seconds", "save_blocked_s"),
     *("versions", "safereg_dist_version", "created", "hash", "head", "path", "out"),
 )
 """Fields that differ between two runs of the same code, or only say where and when it ran. The
