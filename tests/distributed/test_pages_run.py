@@ -17,8 +17,9 @@ import pytest
 from same_bits.world import HIDDEN_SIZE, NUM_LAYERS
 from support.builders import write_jsonl
 from support.extent import FULL
+from support.indexed import write_indexed
 from support.launching import ROOT, Launcher, kill_session, tail
-from support.pages import PAGES, Command, commands_of, files_of, name_of
+from support.pages import PAGES, Command, commands_of, files_of, name_of, python_of
 
 from safereg_dist.demo.base import PEAK_LEARNING_RATE, batch_source
 from safereg_dist.demo.guard import train_guard
@@ -36,10 +37,8 @@ MODULES = {
     "deepspeed": ["-m", "deepspeed.launcher.runner"],
 }
 """What this interpreter runs in the place of a command."""
-PROGRAMS = (
-    *MODULES,
-    *("axolotl", "bash", "docker", "kubectl", "mpirun", "openssl", "pip", "sbatch"),
-)
+MARKED = ("axolotl", "bash", "docker", "kubectl", "mpirun", "pip", "sbatch", "source")
+"""Commands of other programs, which no test runs: they need what is not everywhere."""
 STANDS_FOR = {
     "$MODEL": "MODEL",
     "/models/my-chat-model": "MODEL",
@@ -58,7 +57,7 @@ evaluation: {prompts: [held_out.jsonl], max_new_tokens: 4}
 
 
 def is_to_run(command: Command) -> bool:
-    return command.words[0] in PROGRAMS and not command.is_marked
+    return command.words[0] in (*MODULES, "openssl") and not command.is_marked
 
 
 class Project:
@@ -126,7 +125,7 @@ class Project:
 
 
 def _write_world(folder: Path) -> None:
-    folder.mkdir()
+    (folder / "runs").mkdir(parents=True)
     tokenizer = build_tokenizer()
     base = train_from_scratch(
         tokenizer,
@@ -141,10 +140,12 @@ def _write_world(folder: Path) -> None:
     )
     save_model(base, tokenizer, folder / "MODEL")
     save_model(*train_guard(seed=0, steps=20, progress=False), folder / "GUARD")
-    links = {"base": "MODEL", "guard": "GUARD", "project": ".", "launch": ROOT / "launch"}
+    links = {"base": "MODEL", "guard": "GUARD", "FOLDER": "MODEL", "project": "."}
+    links |= {"runs/sft": "mine", "RUN": "runs/mine", "launch": ROOT / "launch"}
     for name, target in links.items():
         (folder / name).symlink_to(target)
     shutil.copy(folder / "MODEL" / "config.json", folder)
+    write_indexed(folder / "PREFIX", [list(range(9, 30)), list(range(40, 55))])
     rows = {
         ("rows", "my_rows", "ROWS"): DATA_SETS["train"](0)[:40],
         ("labelled_prompts", "LABELLED", "unseen"): DATA_SETS["probe"](0)[:480],
@@ -169,6 +170,12 @@ def project(tmp_path_factory: pytest.TempPathFactory):
     opened.close()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_no_test_runs_is_marked(page: Path) -> None:
+    commands = [c for c in commands_of(page.read_text()) if c.words[0] in MARKED]
+    assert [" ".join(c.words) for c in commands if not c.is_marked] == []
+
+
 PAGES_TO_RUN = [page for page in PAGES if any(map(is_to_run, commands_of(page.read_text())))]
 
 
@@ -181,3 +188,28 @@ def test_commands_run(page: Path, project: Project) -> None:
         project.serve_judge()
         project.run_page(VERBS)
     project.run_page(page)
+
+
+PYTHON = {
+    "README.md": ["trained", "trained"],
+    "kernels/README.md": ["ran", "ran"],
+    "docs/how_it_works.md": ["trained"],
+    "docs/kernels.md": ["ran"],
+    "docs/stacks/loops.md": ["trained"],
+    "docs/stacks/megatron.md": [],  # needs Megatron's own files; test_megatron runs the example
+    "docs/stacks/trainer.md": ["trained", "trained"],
+}
+"""What each block does to the weights of the model that it is given."""
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_python_runs(name: str, launch: Launcher) -> None:
+    if not PYTHON[name] or (name != "README.md" and not FULL):
+        pytest.skip("SAFEREG_TESTS=full")
+    done = launch(ROOT / "tests" / "distributed" / "page_worker.py", ROOT / name, launcher="forked")
+    assert done.status == 0, done.output
+    assert [line for line in done.output.splitlines() if line in ("ran", "trained")] == PYTHON[name]
+
+
+def test_every_page_with_python_is_known() -> None:
+    assert [name_of(page) for page in PAGES if python_of(page.read_text())] == [*PYTHON]

@@ -1,7 +1,9 @@
 """The pages that users read, and the commands, files and snippets of Python that they show."""
 
+import ast
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ BLOCK = re.compile(
     r"^```\w*\n((?:(?!```).*\n)*)^```$|(?<=\n\n)((?:^    .*\n|^\n(?=    ))+)", re.MULTILINE
 )
 HEREDOC = re.compile(r"^cat > (\S+) <<'(\w+)'\n(.*?)^\2$", re.MULTILINE | re.DOTALL)
+IS_DIFF = re.compile(r"^[+-]", re.MULTILINE)
 MARK = re.compile(r"(^|\s)#.*\b(needs|minutes|hours?)\b")
 
 
@@ -37,11 +40,28 @@ def name_of(page: Path) -> str:
 
 def code_of(text: str) -> str:
     """All blocks of code, without the indentation of Markdown."""
-    blocks = [
-        fenced or re.sub(r"^    ", "", indented, flags=re.MULTILINE)
-        for fenced, indented in BLOCK.findall(text)
+    return "\n".join(_blocks(text))
+
+
+def _blocks(text: str) -> list[str]:
+    return [fenced or textwrap.dedent(indented) for fenced, indented in BLOCK.findall(text)]
+
+
+def python_of(text: str) -> list[str]:
+    """The blocks that are Python of this package; of a diff what it becomes."""
+    found = [
+        re.sub(r"^(-.*\n|[+ ])", "", block, flags=re.MULTILINE) if IS_DIFF.search(block) else block
+        for block in _blocks(text)
     ]
-    return "\n".join(blocks)
+    return [block for block in found if "safereg_" in block and _is_python(block)]
+
+
+def _is_python(block: str) -> bool:
+    try:
+        ast.parse(block)
+    except SyntaxError:
+        return False
+    return True
 
 
 def files_of(text: str) -> dict[str, str]:
