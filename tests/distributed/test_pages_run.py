@@ -17,7 +17,6 @@ import pytest
 from same_bits.world import HIDDEN_SIZE, NUM_LAYERS
 from support.builders import write_jsonl
 from support.extent import FULL
-from support.indexed import write_indexed
 from support.launching import ROOT, Launcher, kill_session, tail
 from support.pages import PAGES, Command, commands_of, files_of, name_of, python_of
 
@@ -140,12 +139,11 @@ def _write_world(folder: Path) -> None:
     )
     save_model(base, tokenizer, folder / "MODEL")
     save_model(*train_guard(seed=0, steps=20, progress=False), folder / "GUARD")
-    links = {"base": "MODEL", "guard": "GUARD", "FOLDER": "MODEL", "project": "."}
+    links = {"base": "MODEL", "guard": "GUARD", "project": "."}
     links |= {"runs/sft": "mine", "RUN": "runs/mine", "launch": ROOT / "launch"}
     for name, target in links.items():
         (folder / name).symlink_to(target)
     shutil.copy(folder / "MODEL" / "config.json", folder)
-    write_indexed(folder / "PREFIX", [list(range(9, 30)), list(range(40, 55))])
     rows = {
         ("rows", "my_rows", "ROWS"): DATA_SETS["train"](0)[:40],
         ("labelled_prompts", "LABELLED", "unseen"): DATA_SETS["probe"](0)[:480],
