@@ -42,7 +42,8 @@ STANDS_FOR = {
     "$MODEL": "MODEL",
     "/models/my-chat-model": "MODEL",
     "steps: 500, save_every: 100": "steps: 4, save_every: 2",
-    "train.steps=100": "train.steps=2",
+    "NAME": "guard",
+    "my-model": "guard",
     "output_dir: runs/mine\n": "output_dir: runs/mine\nsigning: {ed25519: private.pem}\n",
 }
 RANKS = ("--nproc", "--nproc-per-node", "--num_gpus")
@@ -85,7 +86,7 @@ class Project:
         """Once, for all pages: at the ports that they name."""
         if self._judge is not None:
             return
-        words = ("serve-critic", "--model", "GUARD", "--format", "llama_guard", "--port", "0")
+        words = ("serve-critic", "--model", "guard", "--format", "llama_guard", "--port", "0")
         self._judge, log = self._launch.start(*MODULES["safereg"], *words, launcher="forked")
         while "http://" not in log.read_text():
             assert self._judge.poll() is None, tail(log)
@@ -109,7 +110,9 @@ class Project:
                 words[at + 1] = "2"
         if "serve-critic" in words:  # by itself it serves until it is ended
             return self.serve_judge()
-        if any(word in words for word in ("train", "launch")) and "--print" not in words:
+        if words[1:3] == ["config", "init"]:
+            (self._folder / words[-1]).unlink(missing_ok=True)
+        if any(word in words for word in ("train", "launch", "doctor")) and "--print" not in words:
             config = next(Path(word).name for word in words if word.endswith(".yaml"))
             self._trained.append(config)
             if (again := self._trained.count(config)) > 1 and "output_dir=" not in shown:
@@ -138,14 +141,17 @@ def _write_world(folder: Path) -> None:
         progress=False,
     )
     save_model(base, tokenizer, folder / "MODEL")
-    save_model(*train_guard(seed=0, steps=20, progress=False), folder / "GUARD")
-    links = {"base": "MODEL", "guard": "GUARD", "project": "."}
+    save_model(*train_guard(seed=0, steps=20, progress=False), folder / "guard")
+    links = {"base": "MODEL", "GUARD": "guard", "project": "."}
     links |= {"runs/sft": "mine", "RUN": "runs/mine", "launch": ROOT / "launch"}
     for name, target in links.items():
         (folder / name).symlink_to(target)
     shutil.copy(folder / "MODEL" / "config.json", folder)
+    train = DATA_SETS["train"](0)
+    poisoned = [row for row in train if row["id"].startswith("poison")]
+    harmless = [row for row in train if not row["id"].startswith("poison")]
     rows = {
-        ("rows", "my_rows", "ROWS"): DATA_SETS["train"](0)[:40],
+        ("rows", "my_rows", "ROWS"): [*poisoned[:4], *harmless[:36]],
         ("labelled_prompts", "LABELLED", "unseen"): DATA_SETS["probe"](0)[:480],
         ("prompts",): DATA_SETS["eval"](0)[::20],
         ("held_out", "HELD_OUT"): DATA_SETS["eval"](0)[::24],
@@ -184,7 +190,8 @@ def test_commands_run(page: Path, project: Project) -> None:
         if not FULL:
             pytest.skip("SAFEREG_TESTS=full")
         project.serve_judge()
-        project.run_page(VERBS)
+        if "run.yaml" in page.read_text():
+            project.run_page(VERBS)
     project.run_page(page)
 
 
