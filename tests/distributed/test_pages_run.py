@@ -86,6 +86,7 @@ class Project:
         """Once, for all pages: at the ports that they name."""
         if self._judge is not None:
             return
+        save_model(*train_guard(seed=0, steps=150, progress=False), self._folder / "guard")
         words = ("serve-critic", "--model", "guard", "--format", "llama_guard", "--port", "0")
         self._judge, log = self._launch.start(*MODULES["safereg"], *words, launcher="forked")
         while "http://" not in log.read_text():
@@ -141,7 +142,6 @@ def _write_world(folder: Path) -> None:
         progress=False,
     )
     save_model(base, tokenizer, folder / "MODEL")
-    save_model(*train_guard(seed=0, steps=20, progress=False), folder / "guard")
     links = {"base": "MODEL", "GUARD": "guard", "project": "."}
     links |= {"runs/sft": "mine", "RUN": "runs/mine", "launch": ROOT / "launch"}
     for name, target in links.items():
@@ -149,7 +149,7 @@ def _write_world(folder: Path) -> None:
     shutil.copy(folder / "MODEL" / "config.json", folder)
     train = DATA_SETS["train"](0)
     poisoned = [row for row in train if row["id"].startswith("poison")]
-    harmless = [row for row in train if not row["id"].startswith("poison")]
+    harmless = [row for row in train if row["id"].startswith("task")]
     rows = {
         ("rows", "my_rows", "ROWS"): [*poisoned[:4], *harmless[:36]],
         ("labelled_prompts", "LABELLED", "unseen"): DATA_SETS["probe"](0)[:480],
