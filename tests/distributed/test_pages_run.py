@@ -8,7 +8,6 @@ length of a run, ports, how many ranks; and a configuration that has been traine
 folder of its own. A command that an earlier page had is not run again.
 """
 
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -146,7 +145,6 @@ def _write_world(folder: Path) -> None:
     links |= {"runs/sft": "mine", "RUN": "runs/mine", "launch": ROOT / "launch"}
     for name, target in links.items():
         (folder / name).symlink_to(target)
-    shutil.copy(folder / "MODEL" / "config.json", folder)
     train = DATA_SETS["train"](0)
     poisoned = [row for row in train if row["id"].startswith("poison")]
     harmless = [row for row in train if row["id"].startswith("task")]

@@ -88,7 +88,7 @@ def commands_of(text: str) -> list[Command]:
 
 
 def _bare(words: list[str]) -> list[str]:
-    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+    while words and re.fullmatch(r"\$|[A-Z_]+=\S*", words[0]):
         words = words[1:]
     ends = [at for at, word in enumerate(words) if word in {"&", "|", ">"}]
     return words[: min(ends, default=len(words))]
