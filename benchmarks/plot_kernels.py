@@ -67,8 +67,8 @@ def draw_parts(rows: list[Row]) -> Figure:
         colour = COLOURS[OURS] if column == columns[0] else "#999999"
         bars = axes.barh(names, shares, color=colour)
         labels = [f"{float(r[column]):.0f} %, {float(r['median_ms']):.3g} ms" for r in chosen]
-        axes.bar_label(bars, labels, fontsize=6, padding=2)
-        axes.set_xlim(0, max([100.0, *shares]) * 1.25)
+        axes.bar_label(bars, labels, fontsize=6, label_type="center")  # clear of the limit
+        axes.set_xlim(0, max([100.0, *shares]) * 1.05)
         axes.axvline(100, color="#4D4D4D", linewidth=0.8)
         axes.invert_yaxis()
         axes.tick_params(axis="y", labelsize=7)
@@ -99,7 +99,7 @@ def draw_linear(rows: list[Row]) -> Figure:
     _bars(axes, rows, _values(rows, "ratio_to_products"), "{:.2f}")
     axes.set_ylabel("time (multiple of the bare products)")
     axes.hlines(_TARGET, -0.45, 0.45, color="black", linewidth=0.8, linestyle="--")
-    axes.annotate(f"goal {_TARGET}", (-0.45, _TARGET), fontsize=6, va="bottom")
+    axes.text(-0.45, _TARGET + 0.01, f"goal {_TARGET}", fontsize=6)
     _legend(figure, axes)
     ratio = next(
         float(row["ratio_to_products"]) for row in rows if row["implementation"] == OURS
@@ -157,15 +157,15 @@ def draw_chunks(rows: list[Row]) -> Figure:
                 continue
             value = float(row[column]) / scale
             dashes, label = (":", PRODUCTS) if is_products else ("--", "default")
-            axes.axhline(value, color="#4D4D4D", linestyle=dashes, linewidth=1)
-            axes.annotate(label, (x[0], value), fontsize=7, va="bottom")
+            axes.axhline(value, color="#4D4D4D", linestyle=dashes, linewidth=1, label=label)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.set_xticks(x, [f"{value:g}" for value in x], fontsize=7)
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens a chunk")
         axes.set_ylabel(unit)
         axes.grid()
+    times.legend(loc="lower left", frameon=False, fontsize=7)
     default = next(r for r in rows if r["implementation"] == OURS)
     best = min(rows, key=lambda r: float(r["median_ms"]) if r["chunk_tokens"] else 1e30)
     over = float(default["median_ms"]) / float(best["median_ms"]) - 1
@@ -187,10 +187,9 @@ def draw_step(rows: list[Row]) -> Figure:
     labels = [f"{float(r['ratio_to_sft']):.2f}, {float(r['median_ms']):.0f} ms" for r in shown]
     times.bar_label(bars, labels, padding=14)
     needed = [float(row["flops"]) / sft for row in shown]
-    times.plot(needed, names, "|", color="black", markersize=12, label="by FLOPs")
-    times.set_xlabel("time of a step (multiple of SFT)")
-    times.set_xlim(0, max(ratios) * 1.3)
-    times.legend(frameon=False, fontsize=7, loc="upper right")
+    times.plot(needed, names, "|", color="black", markersize=12)
+    times.set_xlabel("time of a step (multiple of SFT; stroke: by FLOPs)")
+    times.set_xlim(0, max(ratios) * 1.5)
     scale, unit = _unit(shown, "peak_memory_bytes")
     peaks = [float(row["peak_memory_bytes"]) / scale for row in shown]
     bars = memory.barh(names, peaks, color=colours)

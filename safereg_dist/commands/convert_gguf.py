@@ -10,7 +10,9 @@ from safereg_dist.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.epilog = example("safereg convert-gguf model.gguf --out models/my-model")
+    parser.epilog = example(
+        "safereg convert-gguf model.gguf --out models/my-model  # needs the extra `gguf`"
+    )
     parser.add_argument("file", type=Path, metavar="FILE.gguf", help="the model, with its weights")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="of the model in safetensors"

@@ -18,7 +18,7 @@ from safereg_dist.screen.progress import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.epilog = example(
-        "safereg doctor run.yaml", "safereg doctor run.yaml --hostfile hostfile"
+        "safereg doctor run.yaml", "safereg doctor run.yaml --hostfile hostfile  # needs the hosts"
     )
     add_config(parser)
     parser.add_argument(

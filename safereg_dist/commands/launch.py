@@ -30,7 +30,8 @@ only after TCP's two hours; `PDSH_SSH_ARGS_APPEND` of your own is kept."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.epilog = example(
-        "safereg launch run.yaml --nproc 4", "safereg launch run.yaml --hostfile hostfile"
+        "safereg launch run.yaml --nproc 4",
+        "safereg launch run.yaml --hostfile hostfile  # needs the hosts",
     )
     add_config(parser)
     where = parser.add_mutually_exclusive_group()

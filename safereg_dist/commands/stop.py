@@ -11,7 +11,7 @@ from safereg_dist.errors import EXIT_DONE, EXIT_REQUEUE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.epilog = example("safereg stop runs/my-run --wait")
+    parser.epilog = example("safereg stop runs/my-run --wait  # needs a run that trains")
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="output_dir of the run, seen from any host"
     )

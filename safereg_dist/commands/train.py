@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.epilog = example("safereg train run.yaml train.steps=100 optimizer.lr=2e-5")
+    parser.epilog = example("safereg train run.yaml train.epochs=2 optimizer.lr=2e-5")
     add_config(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="load and check everything, train and write nothing"

@@ -46,7 +46,8 @@ def launch(ranks: int, config: Path, *overrides: str) -> None:
     """
     words = ["launch", str(config), "--nproc", str(ranks), *overrides]
     print(f"$ safereg {shlex.join(words)}", flush=True)
-    environment = {**os.environ, "DS_LOG_LEVEL": "error"}
+    # As launch/setup_env.sh does, for a demo that is started without it.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     words = [sys.executable, "-m", "safereg_dist", *words]
     status = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, check=False)
     if status.returncode != 0:

@@ -108,7 +108,7 @@ def _lines(axes: Any, curve: Curve, measure: str) -> None:
     top = max(max(end[0] for end in ends), 0.01)
     low = -1.0
     for y, x, label, colour in sorted(ends):
-        low = max(y, low + 0.07 * top)  # labels of lines that meet are set apart
+        low = max(y, low + 0.09 * top)  # labels of lines that meet are set apart
         axes.annotate(
             label,
             (x, low),

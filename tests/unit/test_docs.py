@@ -2,56 +2,28 @@
 takes every command that a page shows, and the README is short.
 
 Sphinx itself checks links and anchors between pages of `docs/`; those of the others are followed
-here. Commands are parsed by the real parsers, and scripts that are named have to exist.
+here. Commands are parsed by the real parsers, and scripts that are named have to exist;
+`tests/distributed/test_pages_run.py` runs them.
 """
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.launching import ROOT
+from support.pages import PAGES, commands_of, name_of
 
 from safereg_dist import cli
 
-OUTSIDE = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-    "kernels/README.md",
-    "launch/recipes/README.md",
-)
-PAGES = [*(ROOT / name for name in OUTSIDE), *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)]*))?\)")
-BLOCK = re.compile(r"^```(?:\w*)\n(.*?)^```|((?:^    .*\n|^\n(?=    ))+)", re.MULTILINE | re.DOTALL)
-
-
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 def anchors_of(text: str) -> set[str]:
     """As GitHub makes them of the headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
-
-
-def commands_of(text: str) -> list[list[str]]:
-    """The words of every command in a block of code, its comment and its pipe left out."""
-    blocks = "\n".join(fenced or indented for fenced, indented in BLOCK.findall(text))
-    found = []
-    for line in blocks.replace("\\\n", " ").splitlines():
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError:  # a line of another language
-            continue
-        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-            del words[0]
-        ends = [at for at, word in enumerate(words) if word in {"&", "|", "&&", ">", ";"}]
-        found.append(words[: min(ends, default=len(words))])
-    return [words for words in found if words]
 
 
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
@@ -77,7 +49,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_are_taken(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in commands_of(page.read_text()):
+    for words, _ in commands_of(page.read_text()):
         shown = f"{page}: {' '.join(words)}"
         if words[0] in {"bash", "python"} and "/" in words[1]:
             assert (ROOT / words[1]).exists(), shown

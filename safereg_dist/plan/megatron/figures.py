@@ -56,7 +56,7 @@ def draw_layouts(plan: LayoutPlan, values: Mapping[str, Any], *, name: str) -> A
     same_batches = layout_curve(plan, values)
     same_rows = layout_curve(plan, values, keeps_rows=True)
     with plt.rc_context(STYLE):
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
         _draw_time(left, same_batches, f"{s.grad_accum} micro-batches a replica")
         _draw_time(middle, same_rows, f"{s.data_parallel * s.window_rows} rows a step")
         _draw_memory(right, same_batches)
@@ -100,7 +100,8 @@ def _finish(axes: Any, plans: list[LayoutPlan]) -> None:
     axes.minorticks_off()
     axes.grid(axis="y")
     axes.set_xlabel("GPUs, and tensor x pipeline x context")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25)}
+    axes.legend(frameon=False, fontsize=8, ncols=2, **below)
 
 
 def _gpus(plans: list[LayoutPlan]) -> list[int]:

@@ -81,7 +81,7 @@ def test_every_verb_shows_an_example_that_parses(prog):
 
 def parsed(line: str) -> argparse.Namespace:
     """With the command's own parser; exits where it does not parse."""
-    found = cli._arguments(shlex.split(line.split(" > ")[0])[1:])
+    found = cli._arguments(shlex.split(line.split(" > ")[0], comments=True)[1:])
     assert callable(found.run)
     return found
 

@@ -4,11 +4,10 @@ Claimed: on the Pareto plot and the plot of the law no name lies on another name
 interval or a drawn line, and every arm is named there or below; the front is that of a brute-force
 search; a step without active rows has no divergence; (1-b)CE + b KL is the cross-entropy against
 (1-b) onehot + b ref but for a constant (float64 NumPy, values and gradients), whose optimum gives
-the P(refuse) that the report says. Geometry is checked from what matplotlib has drawn, by sampling
-points.
+the P(refuse) that the report says. Geometry is checked from what matplotlib has drawn; the plots of
+the two recorded demonstrations are among them.
 """
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,8 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from record_demo import recorded_arms
+from support.figures import touches
 from support.reports import metrics, write_run
 
 from safereg_dist.evaluate.report.arms import Arm
@@ -51,40 +52,9 @@ CASES = {
     "corner": [judged(name, 1, at / 50) for at, name in enumerate(LONG)],
     "spread": scattered(9, 1, spread=0.15),
     "close": scattered(14, 2, spread=0.03),
+    "recorded demo": recorded_arms("demo"),
+    "recorded real demo": recorded_arms("real"),
 }
-
-
-def inside(box: Any, points: np.ndarray) -> np.ndarray:
-    return (
-        (points[:, 0] > box.x0)
-        & (points[:, 0] < box.x1)
-        & (points[:, 1] > box.y0)
-        & (points[:, 1] < box.y1)
-    )
-
-
-def touches(plot: Any) -> list[str]:
-    """Names of the plot that lie on something, from dense points on all that is drawn."""
-    (axes,) = plot.figure.axes
-    dots = plot.figure.dpi / 72
-    boxes = [(text.get_text(), text.get_window_extent()) for text in axes.texts]
-    found = []
-    for line in axes.lines:
-        shown = axes.transData.transform(line.get_xydata())
-        if len(shown) == 1:  # a marker
-            angle = np.linspace(0, 2 * np.pi, 60)
-            radius = line.get_markersize() / 2 * dots
-            shown = shown + radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        else:
-            along = np.linspace(0, 1, 400)[:, None]
-            shown = shown[0] + along * (shown[1] - shown[0])
-        found += [f"{name} on a line" for name, box in boxes if inside(box, shown).any()]
-    for (one, a), (other, b) in itertools.combinations(boxes, 2):
-        if a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1:
-            found.append(f"{one} on {other}")
-    edge = plot.figure.bbox
-    found += [f"{n} cut" for n, b in boxes if b.x0 < 0 or b.x1 > edge.x1 or b.y0 < 0]
-    return found
 
 
 def drawn(maker: Any, arms: list[Arm]) -> Any:
@@ -99,7 +69,7 @@ def drawn(maker: Any, arms: list[Arm]) -> Any:
 def test_names_touch_nothing(case: str) -> None:
     arms = CASES[case]
     plot = drawn(draw_safety, arms)
-    assert touches(plot) == []
+    assert touches(plot.figure) == []
     (axes,) = plot.figure.axes
     at_points = {text.get_text() for text in axes.texts} - {""}
     below = {text.get_text() for legend in plot.figure.legends for text in legend.get_texts()}
@@ -113,7 +83,7 @@ def test_the_check_of_names_sees_what_is_wrong() -> None:
     plot = drawn(draw_safety, CASES["few"])
     (axes,) = plot.figure.axes
     axes.texts[0].set_position((99.0, 5.0))  # on the arm's point
-    assert touches(plot)
+    assert touches(plot.figure)
 
 
 def test_a_name_beside_another_point_has_a_line_of_its_own() -> None:
@@ -281,7 +251,7 @@ def test_only_arms_with_one_known_coefficient_are_held_against_the_law() -> None
     assert law_of([base, arms[0]]) == []
     assert draw_law([base, arms[0]], LIGHT) is None
     plot = drawn(draw_law, [base, *arms])
-    assert touches(plot) == []
+    assert touches(plot.figure) == []
     assert plot.title == (
         "At b = 0.5 the mixture law says P(refuse) 40\u00a0%; static has 30\u00a0%, the arm "
         "furthest from it"
