@@ -99,13 +99,13 @@ class MicroBatch:
         """T, without a device synchronisation."""
         return self.labels.shape[0]
 
-    def to(self, device: torch.device, *, non_blocking: bool = True) -> "MicroBatch":
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "MicroBatch":
         """The same batch with its tensors on `device`; the copy is asynchronous, as asked or not.
 
         `non_blocking` is what stacks pass to all that they move.
         """
         moved = {
-            name: to_device(getattr(self, name), device)
+            name: to_device(getattr(self, name), torch.device(device))
             for name in (
                 "input_ids",
                 "position_ids",

@@ -27,6 +27,7 @@ from safereg_dist.critic.formats import FORMATS, Format
 from safereg_dist.critic.local_models import CausalGuard
 from safereg_dist.errors import ConfigError
 from safereg_dist.evaluate.generate import load_model
+from safereg_dist.models.architecture import cache_name
 from safereg_dist.models.fingerprint import model_fingerprint
 
 MAX_BODY_BYTES = 16 << 20
@@ -94,12 +95,13 @@ class Guard:
             raise BadRequest(f"{len(ids)} + {limit} tokens, the model takes {self._room}")
         said: list[int] = []
         steps: list[Step] = []
-        past, new = None, ids
+        cache, new, name = None, ids, cache_name(self._model)
         with self._lock:
             while len(said) < limit:
                 inputs = torch.tensor([new], device=self._model.device)
-                out = self._model(inputs, past_key_values=past, use_cache=True, logits_to_keep=1)
-                past, logprobs = out.past_key_values, out.logits[0, -1].float().log_softmax(-1)
+                before = {name: cache}
+                out = self._model(inputs, **before, use_cache=True, logits_to_keep=1)
+                cache, logprobs = out[name], out.logits[0, -1].float().log_softmax(-1)
                 token = int(logprobs.argmax())
                 if token in self._ends:
                     return self._text(said), "stop", steps

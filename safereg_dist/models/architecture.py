@@ -5,6 +5,7 @@ transformers would ask on a terminal), and weights are read from safetensors alo
 code as it is loaded. `config.json` is a description that anyone may have written.
 """
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,8 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None)
     enable = enable or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """The name of a cache that a forward takes and returns, which transformers 5.24 changed."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"

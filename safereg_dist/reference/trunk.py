@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from safereg_dist.errors import ConfigError
-from safereg_dist.models.architecture import decoder_layers
+from safereg_dist.models.architecture import cache_name, decoder_layers
 from safereg_dist.parallel.engine import Backend, ReferenceEngine
 from safereg_dist.types import Head, head_of
 
@@ -33,18 +33,15 @@ class ReferenceTrunk(nn.Module):
         self.model = model
         self._stopped: dict[int, nn.Module] = {}
         self._without_routers = without_router_logits(model)
+        self._cache_name = cache_name(model)
 
     def forward(self, input_ids: Tensor, num_layers: int | None = None) -> Tensor:
         """[B, S, H] last hidden states, or those after the first `num_layers` layers."""
         trunk = self.model.base_model if num_layers is None else self._stop_after(num_layers)
-        # Without a cache transformers (5.17 to 5.23) looks at the position ids on the host, for
+        # Without a cache transformers (5.17 to 5.24) looks at the position ids on the host, for
         # packed rows: the host would wait for the policy's forward before it launches this one.
-        output = trunk(
-            input_ids=input_ids,
-            use_cache=False,
-            past_key_values=_KeepsNothing(),
-            **self._without_routers,
-        )
+        cache = {self._cache_name: _KeepsNothing()}
+        output = trunk(input_ids=input_ids, use_cache=False, **cache, **self._without_routers)
         return output.last_hidden_state
 
     def _stop_after(self, num_layers: int) -> nn.Module:
