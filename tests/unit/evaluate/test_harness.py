@@ -108,5 +108,5 @@ def test_what_is_refused_before_anything_is_asked(folder, monkeypatch):
         evaluate_model("name", files, endpoint="http://127.0.0.1:9/v1", lm_eval=["own"])
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ConfigError, match=r"pip install 'safereg-dist\[lm-eval\]'"):
+    with pytest.raises(ConfigError, match=r"pip install .safereg-dist\[lm-eval\]."):
         evaluate_model(folder / "no-model", files, lm_eval=["own"])
