@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from safereg_dist.coefficient import Coefficient
+from safereg_dist.errors import DataError
 from safereg_dist.metrics import StepMetrics, StepTotals
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks, Result, capture
@@ -133,7 +134,21 @@ class SafetyRegularizer:
         together. `in_first_epoch` is False once every rank has planned each of its rows.
         Collectives: one SUM of 8 bytes; the start of one MAX all-reduce of 8 bytes, and before it
         those of the sources of risk (while a cache is cold) and of granularity `batch`.
+
+        Raises:
+            DataError: what is no `Row`, or rows that `micro_batches` does not divide.
         """
+        for row in rows:
+            if not isinstance(row, Row):
+                raise DataError(
+                    f"expected rows of safereg_dist.row_of(id, input_ids, loss_mask, risk=...), "
+                    f"got a {type(row).__name__} for step {step}: tokenise it and make it one"
+                )
+        if micro_batches < 1 or len(rows) % micro_batches:
+            raise DataError(
+                f"expected a multiple of micro_batches={micro_batches} as the rows of step {step}, "
+                f"got {len(rows)}: add safereg_dist.filler rows, or choose another number"
+            )
         sizes = [len(rows) // micro_batches] * micro_batches
         return self._plan(rows, sizes, step, in_first_epoch, may_sort=True)
 

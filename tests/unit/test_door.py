@@ -206,6 +206,20 @@ class LongIsRisky(RiskSource):
         return [float(len(row.input_ids) >= 5) for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("rows", "micro_batches", "said"),
+    [
+        ([{"messages": []}], 1, "got a dict for step 3: tokenise it and make it one"),
+        (ROWS[:3], 2, "expected a multiple of micro_batches=2 as the rows of step 3, got 3"),
+        (ROWS, 0, "expected a multiple of micro_batches=0"),
+    ],
+)
+def test_what_is_no_row_or_is_left_over_is_refused(rows, micro_batches, said):
+    regularizer = prepare(tiny_model(), SETTINGS, reference=tiny_model(seed=1))
+    with pytest.raises(DataError, match=said):
+        regularizer.plan(rows, step=3, micro_batches=micro_batches)
+
+
 def test_a_risk_of_ones_own_and_rows_that_are_missing():
     model = tiny_model()
     settings = {**SETTINGS, "regularizer": {"ceiling": 0.25}}
