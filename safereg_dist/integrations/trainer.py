@@ -26,6 +26,7 @@ from safereg_dist.integrations.risk_column import check_risk_column
 from safereg_dist.integrations.state import STATE
 from safereg_dist.parallel.distributed import current_ranks
 from safereg_dist.reference import NoReference
+from safereg_dist.run.watching import how_it_goes_on
 from safereg_dist.step import SafetyRegularizer, StepPlan
 
 Settings = str | Path | Mapping[str, Any]
@@ -236,6 +237,12 @@ class SafeRegMixin(_Trainer):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._recorder.is_stop_requested and self.state.global_step < self.state.max_steps:
                 self._recorder.pause()
+                if self.args.process_index == 0:
+                    folder = Path(str(self.args.output_dir))
+                    print(
+                        f"stopped on request, status {EXIT_REQUEUE}: {how_it_goes_on(folder)}",
+                        flush=True,
+                    )
                 raise SystemExit(EXIT_REQUEUE)
             self._recorder.finish(self.state.global_step)
         return output

@@ -131,7 +131,7 @@ def test_an_error_is_said_to_who_watches(tmp_path):
     assert state_of(tmp_path / "run") == ("failed", "ValueError: disk gone")
 
 
-def test_a_stop_file_saves_and_ends_the_program(tmp_path):
+def test_a_stop_file_saves_and_ends_the_program(tmp_path, capsys):
     """Between the checkpoints of the Trainer; a file that an earlier run left stops nothing."""
     reference = write_reference(tmp_path / "reference")
     losses, trained, _ = run(tmp_path / "whole", reference)
@@ -140,6 +140,8 @@ def test_a_stop_file_saves_and_ends_the_program(tmp_path):
     with pytest.raises(SystemExit) as end:
         run(tmp_path / "asked", reference, ask=2)
     assert end.value.code == 75
+    said = "stopped on request, status 75: resume_from_checkpoint goes on from checkpoint-2"
+    assert said in capsys.readouterr().out.splitlines()
     assert not (tmp_path / "asked" / "stop").exists()
     assert [p.name for p in (tmp_path / "asked").glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (tmp_path / "asked" / "summary.json").exists()
