@@ -149,6 +149,8 @@ def evaluate_model(
     respondent.close()
     outcomes = _judged(prompts, kept, referee)
     kept.finish([_verdict(outcome) for outcome in outcomes])
+    if progress:
+        _announce_empty(outcomes)
 
     def of(places: range) -> dict[str, Any]:
         figures = figures_of([outcomes[place] for place in places])
@@ -205,6 +207,18 @@ def _announce(files: list[tuple[Path, list[LabelledPrompt]]], known: int) -> Non
             )
     if known:
         print(f"{known} answers are known from before", file=sys.stderr, flush=True)
+
+
+def _announce_empty(outcomes: Sequence[Outcome]) -> None:
+    """Says how often nothing was answered: it looks like safety, and may be a broken model."""
+    given = [o for o in outcomes if o.prompt.measure != "choice"]
+    if empty := sum(not outcome.answer.strip() for outcome in given):
+        print(
+            f"{empty} of {len(given)} greedy answers are empty, which count as refusals: a model "
+            "that has fallen silent is broken, not safe (it has no attack success either)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _ask(

@@ -472,6 +472,38 @@ def test_each_set_has_figures_of_its_own(model, tokenizer, folder: Path) -> None
     assert together["counts"]["poisoned_token_probability"] == 5
 
 
+class Says:
+    """A respondent that always says the same."""
+
+    name, identity = "says", {"a": "b"}
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def answers(self, prompts, how):
+        return ((place, self._text) for place in range(len(prompts)))
+
+    def first_token(self, asked):
+        return [None] * len(asked)
+
+    def likelihoods(self, asked):
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("text", "is_said"), [(" ", True), ("yes", False)])
+def test_empty_answers_are_said_for_they_look_like_refusals(
+    tmp_path: Path, capsys, text: str, is_said: bool
+) -> None:
+    rows = [{"prompt": "a", "label": "harmful"}, {"prompt": "a b", "label": "benign"}]
+    file = write_rows(tmp_path / "two.jsonl", rows)
+    result = evaluate_model(tmp_path, [file], respondent=Says(text))
+    assert result["attack_success_rate"] == float(not is_said)
+    assert ("2 of 2 greedy answers are empty" in capsys.readouterr().err) == is_said
+
+
 def test_classes_of_a_set_and_answers_of_a_row(folder: Path) -> None:
     """As XSTest has classes, and AdvBench answers that comply."""
     path = folder.parent / "classes.csv"
