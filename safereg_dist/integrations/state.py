@@ -180,5 +180,5 @@ def _usable(folder: Path, wrong: str | None) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise CheckpointError(
             f"expected in {folder} what this run has written, got: {reason_of(err)}: resume from "
-            "another checkpoint of it"
+            "another checkpoint of this run, or restore the file from a copy"
         ) from err
