@@ -136,7 +136,8 @@ class SafetyRegularizer:
         those of the sources of risk (while a cache is cold) and of granularity `batch`.
 
         Raises:
-            DataError: what is no `Row`, or rows that `micro_batches` does not divide.
+            DataError: what is no `Row`, or rows that `micro_batches` does not divide; a mistake of
+                the loop, and so the same on every rank, is the one error that is not agreed on.
         """
         for row in rows:
             if not isinstance(row, Row):
