@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"GPUs that share {what} (default: 1; with --engine megatron proposed)",
         )
     parser.add_argument(
+        "--lora-rank",
+        type=int,
+        help="rank of adapters, the reference being the model with them off; 0 trains all weights "
+        "(default: the configuration's, else 0)",
+    )
+    parser.add_argument(
         "--rows-per-pass",
         type=int,
         help="rows of a reference forward (default: the configuration's, else --micro-batch)",

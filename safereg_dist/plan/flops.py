@@ -4,6 +4,7 @@ Attention counts its scores over the whole square of a row, as torch's counter d
 skips the masked half does less. Every row has `seq_length` tokens.
 """
 
+from safereg_dist.plan.adapters import adapter_numels
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape
 
@@ -12,7 +13,9 @@ def flops(shape: ModelShape, settings: Settings) -> dict[str, float]:
     """FLOPs by item.
 
     trunk = rows (2 M s + 4 s^2 A L);  backward twice that;  a head's product 2 t H V, and for a
-    trained head two more: of its gradient in the states and in the weight.
+    trained head two more: of its gradient in the states and in the weight. With adapters of P
+    elements the policy's forward has 2 P s more, its backward twice that; of a frozen weight, that
+    of the head too, no gradient is worked out.
 
     M multiplied elements of all layers, s tokens, A width of the queries, L layers, t trained
     tokens (`always_on`: all tokens, of both models), H hidden size, V vocabulary.
@@ -22,13 +25,15 @@ def flops(shape: ModelShape, settings: Settings) -> dict[str, float]:
     risky = {"sft": 0.0, "always_on": 1.0}.get(settings.arm, settings.risky_fraction) * rows
     row = trunk_flops(shape, settings.seq_length)
     head = head_flops(shape, settings.seq_length if is_always else settings.response_tokens)
+    adapters = 2 * sum(adapter_numels(shape, settings)) * settings.seq_length
+    frozen = 2 * shape.layer_products * settings.seq_length if settings.lora_rank else 0.0
     prompt = settings.seq_length - settings.response_tokens
     probes = settings.arm == "routed"
     return {
-        "policy forward": rows * row,
-        "policy backward": 2 * rows * row,
+        "policy forward": rows * (row + adapters),
+        "policy backward": rows * (2 * (row + adapters) - frozen),
         "recomputation": rows * _recomputed(shape, settings),
-        "head, cross-entropy": 3 * rows * head,
+        "head, cross-entropy": (2 if settings.lora_rank else 3) * rows * head,
         "reference trunk": 0.0 if settings.arm == "stored" else risky * row,
         "head, divergence": risky * head,
         "probe, first epoch": probes * rows * settings.probe_depth * trunk_flops(shape, prompt),

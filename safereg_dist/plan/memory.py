@@ -1,5 +1,8 @@
 """Peak memory of one GPU in a step, by item.
 
+With adapters, gradients and the optimizer's states are theirs alone, and the reference has no
+weights of its own.
+
 For ZeRO-3 in deepspeed 0.19: shards and accumulated gradients in the model's dtype, float32 master
 weights (a separate copy even of float32 shards), two Adam moments, and in the update the float32
 gradients of one sub-group.
@@ -8,7 +11,8 @@ gradients of one sub-group.
 from dataclasses import dataclass
 
 from safereg_dist.parallel.zero_config import prefetched_elements
-from safereg_dist.plan.gathers import padded, policy_gathers, staying
+from safereg_dist.plan.adapters import adapter_numels, padded_shard, trained_numels
+from safereg_dist.plan.gathers import padded, policy_gathers, staying, threshold
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape
@@ -17,6 +21,10 @@ from safereg_kernels import budget
 
 SUB_GROUP = 1_000_000_000
 """DeepSpeed's `sub_group_size`, in parameters."""
+
+
+CHECKPOINT_BYTES = 16
+"""A trained parameter in a checkpoint: master weight, two moments, and room for the layout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +49,7 @@ class Memory:
 def memory(shape: ModelShape, settings: Settings) -> Memory:
     """Memory of the rank that keeps the most reference states."""
     resting, host = _states(shape, settings)
-    shard = shard_elements(shape, settings)
+    shard = trained_shard(shape, settings)
     return Memory(
         resting={name: size for name, size in resting.items() if size},
         working={name: size for name, size in _working(shape, settings).items() if size},
@@ -51,18 +59,25 @@ def memory(shape: ModelShape, settings: Settings) -> Memory:
 
 
 def shard_elements(shape: ModelShape, settings: Settings) -> float:
-    """Elements of one rank's shard of a model, each parameter padded to whole shards."""
-    world = settings.data_parallel
-    shard = sum(-(-n // world) for module in shape.modules for n in module.numels)
-    return shard / settings.model_parallel
+    """Elements of one rank's shard of a model without adapters."""
+    numels = tuple(n for module in shape.modules for n in module.numels)
+    return padded_shard(numels, settings)
+
+
+def trained_shard(shape: ModelShape, settings: Settings) -> float:
+    """Elements of one rank's shard of what is trained."""
+    return padded_shard(trained_numels(shape, settings), settings)
 
 
 def _states(shape: ModelShape, settings: Settings) -> tuple[dict[str, float], float]:
     """Permanent memory on the GPU and on the host, by item."""
-    shard, size = shard_elements(shape, settings), settings.itemsize
-    whole = staying(shape.modules, shape) * size / settings.model_parallel
+    shard, size = trained_shard(shape, settings), settings.itemsize
+    adapters = adapter_numels(shape, settings)
+    weights = shard_elements(shape, settings) + padded_shard(adapters, settings)
+    whole = staying(shape.modules, shape) * (1 if _has_one_copy(settings) else 2)
+    whole += sum(n for n in adapters if n <= threshold(shape))
     parts = {
-        "policy shards": (shard * size, settings.offload_params),
+        "policy shards": (weights * size, settings.offload_params),
         "master weights": (4 * shard, settings.offload_optimizer),
         "Adam moments": (8 * shard, settings.offload_optimizer),
         "gradients": (shard * size, settings.offload_optimizer),
@@ -72,11 +87,11 @@ def _states(shape: ModelShape, settings: Settings) -> tuple[dict[str, float], fl
             settings.offload_optimizer,
         ),
         "policy's second shards (hpZ)": (
-            shard * settings.data_parallel / settings.hpz * size if settings.hpz > 1 else 0.0,
+            weights * settings.data_parallel / settings.hpz * size if settings.hpz > 1 else 0.0,
             "none",
         ),
         "reference shards": (_reference_shard(shape, settings) * size, settings.offload_reference),
-        "small parameters, whole": (whole * (1 if settings.arm == "sft" else 2), "none"),
+        "small parameters, whole": (whole * size / settings.model_parallel, "none"),
     }
     return (
         {name: size for name, (size, place) in parts.items() if place == "none"},
@@ -84,8 +99,12 @@ def _states(shape: ModelShape, settings: Settings) -> tuple[dict[str, float], fl
     )
 
 
+def _has_one_copy(settings: Settings) -> bool:
+    return settings.arm == "sft" or settings.has_adapters_off
+
+
 def _reference_shard(shape: ModelShape, settings: Settings) -> float:
-    if settings.arm == "sft":
+    if _has_one_copy(settings):
         return 0.0
     if settings.arm == "stored":
         return shape.head_parameters / settings.world_size
@@ -96,6 +115,8 @@ def _working(shape: ModelShape, settings: Settings) -> dict[str, float]:
     size, parallel = settings.itemsize, settings.model_parallel
     tokens = settings.micro_batch * settings.seq_length
     largest = max(sum(module.numels) for module in shape.modules)
+    if settings.lora_rank:
+        largest = max(adapter_numels(shape, settings))
     prefetched = prefetched_elements(shape.hidden_size)
     whole = policy_gathers(shape, settings).peak + prefetched
     return {
@@ -154,9 +175,10 @@ def _head(shape: ModelShape, settings: Settings, tokens: int) -> float:
     """
     columns, size = shape.vocab_size, settings.itemsize
     if settings.arm == "always_on":
-        return tokens * columns * 16.0 + 2 * shape.head_parameters * size
+        heads = 0 if settings.lora_rank else 2
+        return tokens * columns * 16.0 + heads * shape.head_parameters * size
     trained = round(settings.response_share * tokens)
-    head = shape.head_parameters * size if settings.arm != "sft" else 0.0
+    head = 0.0 if _has_one_copy(settings) else shape.head_parameters * size
     return head + fused_head_bytes(
         columns, shape.hidden_size, trained, settings, chunk_tokens=settings.chunk_tokens
     )
@@ -171,13 +193,14 @@ def fused_head_bytes(
     the float32 gradient of the states [trained, H].
     """
     size, stride = settings.itemsize, budget.padded(columns)
-    elements = columns * hidden_size
+    is_trained = not settings.lora_rank
+    elements = columns * hidden_size if is_trained else 0
     logits_bytes = stride * (4 if settings.arm == "sft" else 8)
     rows = budget.chunk_sizes(
         trained,
         logits_bytes=logits_bytes,
         grad_bytes=stride * size,
-        is_collected=True,
+        is_collected=is_trained,
         head_bytes=settings.head_bytes_held,
         chunk_tokens=chunk_tokens,
     )

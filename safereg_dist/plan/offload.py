@@ -2,7 +2,7 @@
 
 from safereg_dist.parallel.hardware import HOST_LINK_BYTES_PER_S, HOST_MEMORY_BYTES_PER_S
 from safereg_dist.plan.gathers import padded, policy_gathers
-from safereg_dist.plan.memory import shard_elements
+from safereg_dist.plan.memory import trained_shard
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape
@@ -20,12 +20,13 @@ def offload_seconds(shape: ModelShape, settings: Settings) -> float:
     every micro-batch and, back, the updated weights of an offloaded optimizer, which runs on the
     host: its memory serves all GPUs of the node.
     """
-    shard, batches = shard_elements(shape, settings), settings.grad_accum
+    shard, batches = trained_shard(shape, settings), settings.grad_accum
     moved = 0.0
     if settings.offload_params == "cpu":
         gathers = policy_gathers(shape, settings)
         moved += (gathers.first + gathers.again) / settings.data_parallel * batches + shard
-    if settings.offload_reference == "cpu" and settings.arm in ("routed", "always_on"):
+    is_apart = settings.arm in ("routed", "always_on") and not settings.has_adapters_off
+    if settings.offload_reference == "cpu" and is_apart:
         trunk = sum(padded(module.numels, shape, settings.data_parallel) for module in shape.trunk)
         expected = expected_rows(settings, group_batches=group_batches(shape, settings))
         passes = expected.passes if settings.arm == "routed" else batches

@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from safereg_dist.parallel.hardware import LINK_EFFICIENCY, USABLE_MEMORY, Gpu
+from safereg_dist.plan.adapters import trained_numels
 from safereg_dist.plan.flops import flops
-from safereg_dist.plan.memory import Memory, memory
+from safereg_dist.plan.memory import CHECKPOINT_BYTES, Memory, memory
 from safereg_dist.plan.offload import offload_seconds
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import ARMS, Settings
@@ -66,6 +67,16 @@ class Plan:
         """True if the peak fits into the GPU's memory."""
         return self.chosen.memory.gpu <= self.usable_bytes
 
+    @property
+    def checkpoint_bytes(self) -> float:
+        """A checkpoint on disk."""
+        return float(CHECKPOINT_BYTES * sum(trained_numels(self.shape, self.settings)))
+
+    @property
+    def export_bytes(self) -> float:
+        """The model that a run leaves behind, adapters merged."""
+        return float(self.settings.itemsize * self.shape.parameters)
+
     def overhead(self, arm: str) -> dict[str, float]:
         """Extra FLOPs, bytes and time of an arm, as shares of plain fine-tuning's."""
         return overhead(self.arms[arm], self.arms["sft"])
@@ -89,6 +100,7 @@ class Plan:
                 "usable_memory": USABLE_MEMORY,
             },
             "fits": self.fits,
+            "disk": {"checkpoint": self.checkpoint_bytes, "model": self.export_bytes},
             "arms": {
                 arm: {
                     "flops": costs.flops,

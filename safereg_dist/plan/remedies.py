@@ -80,6 +80,8 @@ def _changes(settings: Settings) -> Iterator[tuple[str, Settings]]:
         ("engine.offload_optimizer", "offload_optimizer"),
         ("engine.offload_params", "offload_params"),
     ):
+        if field == "offload_reference" and settings.has_adapters_off:
+            continue
         if getattr(settings, field) == "none":
             yield f"{key}=cpu", replace(settings, **{field: "cpu"})
     if settings.hpz > 1:

@@ -13,8 +13,9 @@ from safereg_dist.parallel.zero_config import MAX_LIVE_PARAMETERS, MAX_REUSE_DIS
 ARMS = ("sft", "routed", "stored", "always_on")
 """Plain fine-tuning; the reference on risky rows; its states from a store; on every row."""
 ENGINES = ("deepspeed", "megatron")
+_OPTIONS = {"hpz": "hpz_partition_size"}
 _OF_DEEPSPEED = {
-    **{"hpz": 1, "balance": "none", "probe_depth": 0.0, "rows_per_pass": None},
+    **{"hpz": 1, "balance": "none", "probe_depth": 0.0, "rows_per_pass": None, "lora_rank": 0},
     **{name: "none" for name in ("offload_params", "offload_optimizer", "offload_reference")},
 }
 _OF_MEGATRON = {
@@ -91,6 +92,12 @@ class Settings:
     """DeepSpeed's `stage3_max_reuse_distance`, in parameters, >= 1; this is its default."""
     max_live_parameters: int = MAX_LIVE_PARAMETERS
     """Parameters beside the head's beyond which nothing is prefetched (see `zero_config`)."""
+    lora_rank: int = 0
+    """`lora.rank`; 0 = all weights are trained."""
+    lora_targets: tuple[str, ...] = ()
+    """`lora.targets`; empty = all linear layers but the head."""
+    copies_reference: bool = False
+    """Beside adapters the reference is a model of its own, not the policy with them off."""
     mfu: float = MFU
     """Share of the GPU's peak that matrix products reach, in (0, 1]."""
 
@@ -107,6 +114,7 @@ class Settings:
         if self.rows_per_pass is not None:
             _at_least("--rows-per-pass", self.rows_per_pass, 1)
         _at_least("--seq-length", self.seq_length, 2)
+        _at_least("--lora-rank", self.lora_rank, 0)
         for name in ("response_share", "risky_fraction", "probe_depth", "mfu"):
             within(f"--{name.replace('_', '-')}", getattr(self, name), 0.0, 1.0)
         if not self.mfu:
@@ -130,9 +138,11 @@ class Settings:
         foreign = _OF_DEEPSPEED if self.engine == "megatron" else _OF_MEGATRON
         for name, plain in foreign.items():
             if getattr(self, name) != plain:
+                option = "--no-" if plain is True else "--"
+                option += _OPTIONS.get(name, name).replace("_", "-")
                 raise ConfigError(
-                    f"--engine {self.engine} expects {name}={plain!r}, got "
-                    f"{getattr(self, name)!r}: leave the option out, or choose the other engine"
+                    f"--engine {self.engine} plans without {option}, got {getattr(self, name)!r}: "
+                    "leave the option out, or choose the other engine"
                 )
         if self.engine == "megatron" and self.arm == "stored":
             raise ConfigError(
@@ -171,6 +181,12 @@ class Settings:
                 f"--tensor-parallel {self.tensor_parallel} does not divide --gpus-per-node {node}: "
                 f"choose one of {divisors(node)}"
             )
+
+    @property
+    def has_adapters_off(self) -> bool:
+        """True if the reference is the policy itself; a stored one's head is its own."""
+        own_trunk = self.arm in ("routed", "always_on") and not self.copies_reference
+        return self.lora_rank > 0 and own_trunk
 
     @property
     def data_parallel(self) -> int:
@@ -237,6 +253,13 @@ def settings_of(config: Config, *, world_size: int, **given: Any) -> Settings:
         rows_per_pass=config.reference.rows_per_pass,
         keep_bytes=config.reference.keep_bytes,
     )
+    if config.lora is not None:
+        reference = config.reference
+        is_off = reference.engine == "auto" and reference.model is None
+        own |= {
+            **{"lora_rank": config.lora.rank, "lora_targets": tuple(config.lora.targets)},
+            "copies_reference": not is_off and reference.engine != "adapters_off",
+        }
     return Settings(world_size=world_size, **{**own, **given})
 
 

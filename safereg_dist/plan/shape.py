@@ -51,6 +51,10 @@ class Module:
     """Of these, the elements of matrices."""
     split: int
     """Elements that tensor parallelism divides; the others are whole on each of its ranks."""
+    path: str = ""
+    """Its name in the model."""
+    linear: tuple[int, int] | None = None
+    """Both sizes of a linear layer that may get an adapter: not of the head."""
 
     @property
     def numel(self) -> int:
@@ -270,6 +274,8 @@ def _modules(model: Any, chosen_share: float) -> tuple[Module, ...]:
                 used=share * sum(p.numel() for p in own),
                 products=share * sum(p.numel() for p in own if p.dim() > 1),
                 split=_split(path, own),
+                path=path,
+                linear=_linear(module, head),
             )
         )
     return tuple(found)
@@ -281,6 +287,17 @@ def _split(path: str, own: list[Any]) -> int:
     if not matrices or path.rsplit(".", 1)[-1] in SUMMED_OUTPUTS:
         return matrices
     return sum(p.numel() for p in own)
+
+
+def _linear(module: Any, head: Any) -> tuple[int, int] | None:
+    """Both sizes of what PEFT's `all-linear` gives an adapter."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if module is head or not isinstance(module, torch.nn.Linear | Conv1D):
+        return None
+    first, second = module.weight.shape
+    return (first, second)  # the other way round in one of them; an adapter's size is the same
 
 
 def _part(module: Any, layer: int | None, embedding: Any, head: Any) -> str:

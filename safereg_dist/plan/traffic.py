@@ -7,7 +7,8 @@ ring passes every byte from GPU to GPU, and one in `gpus_per_node` of these hops
 
 from dataclasses import dataclass
 
-from safereg_dist.plan.gathers import padded, policy_gathers, staying
+from safereg_dist.plan.adapters import adapter_numels, trained_numels
+from safereg_dist.plan.gathers import padded, policy_gathers, staying, threshold
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.shape import ModelShape
@@ -49,16 +50,22 @@ def _policy(shape: ModelShape, settings: Settings) -> dict[str, Traffic]:
     """ZeRO-3: gathers and one reduction in each micro-batch; small parameters once, updated."""
     world, batches = settings.data_parallel, settings.grad_accum
     gathers = policy_gathers(shape, settings)
-    everything = sum(-(-n // world) * world for module in shape.modules for n in module.numels)
+    trained = sum(-(-n // world) * world for n in trained_numels(shape, settings))
+    adapters = adapter_numels(shape, settings)
+    small = staying(shape.modules, shape) + sum(n for n in adapters if n <= threshold(shape))
+    gathered = padded(adapters, shape, world)
     # hpZ: a parameter is gathered over all ranks once a step, then over the second shards' groups.
     from_all = 1 if settings.hpz > 1 else batches
     again = gathers.again * batches + gathers.first * (batches - from_all)
+    if settings.lora_rank and settings.activation_checkpointing and gathers.again:
+        # With adapters the recomputation and the backward pass share no gather: at most one more.
+        again += gathers.first * batches
     hpz = settings.hpz if settings.hpz > 1 else world
     return {
-        "parameters, first use": _moved(gathers.first * from_all, world, settings),
+        "parameters, first use": _moved((gathers.first + gathered) * from_all, world, settings),
         "parameters, used again": _moved(again, hpz, settings),
-        "small parameters": _moved(staying(shape.modules, shape), world, settings),
-        "gradients": _moved(everything * batches, world, settings),
+        "small parameters": _moved(small, world, settings),
+        "gradients": _moved(trained * batches, world, settings),
     }
 
 
@@ -74,6 +81,8 @@ def _safety(shape: ModelShape, settings: Settings) -> dict[str, Traffic]:
         "always_on": (settings.grad_accum, settings.grad_accum),
     }[settings.arm]
     probes = settings.grad_accum * settings.probe_depth if settings.arm == "routed" else 0.0
+    if settings.has_adapters_off:
+        heads = 0.0  # the policy's, which is whole at that moment
     agreed = 2 * AGREEMENT_BYTES[settings.arm] / settings.itemsize
     return {
         "reference trunk": _moved(trunk * passes, world, settings),

@@ -160,7 +160,12 @@ def _not_planned(config: Config, values: Mapping[str, Any]) -> list[str]:
     if config.engine.name != "deepspeed":
         found.append(f"engine.name={config.engine.name} is planned as deepspeed's ZeRO-3")
     if config.lora is not None:
-        found.append("lora is planned as full fine-tuning: adapters need far less memory")
+        if config.lora.frozen:
+            found.append("adapters of lora.frozen are not counted")
+        if config.lora.quantize != "none":
+            found.append(
+                f"lora.quantize={config.lora.quantize} is planned as {config.train.precision}"
+            )
     if config.reference.balance == "exchange" and "balance" not in values:
         found.append("reference.balance=exchange is planned as by chance, the most it can cost")
     return found

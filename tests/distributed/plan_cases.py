@@ -22,6 +22,9 @@ class Case:
     checkpointing: bool = False
     reuse_distance: int = 1_000_000_000
     hpz: int = 1
+    lora_rank: int = 0
+    least: float = 0.95
+    """Of the planned bytes so many are measured at least."""
 
     def overrides(self) -> list[str]:
         """The case as `key=value` overrides."""
@@ -32,6 +35,7 @@ class Case:
             f"train.precision={self.precision}",
             f"train.activation_checkpointing={str(self.checkpointing).lower()}",
             f"engine.hpz_partition_size={self.hpz}",
+            *([f"lora.rank={self.lora_rank}"] if self.lora_rank else []),
         ]
 
     def settings(self, world_size: int) -> Settings:
@@ -49,6 +53,7 @@ class Case:
             activation_checkpointing=self.checkpointing,
             precision=self.precision,
             reuse_distance=self.reuse_distance,
+            lora_rank=self.lora_rank,
         )
 
 
@@ -57,6 +62,16 @@ CASES = (
     Case("sft-recomputed", objective="none", checkpointing=True, reuse_distance=20_000),
     Case("one-in-eight", risky=0.125, grad_accum=4),
     Case("all-risky", risky=1.0, grad_accum=2, precision="bf16", reuse_distance=20_000),
+    Case("lora", risky=1.0, grad_accum=2, lora_rank=4),
+    Case("lora-far", risky=1.0, reuse_distance=20_000, lora_rank=4, least=0.75),
+    Case(
+        "lora-recomputed",
+        objective="none",
+        checkpointing=True,
+        reuse_distance=20_000,
+        lora_rank=4,
+        least=0.75,
+    ),
     Case("hpz", risky=1.0, grad_accum=2, reuse_distance=20_000, hpz=2),  # once in a process
 )
 

@@ -110,7 +110,7 @@ def second_shards(run) -> int:
 def reference_parameters(run) -> list:
     """The frozen model's parameters; none where there is no reference."""
     reference = run.regularizer.reference
-    if isinstance(reference, NoReference):
+    if isinstance(reference, NoReference) or run.config.has_adapters_off:
         return []
     return list(reference.model.engine.module.parameters())
 

@@ -3,7 +3,8 @@
 Measured: training steps under DeepSpeed on 1, 2 and 4 ranks (gloo), the collectives
 counted at torch's functions, the shards read from deepspeed. Exact: memory, up to deepspeed's
 padding. Rounds: bytes, since the plan leaves out the scalars of norms and metrics. One rank moves
-nothing, planned and measured.
+nothing, planned and measured. With adapters on models larger than deepspeed's reuse distance the
+planned bytes are an upper bound (`Case.least`).
 """
 
 import json
@@ -74,7 +75,7 @@ def test_bytes_of_a_step(folder, world_size, case):
         if world_size == 1:
             assert planned == rank["bytes"] == 0
         else:
-            assert planned == pytest.approx(rank["bytes"], rel=TOLERANCE)
+            assert case.least * planned <= rank["bytes"] <= (1 + TOLERANCE) * planned
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from safereg_dist.cli import main
+from safereg_dist.config import LoraConfig
 from safereg_dist.errors import ConfigError
+from safereg_dist.models.adapters import add_adapters
 from safereg_dist.parallel.hardware import (
     CPU_RATES,
     GPUS,
@@ -23,7 +25,7 @@ from safereg_dist.parallel.hardware import (
     find_gpu,
     rates_of_device,
 )
-from safereg_dist.plan.flops import trunk_flops
+from safereg_dist.plan.flops import flops, trunk_flops
 from safereg_dist.plan.memory import activation_bytes, memory
 from safereg_dist.plan.named_shapes import NAMED_SHAPES
 from safereg_dist.plan.plan import make_plan
@@ -130,6 +132,31 @@ def test_flops_are_those_that_torch_counts(name):
     with FlopCounterMode(display=False) as counter:
         states.sum().backward()
     assert counter.get_total_flops() == pytest.approx(2 * forward, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+def test_flops_with_adapters_are_those_that_torch_counts(name):
+    """Of frozen weights no gradient is worked out; the head's own products are left out."""
+    model = small_model(name, torch.float32, "eager")
+    add_adapters(model, LoraConfig(rank=3))
+    ids = torch.arange(37)[None] % 90
+    with FlopCounterMode(display=False) as counter:
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        states.sum().backward()
+    settings = Settings(world_size=1, seq_length=37, micro_batch=1, lora_rank=3)
+    planned = flops(shape_of(SMALL[name], where=name), settings)
+    assert forward == pytest.approx(planned["policy forward"], rel=0.01)
+    # Autograd leaves out the gradient in the embedding's output, of frozen weights too.
+    first = [
+        parameter.numel()
+        for path, parameter in model.named_parameters()
+        if ".layers.0.self_attn." in path and "o_proj" not in path
+        if path.endswith(("base_layer.weight", "lora_A.default.weight"))
+    ]
+    backward = counter.get_total_flops() + 2 * 37 * sum(first)
+    assert backward == pytest.approx(planned["policy backward"], rel=0.001)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

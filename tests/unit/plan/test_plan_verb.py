@@ -80,6 +80,9 @@ def test_the_probe_of_a_run_is_priced(tmp_path, capsys):
     config = write_run(tmp_path, rows=8, risk=probe)
     found, text = planned(capsys, config, "--world-size", 8)
     assert (found["settings"]["probe_depth"], found["settings"]["balance"]) == (0.5, "none")
+    later = planned(capsys, config, "--world-size", 8, "--probe-depth", 0)[0]["arms"]["routed"]
+    [line] = [line for line in text.splitlines() if "after the first epoch" in line]
+    assert line.split()[-2] == f"{later['seconds']:.3f}"
     assert f"no probe in {folder} yet" in text
     layers = tiny_model().config.num_hidden_layers
     sizes = {name: torch.ones(tiny_model().config.hidden_size) for name in ("mean", "scale")}
@@ -110,6 +113,33 @@ def test_rows_fall_on_ranks_as_training_deals_them(tmp_path, capsys):
     assert planned(capsys, *words)[0]["settings"]["balance"] == "deal"
     by_probe = planned(capsys, *words, "--probe-depth", 0.5)[0]
     assert by_probe["settings"]["balance"] == "none"
+
+
+def test_adapters_are_planned_as_what_is_trained(tmp_path, capsys):
+    """Llama-3.1-70B by hand: rank x (in + out) of seven layers, and no copy of the reference."""
+    h, mlp, keys = SEVENTY["hidden"], SEVENTY["mlp"], SEVENTY["keys"]
+    sides = 2 * (h + h) + 2 * (h + keys) + 3 * (h + mlp)
+    words = ("--model-config", "llama-3.1-70b", "--world-size", 16, "--activation-checkpointing")
+    found, text = planned(capsys, *words, "--lora-rank", 16)
+    adapters = 16 * sides * SEVENTY["layers"]
+    assert f"trained: {adapters:,} of adapters of rank 16" in text
+    assert found["fits"]
+    assert "reference shards" not in found["arms"]["routed"]["memory"]["resting"]
+    resting = found["arms"]["routed"]["memory"]["resting"]
+    assert resting["Adam moments"] == pytest.approx(8 * adapters / 16, rel=1e-3)
+    assert found["disk"]["checkpoint"] == 16 * adapters
+    assert "reference.offload" not in text
+    full = planned(capsys, *words)[0]
+    assert not full["fits"]
+    assert full["disk"]["checkpoint"] == 16 * full["model"]["parameters"]
+    config = write_run(tmp_path, rows=8, lora={"rank": 2, "targets": ["q_proj"]})
+    found, text = planned(capsys, config, "--world-size", 8)
+    tiny = tiny_model().config
+    assert f"{2 * 2 * tiny.hidden_size * tiny.num_hidden_layers:,} of adapters of rank 2" in text
+    own = planned(capsys, config, "--world-size", 8, f"reference.model={tmp_path / 'model'}")[0]
+    assert "reference shards" in own["arms"]["routed"]["memory"]["resting"]
+    told = planned(capsys, config, "--world-size", 8, "lora.targets=[nothing]", status=2)
+    assert "lora.targets=['nothing'] are no linear layers of a llama: it has down_proj" in told
 
 
 def test_models_by_name():
