@@ -49,7 +49,9 @@ def host_findings(answers: Mapping[str, Answer], work: Work) -> Iterator[Finding
     yield _everywhere(
         "inputs are there",
         {h: ", ".join(a.missing) for h, a in answers.items()},
-        found="model, data, risk",
+        found="model, data, risk"
+        if work.hub_model is None
+        else f"data, risk; not looked at: {work.hub_model}, no folder here but a hub's id",
         remedy="copy them there, or mount the folder they are in",
     )
     if any(a.unreachable for a in answers.values()) or work.endpoints:

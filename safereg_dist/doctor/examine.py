@@ -76,11 +76,11 @@ def _unanswered(found: Mapping[str, object], *, check: str, **told: str) -> list
     return [
         Finding(
             check=check.format(", ".join(same)),
-            found=why if len(same) > 1 else next(iter(same.values())),
+            found=next(iter(same.values())) + "; the others alike" * (len(same) > 1),
             verdict="FAIL",
             **told,
         )
-        for why, same in alike.items()
+        for same in alike.values()
     ]
 
 

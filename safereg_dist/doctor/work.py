@@ -6,12 +6,12 @@ from pathlib import Path
 from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.hardware import GPUS, find_gpu, rates_of_device
+from safereg_dist.plan.adapters import trained_numels
+from safereg_dist.plan.memory import CHECKPOINT_BYTES
+from safereg_dist.plan.named_shapes import shape_name
 from safereg_dist.plan.plan import Costs, arm_costs
-from safereg_dist.plan.settings import settings_of
-from safereg_dist.plan.shape import read_shape
-
-CHECKPOINT_BYTES = 16
-"""A parameter in a checkpoint: master weight, two moments, and room for the layout."""
+from safereg_dist.plan.settings import Settings, settings_of
+from safereg_dist.plan.shape import ModelShape, read_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,8 @@ class Work:
     packages: tuple[str, ...]
     """Of extras (`models.extras`)."""
     paths: list[str]
+    hub_model: str | None
+    """The id of a model that is no folder here, so that nobody can look whether it is there."""
     endpoints: list[str]
     checkpoint_bytes: int | None
     disk_bytes: int
@@ -47,30 +49,45 @@ def work_of(config: Config, *, world_size: int, per_host: int, gpu: str) -> Work
     shape = None
     if model.is_dir():
         paths.append(config.model)
+    if model.is_dir() or shape_name(config.model) is not None:
         try:
-            shape = read_shape(model)
+            shape = read_shape(config.model)
         except ConfigError:
             pass  # a type that the planner does not know trains all the same
     costs = None
     checkpoint = export = None
     if shape is not None:
-        trained = shape.parameters if config.lora is None else shape.parameters // 50
+        trained = _trained(config, shape)
         checkpoint = CHECKPOINT_BYTES * trained
         export = (2 if config.train.precision == "bf16" else 4) * shape.parameters
         costs = _costs(config, shape, world_size, per_host, gpu)
+    size = (checkpoint or 0) / 1e9
+    size_text = f"{size:,.0f}" if size >= 10 else f"{size:.2g}"
     kept = config.train.keep_checkpoints + 1 if config.train.save_every else 1
     needs = {"deepspeed": config.engine.name == "deepspeed", "peft": config.lora is not None}
     return Work(
         packages=("datasets", *(name for name, is_needed in needs.items() if is_needed)),
         paths=[path for path in paths if path is not None and ("/" in path or Path(path).exists())],
+        hub_model=None if model.is_dir() else config.model,
         endpoints=[critic.endpoint for critic in critics if critic.endpoint is not None],
         checkpoint_bytes=checkpoint,
         disk_bytes=kept * (checkpoint or 0) + (export or 0),
-        disk_text=f"{kept} checkpoints of {(checkpoint or 0) / 1e9:.2g} GB and the export",
+        disk_text=f"{kept} checkpoints of {size_text} GB and the export",
         step_seconds=None if costs is None else _products(costs, world_size, gpu),
         inside_bytes=None if costs is None else sum(t.total for t in costs.traffic.values()),
         between_bytes=None if costs is None else sum(t.between for t in costs.traffic.values()),
     )
+
+
+def _trained(config: Config, shape: ModelShape) -> int:
+    lora = config.lora
+    if lora is None:
+        return shape.parameters
+    settings = Settings(world_size=1, lora_rank=lora.rank, lora_targets=tuple(lora.targets))
+    try:
+        return sum(trained_numels(shape, settings))
+    except ConfigError:  # layers of a kind that the planner does not know
+        return shape.parameters // 50
 
 
 def _sources(train: object) -> list[str]:
