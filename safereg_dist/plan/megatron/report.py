@@ -15,7 +15,6 @@ ARM_NAMES = {
     "bubble": "reference in the bubble",
     "always_on": "always on, whole logits",
 }
-ADVICE = "leave sizes out for a proposal; --activation-checkpointing; --micro-batch 1; more GPUs"
 GROUPS = ("tensor", "context", "optimizer", "pipeline")
 
 
@@ -72,9 +71,21 @@ def _memory(plan: LayoutPlan) -> str:
     text = table("Memory of a GPU (GiB)", ("", *shown.values()), rows)
     stage, size = costs.fullest
     verdict = "It fits" if plan.fits else "It does not fit"
-    advice = "" if plan.fits else f"\n  {ADVICE}"
+    advice = "" if plan.fits else f"\n  {_advice(plan)}"
     usable = f"{gib(plan.usable_bytes)} of {gib(plan.gpu.memory_bytes)}"
     return f"{text}\n{verdict}: stage {stage} needs {gib(size)} GiB, usable {usable}{advice}"
+
+
+def _advice(plan: LayoutPlan) -> str:
+    """What is left to try."""
+    s = plan.settings
+    is_fixed = not plan.proposed
+    left = {
+        "leave sizes out for a proposal": is_fixed,
+        "--activation-checkpointing": not s.activation_checkpointing,
+        "--micro-batch 1": s.micro_batch > 1,
+    }
+    return "; ".join([*(text for text, is_left in left.items() if is_left), "more GPUs"])
 
 
 def _held(plan: LayoutPlan, stage: int) -> int:

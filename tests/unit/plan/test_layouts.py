@@ -8,6 +8,7 @@ ranks laid out in an array; NumPy draws; a step whose time is its FLOPs. Exact b
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from safereg_dist.plan.megatron.figures import layout_curve
 from safereg_dist.plan.megatron.memory import fullest_stage, layer_bytes, stage_memory
 from safereg_dist.plan.megatron.plan import make_layout_plan
 from safereg_dist.plan.megatron.proposal import propose
+from safereg_dist.plan.megatron.report import text_of
 from safereg_dist.plan.megatron.stages import check_layout, parameters
 from safereg_dist.plan.megatron.traffic import group_of, link_of, over, stage_traffic
 from safereg_dist.plan.pipeline import Pipeline, order
@@ -331,6 +333,15 @@ def test_a_proposal_is_the_smallest_that_fits_and_says_why():
     assert kept.pipeline_parallel > 2
     _, hopeless = propose(shape, {**values, "world_size": 8}, gpu)
     assert hopeless == ("no layout fits: this one needs least",)
+    left = {**values, "world_size": 8}
+    settings, _ = propose(shape, left, gpu)
+    text = text_of(make_layout_plan(shape, settings, gpu, proposed=hopeless))
+    assert "\n  --activation-checkpointing; more GPUs\n" in text
+    text = text_of(make_layout_plan(shape, replace(settings, micro_batch=2), gpu))
+    advice = (
+        "leave sizes out for a proposal; --activation-checkpointing; --micro-batch 1; more GPUs"
+    )
+    assert f"\n  {advice}\n" in text
 
 
 def test_126_layers_are_spread_with_the_ends_counted():
@@ -363,9 +374,9 @@ def test_126_layers_are_spread_with_the_ends_counted():
         ({"pp": 2, "vpp": 2, "grad_accum": 7}, "--grad-accum must be a multiple of 2"),
         ({"vpp": 2}, "expects --pipeline-parallel of at least 2"),
         ({"world_size": 8, "tp": 2, "cp": 3}, "x --context-parallel 3: the nearest are 6 and 12"),
-        ({"hpz": 2, "world_size": 2}, "expects hpz=1"),
+        ({"hpz": 2, "world_size": 2}, "plans without --hpz-partition-size"),
         ({"arm": "stored"}, "has no stored reference in its plan"),
-        ({"engine": "deepspeed", "world_size": 2, "cp": 2}, "expects context_parallel=1"),
+        ({"engine": "deepspeed", "world_size": 2, "cp": 2}, "plans without --context-parallel"),
         ({"engine": "horovod"}, "--engine must be one of deepspeed, megatron"),
     ],
 )  # fmt: skip
