@@ -131,9 +131,9 @@ def _message(plan: Plan, name: str) -> str:
     adapters = f", adapters of rank {s.lora_rank}," if s.lora_rank else ""
     when = "planned, in a probe's first epoch" if s.probe_depth else "planned"
     return (
-        f"{name}{adapters} on {s.world_size} {plan.gpu.name}, {s.risky_fraction:.3g} of rows risky: a step "
-        f"takes {ours:+.1%},\nwith a stored reference {stored:+.1%}, always on {theirs:+.1%} "
-        f"({when})"
+        f"{name}{adapters} on {s.world_size} {plan.gpu.name}, {s.risky_fraction:.3g} of rows "
+        f"risky: a step takes {ours:+.1%},\nwith a stored reference {stored:+.1%}, "
+        f"always on {theirs:+.1%} ({when})"
     )
 
 
