@@ -35,8 +35,8 @@ def others() -> Iterator[tuple[str, Figure]]:
 def plans() -> Iterator[tuple[str, Figure]]:
     rows = read_csv(RESULTS / "plan" / "plan.csv")
     yield "window", bench_plan.draw_window([{**row, "gpus": int(row["gpus"])} for row in rows])
-    for name, fields in bench_plan.MODELS.items():
-        shape = bench_plan.shape_of(fields, where=name)
+    for name in bench_plan.MODELS:
+        shape = bench_plan.read_shape(name)
         plan = bench_plan.make_plan(shape, bench_plan.BASE, bench_plan.GPU)
         yield name, bench_plan.draw(plan, name=name)
         if name == "Llama-2-7B":
