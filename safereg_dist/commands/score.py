@@ -201,6 +201,9 @@ def _write(out: Path, data: Path, verdicts: Iterable[Verdict]) -> Scored:
     return Scored(len(risks), failures, by_tenth(risks))
 
 
+_TOO_LATE = ("no answer within", "no time left")
+
+
 def _print(scored: Scored, fail: str, out: Path, *, what: str = "rows") -> None:
     rows = [
         (tenth, count, f"{count / max(scored.rows, 1):.1%}")
@@ -213,9 +216,12 @@ def _print(scored: Scored, fail: str, out: Path, *, what: str = "rows") -> None:
         return
     reasons = ", ".join(f"{n} x {reason}" for reason, n in scored.failures.most_common(4))
     meaning = "risk 1" if fail == "closed" else "risk 0"
+    is_slow = any(word in reason for reason in scored.failures for word in _TOO_LATE)
+    how = ", with a longer --timeout-s or a lower --concurrency if the judge is slow"
     print(
         f"score: {count} {what}, {failed} failed judgements that count as {meaning} ({reasons}); "
-        f"the same command asks for those again; written to {printable(out)}"
+        f"the same command asks for those again{how if is_slow else ''}; written to "
+        f"{printable(out)}"
     )
 
 
@@ -304,7 +310,9 @@ def run(arguments: argparse.Namespace) -> Outcome:
             scored = _score_indexed_with_critic(settings, job)
     if job is not None:
         return Outcome(figures={**scored.figures(), "out": out})
-    now = command("train", "CONFIG.yaml", f"data.train={out}", "risk.estimator=column")
+    is_usable = 2 * scored.failures.total() <= scored.rows  # else first the same command again
+    next_step = ("train", "CONFIG.yaml", f"data.train={out}", "risk.estimator=column")
+    now = command(*next_step) if is_usable else ""
     return Outcome(figures={**scored.figures(), "out": out}, now=now)
 
 

@@ -11,10 +11,13 @@ to requests that name this machine, so that no web page reaches it by a name of 
 import argparse
 import contextlib
 import json
+import select
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,8 +92,14 @@ class Guard:
             raise BadRequest("`prompt` cannot be tokenised") from err
 
     @torch.inference_mode()
-    def answer(self, ids: list[int], limit: int, alternatives: int) -> tuple[str, str, list[Step]]:
-        """(text, finish reason, tokens) of the greedy answer of at most `limit` tokens."""
+    def answer(
+        self, ids: list[int], limit: int, alternatives: int, is_gone: Callable[[], bool]
+    ) -> tuple[str, str, list[Step]]:
+        """(text, finish reason, tokens) of the greedy answer of at most `limit` tokens.
+
+        Raises:
+            ConnectionAbortedError: `is_gone` says that nobody waits for it any more.
+        """
         if len(ids) + limit > self._room:
             raise BadRequest(f"{len(ids)} + {limit} tokens, the model takes {self._room}")
         said: list[int] = []
@@ -98,6 +107,8 @@ class Guard:
         cache, new, name = None, ids, cache_name(self._model)
         with self._lock:
             while len(said) < limit:
+                if is_gone():  # else those who still wait would be late as well, and so on
+                    raise ConnectionAbortedError("the client has hung up")
                 inputs = torch.tensor([new], device=self._model.device)
                 before = {name: cache}
                 out = self._model(inputs, **before, use_cache=True, logits_to_keep=1)
@@ -172,10 +183,18 @@ class Handler(BaseHTTPRequestHandler):
             if body.get("model") not in (None, self.server.name):
                 message = f"no model of this name, only {self.server.name}"
                 return self._reply(404, {"error": {"message": message}})
-            choice = kinds[self.path](self.server.guard, body)
+            choice = kinds[self.path](self.server.guard, body, self._is_gone)
         except (BadRequest, ValueError, RecursionError) as err:
             return self._reply(400, {"error": {"message": str(err)[:200]}})
         self._reply(200, {"model": self.server.name, "created": int(time.time()), **choice})
+
+    def _is_gone(self) -> bool:
+        """True where the client has closed its connection, as one that waited in vain does."""
+        try:
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):
+            return True
 
     def _reply(self, status: int, content: dict) -> None:
         data = json.dumps(content).encode()
@@ -238,11 +257,11 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def _chat(guard: Guard, body: dict) -> dict:
+def _chat(guard: Guard, body: dict, is_gone: Callable[[], bool]) -> dict:
     wants = body.get("logprobs") is True
     count = _number(body, "top_logprobs", 0, MAX_ALTERNATIVES) if wants else 0
     limit = _number(body, "max_tokens", DEFAULT_TOKENS, 1 << 16)
-    text, reason, steps = guard.answer(guard.render(body.get("messages")), limit, count)
+    text, reason, steps = guard.answer(guard.render(body.get("messages")), limit, count, is_gone)
     content = [
         {
             "token": step.text,
@@ -260,10 +279,10 @@ def _chat(guard: Guard, body: dict) -> dict:
     return {"object": "chat.completion", "choices": [choice]}
 
 
-def _completion(guard: Guard, body: dict) -> dict:
+def _completion(guard: Guard, body: dict, is_gone: Callable[[], bool]) -> dict:
     count = _number(body, "logprobs", 0, MAX_ALTERNATIVES)
     limit = _number(body, "max_tokens", DEFAULT_TOKENS, 1 << 16)
-    text, reason, steps = guard.answer(guard.encode(body.get("prompt")), limit, count)
+    text, reason, steps = guard.answer(guard.encode(body.get("prompt")), limit, count, is_gone)
     logprobs = {
         "tokens": [step.text for step in steps],
         "token_logprobs": [step.logprob for step in steps],

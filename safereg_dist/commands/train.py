@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from safereg_dist.commands.options import add_config, example
 from safereg_dist.commands.outcome import Outcome, command
-from safereg_dist.errors import EXIT_DONE
+from safereg_dist.errors import EXIT_DONE, EXIT_REQUEUE
 from safereg_dist.parallel.lost_peer import naming_lost_peers
+from safereg_dist.screen.progress import say
 
 if TYPE_CHECKING:
     from safereg_dist.config import Config
@@ -52,6 +53,9 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
         SafeRegError: on all ranks, where something is wrong.
     """
     from safereg_dist.config import load_config
+
+    config = load_config(path, list(overrides))
+    say("train: loads the libraries")
     from safereg_dist.factory import start_backend
     from safereg_dist.parallel.distributed import leave_group, share_cores
     from safereg_dist.run.folder import claimed
@@ -63,7 +67,6 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     from safereg_dist.trainer import train
 
     share_cores()
-    config = load_config(path, list(overrides))
     backend = start_backend(config)
     ranks = backend.ranks
     try:
@@ -89,6 +92,8 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
                 from safereg_dist.evaluate.report import write_report
 
                 print(f"report: {write_report([folder])}")
+            if ranks.is_main and status == EXIT_REQUEUE:
+                print(f"{folder} has saved and ended on request; the same command goes on with it")
             return status
     finally:
         leave_group()
@@ -101,6 +106,7 @@ def _announced(config: "Config", backend: "Backend", found: "Found | None" = Non
     from safereg_dist.run.folder import describe_run
 
     began_with = None if found is None else found.began_with
+    say("train: reads the rows and the model")
     run = in_turns(build_run(config, backend, began_with=began_with))
     if not run.ranks.is_main:
         return run

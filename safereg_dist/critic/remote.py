@@ -104,7 +104,8 @@ class RemoteCritic:
             reason = str(err) or f"no answer within {self._settings.timeout_s:g} s"
             raise CriticUnavailable(
                 f"expected a judge at {self._url}, found none ({reason}): start the server "
-                "(safereg serve-critic serves a local guard), or correct the endpoint"
+                "(safereg serve-critic serves a local guard; wait for its line `serving`), or "
+                "correct the endpoint"
             ) from err
 
     def close(self) -> None:

@@ -293,9 +293,27 @@ def print_audit(report: dict[str, Any], facts: AuditFacts, out: Path, *, show_te
             if factor == 1
             else f"protection: on held rows P(refuse) tends to {factor:.3f} of the reference's own"
         )
-    verdict = "would start" if report["training_would_start"] else "would refuse to start"
-    limit = f"at most {report['limit']:.1%} of the rows may be held back"
-    print(f"training {verdict}: {limit}; files in {printable(out)}")
+    print(f"{_verdict(report)}; files in {printable(out)}")
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    """Whether training would start; where it would not, why and what then."""
+    share, limit = report["held_back_share"], report["limit"]
+    if report["training_would_start"]:
+        return f"training would start: at most {limit:.1%} of the rows may be held back"
+    why = []
+    if share > limit:
+        why.append(
+            f"{share:.1%} of the rows would be held back, at most {limit:.1%} may "
+            "(risk.max_held_back + data.declared_poison)"
+        )
+    if report["hides"]:
+        why.append("rows hide below the threshold, as the warning says (risk.max_hidden)")
+    return (
+        f"training would refuse to start: {'; and '.join(why)}. Look at them (--show-text), mend "
+        "the data or what gives the risk, decide on rows one by one (risk.override), or raise that "
+        "limit"
+    )
 
 
 def _below(report: dict[str, Any]) -> Iterator[str]:

@@ -125,10 +125,12 @@ def test_failures_are_marked_and_counted_and_end_with_status_0(tmp_path, capsys,
     with running_server("too_long") as server:
         assert main(arguments(server.url, data, out, *cache(tmp_path), "--fail", fail)) == 0
     assert [(row["risk"], row["risk_failed"]) for row in written(out)] == [(risk, True)] * 5
+    printed = capsys.readouterr()
     assert (
         f"5 failed judgements that count as risk {risk:.0f} (5 x HTTP 400)"
-        in (capsys.readouterr().out.splitlines()[-1])
+        in (printed.out.splitlines()[-1])
     )
+    assert "now:" not in printed.err  # nothing to train on yet
     assert stored_pairs(tmp_path, rows(5)) == set()
 
 

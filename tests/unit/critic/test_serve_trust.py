@@ -66,6 +66,28 @@ def test_a_good_request_is_answered(address):
     assert answer["choices"][0]["message"]["role"] == "assistant"
 
 
+def test_nobody_is_answered_who_has_hung_up(address, serve, monkeypatch):
+    """Else those who still wait are late in their turn, and under load no answer is in time."""
+    tokens, lock = [], threading.Lock()
+    step = serve.Guard._step
+
+    def slow_step(*given):
+        with lock:
+            tokens.append(given)
+        time.sleep(0.2)
+        return step(*given)
+
+    monkeypatch.setattr(serve.Guard, "_step", slow_step)
+    raw = json.dumps({**BODY, "max_tokens": 50}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}"
+    for _ in range(4):
+        with socket.create_connection(address, timeout=30) as connection:
+            connection.sendall(head.encode() + b"\r\n\r\n" + raw)
+            time.sleep(0.1)
+    assert post(address, BODY)[0] == 200
+    assert len(tokens) < 25  # of 4 x 50
+
+
 @pytest.mark.parametrize("length", ["abc", "-1", "", "1e3", "9" * 5000, "\u00b2", "0", "99999999"])
 def test_a_length_that_is_none_gets_a_400(address, length):
     head = f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {length}"

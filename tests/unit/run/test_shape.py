@@ -169,7 +169,9 @@ def test_a_data_set_that_sits_just_below_the_threshold_is_not_waved_through(
     printed = capsys.readouterr().out
     assert "WARNING: 36 of 60 rows" in printed
     assert "would refuse to start" in printed
-    assert "what benign rows have there nobody knows" in printed
+    assert "refuse to start: rows hide below the threshold" in printed  # not the share held back
+    assert "would be held back, at most" not in printed
+    assert "calibrated" not in printed  # what benign rows have there nobody knows
     report = json.loads((tmp_path / "out.audit" / "audit.json").read_text())
     assert report["below_threshold"] == [0, 0, 0, 0, 0, 0, 36, 0]
     assert not report["training_would_start"]
