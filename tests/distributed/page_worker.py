@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `support`
+
 import torch
 from datasets import Dataset
 from support.builders import TEMPLATE, random_rows, save_model, tiny_model

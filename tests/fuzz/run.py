@@ -49,8 +49,11 @@ from safereg_dist.risk.probe import Probe
 
 CPU_S, WALL_S = 10, 180
 LONGEST_LINE = 520
-_ASIDE = re.compile(r"\d+%\||\d+ ?[a-z]* ?\[\d\d:\d\d|rows without a label|known from before")
-"""Lines that come before a refusal: bars, and two notes of `eval`."""
+_ASIDE = re.compile(
+    r"\d+%\||\d+ ?[a-z]* ?\[\d\d:\d\d|rows without a label|known from before|are empty, which"
+    r"|^(audit|plan|train): (loads|reads|works out|draws) "
+)
+"""Lines that come before a refusal: bars, notes of `eval`, and what a verb does."""
 
 
 class Target(NamedTuple):
