@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from safereg_dist.errors import ConfigError
+from safereg_dist.errors import ConfigError, printable
 from safereg_dist.evaluate.report import evaluated, trained
 from safereg_dist.evaluate.report.arms import Arm
 from safereg_dist.evaluate.report.evasion import evasion_section, read_evasion
@@ -22,6 +22,7 @@ from safereg_dist.evaluate.report.reading import read_arms
 from safereg_dist.evaluate.report.steps import draw_cost, draw_divergence, draw_loss, draw_risk
 from safereg_dist.evaluate.report.summary import lead_of, summary_sections
 from safereg_dist.evaluate.report.tradeoff import draw_first_tokens, draw_law, draw_safety
+from safereg_dist.screen.progress import say
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.storage.signing import Key
 
@@ -53,6 +54,9 @@ def write_report(run_dirs: list[Path], *, out: Path | None = None, key: Key | No
     tables = {folder: read_evasion(folder) for folder in folders}
     may_be_empty = {folder for folder, rows in tables.items() if rows}
     arms = read_arms(folders, may_be_empty=may_be_empty, key=key)
+    for arm in arms:
+        if arm.ledger is not None and arm.ledger.check.state == "altered":
+            say(f"{printable(arm.name)}: its ledger does NOT hold, see safereg ledger verify")
     if out is None:
         out = folders[0] if len(folders) == 1 else folders[0].parent
     page = Path(out) if Path(out).suffix == ".html" else Path(out) / "report.html"

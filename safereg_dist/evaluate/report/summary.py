@@ -171,6 +171,10 @@ def verdict(arm: Arm, base: Arm | None) -> Cell:
         return Cell("the base")
     if arm.stale:
         return Cell("stale", kind="bad")
+    counts = as_object(arm.evaluation.get("counts"))
+    empty, harmful = (number(counts.get(name)) for name in ("harmful_empty", "harmful"))
+    if empty > harmful / 2:  # refusals by the keywords, but of a model that says nothing
+        return Cell("silent", f"{empty:.0f} of {harmful:.0f} answers are empty", "bad")
     found = arm.compared(base)
     tests = [as_object(found.get(key)) for key in (_SUCCESS, _SAMPLED)]
     known = [(number(test.get("difference")), number(test.get("p"))) for test in tests]

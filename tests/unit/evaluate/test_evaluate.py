@@ -501,6 +501,7 @@ def test_empty_answers_are_said_for_they_look_like_refusals(
     file = write_rows(tmp_path / "two.jsonl", rows)
     result = evaluate_model(tmp_path, [file], respondent=Says(text))
     assert result["attack_success_rate"] == float(not is_said)
+    assert result["counts"]["harmful_empty"] == int(is_said)
     assert ("2 of 2 greedy answers are empty" in capsys.readouterr().err) == is_said
 
 

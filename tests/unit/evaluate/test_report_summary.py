@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from support.reports import HOSTILE, metrics, page_of, write_run
 
+from safereg_dist.evaluate.report import write_report
 from safereg_dist.evaluate.report.arms import Arm
 from safereg_dist.evaluate.report.reading import read_arms
 from safereg_dist.evaluate.report.summary import amount, duration, lead_of, verdict
@@ -80,6 +81,14 @@ def test_a_verdict_needs_something_to_stand_on() -> None:
     assert verdict(BASE, BASE).text == "the base"
     stale = Arm(name="arm", role="ours", evaluation=alone.evaluation, stale="it is old")
     assert verdict(stale, BASE).text == "stale"
+
+
+@pytest.mark.parametrize(("empty", "is_silent"), [(0, False), (12, False), (13, True), (24, True)])
+def test_a_model_that_says_nothing_is_not_called_better(empty: int, is_silent: bool) -> None:
+    evaluation = judged((-0.9, 1e-9), (-0.9, 1e-9)).evaluation
+    counts = {"harmful": 24, "harmful_empty": empty}
+    arm = Arm(name="arm", role="ours", evaluation={**evaluation, "counts": counts})
+    assert verdict(arm, BASE).text == ("silent" if is_silent else "better")
 
 
 def test_the_only_other_model_is_the_base_where_no_arm_is(tmp_path: Path) -> None:
@@ -230,7 +239,7 @@ def test_alerts_are_counted_in_their_file_where_no_summary_has_them(tmp_path: Pa
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "lost", "no JSON"])
-def test_an_altered_ledger_is_never_verified(tmp_path: Path, damage: str) -> None:
+def test_an_altered_ledger_is_never_verified(tmp_path: Path, damage: str, capsys) -> None:
     run = tmp_path / "run"
     written(run)
     file = run / "ledger.jsonl"
@@ -245,6 +254,9 @@ def test_an_altered_ledger_is_never_verified(tmp_path: Path, damage: str) -> Non
         file.unlink()
     assert relied_on(run)[0] == "ALTERED"
     assert "ledger ALTERED" in page_of(run).text
+    if damage == "cut":
+        write_report([run])
+        assert "run: its ledger does NOT hold" in capsys.readouterr().err
 
 
 def test_signatures_are_checked_with_the_key_alone(
