@@ -51,13 +51,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the launcher in this process's place; its exit status. With --print 0.
 
     Raises:
-        ConfigError: as `train`, before any rank is started.
+        ConfigError: as `train`, before any rank is started; or as `read_hostfile`.
     """
     from safereg_dist.config import load_config
+    from safereg_dist.doctor.remote import read_hostfile
 
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.hostfile is not None and not arguments.hostfile.is_file():
-        raise ConfigError(f"expected `HOST slots=N` lines in {arguments.hostfile}, found no file")
+    if arguments.hostfile is not None:
+        read_hostfile(arguments.hostfile)  # deepspeed's own words come late
     words = command_of(
         config.engine.name,
         [str(arguments.config.absolute()), *arguments.overrides],

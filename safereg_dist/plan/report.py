@@ -131,7 +131,7 @@ def _stored(plan: Plan, price: StoredPrice) -> str:
         ("rows in it, the risky ones", f"{price.stored_rows:,.0f}"),
         ("disk", disk),
         ("FLOPs to build it (10^12)", f"{price.flops / 1e12:,.0f}"),
-        ("time to build it on these GPUs", building),
+        ("time to build it on these GPUs, each pass as long as its fullest rank", building),
     ]
     if price.probe_seconds:
         rows.append(("the probe on all rows, once, as in training", _time(price.probe_seconds)))

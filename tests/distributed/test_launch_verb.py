@@ -114,10 +114,13 @@ def test_the_page_shows_what_is_run(project, capsys, monkeypatch):
     ("words", "says"),
     [
         (["--nproc", "2", "engine.name=single"], "one process"),
-        (["--hostfile", "none"], "found no file"),
+        (["--hostfile", "none"], "none cannot be read"),
+        (["--hostfile", "no-slots"], "expected `HOST slots=N`, each host once, got 'a'"),
         (["train.stepz=2"], "stepz"),
     ],
 )
-def test_what_cannot_be_launched(project, words, says, capsys):
+def test_what_cannot_be_launched(project, words, says, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    (project / "no-slots").write_text("a\n")
     assert safereg(["launch", str(project / "run.yaml"), *words]) == 2
     assert says in capsys.readouterr().err
