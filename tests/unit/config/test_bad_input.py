@@ -112,8 +112,9 @@ def safereg(world, capfd):
 
 
 def lines(text):
-    """What was said, but for bars and the next step."""
-    said = [line for line in re.split("[\r\n]+", text) if not line.startswith("now: ")]
+    """What was said, but for bars, what training does and the next step."""
+    aside = ("now: ", "train: loads ", "train: reads ")
+    said = [line for line in re.split("[\r\n]+", text) if not line.startswith(aside)]
     return [line for line in said if line.strip() and not _BAR.search(line)]
 
 
