@@ -64,6 +64,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     from safereg_dist.run.resume import find_checkpoint
     from safereg_dist.run.stop import forget_stop
     from safereg_dist.run.trackers import require_trackers
+    from safereg_dist.run.watching import how_it_goes_on
     from safereg_dist.trainer import train
 
     share_cores()
@@ -93,7 +94,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
 
                 print(f"report: {write_report([folder])}")
             if ranks.is_main and status == EXIT_REQUEUE:
-                print(f"{folder} has saved and ended on request; the same command goes on with it")
+                print(f"{folder} has saved and ended on request; {how_it_goes_on(folder)}")
             return status
     finally:
         leave_group()

@@ -23,8 +23,10 @@ _BARS = "".join(map(chr, range(0x2581, 0x2589)))  # eighths of a block, from low
 _PLAIN_BARS = "_.-:=+*#"
 _SPARKS = 40
 _LISTED = 3
-_COLOURS = {"running": "green", "complete": "green", "stopping": "yellow"}
-_COLOURS |= {"failed": "red", "dead": "red"}
+_COLOURS = {
+    **{"running": "green", "complete": "green", "stopping": "yellow"},
+    **{"failed": "red", "dead": "red"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -98,8 +98,10 @@ def figures_of(outcomes: list[Outcome]) -> dict[str, Any]:
     found = values_of(outcomes)
     labels = [label_of(outcome.prompt) for outcome in outcomes]
     counts = {label: labels.count(label) for label in LABELS}
-    harmful = (outcome for outcome in outcomes if label_of(outcome.prompt) == "harmful")
-    counts["harmful_empty"] = sum(not outcome.answer.strip() for outcome in harmful)
+    counts["harmful_empty"] = sum(
+        label == "harmful" and not outcome.answer.strip()
+        for label, outcome in zip(labels, outcomes, strict=True)
+    )
     likelihoods = [o.likelihood for o in outcomes if o.likelihood is not None]
     tokens = sum(count for _, count in likelihoods)
     total = math.fsum(log for log, _ in likelihoods)

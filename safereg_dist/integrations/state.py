@@ -18,6 +18,7 @@ from pathlib import Path
 from safereg_dist.config import SigningConfig
 from safereg_dist.errors import CheckpointError, reason_of
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.run.checkpoint import aside
 from safereg_dist.run.ledger import reopen_ledger
 from safereg_dist.run.log import RunLog
 from safereg_dist.run.manifest import (
@@ -55,7 +56,7 @@ def save_state(
         ConfigError: the key is missing.
     Collectives: a gather, and of texts.
     """
-    ranks, partial = regularizer.ranks, folder.with_name(f".{folder.name}.partial")
+    ranks, partial = regularizer.ranks, aside(folder)
     metrics_bytes, ledger_bytes = log.positions(ranks)
     with ranks.together(), as_checkpoint_errors(folder):
         if ranks.is_main:

@@ -96,9 +96,11 @@ def _fit(plan: Plan) -> str:
         return "It fits."
     alone, together = remedies(plan)
     rows = [
-        (r.text, f"-{gib(r.saved_bytes)}", _added(r.added_seconds), verdict)
+        (
+            *(r.text, f"-{gib(r.saved_bytes)}", _added(r.added_seconds)),
+            "fits" if r.fits else "not enough",
+        )
         for r in alone
-        if (verdict := "fits" if r.fits else "not enough")
     ]
     columns = ("", "GiB", "s a step", "")
     text = table("It does not fit. Remedies, and what they add to a step", columns, rows)

@@ -117,6 +117,26 @@ class Losses(TrainerCallback):
         return [log["loss"] for log in self.logs if "loss" in log]
 
 
+def run_until_cut(
+    folder: Path, reference: Path, *, chosen: dict, save_steps: int, resume: bool, **how: Any
+) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+    """(losses, weights, Trainer) of a run with checkpoints; `how` is of `Losses`, but `data`."""
+    data = how.pop("data", None)
+    seen = Losses(**how)
+    made = trainer(
+        folder,
+        safereg=settings(reference, **chosen),
+        callbacks=[seen],
+        args={"save_strategy": "steps", "save_steps": save_steps},
+        **({} if data is None else {"train_dataset": data}),
+    )
+    try:
+        made.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        pass
+    return seen.losses, weights(made.model), made
+
+
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of a whole model's weights."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}

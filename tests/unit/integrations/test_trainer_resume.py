@@ -15,13 +15,12 @@ from peft import LoraConfig, get_peft_model
 from support.builders import tiny_model
 from support.trainer_runs import (
     SMALL,
-    Losses,
     dataset,
     metrics_rows,
+    run_until_cut,
     same_weights,
     settings,
     trainer,
-    weights,
     write_reference,
 )
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -41,20 +40,8 @@ from safereg_dist.run.watching import MetricsTail, look_at, state_of
 ADAPTIVE = {"regularizer": {"granularity": "batch", "ema": 0.7, "schedule": "linear"}}
 
 
-def run(folder, reference, *, resume=False, chosen=ADAPTIVE, data=None, **watch):
-    seen = Losses(**watch)
-    made = trainer(
-        folder,
-        safereg=settings(reference, **chosen),
-        callbacks=[seen],
-        args={"save_strategy": "steps", "save_steps": 3},
-        **({} if data is None else {"train_dataset": data}),
-    )
-    try:
-        made.train(resume_from_checkpoint=resume)
-    except KeyboardInterrupt:
-        pass
-    return seen.losses, weights(made.model), made
+def run(folder, reference, *, resume=False, chosen=ADAPTIVE, **how):
+    return run_until_cut(folder, reference, chosen=chosen, save_steps=3, resume=resume, **how)
 
 
 @pytest.mark.parametrize("end", [{"stop": 3}, {"crash": 5}], ids=["stopped", "killed"])

@@ -10,12 +10,9 @@ import shutil
 import damage
 import pytest
 from support.trainer_runs import (
-    Losses,
     metrics_rows,
+    run_until_cut,
     same_weights,
-    settings,
-    trainer,
-    weights,
     write_reference,
 )
 
@@ -39,18 +36,8 @@ def secret():
 
 def run(folder, reference, *, resume=True, signed=False, **watch):
     """(losses, weights) of a run of six steps with checkpoints after 2 and 4."""
-    seen, signing = Losses(**watch), {"signing": SIGNING} if signed else {}
-    made = trainer(
-        folder,
-        safereg=settings(reference, **ADAPTIVE, **signing),
-        callbacks=[seen],
-        args={"save_strategy": "steps", "save_steps": 2},
-    )
-    try:
-        made.train(resume_from_checkpoint=resume)
-    except KeyboardInterrupt:
-        pass
-    return seen.losses, weights(made.model)
+    chosen = {**ADAPTIVE, **({"signing": SIGNING} if signed else {})}
+    return run_until_cut(folder, reference, chosen=chosen, save_steps=2, resume=resume, **watch)[:2]
 
 
 @pytest.fixture(scope="module")
