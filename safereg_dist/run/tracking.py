@@ -197,11 +197,11 @@ class _Follower(threading.Thread):
             self.give_up(TimeoutError(f"it is {BACKLOG} steps behind"))
 
     def give_up(self, err: BaseException) -> None:
-        """Drops the tracker, once."""
+        """Drops the tracker, once; returns when that is noted and said, by whichever thread."""
         with self._lock:
-            has_ended, self._has_ended = self._has_ended, True
-        if not has_ended:
-            self._drop(self._label, err)
+            if not self._has_ended:
+                self._has_ended = True
+                self._drop(self._label, err)
 
     def wait(self, end: float) -> None:
         """Waits for the tracker to have done it all, until `end` of the monotonic clock."""
