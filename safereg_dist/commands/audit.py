@@ -74,8 +74,14 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 
 def _next(arguments: argparse.Namespace, report: dict[str, Any], verb: str) -> str:
-    """The training `verb`; where it would refuse to start, the rows to look at, with their text."""
+    """The training `verb`; where it would refuse to start, the rows to look at, with their text.
+
+    Settings of a Trainer, which name neither model nor rows, are trained by a script of its own.
+    """
     same = (arguments.config, *arguments.overrides)
+    named = {override.partition("=")[0] for override in arguments.overrides}
+    if report["training_would_start"] and named >= {"model", "data.train"}:
+        return ""
     if report["training_would_start"]:
         return command(verb, *same)
     return "" if arguments.show_text else command("audit", *same, "--show-text")

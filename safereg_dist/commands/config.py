@@ -89,6 +89,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 def _init(model: str, data: str, out: Path) -> Outcome:
     _write_new(out, starter(model, data, out))
+    if Path(data).suffix in (".jsonl", ".json", ".csv") and not Path(data).exists():
+        print(f"{printable(data)} is not there yet: its rows are taken to have no `risk`")
     print(f"written: {printable(out)}; look it through")
     return Outcome(now=command("audit", out) if _has_risk(data) else _fit(model, out.parent))
 
@@ -234,8 +236,8 @@ def _seen_from(folder: Path, name: str) -> str:
 
 
 def _has_risk(data: str) -> bool:
-    """True where every row of the file has a `risk`; a data set of a hub is not looked into."""
-    if Path(data).suffix not in (".jsonl", ".json", ".csv") and not Path(data).exists():
+    """True where every row of the file has a `risk`; what is not here is not looked into."""
+    if not Path(data).exists():
         return False
     from safereg_dist.data.files import read_rows  # loads torch, which a configuration does without
 

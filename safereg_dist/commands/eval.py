@@ -133,6 +133,7 @@ def _add_endpoint(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """Evaluates on the launcher's ranks; the first writes and prints the figures of merit."""
     from safereg_dist.errors import printable
+    from safereg_dist.evaluate.compare import BASE, base_beside
     from safereg_dist.evaluate.critics import read_critic
     from safereg_dist.evaluate.evaluate import evaluate_model
     from safereg_dist.evaluate.respondent import respondent_of
@@ -161,7 +162,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
                 attacks=arguments.attacks,
                 refusal=arguments.refusal,
                 poisoned=arguments.poisoned,
-                base=arguments.base or _known_base(arguments.out),
+                base=arguments.base or base_beside(arguments.out),
                 base_may_differ=arguments.base is None,
                 against=arguments.against,
                 respondent=respondent,
@@ -172,11 +173,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
             )
     print(text_of(result))
     print(f"\nwritten: {printable(arguments.out)}")
-    is_read = arguments.out.name == "eval.json"  # the name that a report looks for
-    return Outcome(figures=result, now=command("report", arguments.out.parent) if is_read else "")
-
-
-def _known_base(out: Path) -> Path | None:
-    """The evaluation of the base where sweeps and the README's commands put it."""
-    known = out.parent.parent / "base" / "eval.json"
-    return known if known.is_file() and known.resolve() != out.resolve() else None
+    folder = arguments.out.parent
+    # A report looks for that name; of the base alone there is nothing to report yet.
+    is_read = arguments.out.name == "eval.json" and folder.name != BASE
+    return Outcome(figures=result, now=command("report", folder) if is_read else "")

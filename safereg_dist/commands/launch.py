@@ -101,7 +101,7 @@ def command_of(
     python, module = [sys.executable, "-m"], ["safereg_dist", "train", *train]
     if hostfile is not None:
         own = ["--hostfile", str(hostfile.absolute()), "--master_port", str(port or 29500)]
-        return [*python, "deepspeed.launcher.runner", *own, "--module", *module]
+        return [*python, *_DEEPSPEED, *own, "--module", *module]
     if engine == "single":
         if (ranks or 1) > 1:
             raise ConfigError(
@@ -114,7 +114,11 @@ def command_of(
         own = ["--nproc-per-node", str(ranks), "--master-port", str(port), "-m"]
         return [*python, "torch.distributed.run", *own, *module]
     own = ["--num_gpus", str(ranks), "--master_port", str(port), "--module"]
-    return [*python, "deepspeed.launcher.runner", *own, *module]
+    return [*python, *_DEEPSPEED, *own, *module]
+
+
+_DEEPSPEED = ("deepspeed.launcher.runner", "--log_level", "warning")
+"""Its launcher, which otherwise writes a page before our first line."""
 
 
 def _gpus() -> int:

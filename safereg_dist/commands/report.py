@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="RUN_DIR",
-        help="a run, the folder of an evaluation, or one with a table of disguises",
+        help="a run, the folder of an evaluation, or one with a table of disguises; beside a "
+        "single run stands the base that its evaluation was compared with",
     )
     parser.add_argument(
         "--out",
@@ -45,13 +46,28 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from safereg_dist.storage.signing import checking_key
 
     key = None if arguments.key is None else checking_key(arguments.key)
-    page = write_report(arguments.runs, out=arguments.out, key=key)
+    runs, out = arguments.runs, arguments.out
+    if len(runs) == 1 and (base := _base_of(runs[0])) is not None:
+        runs, out = [base, *runs], out or runs[0]
+    page = write_report(runs, out=out, key=key)
     print(f"report: {printable(page)}")
     if arguments.model_card is not None:
-        name = write_model_card(arguments.runs, arguments.model_card, key=key)
+        name = write_model_card(runs, arguments.model_card, key=key)
         print(f"model card of {printable(name)}: {printable(arguments.model_card)}")
-    logged = next((run for run in arguments.runs if (run / "summary.json").is_file()), None)
+    logged = next((run for run in runs if (run / "summary.json").is_file()), None)
     return Outcome(
-        figures={"report": page, "runs": arguments.runs},
+        figures={"report": page, "runs": runs},
         now="" if logged is None else command("ledger", "verify", logged),
     )
+
+
+def _base_of(run: Path) -> Path | None:
+    """The folder of the base that the run's evaluation was compared with, where it is beside it."""
+    from safereg_dist.evaluate.compare import base_beside
+    from safereg_dist.storage.json_text import json_object
+
+    known = base_beside(run / "eval.json")
+    if known is None or not (run / "eval.json").is_file():
+        return None
+    evaluation = json_object((run / "eval.json").read_bytes()) or {}
+    return known.parent if evaluation.get("base") == known.parent.name else None

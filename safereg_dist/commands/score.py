@@ -27,7 +27,7 @@ from safereg_dist.critic.verdict import Messages, Verdict
 from safereg_dist.data.files import read_rows
 from safereg_dist.data.formats import conversation_of
 from safereg_dist.data.indexed import IndexedTokens, prefix_of, write_risks
-from safereg_dist.errors import ConfigError, DataError, printable
+from safereg_dist.errors import ConfigError, CriticUnavailable, DataError, printable
 from safereg_dist.screen.histogram import by_tenth
 from safereg_dist.screen.table import table
 from safereg_dist.storage.atomic import whole_file
@@ -68,7 +68,7 @@ def score_with_critic(
             description=f"score {data.name}",
             total=count,
         )
-        scored = _write(out, data, verdicts)
+        scored = _write(out, data, _refusing_if_all_fail(verdicts))
     finally:
         critic.close()
     _print(scored, settings.fail, out)
@@ -201,6 +201,43 @@ def _write(out: Path, data: Path, verdicts: Iterable[Verdict]) -> Scored:
     return Scored(len(risks), failures, by_tenth(risks))
 
 
+_HOPELESS = 64
+"""So many failures from the first row on, without a verdict between, are the judge's fault."""
+
+
+def _refusing_if_all_fail(verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
+    """The verdicts.
+
+    Raises:
+        CriticUnavailable: the first `_HOPELESS` failed, all of them.
+    """
+    failures: Counter[str] = Counter()
+    has_judged = False
+    for verdict in verdicts:
+        has_judged = has_judged or not verdict.failed
+        if not has_judged:
+            failures[verdict.reason or "unknown"] += 1
+            if failures.total() == _HOPELESS:
+                raise CriticUnavailable(
+                    f"the judge failed at each of the first {_HOPELESS} rows "
+                    f"({_reasons(failures)}), so it would at the rest, and nothing is written: "
+                    f"{_REMEDY[_is_slow(failures)]}"
+                )
+        yield verdict
+
+
+def _reasons(failures: Counter[str]) -> str:
+    return ", ".join(f"{n} x {reason}" for reason, n in failures.most_common(4))
+
+
+def _is_slow(failures: Counter[str]) -> bool:
+    return any(word in reason for reason in failures for word in _TOO_LATE)
+
+
+_REMEDY = {
+    True: "give a longer --timeout-s or a lower --concurrency",
+    False: "check that --format is the one that this judge was trained for",
+}
 _TOO_LATE = ("no answer within", "no time left")
 
 
@@ -214,13 +251,11 @@ def _print(scored: Scored, fail: str, out: Path, *, what: str = "rows") -> None:
     if not failed:
         print(f"score: {count} {what}, 0 failed judgements, written to {printable(out)}")
         return
-    reasons = ", ".join(f"{n} x {reason}" for reason, n in scored.failures.most_common(4))
     meaning = "risk 1" if fail == "closed" else "risk 0"
-    is_slow = any(word in reason for reason in scored.failures for word in _TOO_LATE)
-    how = ", with a longer --timeout-s or a lower --concurrency if the judge is slow"
+    how = f", {_REMEDY[True]}" if _is_slow(scored.failures) else ""
     print(
-        f"score: {count} {what}, {failed} failed judgements that count as {meaning} ({reasons}); "
-        f"the same command asks for those again{how if is_slow else ''}; written to "
+        f"score: {count} {what}, {failed} failed judgements that count as {meaning} "
+        f"({_reasons(scored.failures)}); the same command asks for those again{how}; written to "
         f"{printable(out)}"
     )
 

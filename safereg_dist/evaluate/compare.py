@@ -29,6 +29,16 @@ class Other(NamedTuple):
     rows: list[dict[str, Any]]
 
 
+BASE = "base"
+"""The folder beside the runs' where sweeps and the README's commands evaluate the base model."""
+
+
+def base_beside(out: Path) -> Path | None:
+    """The evaluation of the base model, where there is one beside the folder of `out`."""
+    known = out.parent.parent / BASE / "eval.json"
+    return known if known.is_file() and known.resolve() != out.resolve() else None
+
+
 def read_others(files: Sequence[Path], asked: Mapping[str, Any]) -> list[Other]:
     """The evaluations in files, or in folders as `eval.json`; read before anything is asked.
 

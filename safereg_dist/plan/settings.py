@@ -1,6 +1,7 @@
 """The settings of a plan: ranks, batch, risk and offloading. Loads no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safereg_dist.config import Config
@@ -221,11 +222,22 @@ class Settings:
         return 2 if self.precision == "bf16" else 4
 
 
-def settings_of(config: Config, *, world_size: int, **given: Any) -> Settings:
+def settings_of(config: Config, **given: Any) -> Settings:
     """The settings of a configured run; `given` win over the configuration's, and add to them.
 
     Raises:
         ConfigError: a run that cannot be planned, as one with ZeRO-1 or 2.
+    """
+    return Settings(**values_of(config, given))
+
+
+def values_of(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Settings` takes of a configuration and of `given`, which win and add to it.
+
+    Of a run that is to be planned for Megatron, what DeepSpeed alone knows is left out.
+
+    Raises:
+        ConfigError: a stored reference of a run without any.
     """
     arm = "sft"
     if not config.needs_reference and given.get("arm") == "stored":
@@ -260,7 +272,29 @@ def settings_of(config: Config, *, world_size: int, **given: Any) -> Settings:
             **{"lora_rank": config.lora.rank, "lora_targets": tuple(config.lora.targets)},
             "copies_reference": not is_off and reference.engine != "adapters_off",
         }
-    return Settings(world_size=world_size, **{**own, **given})
+    if given.get("engine") == "megatron":
+        foreign = {*_OF_DEEPSPEED, "zero_stage", "lora_targets", "copies_reference"}
+        own = {name: value for name, value in own.items() if name not in foreign}
+        own["arm"] = "routed" if arm == "stored" else arm
+    return {**own, **given}
+
+
+def with_rows(settings: Settings, rows: int | None) -> Settings:
+    """The settings with as many micro-batches as `rows` of a step need; None leaves them.
+
+    Raises:
+        ConfigError: no whole number of micro-batches.
+    """
+    least = settings.data_parallel * settings.micro_batch
+    if rows is None:
+        return settings
+    if rows < 1 or rows % least:
+        raise ConfigError(
+            f"--rows-per-step {rows} is not a multiple of {least} (--micro-batch "
+            f"{settings.micro_batch} on {settings.data_parallel} data-parallel GPUs): the nearest "
+            f"are {near(rows, least)}; or change --micro-batch"
+        )
+    return replace(settings, grad_accum=rows // least)
 
 
 def near(value: int, step: int) -> str:

@@ -9,7 +9,7 @@ from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.hardware import Gpu
 from safereg_dist.plan.named_shapes import shape_name
-from safereg_dist.plan.settings import Settings, near, settings_of
+from safereg_dist.plan.settings import Settings, values_of, with_rows
 from safereg_dist.plan.shape import ModelShape, read_fields, shape_of
 from safereg_dist.screen.progress import say
 
@@ -57,14 +57,15 @@ def run_plan(asked: Asked) -> dict[str, Any]:
     model = _model_of(asked)
     fields = read_fields(model)
     is_megatron = asked.values.get("engine") == "megatron"
-    settings = _layout_values(asked) if is_megatron else _settings(asked)
+    values = _values(asked)
+    settings = values if is_megatron else with_rows(Settings(**values), asked.rows_per_step)
     say("plan: loads torch and transformers, to count the model's parameters")
     shape = shape_of(fields, where=model)
     say("plan: works out memory, FLOPs, bytes and time")
     if isinstance(settings, Settings):
         planned = _zero_plan(shape, settings, asked)
     else:
-        planned = _layout_plan(shape, settings, asked.gpu)
+        planned = _layout_plan(shape, settings, asked)
     print(planned.text, end="", flush=True)
     if asked.figure is not None:
         from safereg_dist.plan.figures import save
@@ -95,39 +96,19 @@ def _model_of(asked: Asked) -> str:
     return model
 
 
-def _settings(asked: Asked) -> Settings:
-    """The settings of a ZeRO-3 run, checked."""
+def _values(asked: Asked) -> dict[str, Any]:
+    """What `Settings` takes, of the options and of the configuration."""
     values = dict(asked.values)
     if asked.rows_per_step is not None:
         if "grad_accum" in values:
             raise ConfigError("--rows-per-step gives --grad-accum: leave one of them out")
         values["grad_accum"] = 1
-    if asked.config is None:
+    if asked.config is not None:
+        return values_of(asked.config, values)
+    if values.get("engine") != "megatron":
         # As training: with a column it deals, with a probe the risk is not known beforehand.
         values.setdefault("balance", "none" if values.get("probe_depth") else "deal")
-        settings = Settings(**values)
-    else:
-        settings = settings_of(asked.config, **values)
-    rows, least = asked.rows_per_step, settings.data_parallel * settings.micro_batch
-    if rows is None:
-        return settings
-    if rows < 1 or rows % least:
-        raise ConfigError(
-            f"--rows-per-step {rows} is not a multiple of {least} (--micro-batch "
-            f"{settings.micro_batch} on {settings.data_parallel} data-parallel GPUs): the nearest "
-            f"are {near(rows, least)}; or change --micro-batch"
-        )
-    return replace(settings, grad_accum=rows // least)
-
-
-def _layout_values(asked: Asked) -> Mapping[str, Any]:
-    """The values of a Megatron layout: their checks need the model."""
-    if asked.config is not None or asked.rows_per_step is not None:
-        raise ConfigError(
-            "--engine megatron expects its sizes as options: leave CONFIG.yaml and --rows-per-step "
-            "out"
-        )
-    return asked.values
+    return values
 
 
 def _zero_plan(shape: ModelShape, settings: Settings, asked: Asked) -> Planned:
@@ -157,6 +138,11 @@ def _not_planned(config: Config, values: Mapping[str, Any]) -> list[str]:
     if "seq_length" not in values:
         length = config.data.max_length
         found.append(f"every row has data.max_length={length} tokens (--seq-length)")
+    if values.get("engine") == "megatron":
+        found.append("of the configuration: its model, batch, length, precision, recomputation")
+        if config.reference.cache is not None:
+            found.append("reference.cache is planned as if it held nothing yet")
+        return found
     if config.engine.name != "deepspeed":
         found.append(f"engine.name={config.engine.name} is planned as deepspeed's ZeRO-3")
     if config.lora is not None:
@@ -196,14 +182,18 @@ def _probe_depth(config: Config, num_layers: int) -> tuple[float, list[str]]:
     return min(max(depths), 1.0), notes
 
 
-def _layout_plan(shape: ModelShape, values: Mapping[str, Any], gpu: Gpu) -> Planned:
+def _layout_plan(shape: ModelShape, values: Mapping[str, Any], asked: Asked) -> Planned:
     from safereg_dist.plan.megatron.figures import draw_layouts
     from safereg_dist.plan.megatron.plan import make_layout_plan
     from safereg_dist.plan.megatron.proposal import propose
     from safereg_dist.plan.megatron.report import text_of
 
-    settings, reasons = propose(shape, values, gpu)
-    plan = make_layout_plan(shape, settings, gpu, proposed=reasons)
+    notes = [] if asked.config is None else _not_planned(asked.config, asked.values)
+    settings, reasons = propose(shape, values, asked.gpu, rows_per_step=asked.rows_per_step)
+    drawn = {**values, "grad_accum": settings.grad_accum}
+    plan = make_layout_plan(shape, settings, asked.gpu, proposed=reasons)
     return Planned(
-        text_of(plan), plan.to_json(), lambda: draw_layouts(plan, values, name=shape.model_type)
+        text_of(plan, notes),
+        {**plan.to_json(), "notes": notes},
+        lambda: draw_layouts(plan, drawn, name=shape.model_type),
     )

@@ -7,7 +7,7 @@ from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.hardware import GIB, USABLE_MEMORY, Gpu
 from safereg_dist.plan.megatron.memory import fullest_stage
 from safereg_dist.plan.megatron.stages import check_layout
-from safereg_dist.plan.settings import Settings
+from safereg_dist.plan.settings import Settings, with_rows
 from safereg_dist.plan.shape import ModelShape
 
 SIZES = ("context_parallel", "pipeline_parallel", "tensor_parallel")
@@ -15,12 +15,13 @@ SIZES = ("context_parallel", "pipeline_parallel", "tensor_parallel")
 
 
 def propose(
-    shape: ModelShape, values: Mapping[str, Any], gpu: Gpu
+    shape: ModelShape, values: Mapping[str, Any], gpu: Gpu, *, rows_per_step: int | None = None
 ) -> tuple[Settings, tuple[str, ...]]:
     """The first layout that fits, else the one that needs least; and why none smaller does.
 
     Args:
         values: what `Settings` takes; of `SIZES` those that are given.
+        rows_per_step: rows of a step on all GPUs, in place of `grad_accum`.
     Returns:
         (settings, for each proposed size above 1 what the next smaller one needs).
     Raises:
@@ -28,12 +29,12 @@ def propose(
             not.
     """
     if all(name in values for name in SIZES):
-        return Settings(**values), ()
+        return with_rows(Settings(**values), rows_per_step), ()
     needs: dict[tuple[int, ...], float] = {}
     least, found, failed = float("inf"), None, None
     for sizes in _candidates(shape, values):
         try:
-            settings = _settings(shape, values, sizes)
+            settings = _settings(shape, values, sizes, rows_per_step)
         except ConfigError as err:
             failed = failed or err
             continue
@@ -68,13 +69,15 @@ def _candidates(shape: ModelShape, values: Mapping[str, Any]) -> Iterator[tuple[
                     yield context, stages, tensor
 
 
-def _settings(shape: ModelShape, values: Mapping[str, Any], sizes: tuple[int, ...]) -> Settings:
+def _settings(
+    shape: ModelShape, values: Mapping[str, Any], sizes: tuple[int, ...], rows: int | None
+) -> Settings:
     """Checked settings; ends count as layers where only with them the layers divide."""
     places = sizes[1] * values.get("virtual_pipeline", 1)
     only_so = shape.num_layers % places != 0 and (shape.num_layers + 2) % places == 0
     ends = values.get("ends_as_layers", False) or only_so
     own = dict(zip(SIZES, sizes, strict=True))
-    settings = Settings(**{**values, **own, "ends_as_layers": ends})
+    settings = with_rows(Settings(**{**values, **own, "ends_as_layers": ends}), rows)
     check_layout(shape, settings)
     return settings
 

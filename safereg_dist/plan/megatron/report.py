@@ -1,5 +1,7 @@
 """A plan of a Megatron layout as text: tables to read in a terminal."""
 
+from collections.abc import Sequence
+
 from safereg_dist.plan.megatron.memory import active_law, mean_of
 from safereg_dist.plan.megatron.plan import LayoutPlan
 from safereg_dist.plan.megatron.stages import layers_of, parameters
@@ -18,10 +20,11 @@ ARM_NAMES = {
 GROUPS = ("tensor", "context", "optimizer", "pipeline")
 
 
-def text_of(plan: LayoutPlan) -> str:
-    """All tables, one under another."""
+def text_of(plan: LayoutPlan, notes: Sequence[str] = ()) -> str:
+    """All tables, one under another; `notes` are further assumptions."""
     parts = [_head(plan), _links(plan), _memory(plan), _slots(plan), _flops(plan)]
-    parts += [_traffic(plan), _overheads(plan), _assumptions(plan)]
+    parts += [_traffic(plan), _overheads(plan)]
+    parts.append("\n".join([_assumptions(plan), *(f"  {note}" for note in notes)]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -280,6 +280,10 @@ def test_reviewed_rows_are_honoured_and_entered(tmp_path, model, capsys):
     assert (report["held_back"], report["overridden"]) == (2, 2)
     assert report["held_by_source"] == {"override": 1, "column": 1}
     assert f"now: safereg train {path}\n" in capsys.readouterr().err
+    # Settings of a Trainer name neither model nor rows: its own script trains.
+    given = ["model=" + str(model), "data.train=" + str(tmp_path / "train.jsonl")]
+    assert main(["audit", str(path), *given]) == 0
+    assert "now:" not in capsys.readouterr().err
     assert main(["train", str(path), "train.epochs=1", "train.steps=null"]) == 0
     out = tmp_path / "out"
     prompts = f"--prompts HELD_OUT.jsonl --out {out / 'eval.json'}"

@@ -180,12 +180,20 @@ def test_a_starter_never_overwrites(safereg, tmp_path):
 
 def test_a_starter_needs_readable_data(safereg, tmp_path):
     arguments = ("init", "--model", "m", "--out", tmp_path / "run.yaml", "--data")
-    assert "none.jsonl" in safereg(*arguments, "none.jsonl", status=2)
     (tmp_path / "empty.jsonl").write_text("\n")
     assert "no row" in safereg(*arguments, tmp_path / "empty.jsonl", status=2)
     (tmp_path / "torn.jsonl").write_text("{\n")
     assert "torn.jsonl:1" in safereg(*arguments, tmp_path / "torn.jsonl", status=2)
     assert not (tmp_path / "run.yaml").exists()
+
+
+def test_a_starter_may_come_before_its_rows(safereg, tmp_path):
+    out = tmp_path / "run.yaml"
+    told = safereg("init", "--model", "m", "--data", tmp_path / "rows.jsonl", "--out", out)
+    assert (
+        f"{tmp_path / 'rows.jsonl'} is not there yet: its rows are taken to have no `risk`" in told
+    )
+    assert load_config(out).risk.estimator == "probe"
 
 
 # One key

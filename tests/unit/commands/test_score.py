@@ -134,6 +134,18 @@ def test_failures_are_marked_and_counted_and_end_with_status_0(tmp_path, capsys,
     assert stored_pairs(tmp_path, rows(5)) == set()
 
 
+def test_a_judge_that_fails_from_the_first_row_on_is_not_asked_for_all(tmp_path, capsys):
+    data, out = write_jsonl(tmp_path / "in.jsonl", rows(400)), tmp_path / "out.jsonl"
+    with running_server("too_long") as server:
+        assert main(arguments(server.url, data, out, *cache(tmp_path))) == 2
+        asked = server.counts()["met"]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "failed at each of the first 64 rows (64 x HTTP 400)" in error
+    assert "nothing is written: check that --format" in error
+    assert not out.exists()
+    assert sum(asked.values()) < 400
+
+
 @pytest.mark.parametrize("mode", ["garbage", "reset"])
 def test_under_stop_a_failure_ends_the_run_and_leaves_no_file(tmp_path, capsys, mode) -> None:
     data, out = write_jsonl(tmp_path / "in.jsonl", rows(5)), tmp_path / "out.jsonl"

@@ -8,6 +8,7 @@ hand, the bootstrap against resamples drawn here.
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +181,14 @@ def test_the_base_stands_beside(run, capsys):
         lines = [line for line in printed.splitlines() if line.startswith("attack success  ")]
         rates = [f"{100 * each['attack_success_rate']:.1f}" for each in (before, found)]
         assert lines[0].replace("%", "").split()[2:4] == rates
+    for names in (["model"], ["base", "model"]):  # the report's base is that of the evaluation
+        if "base" in names:
+            assert safereg(words) == 0
+        capsys.readouterr()
+        assert safereg(["report", str(run / "model"), "--json", "-"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert [Path(folder).name for folder in report["runs"]] == names
+        assert report["report"] == str(run / "model" / "report.html")
     assert safereg([*words[:-2], "--max-new-tokens", "3"]) == 0
     printed, err = capsys.readouterr()
     assert "without the base beside it: " in err

@@ -172,7 +172,6 @@ def test_a_hub_id_is_planned_by_its_name(tmp_path, capsys):
         ),
         (["--world-size", "8", "--rows-per-step", "64", "--grad-accum", "2"], "leave one of"),
         (["--world-size", "8", "--model-config", "llama-3.1-80b"], "llama-3.1-70b"),
-        (["--world-size", "8", "--engine", "megatron", "--rows-per-step", "8"], "leave CONFIG"),
     ],
 )
 def test_what_cannot_be_planned_is_told_before_torch_is_loaded(words, told):
@@ -190,6 +189,25 @@ def test_what_cannot_be_planned_is_told_before_torch_is_loaded(words, told):
 def test_neither_a_run_nor_a_model(capsys):
     assert "expected a configuration or --model-config" in planned(
         capsys, "--world-size", 8, status=2
+    )
+
+
+def test_a_megatron_layout_takes_batch_and_length_of_a_configuration(tmp_path, capsys):
+    config = write_run(tmp_path, rows=8)
+    own = ("model=llama-3.2-1b", "data.max_length=512", "train.micro_batch_size=2")
+    own += ("train.precision=bf16", "reference.rows_per_pass=3", "--engine", "megatron")
+    found, _ = planned(capsys, config, *own, "--world-size", 8, "--rows-per-step", 64)
+    layout = found["settings"]
+    assert (layout["seq_length"], layout["micro_batch"], layout["precision"]) == (512, 2, "bf16")
+    assert layout["grad_accum"] * 2 * 8 == 64 * layout["tensor_parallel"] * (
+        layout["pipeline_parallel"] * layout["context_parallel"]
+    )
+    assert "every row has data.max_length=512 tokens" in " ".join(found["notes"])
+    alone = ("--model-config", "llama-3.2-1b", "--world-size", 8, "--engine", "megatron")
+    same = ("--seq-length", 512, "--micro-batch", 2, "--rows-per-step", 64)
+    assert planned(capsys, *alone, *same)[0]["arms"] == found["arms"]
+    assert "60 is not a multiple of" in planned(
+        capsys, *alone, *same[:-1], 60, "--micro-batch", 16, status=2
     )
 
 
