@@ -26,6 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "configuration's model)",
     )
     _add_hardware(parser)
+    _add_batch(parser)
+    _add_head(parser)
+    _add_risk(parser)
+    _add_memory(parser)
+    _add_megatron(parser)
+    add_json(parser)
+    add_quiet(parser)
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE.png", help="draw the curves; .svg, .pdf as well"
+    )
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    """Rows and tokens of a step, and how the ranks share model and rows."""
     for name, what in (
         ("seq-length", "tokens of a row"),
         ("micro-batch", "rows per GPU and forward"),
@@ -55,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rank of adapters, the reference being the model with them off; 0 trains all weights "
         "(default: the configuration's, else 0)",
     )
+
+
+def _add_head(parser: argparse.ArgumentParser) -> None:
+    """How much of the reference and the head is computed at a time."""
     parser.add_argument(
         "--rows-per-pass",
         type=int,
@@ -70,6 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="tokens whose logits are formed at a time (default: as memory allows)",
     )
+
+
+def _add_risk(parser: argparse.ArgumentParser) -> None:
+    """What of the rows is trained on and risky, and how risk and reference come about."""
     for name, default, what in (
         ("response-share", 0.5, "share of a row's tokens that is trained on, in [0, 1]"),
         (
@@ -84,26 +106,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="k / L of a probe on the reference, in [0, 1]; 0 for a column (default: that of the "
         "configuration's probe, else 0)",
-    )
-    for name, what in (
-        ("params", "where parameters rest"),
-        ("optimizer", "where the optimizer's states rest"),
-        ("reference", "where the reference rests"),
-    ):
-        parser.add_argument(
-            f"--offload-{name}",
-            choices=("none", "cpu"),
-            help=_of_config(f"offload-{name}", what),
-        )
-    parser.add_argument(
-        "--activation-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="recompute the layers in the backward pass (default: the configuration's, else no)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("bf16", "fp32"),
-        help=_of_config("precision", "of parameters and products"),
     )
     parser.add_argument(
         "--balance",
@@ -123,11 +125,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=100_000,
         help="rows of the data set, for the price of a stored reference",
     )
-    _add_megatron(parser)
-    add_json(parser)
-    add_quiet(parser)
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    """Where states rest, and in which precision."""
+    for name, what in (
+        ("params", "where parameters rest"),
+        ("optimizer", "where the optimizer's states rest"),
+        ("reference", "where the reference rests"),
+    ):
+        parser.add_argument(
+            f"--offload-{name}",
+            choices=("none", "cpu"),
+            help=_of_config(f"offload-{name}", what),
+        )
     parser.add_argument(
-        "--figure", type=Path, metavar="FILE.png", help="draw the curves; .svg, .pdf as well"
+        "--activation-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="recompute the layers in the backward pass (default: the configuration's, else no)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help=_of_config("precision", "of parameters and products"),
     )
 
 

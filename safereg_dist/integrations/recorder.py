@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from safereg_dist.config import SigningConfig
+from safereg_dist.errors import ConfigError
 from safereg_dist.factory.prepare import config_of
 from safereg_dist.integrations.state import check_checkpoint, load_state, save_state
 from safereg_dist.models.versions import UNKNOWN, versions_of
@@ -101,6 +102,8 @@ class Recorder:
         self._last = time.perf_counter()
         self._total_steps: int | None = None
         """None where the stack does not say."""
+        self._first_step = 0
+        """That of the checkpoint that the run goes on from."""
         self.is_stop_requested = False
         """Whether the stop file was seen at the last step; the same on all ranks."""
 
@@ -123,7 +126,7 @@ class Recorder:
             self._held = held.pop_all()
 
     def _open(self, state: Path | None, step: int) -> None:
-        ranks = self._ranks
+        ranks, self._first_step = self._ranks, step
         metrics_bytes, ledger_bytes = 0, []
         if state is not None:
             metrics_bytes, ledger_bytes = load_state(
@@ -147,9 +150,19 @@ class Recorder:
         )
 
     def begin(self, total_steps: int) -> None:
-        """Notes how long the run is to be, before its first step. Collectives: gather of texts."""
+        """Notes how long the run is to be, before its first step. Collectives: gather of texts.
+
+        Raises:
+            ConfigError: the checkpoint has more steps already; a Trainer would take one more.
+        """
         self._total_steps = total_steps
         with self._ranks.together():
+            if self._first_step > total_steps:
+                raise ConfigError(
+                    f"the checkpoint has {self._first_step} steps and the run asks for "
+                    f"{total_steps}: nothing is left to train; ask for more (max_steps, epochs), "
+                    "or begin anew in another folder"
+                )
             if self._ranks.is_main:
                 self._write_config({"steps": total_steps})
                 known = {"total_steps": total_steps, "resumed_by": "resume_from_checkpoint"}

@@ -25,7 +25,7 @@ from support.trainer_runs import (
 )
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from safereg_dist.errors import CheckpointError
+from safereg_dist.errors import CheckpointError, ConfigError
 from safereg_dist.evaluate.report import write_report
 from safereg_dist.evaluate.report.reading import read_arms
 from safereg_dist.evaluate.report.summary import method_of, risk_of
@@ -193,3 +193,15 @@ def test_a_run_that_begins_again_begins_its_logs_again(tmp_path):
     run(tmp_path / "run", reference, stop=2)
     run(tmp_path / "run", reference, stop=1)
     assert len(metrics_rows(tmp_path / "run")) == 1
+
+
+def test_a_run_that_asks_for_fewer_steps_than_are_done_is_refused(tmp_path):
+    """transformers would train one step more, on a model that was ready."""
+    reference = write_reference(tmp_path / "reference")
+    run(tmp_path / "run", reference)
+    again = trainer(
+        tmp_path / "run", safereg=settings(reference, **ADAPTIVE), args={"max_steps": 4}
+    )
+    with pytest.raises(ConfigError, match="has 6 steps and the run asks for 4"):
+        again.train(resume_from_checkpoint=True)
+    assert len(metrics_rows(tmp_path / "run")) == 6
