@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- table.py: -->", "<!-- end -->"
 GIB = 2**30
 ASSUMED = {"risky_fraction": 0.1, "response_share": 0.5, "probe_depth": 0.5}
-"""Of the rows that are held back, anchors among them; tokens trained on; layers under the probe."""
+"""Of the data's rows that are held back; tokens trained on; layers under the probe."""
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from safereg_dist.commands.options import add_config, add_json, add_quiet, at_le
 from safereg_dist.commands.outcome import Outcome
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.hardware import MFU, Gpu, find_gpu
-from safereg_dist.plan.settings import Settings
+from safereg_dist.plan.settings import Settings, default_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +57,6 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows-per-step", type=int, help="rows of a step on all GPUs, in place of --grad-accum"
     )
-    for name, what in (("tensor", "a layer"), ("pipeline", "the layers")):
-        parser.add_argument(
-            f"--{name}-parallel",
-            type=int,
-            help=f"GPUs that share {what} (default: 1; with --engine megatron proposed)",
-        )
     parser.add_argument(
         "--lora-rank",
         type=int,
@@ -97,7 +91,8 @@ def _add_risk(parser: argparse.ArgumentParser) -> None:
         (
             "risky-fraction",
             0.1,
-            "share of rows that is risky, anchor rows among them, in [0, 1]",
+            "share of the data's rows that is risky, in [0, 1]; the configuration's anchor rows "
+            "come on top",
         ),
     ):
         parser.add_argument(f"--{name}", type=float, default=default, help=what)
@@ -122,8 +117,8 @@ def _add_risk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-rows",
         type=at_least(1),
-        default=100_000,
-        help="rows of the data set, for the price of a stored reference",
+        help="rows of the data set, for a run's hours and a stored reference's price (default: "
+        "those of the configuration's JSONL, else 100000)",
     )
 
 
@@ -152,7 +147,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def _of_config(name: str, what: str) -> str:
-    default = Settings.__dataclass_fields__[name.replace("-", "_")].default
+    default = default_of(name.replace("-", "_"))
     return f"{what} (default: the configuration's, else {default})"
 
 
@@ -180,9 +175,10 @@ def _add_megatron(parser: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--engine", choices=("deepspeed", "megatron"), default="deepspeed", help="what trains"
     )
-    own.add_argument(
-        "--context-parallel", type=int, help="GPUs that share a row (default: proposed)"
-    )
+    for name, what in (("tensor", "a layer"), ("pipeline", "the layers"), ("context", "a row")):
+        own.add_argument(
+            f"--{name}-parallel", type=int, help=f"GPUs that share {what} (default: proposed)"
+        )
     own.add_argument("--virtual-pipeline", type=int, default=1, help="chunks of layers a stage")
     own.add_argument(
         "--vocab-multiple", type=int, default=128, help="the vocabulary is padded to a multiple"

@@ -33,5 +33,4 @@ def trained_numels(shape: ModelShape, settings: Settings) -> tuple[int, ...]:
 
 def padded_shard(numels: tuple[int, ...], settings: Settings) -> float:
     """Elements of one rank's shard of parameters, each padded to whole shards."""
-    world = settings.data_parallel
-    return sum(-(-n // world) for n in numels) / settings.model_parallel
+    return sum(-(-n // settings.world_size) for n in numels)

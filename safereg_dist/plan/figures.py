@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safereg_dist.plan.plan import Plan, arm_costs
+from safereg_dist.plan.length import after_the_probe
+from safereg_dist.plan.plan import Plan, arm_costs, overhead
 from safereg_dist.plan.settings import Settings
 from safereg_dist.storage.atomic import write_atomically
 
@@ -51,12 +52,8 @@ def scaling_curve(plan: Plan, counts: Sequence[int] = GPU_COUNTS) -> Curve:
 
 
 def _divides(settings: Settings, count: int) -> bool:
-    whole = count % settings.model_parallel == 0
-    return (
-        whole
-        and count // settings.model_parallel % settings.hpz == 0
-        and (count <= settings.gpus_per_node or count % settings.gpus_per_node == 0)
-    )
+    whole_nodes = count <= settings.gpus_per_node or count % settings.gpus_per_node == 0
+    return whole_nodes and count % settings.hpz == 0
 
 
 def _overheads(plan: Plan, settings: Settings) -> dict[str, dict[str, float]]:
@@ -129,11 +126,14 @@ def _message(plan: Plan, name: str) -> str:
         plan.overhead(arm)["seconds"] for arm in ("routed", "stored", "always_on")
     )
     adapters = f", adapters of rank {s.lora_rank}," if s.lora_rank else ""
-    when = "planned, in a probe's first epoch" if s.probe_depth else "planned"
+    later = ""
+    if s.probe_depth:
+        after = overhead(after_the_probe(plan), plan.arms["sft"])["seconds"]
+        later = f" in a probe's first epoch, {after:+.1%} after it"
     return (
         f"{name}{adapters} on {s.world_size} {plan.gpu.name}, {s.risky_fraction:.3g} of rows "
-        f"risky: a step takes {ours:+.1%},\nwith a stored reference {stored:+.1%}, "
-        f"always on {theirs:+.1%} ({when})"
+        f"risky: a step takes {ours:+.1%}{later},\nwith a stored reference {stored:+.1%}, "
+        f"always on {theirs:+.1%} (planned)"
     )
 
 

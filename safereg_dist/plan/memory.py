@@ -91,7 +91,7 @@ def _states(shape: ModelShape, settings: Settings) -> tuple[dict[str, float], fl
             "none",
         ),
         "reference shards": (_reference_shard(shape, settings) * size, settings.offload_reference),
-        "small parameters, whole": (whole * size / settings.model_parallel, "none"),
+        "small parameters, whole": (whole * size, "none"),
     }
     return (
         {name: size for name, (size, place) in parts.items() if place == "none"},
@@ -112,7 +112,7 @@ def _reference_shard(shape: ModelShape, settings: Settings) -> float:
 
 
 def _working(shape: ModelShape, settings: Settings) -> dict[str, float]:
-    size, parallel = settings.itemsize, settings.model_parallel
+    size = settings.itemsize
     tokens = settings.micro_batch * settings.seq_length
     largest = max(sum(module.numels) for module in shape.modules)
     if settings.lora_rank:
@@ -120,17 +120,17 @@ def _working(shape: ModelShape, settings: Settings) -> dict[str, float]:
     prefetched = prefetched_elements(shape.hidden_size)
     whole = policy_gathers(shape, settings).peak + prefetched
     return {
-        "gathered parameters": whole * size / parallel,
-        "gradients before reduction": (largest + shape.hidden_size**2) * size / parallel,
-        "activations": activation_bytes(shape, settings) / settings.tensor_parallel,
-        "head": _head(shape, settings, tokens) / settings.tensor_parallel,
-        "reference pass": _reference_pass(shape, settings) / parallel,
+        "gathered parameters": whole * size,
+        "gradients before reduction": (largest + shape.hidden_size**2) * size,
+        "activations": activation_bytes(shape, settings),
+        "head": _head(shape, settings, tokens),
+        "reference pass": _reference_pass(shape, settings),
         "kept reference states": _kept_states(shape, settings),
     }
 
 
 def activation_bytes(shape: ModelShape, settings: Settings) -> float:
-    """Activations that a micro-batch keeps for its backward pass, on one pipeline stage.
+    """Activations that a micro-batch keeps for its backward pass.
 
     Per token and layer, of e bytes an element: a norm 4 H + 2 e H (it computes in float32); queries
     and attention's result 2 e A, keys and values 2 e K; an MLP 4 e I if gated, else 2 e I; experts
@@ -138,7 +138,7 @@ def activation_bytes(shape: ModelShape, settings: Settings) -> float:
     """
     tokens = settings.micro_batch * settings.seq_length
     layer = _layer_bytes(shape, settings)
-    count = shape.num_layers / settings.pipeline_parallel
+    count = shape.num_layers
     ends = (4 + 3 * settings.itemsize) * shape.hidden_size
     if settings.activation_checkpointing:
         return tokens * (count * settings.itemsize * shape.hidden_size + layer + ends)

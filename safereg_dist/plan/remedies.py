@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from safereg_dist.plan.memory import memory
 from safereg_dist.plan.plan import Plan, arm_costs
@@ -20,21 +21,39 @@ class Remedy:
     fits: bool
 
 
-def remedies(plan: Plan) -> tuple[list[Remedy], Remedy | None]:
+_KEYS = {
+    "activation_checkpointing": "train.activation_checkpointing",
+    "micro_batch": "train.micro_batch_size",
+    "grad_accum": "train.grad_accum_steps",
+    "head_bytes": "train.head_bytes",
+    "chunk_tokens": "train.chunk_tokens",
+    "offload_reference": "reference.offload",
+    "offload_optimizer": "engine.offload_optimizer",
+    "offload_params": "engine.offload_params",
+    "hpz": "engine.hpz_partition_size",
+}
+"""Field of `Settings` -> key of a configuration; the option of `safereg plan` has its own name."""
+_OPTIONS = {"hpz": "--hpz-partition-size"}
+
+
+def remedies(plan: Plan, *, as_options: bool = False) -> tuple[list[Remedy], Remedy | None]:
     """Changes that free memory, most effective first; and those that together make it fit.
 
-    The second is None where it fits already, where one change is enough, or where none are.
+    The second is None where it fits already, where one change is enough, or where none are. Texts
+    are keys of a configuration, or `as_options` of `safereg plan`.
     """
-    found = [_remedy(plan, text, settings) for text, settings in _changes(plan.settings)]
+    changes = list(_changes(plan.settings))
+    found = [_remedy(plan, _text(change, as_options), change) for change in changes]
     alone = [remedy for remedy in found if remedy.saved_bytes > 0]
     alone.sort(key=lambda remedy: -remedy.saved_bytes)
     if plan.fits or any(remedy.fits for remedy in alone):
         return alone, None
-    return alone, _together(plan)
+    return alone, _together(plan, as_options)
 
 
-def _remedy(plan: Plan, text: str, settings: Settings) -> Remedy:
-    before, after = plan.chosen, arm_costs(plan.shape, settings, plan.gpu)
+def _remedy(plan: Plan, text: str, change: dict[str, Any]) -> Remedy:
+    before = plan.chosen
+    after = arm_costs(plan.shape, replace(plan.settings, **change), plan.gpu)
     return Remedy(
         text=text,
         saved_bytes=before.memory.gpu - after.memory.gpu,
@@ -43,53 +62,60 @@ def _remedy(plan: Plan, text: str, settings: Settings) -> Remedy:
     )
 
 
-def _together(plan: Plan) -> Remedy | None:
+def _together(plan: Plan, as_options: bool) -> Remedy | None:
     """The most effective change, and on top of it the next, until it fits."""
-    settings, texts = plan.settings, []
+    settings, texts, all_changes = plan.settings, [], {}
     current = plan.chosen.memory.gpu
     while current > plan.usable_bytes:
-        found = [(memory(plan.shape, new).gpu, text, new) for text, new in _changes(settings)]
-        after, text, new = min(found, key=lambda change: change[0], default=(current, "", settings))
+        found = [(memory(plan.shape, replace(settings, **c)).gpu, c) for c in _changes(settings)]
+        after, change = min(found, key=lambda each: each[0], default=(current, {}))
         if after >= current:
             return None
-        current, settings = after, new
-        texts.append(text)
-    return _remedy(plan, " and ".join(texts), settings)
+        current, settings = after, replace(settings, **change)
+        all_changes |= change
+        texts.append(_text(change, as_options))
+    return _remedy(plan, (" " if as_options else " and ").join(texts), all_changes)
 
 
-def _changes(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Settings with one change each; the batch of an optimizer step stays, but with more GPUs."""
+def _text(change: dict[str, Any], as_options: bool) -> str:
+    if "arm" in change:
+        return "--stored-reference" if as_options else "a stored reference (reference.cache)"
+    if "world_size" in change:
+        return f"{change['world_size']} GPUs, and so more rows a step"
+    found = []
+    for field, value in change.items():
+        option = _OPTIONS.get(field, f"--{field.replace('_', '-')}")
+        text = str(value).lower()
+        if as_options:
+            found.append(option if value is True else f"{option} {text}")
+        else:
+            found.append(f"{_KEYS[field]}={text}")
+    return " ".join(found)
+
+
+def _changes(settings: Settings) -> Iterator[dict[str, Any]]:
+    """One change each; the batch of an optimizer step stays, but with more GPUs."""
     if not settings.activation_checkpointing:
-        yield (
-            "train.activation_checkpointing=true",
-            replace(settings, activation_checkpointing=True),
-        )
+        yield {"activation_checkpointing": True}
     if settings.micro_batch > 1:
-        accum = settings.grad_accum * settings.micro_batch
-        smaller = replace(settings, micro_batch=1, grad_accum=accum)
-        yield f"train.micro_batch_size=1 train.grad_accum_steps={accum}", smaller
+        yield {"micro_batch": 1, "grad_accum": settings.window_rows}
     if settings.chunk_tokens is None:
         if settings.head_bytes_held > 1 << 29:
-            yield f"train.head_bytes={1 << 29}", replace(settings, head_bytes=1 << 29)
+            yield {"head_bytes": 1 << 29}
     elif settings.chunk_tokens > 256:
-        yield "train.chunk_tokens=256", replace(settings, chunk_tokens=256)
+        yield {"chunk_tokens": 256}
     if settings.arm == "routed":
-        yield "a stored reference (reference.cache)", replace(settings, arm="stored")
-    for key, field in (
-        ("reference.offload", "offload_reference"),
-        ("engine.offload_optimizer", "offload_optimizer"),
-        ("engine.offload_params", "offload_params"),
-    ):
+        yield {"arm": "stored"}
+    for field in ("offload_reference", "offload_optimizer", "offload_params"):
         if field == "offload_reference" and settings.has_adapters_off:
             continue
         if getattr(settings, field) == "none":
-            yield f"{key}=cpu", replace(settings, **{field: "cpu"})
+            yield {field: "cpu"}
     if settings.hpz > 1:
-        yield "engine.hpz_partition_size=1", replace(settings, hpz=1)
+        yield {"hpz": 1}
     if settings.world_size < settings.gpus_per_node:
         more = min(2 * settings.world_size, settings.gpus_per_node)
     else:
         more = 2 * settings.world_size
     if more % settings.world_size == 0 and more <= 8192:
-        times = more // settings.world_size
-        yield f"{more} GPUs, {times} x the rows a step", replace(settings, world_size=more)
+        yield {"world_size": more}

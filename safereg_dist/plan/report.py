@@ -1,7 +1,6 @@
 """A plan as text: tables to read in a terminal."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from safereg_dist.parallel.hardware import (
     GIB,
@@ -12,13 +11,14 @@ from safereg_dist.parallel.hardware import (
     Gpu,
 )
 from safereg_dist.plan.adapters import adapter_numels
-from safereg_dist.plan.plan import Plan, arm_costs, overhead
+from safereg_dist.plan.length import RunLength, after_the_probe
+from safereg_dist.plan.plan import Plan, overhead
 from safereg_dist.plan.remedies import remedies
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.stored import StoredPrice
 from safereg_dist.plan.traffic import group_batches
-from safereg_dist.screen.table import table
+from safereg_dist.screen.table import gigabytes, table
 
 ARM_NAMES = {
     "sft": "plain fine-tuning",
@@ -28,10 +28,17 @@ ARM_NAMES = {
 }
 
 
-def text_of(plan: Plan, price: StoredPrice, notes: Sequence[str] = ()) -> str:
-    """All tables, one under another; `notes` are further assumptions."""
-    parts = [_head(plan), _parameters(plan), _memory(plan), _fit(plan)]
-    parts += [_flops(plan), _traffic(plan), _overheads(plan)]
+def text_of(
+    plan: Plan, price: StoredPrice, length: RunLength, notes: Sequence[str] = (), *, in_yaml: bool
+) -> str:
+    """All tables, one under another.
+
+    Args:
+        notes: further assumptions.
+        in_yaml: the run has a configuration, whose keys the remedies name; else options.
+    """
+    parts = [_head(plan), _parameters(plan), _memory(plan), _fit(plan, in_yaml=in_yaml)]
+    parts += [_flops(plan), _traffic(plan), f"{_overheads(plan)}\n{_length(length)}"]
     if plan.settings.arm != "sft":
         parts.append(_stored(plan, price))
     parts.append("\n".join([_assumptions(plan), *(f"  {note}" for note in notes)]))
@@ -51,7 +58,7 @@ def _head(plan: Plan) -> str:
         f"{shape.model_type}, {shape.parameters:,} parameters, on {s.world_size} x "
         f"{plan.gpu.name} ({nodes} node{'s' if nodes > 1 else ''}), {s.precision}\n"
         f"{rows} rows of {s.seq_length} tokens a step ({s.response_share:.0%} trained on), "
-        f"{s.risky_fraction:.3g} of them risky: {ARM_NAMES[s.arm]}{rank}"
+        f"{s.risky_fraction:.3g} of them risky or anchors: {ARM_NAMES[s.arm]}{rank}"
     )
 
 
@@ -85,16 +92,24 @@ def _memory(plan: Plan) -> str:
         rows.append(("", gib(ranks * memory.host), "a machine"))
     text = table("Memory of a GPU (GiB)", ("", "GiB", "when"), rows)
     return (
-        f"{text}\nDisk: {_gigabytes(plan.checkpoint_bytes)} a checkpoint (about; one more than "
-        f"train.keep_checkpoints while one is written),\n  {_gigabytes(plan.export_bytes)} the "
+        f"{text}\nDisk: {gigabytes(plan.checkpoint_bytes)} a checkpoint (about; one more than "
+        f"train.keep_checkpoints while one is written),\n  {gigabytes(plan.export_bytes)} the "
         "model at the end"
     )
 
 
-def _fit(plan: Plan) -> str:
+def _fit(plan: Plan, *, in_yaml: bool) -> str:
+    whole = 2.0 * plan.shape.parameters
+    before = ""
+    if whole > plan.usable_bytes:
+        before = (
+            "\nBefore and after training `probe fit`, `anchor build` and `eval` load the whole "
+            f"model ({gigabytes(whole)}) into\none GPU, which has less: docs/multi_node.md says "
+            "what to do with models larger than a GPU"
+        )
     if plan.fits:
-        return "It fits."
-    alone, together = remedies(plan)
+        return f"It fits.{before}"
+    alone, together = remedies(plan, as_options=not in_yaml)
     rows = [
         (
             *(r.text, f"-{gib(r.saved_bytes)}", _added(r.added_seconds)),
@@ -111,7 +126,7 @@ def _fit(plan: Plan) -> str:
         )
     elif not any(remedy.fits for remedy in alone):
         text += "\nnot even all of them together are enough: more memory a GPU, or a smaller model"
-    return text
+    return text + before
 
 
 def _added(seconds: float) -> str:
@@ -120,12 +135,15 @@ def _added(seconds: float) -> str:
 
 def _stored(plan: Plan, price: StoredPrice) -> str:
     """The price of a store; in one line where the plan has none."""
-    disk, building = _gigabytes(price.num_bytes), _time(price.seconds)
+    disk, building = gigabytes(price.num_bytes), _time(price.seconds)
     pays = f"after {price.epochs:.2g} epochs" if price.epochs < float("inf") else "never"
     if plan.settings.arm == "routed":
+        probing = ""
+        if price.probe_seconds:
+            probing = f" and {_time(price.probe_seconds)} for the probe before"
         return (
             f"A stored reference (--stored-reference), of {price.data_rows:,} rows (--data-rows): "
-            f"{disk} of disk,\n  {building} to build on these GPUs, "
+            f"{disk} of disk,\n  {building} to build on these GPUs{probing}, "
             f"{_added(-price.saved_seconds)} s a step; it has paid {pays}"
         )
     rows = [
@@ -141,12 +159,8 @@ def _stored(plan: Plan, price: StoredPrice) -> str:
     return table("Stored reference (`safereg reference build`)", ("", "number"), rows)
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.3g} GB" if size < 1e12 else f"{size / 1e9:,.0f} GB"
-
-
 def _time(seconds: float) -> str:
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.2g} s"
@@ -189,11 +203,15 @@ def _overheads(plan: Plan) -> str:
 
 def _after_the_probe(plan: Plan) -> tuple[str, ...]:
     """The reference on risky rows, once the probe has seen all rows."""
-    settings = replace(plan.settings, arm="routed", probe_depth=0.0)
-    costs = arm_costs(plan.shape, settings, plan.gpu)
+    costs = after_the_probe(plan)
     extra = overhead(costs, plan.arms["sft"])
     shares = [f"{extra[name]:+.2%}" for name in ("flops", "bytes", "seconds")]
     return ("  after the first epoch", *shares, f"{costs.seconds:.3f}", gib(costs.memory.gpu))
+
+
+def _length(length: RunLength) -> str:
+    hours = _time(length.seconds)
+    return f"{length.what}: {hours}, {length.gpu_seconds / 3600:,.4g} GPU-hours"
 
 
 def _assumptions(plan: Plan) -> str:
@@ -214,7 +232,6 @@ def _assumptions(plan: Plan) -> str:
             f"  rows fall on ranks {_BALANCES[s.balance]};",
             "  all have the same length; attention counts the whole square",
             *_of_adapters(plan),
-            *_unsupported(plan),
         )
     )
 
@@ -245,12 +262,6 @@ def _of_adapters(plan: Plan) -> list[str]:
         "  with adapters the bytes of gathers are an upper bound: small models moved 0.77 to 1 of",
         "  the total; activations are those of full fine-tuning",
     ]
-
-
-def _unsupported(plan: Plan) -> list[str]:
-    if plan.settings.model_parallel == 1:
-        return []
-    return ["  tensor and pipeline parallelism divide the model evenly; no bubble is counted"]
 
 
 def gib(size: float) -> str:

@@ -20,7 +20,8 @@ _OF_DEEPSPEED = {
     **{name: "none" for name in ("offload_params", "offload_optimizer", "offload_reference")},
 }
 _OF_MEGATRON = {
-    **{"context_parallel": 1, "virtual_pipeline": 1, "ends_as_layers": False},
+    **{"tensor_parallel": 1, "pipeline_parallel": 1, "context_parallel": 1},
+    **{"virtual_pipeline": 1, "ends_as_layers": False},
     **{"sequence_parallel": True, "distributed_optimizer": True, "vocab_multiple": 128},
     "reference_in_bubble": False,
 }
@@ -62,11 +63,11 @@ class Settings:
     """Decoder layers are run again in the backward pass (Megatron: full recompute)."""
     precision: str = "bf16"
     """`bf16` or `fp32`."""
+    engine: str = "deepspeed"
+    """One of `ENGINES`; what follows, up to the head's, is Megatron's."""
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     """Ranks that share each layer, and stages of layers, >= 1."""
-    engine: str = "deepspeed"
-    """One of `ENGINES`; what follows, up to the head's, is Megatron's."""
     context_parallel: int = 1
     """Ranks that share each row's tokens, >= 1."""
     virtual_pipeline: int = 1
@@ -136,14 +137,16 @@ class Settings:
 
     def _check_engine(self) -> None:
         """Refuses options of the other engine, which would be planned as if they were not there."""
-        foreign = _OF_DEEPSPEED if self.engine == "megatron" else _OF_MEGATRON
+        other, foreign = ("megatron", _OF_MEGATRON)
+        if self.engine == "megatron":
+            other, foreign = ("deepspeed", _OF_DEEPSPEED)
         for name, plain in foreign.items():
             if getattr(self, name) != plain:
                 option = "--no-" if plain is True else "--"
                 option += _OPTIONS.get(name, name).replace("_", "-")
                 raise ConfigError(
                     f"--engine {self.engine} plans without {option}, got {getattr(self, name)!r}: "
-                    "leave the option out, or choose the other engine"
+                    f"leave the option out, or choose --engine {other}"
                 )
         if self.engine == "megatron" and self.arm == "stored":
             raise ConfigError(
@@ -231,6 +234,11 @@ def settings_of(config: Config, **given: Any) -> Settings:
     return Settings(**values_of(config, given))
 
 
+def default_of(name: str) -> Any:
+    """The default of a field of `Settings`."""
+    return Settings.__dataclass_fields__[name].default
+
+
 def values_of(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
     """What `Settings` takes of a configuration and of `given`, which win and add to it.
 
@@ -240,6 +248,10 @@ def values_of(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: a stored reference of a run without any.
     """
     arm = "sft"
+    if config.data.anchor is not None and config.needs_reference:
+        of_data = given.get("risky_fraction", default_of("risky_fraction"))
+        anchors = config.data.anchor_fraction
+        given = {**given, "risky_fraction": anchors + (1 - anchors) * of_data}
     if not config.needs_reference and given.get("arm") == "stored":
         raise ConfigError(
             f"regularizer.objective={config.regularizer.objective} runs no reference: leave "

@@ -34,10 +34,7 @@ class Traffic:
 
 def traffic(shape: ModelShape, settings: Settings) -> dict[str, Traffic]:
     """Bytes of one optimizer step, by item; the safety path is `reference ...`, `agreement`."""
-    found = {**_policy(shape, settings), **_safety(shape, settings)}
-    if settings.model_parallel > 1:
-        found["activations"] = _activations(shape, settings)
-    return found
+    return {**_policy(shape, settings), **_safety(shape, settings)}
 
 
 def group_batches(shape: ModelShape, settings: Settings) -> int:
@@ -88,17 +85,14 @@ def _safety(shape: ModelShape, settings: Settings) -> dict[str, Traffic]:
         "reference trunk": _moved(trunk * passes, world, settings),
         "reference head": _moved(head * heads, world, settings),
         "probe, first epoch": _moved(trunk * probes, world, settings),
-        "agreement": _moved(agreed, world, settings, parallel=1),
+        "agreement": _moved(agreed, world, settings),
     }
 
 
-def _moved(
-    elements: float, group: int, settings: Settings, *, parallel: int | None = None
-) -> Traffic:
-    """Of tensors gathered over `group` neighbouring data-parallel ranks."""
-    parallel = parallel or settings.model_parallel
-    received = elements / parallel * settings.itemsize * (group - 1) / group
-    return over_ring(received, group, settings.tensor_parallel, settings.gpus_per_node)
+def _moved(elements: float, group: int, settings: Settings) -> Traffic:
+    """Of tensors gathered over `group` neighbouring ranks."""
+    received = elements * settings.itemsize * (group - 1) / group
+    return over_ring(received, group, 1, settings.gpus_per_node)
 
 
 def over_ring(received: float, group: int, stride: int, gpus_per_node: int) -> Traffic:
@@ -107,16 +101,3 @@ def over_ring(received: float, group: int, stride: int, gpus_per_node: int) -> T
     if group <= node:
         return Traffic(inside=received, between=0.0)
     return Traffic(inside=received * (node - 1) / node, between=received / node)
-
-
-def _activations(shape: ModelShape, settings: Settings) -> Traffic:
-    """Tensor-parallel all-reduces (two a layer, each way), and states between stages."""
-    tokens = settings.window_rows * settings.seq_length
-    state = tokens * shape.hidden_size * settings.itemsize
-    tp, pp = settings.tensor_parallel, settings.pipeline_parallel
-    reduced = 4 * shape.num_layers / pp * state * 2 * (tp - 1) / tp
-    passed = 2 * state if pp > 1 else 0.0
-    is_inside = tp <= settings.gpus_per_node
-    return Traffic(
-        inside=reduced if is_inside else 0.0, between=passed + (0.0 if is_inside else reduced)
-    )

@@ -9,7 +9,7 @@ from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.hardware import Gpu
 from safereg_dist.plan.named_shapes import shape_name
-from safereg_dist.plan.settings import Settings, values_of, with_rows
+from safereg_dist.plan.settings import Settings, default_of, values_of, with_rows
 from safereg_dist.plan.shape import ModelShape, read_fields, shape_of
 from safereg_dist.screen.progress import say
 
@@ -30,8 +30,8 @@ class Asked:
     """`config.json`, its folder, or a name; None = that of the configuration."""
     rows_per_step: int | None = None
     """Rows of a step on all GPUs, in place of `grad_accum`."""
-    data_rows: int = 100_000
-    """Rows of the data set, for the price of a stored reference."""
+    data_rows: int | None = None
+    """Rows of the data set; None = those of the configuration's files, else 100,000."""
     figure: Path | None = None
     """Where the curves are drawn."""
 
@@ -113,23 +113,41 @@ def _values(asked: Asked) -> dict[str, Any]:
 
 def _zero_plan(shape: ModelShape, settings: Settings, asked: Asked) -> Planned:
     from safereg_dist.plan.figures import draw
+    from safereg_dist.plan.length import run_length
     from safereg_dist.plan.plan import make_plan
     from safereg_dist.plan.report import text_of
     from safereg_dist.plan.stored import stored_price
 
     notes: list[str] = []
+    data_rows, rows_from = asked.data_rows or 100_000, "--data-rows"
+    if asked.data_rows is None and (known := _rows_of(asked.config)):
+        data_rows, rows_from = known, "data.train"
     if asked.config is not None:
         notes = _not_planned(asked.config, asked.values)
         if "probe_depth" not in asked.values:
             depth, more = _probe_depth(asked.config, shape.num_layers)
             settings, notes = replace(settings, probe_depth=depth), notes + more
     plan = make_plan(shape, settings, asked.gpu)
-    price = stored_price(plan, asked.data_rows)
+    price = stored_price(plan, data_rows)
+    length = run_length(plan, asked.config, data_rows, rows_from)
     return Planned(
-        text_of(plan, price, notes),
-        {**plan.to_json(), "stored": asdict(price), "notes": notes},
+        text_of(plan, price, length, notes, in_yaml=asked.config is not None),
+        {**plan.to_json(), "stored": asdict(price), "run": asdict(length), "notes": notes},
         lambda: draw(plan, name=shape.model_type),
     )
+
+
+def _rows_of(config: Config | None) -> int:
+    """Lines of `data.train`, where it is JSONL and here; else 0."""
+    train = None if config is None else config.data.train
+    paths = [train] if isinstance(train, str) else [part.path for part in train or ()]
+    if not all(path.endswith(".jsonl") and Path(path).is_file() for path in paths):
+        return 0
+    count = 0
+    for path in paths:
+        with open(path, "rb") as file:
+            count += sum(1 for line in file if line.strip())
+    return count
 
 
 def _not_planned(config: Config, values: Mapping[str, Any]) -> list[str]:
@@ -138,8 +156,17 @@ def _not_planned(config: Config, values: Mapping[str, Any]) -> list[str]:
     if "seq_length" not in values:
         length = config.data.max_length
         found.append(f"every row has data.max_length={length} tokens (--seq-length)")
+    if config.data.anchor is not None and config.needs_reference:
+        risky = values.get("risky_fraction", default_of("risky_fraction"))
+        found.append(
+            f"{config.data.anchor_fraction:.3g} of the rows are anchors (data.anchor_fraction), "
+            f"of the others {risky:.3g} are risky (--risky-fraction)"
+        )
     if values.get("engine") == "megatron":
-        found.append("of the configuration: its model, batch, length, precision, recomputation")
+        found.append(
+            "of the configuration: its model, batch, length, precision, recomputation; adapters "
+            "and a probe's passes are not planned for Megatron"
+        )
         if config.reference.cache is not None:
             found.append("reference.cache is planned as if it held nothing yet")
         return found
@@ -185,15 +212,16 @@ def _probe_depth(config: Config, num_layers: int) -> tuple[float, list[str]]:
 def _layout_plan(shape: ModelShape, values: Mapping[str, Any], asked: Asked) -> Planned:
     from safereg_dist.plan.megatron.figures import draw_layouts
     from safereg_dist.plan.megatron.plan import make_layout_plan
-    from safereg_dist.plan.megatron.proposal import propose
+    from safereg_dist.plan.megatron.proposal import propose, remedies
     from safereg_dist.plan.megatron.report import text_of
 
     notes = [] if asked.config is None else _not_planned(asked.config, asked.values)
     settings, reasons = propose(shape, values, asked.gpu, rows_per_step=asked.rows_per_step)
     drawn = {**values, "grad_accum": settings.grad_accum}
     plan = make_layout_plan(shape, settings, asked.gpu, proposed=reasons)
+    left = [] if plan.fits else remedies(shape, values, settings, asked.gpu)
     return Planned(
-        text_of(plan, notes),
+        text_of(plan, notes, left),
         {**plan.to_json(), "notes": notes},
         lambda: draw_layouts(plan, drawn, name=shape.model_type),
     )

@@ -24,3 +24,8 @@ def aligned(rows: Sequence[Sequence[object]], *, left: int = 1, widest: int = 0)
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows under the names of their columns, indented under a title."""
     return "\n".join([title, *(f"  {line}" for line in aligned([columns, *rows]))])
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as text, three digits or more."""
+    return f"{size / 1e9:,.3g} GB" if size < 9.995e11 else f"{size / 1e9:,.0f} GB"

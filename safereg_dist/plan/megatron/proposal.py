@@ -1,7 +1,7 @@
 """The smallest layout that fits: tensor parallelism first, then pipeline, then context."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.hardware import GIB, USABLE_MEMORY, Gpu
@@ -12,6 +12,59 @@ from safereg_dist.plan.shape import ModelShape
 
 SIZES = ("context_parallel", "pipeline_parallel", "tensor_parallel")
 """What is proposed, the last varying first; the rest of the GPUs is data-parallel."""
+
+
+NONE_FITS = "no layout fits; this one needs least"
+
+
+class Remedy(NamedTuple):
+    """A change of the options and what it makes a GPU need."""
+
+    text: str
+    needs_bytes: float
+    fits: bool
+
+
+def remedies(
+    shape: ModelShape, values: Mapping[str, Any], settings: Settings, gpu: Gpu
+) -> list[Remedy]:
+    """What to change where the `settings` that `values` led to do not fit: each change alone, all
+    of them, and with all of them the fewest GPUs that fit, by doubling."""
+    changes: dict[str, dict[str, Any]] = {}
+    if any(name in values for name in SIZES):
+        changes["sizes left out, so that they are proposed"] = dict.fromkeys(SIZES)
+    if not settings.activation_checkpointing:
+        changes["--activation-checkpointing"] = {"activation_checkpointing": True}
+    if settings.micro_batch > 1:
+        accum = settings.window_rows
+        changes[f"--micro-batch 1 --grad-accum {accum}"] = {"micro_batch": 1, "grad_accum": accum}
+    tried = list(changes.items())
+    everything = {name: value for change in changes.values() for name, value in change.items()}
+    if len(changes) > 1:
+        tried.append(("all of these", everything))
+    kept = {**values, "grad_accum": settings.grad_accum}
+    found = [_tried(text, shape, {**kept, **change}, gpu) for text, change in tried]
+    count, known = settings.world_size, [remedy for remedy in found if remedy is not None]
+    while not any(remedy.fits for remedy in known) and count < _MOST_GPUS:
+        count *= 2
+        text = f"{count} GPUs{' and all of these' if changes else ''}"
+        more = _tried(text, shape, {**kept, **everything, "world_size": count}, gpu)
+        if more is not None and (more.fits or count == _MOST_GPUS):
+            known.append(more)
+    return known
+
+
+_MOST_GPUS = 8192
+
+
+def _tried(text: str, shape: ModelShape, values: Mapping[str, Any], gpu: Gpu) -> Remedy | None:
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        settings, _ = propose(shape, given, gpu)
+    except ConfigError:
+        return None
+    needs = fullest_stage(shape, settings)[1]
+    return Remedy(text, needs, needs <= USABLE_MEMORY * gpu.memory_bytes)
 
 
 def propose(
@@ -49,7 +102,7 @@ def propose(
             f"--world-size {values['world_size']} is no multiple of the sizes that are given "
             f"({given}): change one of them"
         )
-    return found, ("no layout fits: this one needs least",)
+    return found, (NONE_FITS,)
 
 
 def _candidates(shape: ModelShape, values: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:

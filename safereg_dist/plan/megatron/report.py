@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from safereg_dist.plan.megatron.memory import active_law, mean_of
 from safereg_dist.plan.megatron.plan import LayoutPlan
+from safereg_dist.plan.megatron.proposal import NONE_FITS, Remedy
 from safereg_dist.plan.megatron.stages import layers_of, parameters
 from safereg_dist.plan.megatron.traffic import group_of, link_of
 from safereg_dist.plan.pipeline import bubble_room
@@ -20,9 +21,9 @@ ARM_NAMES = {
 GROUPS = ("tensor", "context", "optimizer", "pipeline")
 
 
-def text_of(plan: LayoutPlan, notes: Sequence[str] = ()) -> str:
-    """All tables, one under another; `notes` are further assumptions."""
-    parts = [_head(plan), _links(plan), _memory(plan), _slots(plan), _flops(plan)]
+def text_of(plan: LayoutPlan, notes: Sequence[str] = (), left: Sequence[Remedy] = ()) -> str:
+    """All tables, one under another; `notes` are further assumptions, `left` what may help."""
+    parts = [_head(plan), _links(plan), _memory(plan, left), _slots(plan), _flops(plan)]
     parts += [_traffic(plan), _overheads(plan)]
     parts.append("\n".join([_assumptions(plan), *(f"  {note}" for note in notes)]))
     return "\n\n".join(parts) + "\n"
@@ -40,7 +41,7 @@ def _head(plan: LayoutPlan) -> str:
         f"{s.risky_fraction:.3g} of the rows risky: {active_share(s):.3g} of the micro-batches "
         "hold one",
     ]
-    lines += [f"proposed {reason}" for reason in plan.proposed]
+    lines += [r if r == NONE_FITS else f"proposed {r}" for r in plan.proposed]
     return "\n".join(lines)
 
 
@@ -60,7 +61,7 @@ def _shown(plan: LayoutPlan) -> dict[int, str]:
     return {stage: f"stage {stage}" for stage in shown}
 
 
-def _memory(plan: LayoutPlan) -> str:
+def _memory(plan: LayoutPlan, left: Sequence[Remedy]) -> str:
     costs, shown = plan.chosen, _shown(plan)
     rows = [
         ("layers", *(str(layers_of(plan.shape, plan.settings, stage)) for stage in shown)),
@@ -74,21 +75,12 @@ def _memory(plan: LayoutPlan) -> str:
     text = table("Memory of a GPU (GiB)", ("", *shown.values()), rows)
     stage, size = costs.fullest
     verdict = "It fits" if plan.fits else "It does not fit"
-    advice = "" if plan.fits else f"\n  {_advice(plan)}"
     usable = f"{gib(plan.usable_bytes)} of {gib(plan.gpu.memory_bytes)}"
-    return f"{text}\n{verdict}: stage {stage} needs {gib(size)} GiB, usable {usable}{advice}"
-
-
-def _advice(plan: LayoutPlan) -> str:
-    """What is left to try."""
-    s = plan.settings
-    is_fixed = not plan.proposed
-    left = {
-        "leave sizes out for a proposal": is_fixed,
-        "--activation-checkpointing": not s.activation_checkpointing,
-        "--micro-batch 1": s.micro_batch > 1,
-    }
-    return "; ".join([*(text for text, is_left in left.items() if is_left), "more GPUs"])
+    text = f"{text}\n{verdict}: stage {stage} needs {gib(size)} GiB, usable {usable}"
+    if not left:
+        return text
+    tried = [(r.text, gib(r.needs_bytes), "fits" if r.fits else "not enough") for r in left]
+    return f"{text}\n\n{table('What to change', ('', 'GiB', ''), tried)}"
 
 
 def _held(plan: LayoutPlan, stage: int) -> int:

@@ -22,7 +22,7 @@ from safereg_dist.plan.flops import trunk_flops
 from safereg_dist.plan.megatron.figures import layout_curve
 from safereg_dist.plan.megatron.memory import fullest_stage, layer_bytes, stage_memory
 from safereg_dist.plan.megatron.plan import make_layout_plan
-from safereg_dist.plan.megatron.proposal import propose
+from safereg_dist.plan.megatron.proposal import propose, remedies
 from safereg_dist.plan.megatron.report import text_of
 from safereg_dist.plan.megatron.stages import check_layout, parameters
 from safereg_dist.plan.megatron.traffic import group_of, link_of, over, stage_traffic
@@ -332,16 +332,33 @@ def test_a_proposal_is_the_smallest_that_fits_and_says_why():
     assert kept.tensor_parallel == 4
     assert kept.pipeline_parallel > 2
     _, hopeless = propose(shape, {**values, "world_size": 8}, gpu)
-    assert hopeless == ("no layout fits: this one needs least",)
-    left = {**values, "world_size": 8}
-    settings, _ = propose(shape, left, gpu)
-    text = text_of(make_layout_plan(shape, settings, gpu, proposed=hopeless))
-    assert "\n  --activation-checkpointing; more GPUs\n" in text
-    text = text_of(make_layout_plan(shape, replace(settings, micro_batch=2), gpu))
-    advice = (
-        "leave sizes out for a proposal; --activation-checkpointing; --micro-batch 1; more GPUs"
-    )
-    assert f"\n  {advice}\n" in text
+    assert hopeless == ("no layout fits; this one needs least",)
+
+
+def test_what_helps_is_planned_itself():
+    """Each change alone, then all of them, then the fewest GPUs with which they fit."""
+    shape, gpu = shape_of(LLAMA_70B, where=""), find_gpu("H100")
+    values = {"engine": "megatron", "world_size": 8, "seq_length": 4096, "micro_batch": 2}
+    values |= {"grad_accum": 16, "tensor_parallel": 8}
+    settings, reasons = propose(shape, values, gpu)
+    left = remedies(shape, values, settings, gpu)
+    texts = [remedy.text for remedy in left]
+    assert texts[0] == "sizes left out, so that they are proposed"
+    assert texts[1:3] == ["--activation-checkpointing", "--micro-batch 1 --grad-accum 32"]
+    assert texts[3] == "all of these"
+    assert [remedy.fits for remedy in left] == [False] * (len(left) - 1) + [True]
+    recomputing = replace(settings, activation_checkpointing=True)
+    assert left[1].needs_bytes == fullest_stage(shape, recomputing)[1]
+    count = int(texts[-1].split()[0])
+    usable = USABLE_MEMORY * gpu.memory_bytes
+    own = {**values, "micro_batch": 1, "grad_accum": 32, "activation_checkpointing": True}
+    del own["tensor_parallel"]
+    for gpus, fits in ((count // 2, False), (count, True)):
+        best, _ = propose(shape, {**own, "world_size": gpus}, gpu)
+        assert (fullest_stage(shape, best)[1] <= usable) == fits
+    text = text_of(make_layout_plan(shape, settings, gpu, proposed=reasons), left=left)
+    assert f"{count} GPUs and all of these" in text
+    assert "not enough" in text
 
 
 def test_126_layers_are_spread_with_the_ends_counted():

@@ -363,10 +363,10 @@ def test_unknown_devices_get_modest_rates_and_aliases_are_one_gpu_each():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"world_size": 12, "tensor_parallel": 8}, "8 and 16"),
+        ({"world_size": 12, "tensor_parallel": 8, "engine": "megatron"}, "8 and 16"),
+        ({"world_size": 8, "tensor_parallel": 4}, "or choose --engine megatron"),
         ({"world_size": 12}, "gpus-per-node 8: the nearest are 8 and 16"),
         ({"world_size": 8, "hpz": 3}, "choose one of 1, 2, 4, 8"),
-        ({"world_size": 8, "tensor_parallel": 4, "hpz": 4}, "choose one of 1, 2"),
         ({"world_size": 0}, "world-size"),
         ({"world_size": 8, "risky_fraction": 1.5}, "[0.0, 1.0]"),
         ({"world_size": 8, "zero_stage": 2}, "must be 3"),

@@ -299,3 +299,39 @@ def test_remedies_say_what_they_add_to_a_step():
     added = recomputing.chosen.seconds - plan.chosen.seconds
     assert alone["train.activation_checkpointing=true"] == pytest.approx(added)
     assert alone["engine.offload_params=cpu"] > alone["reference.offload=cpu"] > 0
+    options = {remedy.text for remedy in remedies(plan, as_options=True)[0]}
+    assert {"--offload-optimizer cpu", "--activation-checkpointing", "--stored-reference"} < options
+
+
+def test_options_that_are_named_are_those_of_the_verb(capsys):
+    """All remedies together, appended to the command that printed them, make the plan fit."""
+    words = ("--model-config", "llama-3.1-70b", "--world-size", 16, "--seq-length", 4096)
+    _, text = planned(capsys, *words)
+    (line,) = [line for line in text.splitlines() if line.startswith("together: ")]
+    together = line.removeprefix("together: ").split(": ")[0].split()
+    assert "It fits." in planned(capsys, *words, *together)[1]
+
+
+def test_anchors_come_on_top_and_hours_are_of_the_data(tmp_path, capsys):
+    config = write_run(tmp_path, rows=8)
+    rows = tmp_path / "many.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n' * 950)
+    words = (config, "--world-size", 1, "--risky-fraction", 0.2, f"data.train={rows}")
+    words += ("train.steps=null", "train.epochs=2", "train.grad_accum_steps=1")
+    plain, text = planned(capsys, *words)
+    size = plain["settings"]["micro_batch"]
+    assert plain["run"]["steps"] == -(-1900 // size)
+    assert "2 epochs of 950 rows (data.train)" in text
+    seconds = plain["arms"]["routed"]["seconds"]
+    assert plain["run"]["gpu_seconds"] == pytest.approx(seconds * plain["run"]["steps"])
+    anchored, text = planned(capsys, *words, f"data.anchor={rows}", "data.anchor_fraction=0.05")
+    assert plain["settings"]["risky_fraction"] == 0.2
+    assert anchored["settings"]["risky_fraction"] == pytest.approx(0.05 + 0.95 * 0.2)
+    assert anchored["run"]["steps"] == -(-2000 // size)
+    assert "0.05 of the rows are anchors" in text
+
+
+def test_a_model_larger_than_a_gpu_is_said(capsys):
+    words = ("--model-config", "llama-3.1-70b", "--world-size")
+    assert "load the whole model (141 GB)" in planned(capsys, *words, 64)[1]
+    assert "the whole model" not in planned(capsys, *words, 64, "--gpu", "B200")[1]
