@@ -96,10 +96,15 @@ def command_of(
         hostfile: in place of `ranks`.
         port: at which ranks meet; None = a free one, of several hosts 29500.
     Raises:
-        ConfigError: several ranks for the engine of one process.
+        ConfigError: several ranks or hosts for the engine of one process.
     """
     python, module = [sys.executable, "-m"], ["safereg_dist", "train", *train]
     if hostfile is not None:
+        if engine == "single":
+            raise ConfigError(
+                "engine.name=single is one process, got --hostfile: leave it out, or set "
+                "engine.name=deepspeed or fsdp2"
+            )
         own = ["--hostfile", str(hostfile.absolute()), "--master_port", str(port or 29500)]
         return [*python, *_DEEPSPEED, *own, "--module", *module]
     if engine == "single":

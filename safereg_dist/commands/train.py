@@ -65,6 +65,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
     from safereg_dist.run.stop import forget_stop
     from safereg_dist.run.trackers import require_trackers
     from safereg_dist.run.watching import how_it_goes_on
+    from safereg_dist.storage.signing import signing_key
     from safereg_dist.trainer import train
 
     share_cores()
@@ -74,6 +75,7 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
         with ranks.together():
             if ranks.is_main:
                 require_trackers(config.tracking)
+                signing_key(config.signing)  # one that is missing is refused before the rows
         with claimed(config, ranks, writes=not dry_run) as is_done:
             if is_done and not dry_run:
                 if ranks.is_main:

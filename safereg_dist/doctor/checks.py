@@ -4,13 +4,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from safereg_dist.config import SigningConfig
 from safereg_dist.doctor.finding import Finding, finding
 from safereg_dist.doctor.host import Answer, leads_elsewhere
 from safereg_dist.doctor.work import Work
+from safereg_dist.errors import ConfigError
 from safereg_dist.models.extras import install
 from safereg_dist.run.checkpoint import saved_checkpoints
 from safereg_dist.run.lock import holder_of, is_lock
 from safereg_dist.run.stop import stop_file
+from safereg_dist.screen.table import gigabytes
+from safereg_dist.storage.signing import signing_key
 
 KILLED_AFTER_S = 30.0
 """deepspeed's `launch` and torchrun kill ranks so long after they were told to end."""
@@ -102,20 +106,20 @@ def disk_findings(answers: Mapping[str, Answer], work: Work, folder: Path) -> It
     yield finding(
         "disk",
         free >= needed,
-        found=f"{free / 1e9:.1f} GB free",
-        expected=f"{needed / 1e9:.1f} GB: {work.disk_text}",
+        found=f"{gigabytes(free)} free",
+        expected=f"{gigabytes(needed)}: {work.disk_text}",
         remedy="free space, lower train.keep_checkpoints, or move output_dir",
     )
     staged = [a for a in answers.values() if a.staging]
     if staged:
         part = work.checkpoint_bytes // len(answers)
         least = min(staged, key=lambda a: a.staging_free_bytes)
-        free = f"{least.staging_free_bytes / 1e9:.1f} GB free"
+        free = f"{gigabytes(least.staging_free_bytes)} free"
         yield finding(
             "disk for staging",
             least.staging_free_bytes >= part,
             found=f"{free} in {least.staging} of {least.host}",
-            expected=f"{part / 1e9:.2g} GB on every host: its ranks' part of a checkpoint",
+            expected=f"{gigabytes(part)} on every host: its ranks' part of a checkpoint",
             remedy="train.save_staging: a folder on a larger disk of each host",
         )
     slowest = min(a.write_bytes_per_s for a in answers.values())
@@ -135,9 +139,27 @@ def disk_findings(answers: Mapping[str, Answer], work: Work, folder: Path) -> It
         seconds <= _HEADROOM * KILLED_AFTER_S,
         found=f"{seconds:.1f} s at {slowest / 1e6:.0f} MB/s a host",
         expected=f"under {_HEADROOM * KILLED_AFTER_S:.0f} s, if it is to be stopped by SIGTERM",
-        remedy="launchers kill ranks 30 s after SIGTERM: stop with `safereg stop` instead, or save "
-        "every few steps",
+        remedy="launchers kill ranks 30 s after SIGTERM: stop with `safereg stop` instead, give "
+        "schedulers that long (launch/slurm, launch/kubernetes: 600 s), and save seldom",
         bad="warn",
+    )
+
+
+def key_findings(signing: SigningConfig | None) -> Iterator[Finding]:
+    """Of the key that the first rank signs with, as it is on this host."""
+    if signing is None:
+        return
+    wrong = ""
+    try:
+        signing_key(signing)
+    except ConfigError as error:
+        wrong = str(error)
+    yield finding(
+        "key to sign with, on this host",
+        not wrong,
+        found=wrong or "can sign",
+        expected="can sign",
+        remedy="give it to the host of the first rank, where training would refuse to start",
     )
 
 

@@ -46,7 +46,8 @@ def examine_hosts(config: Config, hosts: Mapping[str, int], *, port: int) -> lis
         found,
         check="ssh to {}",
         expected="an answer; what follows is of this host alone" if nobody else "an answer",
-        remedy="set up ssh without a password, and the project at the same path there",
+        remedy="set up ssh without a password, and the project at the same path there; a name "
+        "that does not resolve: correct the hostfile, or DNS and /etc/hosts",
     )
     work = work_of(config, **sizes, gpu=next(iter(answers.values())).gpu)
     findings += _of_answers(config, answers, work, port=port)
@@ -123,6 +124,7 @@ def _of_answers(
         *checks.first_host_findings(next(iter(answers.values())), port=port),
         *checks.disk_findings(answers, work, nearest_folder(folder)),
         *checks.folder_findings(folder),
+        *checks.key_findings(config.signing),
     ]
 
 

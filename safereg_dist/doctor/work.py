@@ -12,6 +12,7 @@ from safereg_dist.plan.named_shapes import shape_name
 from safereg_dist.plan.plan import Costs, arm_costs
 from safereg_dist.plan.settings import Settings, settings_of
 from safereg_dist.plan.shape import ModelShape, read_shape
+from safereg_dist.screen.table import gigabytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +46,11 @@ def work_of(config: Config, *, world_size: int, per_host: int, gpu: str) -> Work
     paths = [config.reference.model, config.reference.cache, config.risk.override]
     paths += [part.path for part in used] + [critic.local for critic in critics]
     paths += [*_sources(config.data.train), config.data.validation, config.data.anchor]
+    paths += [config.data.chat_template, None if config.eval is None else config.eval.canary]
     model = Path(config.model)
+    is_hub_id = not model.is_dir() and not model.is_absolute()  # `./name` was made absolute
     shape = None
-    if model.is_dir():
+    if not is_hub_id:
         paths.append(config.model)
     if model.is_dir() or shape_name(config.model) is not None:
         try:
@@ -61,18 +64,16 @@ def work_of(config: Config, *, world_size: int, per_host: int, gpu: str) -> Work
         checkpoint = CHECKPOINT_BYTES * trained
         export = (2 if config.train.precision == "bf16" else 4) * shape.parameters
         costs = _costs(config, shape, world_size, per_host, gpu)
-    size = (checkpoint or 0) / 1e9
-    size_text = f"{size:,.0f}" if size >= 10 else f"{size:.2g}"
     kept = config.train.keep_checkpoints + 1 if config.train.save_every else 1
     needs = {"deepspeed": config.engine.name == "deepspeed", "peft": config.lora is not None}
     return Work(
         packages=("datasets", *(name for name, is_needed in needs.items() if is_needed)),
         paths=[path for path in paths if path is not None and ("/" in path or Path(path).exists())],
-        hub_model=None if model.is_dir() else config.model,
+        hub_model=config.model if is_hub_id else None,
         endpoints=[critic.endpoint for critic in critics if critic.endpoint is not None],
         checkpoint_bytes=checkpoint,
         disk_bytes=kept * (checkpoint or 0) + (export or 0),
-        disk_text=f"{kept} checkpoints of {size_text} GB and the export",
+        disk_text=f"{kept} checkpoints of {gigabytes(checkpoint or 0)} and the export",
         step_seconds=None if costs is None else _products(costs, world_size, gpu),
         inside_bytes=None if costs is None else sum(t.total for t in costs.traffic.values()),
         between_bytes=None if costs is None else sum(t.between for t in costs.traffic.values()),

@@ -2,9 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -29,6 +31,40 @@ def progress_bar(steps: Iterable[Any] | None = None, *, shown: bool = True, **ho
     lines), or unless `shown`: one rank shows what all do. `how` is tqdm's own.
     """
     return tqdm(steps, disable=not shows_bars(shown), **how)
+
+
+class StepProgress:
+    """Progress of a long loop: a bar in a terminal, elsewhere a line every `_LINE_EVERY_S`."""
+
+    def __init__(self, name: str, *, total: int, done: int, shown: bool) -> None:
+        self._name, self._total, self._shown = name, total, shown
+        self._first, self._done = done, done
+        self._began = self._said = time.monotonic()
+        self._bar = progress_bar(
+            total=total, initial=done, desc=name, unit=" steps", shown=shown, dynamic_ncols=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self, status: Mapping[str, str]) -> None:
+        """One step more, with what is to be shown of it."""
+        self._done += 1
+        self._bar.set_postfix(status, refresh=False)
+        self._bar.update()
+        now = time.monotonic()
+        if self._shown and self._bar.disable and now - self._said >= _LINE_EVERY_S:
+            self._said = now
+            a_step = (now - self._began) / (self._done - self._first)
+            left = timedelta(seconds=round(a_step * (self._total - self._done)))
+            told = ", ".join(f"{key}={value}" for key, value in status.items())
+            say(f"{self._name}: {self._done}/{self._total} steps, {left} left, {told}")
+
+
+_LINE_EVERY_S = 60.0
 
 
 def say(text: str) -> None:

@@ -114,6 +114,7 @@ def test_the_page_shows_what_is_run(project, capsys, monkeypatch):
     ("words", "says"),
     [
         (["--nproc", "2", "engine.name=single"], "one process"),
+        (["--hostfile", "hosts", "engine.name=single"], "one process, got --hostfile"),
         (["--hostfile", "none"], "none cannot be read"),
         (["--hostfile", "no-slots"], "expected `HOST slots=N`, each host once, got 'a'"),
         (["train.stepz=2"], "stepz"),
@@ -122,5 +123,6 @@ def test_the_page_shows_what_is_run(project, capsys, monkeypatch):
 def test_what_cannot_be_launched(project, words, says, capsys, monkeypatch):
     monkeypatch.chdir(project)
     (project / "no-slots").write_text("a\n")
+    (project / "hosts").write_text("a slots=2\n")
     assert safereg(["launch", str(project / "run.yaml"), *words]) == 2
     assert says in capsys.readouterr().err

@@ -70,6 +70,12 @@ def test_a_healthy_host_and_what_fails_on_it(config, capsys):
     assert f"in {folder} of " in found["disk for staging"]["found"]
     status, found = findings(capsys, config, "data.train=/nowhere/x.jsonl", "--port", 0)
     assert "/nowhere/x.jsonl" in found["inputs are there"]["found"]
+    for words in ("model=./none", "model=/nowhere", "eval={canary: /nowhere}"):
+        _, found = findings(capsys, config, words, "--port", 0)
+        assert found["inputs are there"]["verdict"] == "FAIL", words
+    unsigned = ("signing={hmac_env: SAFEREG_NO_SUCH_KEY}", "--port", 0)
+    status, found = findings(capsys, config, *unsigned)
+    assert (status, found["key to sign with, on this host"]["verdict"]) == (1, "FAIL")
     assert sorted(folder.rglob("*")) == before
     out = folder / "runs" / "one"
     out.mkdir(parents=True)

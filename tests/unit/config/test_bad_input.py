@@ -369,6 +369,7 @@ def test_a_dry_run_writes_nothing(safereg, world):
     assert not (world / "out").exists()
     assert "train.stpes" in safereg("--dry-run", "train.stpes=1")
     assert "check the path" in safereg("--dry-run", f"model={world}/none")
+    assert "SAFEREG_NO_KEY" in safereg("--dry-run", "signing={hmac_env: SAFEREG_NO_KEY}")
 
 
 def test_a_mended_configuration_can_go_on(safereg, world):

@@ -13,6 +13,8 @@ import pytest
 from support.builders import write_run
 from support.launching import FINETUNE
 
+from safereg_dist.screen import progress
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
@@ -81,3 +83,25 @@ def test_no_output_from_the_start(tmp_path):
     closing = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, "-c", program]
     assert subprocess.run(closing, check=False).returncode == 0
     assert (tmp_path / "end").exists()
+
+
+def test_without_a_terminal_a_line_says_how_far_it_is(capsys, monkeypatch):
+    """At most one a minute: after 30, 61, 62 and 130 seconds only the second and the last."""
+    clock = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.StepProgress("train", total=10, done=2, shown=True) as bar:
+        for seconds in (30, 61, 62, 130):
+            clock[0] = 1000.0 + seconds
+            bar.step({"loss": "1.5"})
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "train: 4/10 steps, 0:03:03 left, loss=1.5",
+        "train: 6/10 steps, 0:02:10 left, loss=1.5",
+    ]
+    with progress.quiet(), progress.StepProgress("train", total=9, done=0, shown=True) as bar:
+        clock[0] += 100
+        bar.step({})
+    with progress.StepProgress("train", total=9, done=0, shown=False) as bar:
+        clock[0] += 100
+        bar.step({})
+    assert capsys.readouterr().err == ""
