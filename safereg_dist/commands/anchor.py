@@ -18,6 +18,7 @@ import torch
 
 from safereg_dist.commands.options import (
     add_action,
+    add_endpoint,
     add_json,
     add_local_rank,
     add_quiet,
@@ -27,7 +28,8 @@ from safereg_dist.commands.options import (
 from safereg_dist.commands.outcome import Outcome, command
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError, printable
-from safereg_dist.evaluate.generate import Answer, generate_answers, load_model
+from safereg_dist.evaluate.generate import generate_answers, load_model
+from safereg_dist.evaluate.respondent import Asked, Endpoint
 from safereg_dist.parallel.distributed import distributed_ranks
 from safereg_dist.screen.table import table
 from safereg_dist.storage.atomic import write_atomically
@@ -47,6 +49,7 @@ def build_anchors(
     world_size: int = 1,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    endpoint: Endpoint | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Answers this rank's prompts and writes its part; a single process also merges it into `out`.
@@ -54,10 +57,13 @@ def build_anchors(
     Returns the counts `prompts`, `rows`, `shortened`, `dropped_empty` and `dropped_cut`: of this
     rank, or of all where `world_size` is 1. The policy must not be taught to say nothing or to stop
     in mid-sentence: an answer that `max_new_tokens` cut off is shortened to its last whole
-    sentence, and one that is empty, or cut off before a sentence ended, makes no row.
+    sentence, and one that is empty, or cut off before a sentence ended, makes no row. An `endpoint`
+    answers in place of the model's folder, asked by one process.
 
     Raises:
-        ConfigError: the model cannot be loaded or has no chat template.
+        ConfigError: the model cannot be loaded or has no chat template; several processes and an
+            endpoint.
+        EndpointError: see `Endpoint`.
         DataError: a prompt file is missing or malformed, or (single process) no answer was usable.
         GroupError: `rank` is outside [0, world_size).
         CheckpointError: the part cannot be written.
@@ -66,21 +72,25 @@ def build_anchors(
         raise GroupError(
             f"expected 0 <= rank < world_size, got rank {rank} of {world_size}: pass the launcher's"
         )
+    if endpoint is not None and world_size > 1:
+        raise ConfigError(
+            f"an endpoint is asked by one process, got {world_size}: start this without a launcher"
+        )
     if not prompt_files:
         raise ConfigError("expected one prompt file or more, got none: give the prompts to answer")
     prompts = [prompt for file in prompt_files for prompt in read_prompts(file)]
     mine = range(rank, len(prompts), world_size)
     shown = progress and rank == 0
-    model, tokenizer = load_model(model_dir, dtype=dtype, device=device, progress=shown)
-    answers = generate_answers(
-        model,
-        tokenizer,
-        [prompts[index] for index in mine],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=shown,
-        description="anchor answers",
-    )
+    own = [prompts[index] for index in mine]
+    name = "anchor answers"
+    if endpoint is not None:
+        found = dict(endpoint.answers_and_ends(own, Asked(name)))
+        answers = [found[place] for place in range(len(own))]
+    else:
+        model, tokenizer = load_model(model_dir, dtype=dtype, device=device, progress=shown)
+        how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        written = generate_answers(model, tokenizer, own, progress=shown, description=name, **how)
+        answers = [(answer.text, answer.finished) for answer in written]
     header = {
         "model": str(model_dir),
         "prompts": len(prompts),
@@ -89,7 +99,7 @@ def build_anchors(
         "world_size": world_size,
     }
     rows = [
-        _row(index, prompts[index], answer) for index, answer in zip(mine, answers, strict=True)
+        _row(index, prompts[index], *answer) for index, answer in zip(mine, answers, strict=True)
     ]
     _write_lines(_part(Path(out), rank), [header, *rows])
     if world_size == 1:
@@ -150,16 +160,16 @@ def _named(counts: dict[str, int], most: int) -> list[tuple[str, int]]:
     ]
 
 
-def _row(index: int, prompt: LabelledPrompt, answer: Answer) -> dict[str, Any]:
+def _row(index: int, prompt: LabelledPrompt, answer: str, is_finished: bool) -> dict[str, Any]:
     """A line of a part file: an anchor row with its place, or why there is none."""
-    if not answer.text:
+    if not answer:
         return {"index": index, "dropped": "empty"}
-    text = answer.text if answer.finished else whole_sentences(answer.text)
+    text = answer if is_finished else whole_sentences(answer)
     if not text:
         return {"index": index, "dropped": "cut"}
     return {
         "index": index,
-        "shortened": not answer.finished,
+        "shortened": not is_finished,
         # The place makes the id unique: prompt files may number their rows alike.
         "id": f"anchor-{index}-{prompt.id}",
         "messages": [*prompt.messages, {"role": "assistant", "content": text}],
@@ -218,7 +228,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions, "build", "greedy answers of the reference to prompts, as rows", shows=shows
     )
     build.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="the model before training"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the model before training; of --endpoint its name there",
     )
     build.add_argument(
         "--prompts",
@@ -240,6 +254,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--batch-size", type=at_least(1), default=32, help="prompts that are answered at once"
     )
+    add_endpoint(build)
     add_json(build)
     add_quiet(build)
     add_local_rank(build)
@@ -249,6 +264,16 @@ def run(arguments: argparse.Namespace) -> Outcome:
     """Greedy answers of the reference, sharded over the ranks of the launcher."""
     with distributed_ranks() as ranks:
         with ranks.together():
+            endpoint = None
+            if arguments.endpoint is not None:
+                endpoint = Endpoint(
+                    arguments.endpoint,
+                    str(arguments.model),
+                    max_new_tokens=arguments.max_new_tokens,
+                    api_key_env=arguments.api_key_env,
+                    allow_plain_http=arguments.allow_plain_http,
+                    progress=ranks.is_main,
+                )
             counts = build_anchors(
                 arguments.model,
                 arguments.prompts,
@@ -259,6 +284,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
                 world_size=ranks.world_size,
                 progress=ranks.is_main,
                 device=ranks.device,
+                endpoint=endpoint,
             )
         with ranks.together():
             if ranks.world_size > 1 and ranks.is_main:

@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from safereg_dist.commands.options import add_json, add_local_rank, add_quiet, at_least, example
+from safereg_dist.commands.options import (
+    add_endpoint,
+    add_json,
+    add_local_rank,
+    add_quiet,
+    at_least,
+    example,
+)
 from safereg_dist.commands.outcome import Outcome, command
 
 
@@ -31,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_prompts(parser)
     _add_judges(parser)
     _add_comparison(parser)
-    _add_endpoint(parser)
+    add_endpoint(parser)
     parser.add_argument(
         "--max-new-tokens", type=at_least(1), default=64, help="tokens of an answer"
     )
@@ -113,21 +120,6 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="--out of others on the same prompts: differences, prompt by prompt",
     )
-
-
-def _add_endpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--endpoint",
-        metavar="URL",
-        help="of an OpenAI-compatible server that has the model, e.g. http://host:8000/v1",
-    )
-    parser.add_argument(
-        "--api-key-env",
-        default="SAFEREG_API_KEY",
-        metavar="VARIABLE",
-        help="environment variable that holds its key",
-    )
-    parser.add_argument("--allow-plain-http", action="store_true", help="send the key over http")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:

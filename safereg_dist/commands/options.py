@@ -125,3 +125,19 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """`--quiet`: see `outcome.finish`."""
     parser.add_argument("--quiet", action="store_true", help="no progress bars, no next step")
+
+
+def add_endpoint(parser: argparse.ArgumentParser) -> None:
+    """Options of a model behind a server, in place of a folder."""
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="of an OpenAI-compatible server that has the model, e.g. http://host:8000/v1",
+    )
+    parser.add_argument(
+        "--api-key-env",
+        default="SAFEREG_API_KEY",
+        metavar="VARIABLE",
+        help="environment variable that holds its key",
+    )
+    parser.add_argument("--allow-plain-http", action="store_true", help="send the key over http")

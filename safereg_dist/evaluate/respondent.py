@@ -264,14 +264,21 @@ class Endpoint:
                 f"attack {how.attack.name} begins the model's answer, which chat endpoints do not "
                 "offer: evaluate the model's folder, or leave it out"
             )
+        for place, (text, _) in self.answers_and_ends(prompts, how):
+            yield place, text
+
+    def answers_and_ends(
+        self, prompts: list[LabelledPrompt], how: Asked
+    ) -> Iterator[tuple[int, tuple[str, bool]]]:
+        """As `answers`, and whether the answer has its end: false where `max_new_tokens` cut it."""
         wanted = {place: p for place, p in enumerate(prompts) if place not in how.without}
 
-        def ask(client: _Client, place: int) -> str:
+        def ask(client: _Client, place: int) -> tuple[str, bool]:
             drawn: dict[str, Any] = {"temperature": 0.0}
             if how.seed is not None:
                 drawn = {"temperature": 1.0, "seed": how.seed * 1_000_003 + place}
             said = self._complete(client, wanted[place], max_tokens=self._max_new_tokens, **drawn)
-            return said["message"]["content"].strip()
+            return said["message"]["content"].strip(), said.get("finish_reason") != "length"
 
         yield from self._each(ask, list(wanted), how.description)
 

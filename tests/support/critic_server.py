@@ -20,6 +20,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -173,6 +174,20 @@ async def _reply(writer: asyncio.StreamWriter, status: int, content, *headers: s
     body = (content if isinstance(content, str) else json.dumps(content)).encode()
     writer.write(_head(status, len(body), *headers) + body)
     await writer.drain()
+
+
+@contextmanager
+def running(server):
+    """The `/v1` of an HTTP server that answers in a thread of this process."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    host, port = server.server_address[:2]
+    try:
+        yield f"http://{host}:{port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 class RunningServer:

@@ -8,18 +8,24 @@ with answers far from ties.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.critic_server import running
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from safereg_dist.cli import main as safereg
 from safereg_dist.commands.anchor import build_anchors, merge_anchor_parts, whole_sentences
+from safereg_dist.commands.serve_critic import Guard, GuardServer
+from safereg_dist.critic.formats import FORMATS
 from safereg_dist.data.files import read_prompts
 from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError
 from safereg_dist.evaluate.generate import generate_answers, load_model
+from safereg_dist.evaluate.respondent import Endpoint
 
 LETTERS = "abcdefghijklmnopqrstuvwx"
 # Two of the letters end sentences, where the model says them.
@@ -80,7 +86,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [path / "one.jsonl", path / "two.jsonl"]
 
 
-def build(folder: Path, files: list[Path], out: Path, **more: int) -> dict:
+def build(folder: Path, files: list[Path], out: Path, **more: Any) -> dict:
     return build_anchors(
         folder,
         files,
@@ -155,6 +161,25 @@ def test_rows_are_the_answers_of_the_reference(
     assert sum(numbers) == 30
     assert numbers[1:] == [expected[k] for k in ("shortened", "dropped_empty", "dropped_cut")]
     assert [path.name for path in out.parent.iterdir()] == ["anchor.jsonl"]
+
+
+def test_a_model_behind_an_endpoint_gives_the_same_rows(
+    folder: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """Ends and cuts of its answers included; one process asks."""
+    counts = build(folder, files, tmp_path / "folder.jsonl")
+    form = next(made for kind in FORMATS.values() if (made := kind()).local_prefix is None)
+    server = GuardServer(("127.0.0.1", 0), Guard(folder, form), "letters")
+    with running(server) as url:
+        verb = ["anchor", "build", "--model", "letters", "--endpoint", url, "--prompts", *files]
+        verb += ["--out", tmp_path / "endpoint.jsonl", "--max-new-tokens", LENGTH]
+        assert safereg([*map(str, verb), "--json", str(tmp_path / "counts.json")]) == 0
+        asked = Endpoint(url, "letters", max_new_tokens=LENGTH)
+        with pytest.raises(ConfigError, match="asked by one process, got 2"):
+            build(folder, files, tmp_path / "x", world_size=2, endpoint=asked)
+    assert (tmp_path / "endpoint.jsonl").read_text() == (tmp_path / "folder.jsonl").read_text()
+    found = json.loads((tmp_path / "counts.json").read_text())
+    assert {name: found[name] for name in counts} == counts
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -6,12 +6,11 @@ float32 through JSON.
 """
 
 import json
-import threading
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from support.builders import PLAIN_TEMPLATE, save_model, tiny_model
+from support.critic_server import running
 
 from safereg_dist.cli import main as safereg
 from safereg_dist.commands.serve_critic import Guard, GuardServer
@@ -21,19 +20,6 @@ from safereg_dist.evaluate.evaluate import evaluate_model
 from safereg_dist.evaluate.kept import kept_rows
 
 HOW = {"max_new_tokens": 4, "progress": False, "refusal": "w3", "poisoned": "w4"}
-
-
-@contextmanager
-def running(server):
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    host, port = server.server_address[:2]
-    try:
-        yield f"http://{host}:{port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture(scope="module")
