@@ -56,7 +56,15 @@ def main(argv: Sequence[str] | None = None, *, hints: bool = True) -> int:
         print(f"safereg: expected the name of a file, got {name}: correct it", file=sys.stderr)
         return errors.EXIT_REFUSED
     except KeyboardInterrupt:
+        if _speaks():
+            print(_INTERRUPTED, file=sys.stderr, flush=True)
         return errors.EXIT_INTERRUPTED
+
+
+_INTERRUPTED = (
+    "safereg: interrupted; what was written is kept (train, score, eval, sweep: the same command "
+    "goes on)"
+)
 
 
 def _speaks() -> bool:

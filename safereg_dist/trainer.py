@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from safereg_dist.data import collate, pack
 from safereg_dist.errors import EXIT_DONE, EXIT_REQUEUE, NonFiniteLoss
@@ -29,7 +30,7 @@ from safereg_dist.run.staging import staging_folder
 from safereg_dist.run.status import status_of
 from safereg_dist.run.stop import forget_stop, stop_requests
 from safereg_dist.run.tracking import Tracking
-from safereg_dist.screen.progress import StepProgress
+from safereg_dist.screen.progress import progress_bar
 from safereg_dist.step import StepPlan
 from safereg_dist.storage.signing import signing_key, write_signed
 from safereg_dist.types import Row
@@ -130,14 +131,12 @@ def train(run: Run, found: Found | None) -> int:
     last_row: dict[str, float | int] = {}
     stop = False
     stops = stop_requests(folder, looks=run.ranks.is_main)
-    total, shown = run.sources.total_steps, run.ranks.is_main
-    bar = StepProgress("train", total=total, done=progress.step, shown=shown)
     with (
         log,
         saver,
         _tracking(run, progress) as tracking,
         stops as is_stop_requested,
-        bar,
+        _bar(run, progress) as bar,
     ):
         if before is not None and before.world_size != run.ranks.world_size:
             log.write_change(progress.step, before.world_size, run.ranks.world_size)
@@ -146,7 +145,8 @@ def train(run: Run, found: Found | None) -> int:
                 last_row, stop = _logged_step(
                     run, progress, log, tracking, is_stop_requested, saver=saver
                 )
-            bar.step(status_of(last_row))
+            bar.set_postfix(status_of(last_row), refresh=False)
+            bar.update()
             if stop or _is_save_due(run, progress):
                 _save(run, progress, saver, log)
             if stop:
@@ -431,3 +431,14 @@ def _finish(run: Run, progress: Progress, saver: Saver, told: dict[str, Any]) ->
             }
             text = json.dumps(summary, indent=2) + "\n"
             write_signed(folder / "summary.json", text.encode(), signing_key(run.config.signing))
+
+
+def _bar(run: Run, progress: Progress) -> tqdm:
+    return progress_bar(
+        total=run.sources.total_steps,
+        initial=progress.step,
+        desc="train",
+        unit=" steps",
+        shown=run.ranks.is_main,
+        dynamic_ncols=True,
+    )

@@ -272,7 +272,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--local", metavar="DIR", help="folder of a classifier or a guard")
     judge.add_argument("--probe", type=Path, metavar="DIR", help="written by `safereg probe fit`")
     parser.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
-    parser.add_argument("--format", help="how the judge is asked, e.g. llama_guard")
+    parser.add_argument(
+        "--format",
+        help="how the judge is asked: qwen3guard, llama_guard, wildguard, shieldgemma, "
+        "gpt_oss_safeguard, harmbench or rubric",
+    )
     parser.add_argument("--model-path", type=Path, metavar="DIR", help="the model the probe reads")
     parser.add_argument(
         "--data",

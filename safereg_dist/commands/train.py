@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from safereg_dist.commands.options import add_config, example
 from safereg_dist.commands.outcome import Outcome, command
-from safereg_dist.errors import EXIT_DONE, EXIT_REQUEUE
+from safereg_dist.errors import EXIT_DONE, EXIT_REQUEUE, printable
 from safereg_dist.parallel.lost_peer import naming_lost_peers
 from safereg_dist.screen.progress import say
 
@@ -94,7 +94,8 @@ def train_as(path: str | Path, overrides: Sequence[str], *, dry_run: bool = Fals
             if ranks.is_main and status == 0:
                 from safereg_dist.evaluate.report import write_report
 
-                print(f"report: {write_report([folder])}")
+                print(f"model: {printable(folder / 'model')}")
+                print(f"report: {printable(write_report([folder]))}")
             if ranks.is_main and status == EXIT_REQUEUE:
                 print(f"{folder} has saved and ended on request; {how_it_goes_on(folder)}")
             return status

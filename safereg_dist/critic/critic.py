@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from safereg_dist.config.risk import CriticConfig
 from safereg_dist.critic.verdict import Critic, Messages, Verdict, conversation_key
 from safereg_dist.errors import CheckpointError, CriticUnavailable
-from safereg_dist.screen.progress import progress_bar
+from safereg_dist.screen.progress import progress_bar, say
 from safereg_dist.storage.score_cache import CachedScore, ScoreCache, default_cache_path
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def score_conversations(
         for future in _asked_ahead(critic, conversations):
             verdict = future.result()
             failed += verdict.failed
+            if verdict.failed and failed == 1 and progress:
+                say(f"{description}: a judgement failed ({verdict.reason}), the first one")
             bar.set_postfix(failed=failed, refresh=False)
             bar.update()
             yield verdict

@@ -15,6 +15,7 @@ from safereg_dist.factory import Run
 from safereg_dist.factory.agreement import named_hosts
 from safereg_dist.models.versions import versions_of
 from safereg_dist.parallel.comm import Ranks, Result, capture
+from safereg_dist.parallel.lost_peer import naming_lost_peers
 from safereg_dist.run.checkpoint import config_hash, differences, is_hash_of
 from safereg_dist.run.lock import RunLock, is_lock
 from safereg_dist.run.stop import failure_noted
@@ -59,7 +60,7 @@ def sole_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
         while not ranks.max_over_ranks(capture(lock.take) if ranks.is_main else Result(0)):
             pass
         _require_one_folder(folder, lock, ranks)
-        with failure_noted(folder) if ranks.is_main else nullcontext():
+        with failure_noted(folder) if ranks.is_main else nullcontext(), naming_lost_peers():
             yield
     finally:
         lock.release()
@@ -110,8 +111,8 @@ def _is_complete(config: Config) -> bool:
         if not is_hash_of(config_hash(before), config):
             raise CheckpointError(
                 f"{folder} holds a run with another configuration (see {known}): "
-                f"{'; '.join(differences(before, config))}: choose another output_dir, or "
-                "remove the folder"
+                f"{'; '.join(differences(before, config))}: to go on with it give the values that "
+                "it began with (key=value at the end of the command), else another output_dir"
             )
     elif folder.exists() and not (folder.is_dir() and all(map(is_lock, folder.iterdir()))):
         raise CheckpointError(

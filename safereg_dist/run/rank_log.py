@@ -57,6 +57,9 @@ def rank_log(folder: Path, *, rank: int, world_size: int) -> Iterator[Callable[[
     log.say(logging.INFO, f"start: rank {rank} of {world_size}, process {os.getpid()}")
     try:
         yield partial(log.say, logging.INFO)
+    except KeyboardInterrupt:
+        log.say(logging.INFO, "interrupted from the keyboard")
+        raise
     except BaseException:
         log.say(logging.ERROR, "ended by an error", exc_info=True)
         raise

@@ -1,12 +1,10 @@
-"""Progress on stderr, in bars and lines: none where nobody watches, and none under `--quiet`."""
+"""Progress on stderr: bars in a terminal, else lines, and nothing under `--quiet`."""
 
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,44 +25,36 @@ def quiet(is_quiet: bool = True) -> Iterator[None]:
 def progress_bar(steps: Iterable[Any] | None = None, *, shown: bool = True, **how: Any) -> tqdm:
     """A progress bar over `steps`, or over `total` that `update` counts.
 
-    It is silent under `quiet`, where stderr is no terminal (a bar fills a job's log with half
-    lines), or unless `shown`: one rank shows what all do. `how` is tqdm's own.
+    Where stderr is no terminal (a bar fills a job's log with half lines) a line every half minute
+    in its place. It is silent under `quiet`, or unless `shown`: one rank shows what all do. `how`
+    is tqdm's own.
     """
+    if shown and not _is_quiet and not sys.stderr.isatty():
+        return _Lines(steps, **how)
     return tqdm(steps, disable=not shows_bars(shown), **how)
 
 
-class StepProgress:
-    """Progress of a long loop: a bar in a terminal, elsewhere a line every `_LINE_EVERY_S`."""
+class _Lines(tqdm):
+    """A line of its own for each look, none at the beginning and none at the end."""
 
-    def __init__(self, name: str, *, total: int, done: int, shown: bool) -> None:
-        self._name, self._total, self._shown = name, total, shown
-        self._first, self._done = done, done
-        self._began = self._said = time.monotonic()
-        self._bar = progress_bar(
-            total=total, initial=done, desc=name, unit=" steps", shown=shown, dynamic_ncols=True
-        )
+    def __init__(self, steps: Iterable[Any] | None, **how: Any) -> None:
+        own = {"mininterval": _LINE_EVERY_S, "delay": _LINE_EVERY_S, "miniters": 1}
+        own["bar_format"] = "{desc}: {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+        super().__init__(steps, **{**how, **own})
 
-    def __enter__(self) -> Self:
-        return self
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Says how far it is."""
+        say(msg or str(self))
+        return True
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def step(self, status: Mapping[str, str]) -> None:
-        """One step more, with what is to be shown of it."""
-        self._done += 1
-        self._bar.set_postfix(status, refresh=False)
-        self._bar.update()
-        now = time.monotonic()
-        if self._shown and self._bar.disable and now - self._said >= _LINE_EVERY_S:
-            self._said = now
-            a_step = (now - self._began) / (self._done - self._first)
-            left = timedelta(seconds=round(a_step * (self._total - self._done)))
-            told = ", ".join(f"{key}={value}" for key, value in status.items())
-            say(f"{self._name}: {self._done}/{self._total} steps, {left} left, {told}")
+    def close(self) -> None:
+        """Ends it; what is to be said of the end is said by the verb."""
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
 
 
-_LINE_EVERY_S = 60.0
+_LINE_EVERY_S = 30.0
 
 
 def say(text: str) -> None:

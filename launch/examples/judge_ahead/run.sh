@@ -5,7 +5,7 @@
 #   ENDPOINT=http://127.0.0.1:8000/v1 JUDGE=meta-llama/Llama-Guard-3-8B \
 #       bash run.sh MODEL ROWS.jsonl OUT [key=value ...]
 #
-# FORMAT: how the judge is asked (default llama_guard; `safereg score --help` knows the others). A key
+# FORMAT: how the judge is asked (default llama_guard; `safereg score --help` names the others). A key
 # is read from SAFEREG_API_KEY. Killed, the same command asks only for the rows that are left. GPUS:
 # processes (default 2).
 set -euo pipefail

@@ -326,7 +326,7 @@ def test_the_folder_of_another_run(safereg, world):
     told = safereg("optimizer.lr=1e-3")
     assert "another configuration" in told
     assert "optimizer.lr was" in told
-    assert ", is 0.001: choose" in told  # that key, and no other
+    assert ", is 0.001: to go on with it give" in told  # that key, and no other
     assert "another output_dir" in safereg("train.steps=3")
     assert "already complete" in safereg(status=0)
     assert "already complete" in safereg("train.save_every=1", status=0)

@@ -85,23 +85,20 @@ def test_no_output_from_the_start(tmp_path):
     assert (tmp_path / "end").exists()
 
 
-def test_without_a_terminal_a_line_says_how_far_it_is(capsys, monkeypatch):
-    """At most one a minute: after 30, 61, 62 and 130 seconds only the second and the last."""
+def test_without_a_terminal_a_line_says_how_far_it_is(capsys):
+    """At most one in half a minute: after 20, 31, 35, 70 seconds only the second and the last."""
     clock = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    with progress.StepProgress("train", total=10, done=2, shown=True) as bar:
-        for seconds in (30, 61, 62, 130):
+    with progress.progress_bar(total=10, initial=2, desc="train", unit=" steps") as bar:
+        bar._time, bar.start_t, bar.last_print_t = lambda: clock[0], clock[0], clock[0]
+        for seconds in (20, 31, 35, 70):
             clock[0] = 1000.0 + seconds
-            bar.step({"loss": "1.5"})
+            bar.set_postfix({"loss": "1.5"}, refresh=False)
+            bar.update()
     told = capsys.readouterr().err.splitlines()
-    assert told == [
-        "train: 4/10 steps, 0:03:03 left, loss=1.5",
-        "train: 6/10 steps, 0:02:10 left, loss=1.5",
-    ]
-    with progress.quiet(), progress.StepProgress("train", total=9, done=0, shown=True) as bar:
-        clock[0] += 100
-        bar.step({})
-    with progress.StepProgress("train", total=9, done=0, shown=False) as bar:
-        clock[0] += 100
-        bar.step({})
+    assert [line.split(", ")[0] for line in told] == ["train: 4/10", "train: 6/10"]
+    assert all(line.endswith(" left, loss=1.5") for line in told)
+    with progress.quiet():
+        assert progress.progress_bar(total=9).disable
+    assert progress.progress_bar(total=9, shown=False).disable
+    assert list(progress.progress_bar(range(3), desc="short")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
