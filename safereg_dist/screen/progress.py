@@ -49,9 +49,8 @@ class _Lines(tqdm):
 
     def close(self) -> None:
         """Ends it; what is to be said of the end is said by the verb."""
-        if not self.disable:
-            self.disable = True
-            self._decr_instances(self)
+        self.sp = None  # tqdm's printer: without one it writes nothing
+        super().close()
 
 
 _LINE_EVERY_S = 30.0
