@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safereg_dist.commands.options import add_config, add_json, add_quiet, example
-from safereg_dist.commands.outcome import Outcome, command
+from safereg_dist.commands.outcome import Outcome, command, training_verb
 from safereg_dist.config import load_config
 from safereg_dist.errors import ConfigError
 from safereg_dist.screen.progress import say
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
                 )
                 report = write_audit(folder, ranks.world_size, facts)
                 print_audit(report, facts, folder, show_text=arguments.show_text)
-                verb = "train" if config.engine.name == "single" else "launch"
+                verb = training_verb(config.engine.name)
                 outcome = Outcome(figures=report, now=_next(arguments, report, verb))
     finally:
         leave_group()

@@ -53,6 +53,11 @@ def command(*words: object) -> str:
     return " ".join(["safereg", *(shlex.quote(str(word)) for word in words)])
 
 
+def training_verb(engine: str) -> str:
+    """The verb that trains on all GPUs: `launch`, but of an engine of one process."""
+    return "train" if engine == "single" else "launch"
+
+
 def _write(to: str, text: str) -> None:
     if to == STDOUT:
         print(text, end="", flush=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safereg_dist.coefficient import Coefficient
 from safereg_dist.commands.options import add_action, add_config, add_json, add_quiet, example
-from safereg_dist.commands.outcome import Outcome, command
+from safereg_dist.commands.outcome import Outcome, command, training_verb
 from safereg_dist.config import load_config, replace
 from safereg_dist.data import TokenizedDataset
 from safereg_dist.errors import ConfigError, DataError
@@ -230,9 +230,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
         leave_group()
     if size is None:
         return Outcome()
+    same = (arguments.config, *arguments.overrides)
     return Outcome(
         figures={**size._asdict(), "out": arguments.out},
-        now=command(
-            *("train", arguments.config, *arguments.overrides, f"reference.cache={arguments.out}")
-        ),
+        now=command(training_verb(config.engine.name), *same, f"reference.cache={arguments.out}"),
     )

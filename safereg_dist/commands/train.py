@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safereg_dist.commands.options import add_config, example
-from safereg_dist.commands.outcome import Outcome, command
+from safereg_dist.commands.outcome import Outcome, command, training_verb
 from safereg_dist.errors import EXIT_DONE, EXIT_REQUEUE, printable
 from safereg_dist.parallel.lost_peer import naming_lost_peers
 from safereg_dist.screen.progress import say
@@ -34,11 +34,12 @@ def run(arguments: argparse.Namespace) -> Outcome:
     status = train_as(config, overrides, dry_run=arguments.dry_run)
     if status != EXIT_DONE or os.environ.get("RANK", "0") != "0":
         return Outcome(status=status)
-    if arguments.dry_run:
-        return Outcome(now=command("train", config, *overrides))
     from safereg_dist.config import load_config
 
-    folder = Path(load_config(config, list(overrides)).output_dir)
+    loaded = load_config(config, list(overrides))
+    if arguments.dry_run:
+        return Outcome(now=command(training_verb(loaded.engine.name), config, *overrides))
+    folder = Path(loaded.output_dir)
     given = ("--model", folder / "model", "--prompts", "HELD_OUT.jsonl")
     return Outcome(now=command("eval", *given, "--out", folder / "eval.json"))
 
