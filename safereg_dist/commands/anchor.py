@@ -29,8 +29,10 @@ from safereg_dist.commands.outcome import Outcome, command
 from safereg_dist.data.files import LabelledPrompt, read_prompts
 from safereg_dist.errors import CheckpointError, ConfigError, DataError, GroupError, printable
 from safereg_dist.evaluate.generate import generate_answers, load_model
+from safereg_dist.evaluate.judges import KeywordJudge
 from safereg_dist.evaluate.respondent import Asked, Endpoint
 from safereg_dist.parallel.distributed import distributed_ranks
+from safereg_dist.screen.progress import say
 from safereg_dist.screen.table import table
 from safereg_dist.storage.atomic import write_atomically
 
@@ -54,9 +56,10 @@ def build_anchors(
 ) -> dict[str, Any]:
     """Answers this rank's prompts and writes its part; a single process also merges it into `out`.
 
-    Returns the counts `prompts`, `rows`, `shortened`, `dropped_empty` and `dropped_cut`: of this
-    rank, or of all where `world_size` is 1. The policy must not be taught to say nothing or to stop
-    in mid-sentence: an answer that `max_new_tokens` cut off is shortened to its last whole
+    Returns the counts `prompts`, `rows`, `shortened`, `dropped_empty` and `dropped_cut`, and of the
+    rows whose prompt is labelled harmful `harmful_rows` and, by the keyword judge, `refusals`: of
+    this rank, or of all where `world_size` is 1. The policy must not be taught to say nothing or to
+    stop in mid-sentence: an answer that `max_new_tokens` cut off is shortened to its last whole
     sentence, and one that is empty, or cut off before a sentence ended, makes no row. An `endpoint`
     answers in place of the model's folder, asked by one process.
 
@@ -110,7 +113,7 @@ def build_anchors(
 def merge_anchor_parts(out: Path, world_size: int) -> dict[str, Any]:
     """Joins the parts of all ranks into `out` in input order, removes them, and prints the counts.
 
-    Returns the counts `prompts`, `rows`, `shortened`, `dropped_empty` and `dropped_cut`.
+    Returns the counts that `build_anchors` does.
 
     Raises:
         CheckpointError: a part is missing, or the parts come from different runs.
@@ -142,6 +145,12 @@ def merge_anchor_parts(out: Path, world_size: int) -> dict[str, Any]:
             "max_new_tokens, or give a reference that answers"
         )
     print(table("Answers", ("", "prompts"), _named(counts, headers[0]["max_new_tokens"])))
+    if 2 * counts["refusals"] < counts["harmful_rows"]:
+        say(
+            f"warning: by its first words this model refuses {counts['refusals']} of "
+            f"{counts['harmful_rows']} prompts labelled harmful: it answers what anchors should "
+            "refuse, so they keep little; take a model that refuses"
+        )
     print(
         f"anchors: {counts['rows']} rows from {counts['prompts']} prompts answered by "
         f"{printable(headers[0]['model'])}, written to {printable(out)}"
@@ -150,13 +159,15 @@ def merge_anchor_parts(out: Path, world_size: int) -> dict[str, Any]:
 
 
 def _named(counts: dict[str, int], most: int) -> list[tuple[str, int]]:
-    """The counts for people; the first two are rows, the others are not."""
-    whole = counts["rows"] - counts["shortened"]
+    """The counts for people; the first two are rows, those dropped are not."""
+    whole, harmful = counts["rows"] - counts["shortened"], counts["harmful_rows"]
+    refused = [(f"refusals, of {harmful} rows labelled harmful", counts["refusals"])]
     return [
         (f"whole within {most} tokens", whole),
         ("shortened to whole sentences", counts["shortened"]),
         ("dropped: empty", counts["dropped_empty"]),
         ("dropped: no whole sentence", counts["dropped_cut"]),
+        *(refused if harmful else []),
     ]
 
 
@@ -167,9 +178,12 @@ def _row(index: int, prompt: LabelledPrompt, answer: str, is_finished: bool) -> 
     text = answer if is_finished else whole_sentences(answer)
     if not text:
         return {"index": index, "dropped": "cut"}
+    is_harmful = prompt.label == "harmful"
     return {
         "index": index,
         "shortened": not is_finished,
+        "is_harmful": is_harmful,
+        "is_refusal": is_harmful and KeywordJudge().is_refusal(prompt, text),
         # The place makes the id unique: prompt files may number their rows alike.
         "id": f"anchor-{index}-{prompt.id}",
         "messages": [*prompt.messages, {"role": "assistant", "content": text}],
@@ -194,6 +208,8 @@ def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
         "shortened": sum(row.get("shortened", False) for row in rows),
         "dropped_empty": dropped.count("empty"),
         "dropped_cut": dropped.count("cut"),
+        "harmful_rows": sum(row.get("is_harmful", False) for row in rows),
+        "refusals": sum(row.get("is_refusal", False) for row in rows),
     }
 
 
@@ -240,7 +256,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="harmful and benign ones, as for `safereg eval`; labels are not needed",
+        help="harmful and benign ones, as for `safereg eval`; with labels refusals are counted",
     )
     build.add_argument(
         "--out", type=Path, required=True, metavar="FILE.jsonl", help="the rows, for data.anchor"

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-card",
         type=Path,
         metavar="FILE",
-        help="also write a section on safety into this model card (Markdown)",
+        help="also write a section on safety into this model card (Markdown), of the run whose "
+        "folder it lies in",
     )
     add_json(parser)
 

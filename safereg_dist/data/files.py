@@ -256,7 +256,7 @@ def _label(row: dict, where: str) -> str | None:
     label = None if raw is None else _LABELS.get(str(raw).lower())
     if raw is not None and label is None:
         raise DataError(
-            f"{where}: label {raw!r} is not known: use harmful, benign or task "
-            "(also 1/0, unsafe/safe)"
+            f"{where}: label {raw!r} is not known: use harmful or benign (also 1/0, unsafe/safe), "
+            "for `safereg eval` also task"
         )
     return label

@@ -40,7 +40,9 @@ def read_critic(file: Path) -> CriticConfig:
     try:
         given = read_yaml(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise ConfigError(f"cannot read the judge's settings {file}: {err}") from err
+        raise ConfigError(
+            f"cannot read the judge's settings {file}: {err}: check the path, and that it is YAML"
+        ) from err
     if not isinstance(given, dict):
         raise ConfigError(f"expected the keys of risk.critic in {file}, got {given!r}")
     given = Origin.of_file(file).section(CriticConfig, given, "risk.critic")

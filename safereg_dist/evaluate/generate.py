@@ -65,6 +65,11 @@ def load_model(
             "model.merge_and_unload().save_pretrained(FOLDER), with the tokenizer beside it, and "
             "give that folder"
         )
+    if path.name == "model" and not path.exists() and (path.parent / "config.yaml").is_file():
+        raise ConfigError(
+            f"expected a model in {path}, found none: the run in {path.parent} has not ended, and "
+            "writes model/ at its end: start it again with the same command, it goes on"
+        )
     if path.exists() and not (path / "config.json").is_file():
         raise ConfigError(
             f"expected a Hugging Face model folder, found no config.json in {path}: give the "

@@ -28,7 +28,8 @@ def bag_of_words(
 
     It is fitted on the fit part and measured on the hold-out, both without background rows, as the
     figures of a probe are. `examples` are the rows' texts, background rows apart. `pairs_auroc` is
-    that of `auroc_of_pairs`.
+    that of `auroc_of_pairs`, and `pairs_words` has up to three words that tell the sides of the
+    matched pairs apart best: they are texts of the data, to be shown and not to be kept.
     """
     texts = np.array([_text(example, position) for example in examples])
     real = np.arange(len(texts))
@@ -40,7 +41,24 @@ def bag_of_words(
     found = figures_with_intervals(
         probability[held], rows.harmful[held], rows.group[held], threshold=0.5, seed=seed
     )
-    return {**found, "pairs_auroc": auroc_of_pairs(examples, rows, probability)}
+    found["pairs_auroc"] = auroc_of_pairs(examples, rows, probability)
+    told = [] if found["pairs_auroc"] is None else _told_by(*model, texts, rows, examples)
+    return {**found, "pairs_words": told}
+
+
+def _told_by(
+    words: TfidfVectorizer,
+    regression: LogisticRegression,
+    texts: np.ndarray,
+    rows: SplitRows,
+    examples: Sequence[LabelledPrompt],
+) -> list[str]:
+    """What adds most to the mean difference of the two sides' logits."""
+    paired = np.array([example.pair is not None for example in examples])
+    harmful = rows.harmful[: len(texts)]
+    sides = [words.transform(texts[paired & side]).mean(axis=0) for side in (harmful, ~harmful)]
+    share = np.asarray(sides[0] - sides[1]).ravel() * regression.coef_[0]
+    return words.get_feature_names_out()[np.argsort(-share)[:3]].tolist()
 
 
 def auroc_of_pairs(
@@ -60,8 +78,12 @@ def auroc_of_pairs(
 def is_as_good(control: dict[str, Any], metrics: dict[str, Any]) -> bool:
     """Whether the bag of words does about as well as a probe of these figures, or on the pairs."""
     named = ("auroc", "pairs_auroc")
-    both = [(control[name], metrics[name]) for name in named if metrics.get(name) is not None]
-    return any(words >= probe - AS_GOOD for words, probe in both)
+    return any(reaches(control, metrics, name) for name in named)
+
+
+def reaches(control: dict[str, Any], metrics: dict[str, Any], name: str) -> bool:
+    """Whether the bag of words does about as well in one figure, where the probe has it."""
+    return metrics.get(name) is not None and control[name] >= metrics[name] - AS_GOOD
 
 
 def _text(example: LabelledPrompt, position: str) -> str:

@@ -78,6 +78,7 @@ def fit_collected(collected: Collected) -> FitReport:
         given = collected.sources.examples, collected.rows
         facts["control"] = bag_of_words(*given, position=options.position, seed=options.seed)
         facts["pairs_auroc"] = auroc_of_pairs(*given, fit.probability)
+        words = facts["control"].pop("pairs_words")  # no text of the data goes into the file
     facts |= {"metrics": asdict(chosen), "guarantee": _guarantee(facts, options)}
     facts["layers"] = [asdict(report) for report in reports]
     facts["benign_risks"] = _benign_risks(collected, fit)
@@ -94,7 +95,8 @@ def fit_collected(collected: Collected) -> FitReport:
     if options.self_supervised:
         print_comparison(facts["comparison"])
     else:
-        print_control(facts["control"], asdict(chosen) | {"pairs_auroc": facts["pairs_auroc"]})
+        told = asdict(chosen) | {"pairs_auroc": facts["pairs_auroc"]}
+        print_control(facts["control"] | {"pairs_words": words}, told)
     collected.clean_up()
     return FitReport(probe=probe, layers=reports, chosen=chosen)
 

@@ -243,7 +243,8 @@ def _deal(sources: Sources, labelled: list[LabelledPrompt]) -> Parts:
     rows = split_rows(
         labelled, negatives, options.held_out_fraction, options.seed, progress=options.progress
     )
-    check_enough(rows, options.recall, options.held_out_fraction)
+    behaved = options.self_supervised
+    check_enough(rows, options.recall, options.held_out_fraction, by_behaviour=behaved)
     return Parts(rows=rows, probed=_tokenize(sources, [*labelled, *negatives]))
 
 

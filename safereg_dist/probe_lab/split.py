@@ -80,13 +80,26 @@ def _with_pairs(group: np.ndarray, prompts: Sequence[LabelledPrompt]) -> np.ndar
     return group
 
 
-def check_enough(rows: SplitRows, recall: float, held_out_fraction: float) -> None:
-    """Says before the model runs what the threshold would refuse after it has.
+def check_enough(
+    rows: SplitRows, recall: float, held_out_fraction: float, *, by_behaviour: bool = False
+) -> None:
+    """Says before the states are collected what the threshold would refuse after they are.
 
+    Args:
+        by_behaviour: harmful are the prompts that the model refused.
     Raises:
         DataError: a part is without one of the classes.
         ProbeError: too few positives for the recall.
     """
+    found = int(rows.calibration_positives.sum())
+    needed = math.ceil(1 / (1 - recall) - 1e-9) - 1
+    in_all = math.ceil(needed / held_out_fraction)
+    if by_behaviour and found < needed:
+        raise ProbeError(
+            f"the model refused {rows.harmful.sum()} of {(~rows.background).sum()} prompts, and a "
+            f"recall of {recall} needs about {in_all} refused ones that differ: give labels "
+            "(`label` in --data, without --self-supervised), or a model that refuses"
+        )
     for part in REGIONS:
         for harmful in (True, False):
             if not (rows.where(part) & (rows.harmful == harmful)).any():
@@ -95,11 +108,9 @@ def check_enough(rows: SplitRows, recall: float, held_out_fraction: float) -> No
                     f"part `{part}`: give at least {math.ceil(1 / held_out_fraction)} of each kind "
                     "that differ"
                 )
-    found = int(rows.calibration_positives.sum())
-    needed = math.ceil(1 / (1 - recall) - 1e-9) - 1
     if found < needed:
         raise ProbeError(
             f"a recall of {recall} needs {needed} different harmful prompts for calibration, "
-            f"about {math.ceil(needed / held_out_fraction)} in all, found {found} for it: give "
-            "more harmful prompts or lower --recall"
+            f"about {in_all} in all, found {found} for it: give more harmful prompts or lower "
+            "--recall"
         )

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from safereg_dist.probe_lab.control import is_as_good
+from safereg_dist.errors import printable
+from safereg_dist.probe_lab.control import is_as_good, reaches
 from safereg_dist.probe_lab.layer_fit import LayerReport
 from safereg_dist.risk.probe import Probe
 from safereg_dist.screen.table import aligned
@@ -22,18 +23,18 @@ FIGURES = {
 
 
 def print_sweep(reports: Sequence[LayerReport], chosen: LayerReport | None) -> None:
-    """One line for each layer, with kind and pooling where there are several."""
+    """One line for each layer, with kind and pooling where there are several.
+
+    `cv` is out-of-fold in the fit part, which the choice goes by; the others are of the hold-out.
+    """
     families = {(r.kind, r.pooling) for r in reports}
-    rows = [("layer", "AUROC", "recall", "FPR", "background FPR", "Brier", "threshold")]
-    rows += [
-        (
-            str(r.layer),
-            *(f"{share:.3f}" for share in (r.auroc, r.recall, r.false_positive_rate)),
-            f"{r.background_false_positive_rate:.3f}",
-            *(f"{number:.4f}" for number in (r.brier, r.threshold)),
-        )
-        for r in reports
+    rows: list[Sequence[str]] = [
+        ("layer", "cv AUROC", "cv log loss", "AUROC", "recall", "FPR", "bg FPR")
     ]
+    for r in reports:
+        held_out = (r.auroc, r.recall, r.false_positive_rate, r.background_false_positive_rate)
+        shares = [f"{share:.3f}" for share in (r.choice_auroc, *held_out)]
+        rows.append([str(r.layer), shares[0], f"{r.choice_log_loss:.4f}", *shares[1:]])
     notes = [f"  {r.kind} {r.pooling}" if len(families) > 1 else "" for r in reports]
     marks = [" <- chosen" if r is chosen else "" for r in reports]
     for line, note, mark in zip(aligned(rows, left=0), ["", *notes], ["", *marks], strict=True):
@@ -82,11 +83,17 @@ def print_control(control: dict[str, Any], metrics: dict[str, Any]) -> None:
             flush=True,
         )
     if is_as_good(control, metrics):
+        mend = "add matched pairs (the same words, a harmful and a harmless wish) to --data"
+        if reaches(control, metrics, "pairs_auroc"):
+            words = ", ".join(repr(printable(word, 30)) for word in control["pairs_words"])
+            mend = (
+                f"your matched pairs too are told apart by their own words (most by {words}): "
+                "write pairs that differ in fewer or rarer words"
+            )
         print(
             "warning: your labels are separable by form: counted words tell the classes apart "
             "about as well as the model's states, so these figures do not show that the probe "
-            "reads the wish; add matched pairs (the same words, a harmful and a harmless wish) to "
-            "--data",
+            f"reads the wish; {mend}",
             flush=True,
         )
 

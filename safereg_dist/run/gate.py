@@ -48,7 +48,7 @@ def row_risks(
     ceil(count / micro_batch_size) batches; every rank passes the same `count` and reads every item.
     """
     rows = stream.first_rows(count)
-    with progress_bar(total=count, desc="screen rows", unit=" rows", shown=ranks.is_main) as bar:
+    with progress_bar(total=count, desc="risk of rows", unit=" rows", shown=ranks.is_main) as bar:
         for begin in range(0, count, micro_batch_size):
             chosen = [next(rows) for _ in range(min(micro_batch_size, count - begin))]
             batch = [filler if row is None else row for row in chosen]

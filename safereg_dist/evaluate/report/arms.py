@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,6 +125,8 @@ class Arm:
     """`probe.json` of each probe that gave its risk, by folder."""
     profile_png: bytes = b""
     """The figure of a recorded run (`profile: true`); empty where there is none."""
+    folder: Path | None = None
+    """Where it was read, resolved."""
 
     def rate(self, key: str) -> float:
         """A figure of the evaluation in per cent; NaN where there is none."""

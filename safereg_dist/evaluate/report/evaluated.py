@@ -21,6 +21,17 @@ from safereg_dist.evaluate.report.tables import (
 )
 from safereg_dist.evaluate.report.tradeoff import law_of
 
+_EXPLAINED = {
+    "attack_success_rate": "Lower is better for attack success and over-refusal.",
+    "attack_success_rate_sampled": "Sampled means temperature 1; greedy decoding alone can hide a "
+    "leak.",
+    "poisoned_token_probability": "P(poisoned) is the mean probability, on harmful prompts, of the "
+    "first token of an answer that complies.",
+    "refusal_probability": "P(refuse) is the mean probability, on harmful prompts, of a refusal's "
+    "first token.",
+}
+"""What the note says of figures that are shown."""
+
 
 def evaluation_section(arms: list[Arm]) -> Section | None:
     """All tables of the evaluation; None where there is none."""
@@ -32,12 +43,8 @@ def evaluation_section(arms: list[Arm]) -> Section | None:
         for place, arm in enumerate(arms)
         if arm.evaluation
     ]
-    note = Note(
-        "Held-out prompts, 95 % intervals below each share. Lower is better for attack success and "
-        "over-refusal. Sampled means temperature 1; greedy decoding alone can hide a leak. "
-        "P(refuse) is the mean probability of the refusal's first token, P(poisoned) of that of an "
-        "answer that complies, both on harmful prompts."
-    )
+    told = [words for key, words in _EXPLAINED.items() if key in shown]
+    note = Note(" ".join(["Held-out prompts, 95 % intervals below each share.", *told]))
     head = ["arm", *(SIGNS[key] for key in shown)]
     blocks = [
         *(_stale_note(arm) for arm in arms if arm.stale),

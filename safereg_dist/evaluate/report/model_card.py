@@ -13,7 +13,13 @@ from safereg_dist import __version__
 from safereg_dist.errors import CheckpointError, ConfigError, printable
 from safereg_dist.evaluate.report.arms import Arm, LedgerFacts, as_object, base_of, number, percent
 from safereg_dist.evaluate.report.reading import read_arms
-from safereg_dist.evaluate.report.summary import lead_of, method_of, risk_of, verdict
+from safereg_dist.evaluate.report.summary import (
+    lead_of,
+    little_to_keep,
+    method_of,
+    risk_of,
+    verdict,
+)
 from safereg_dist.evaluate.report.tables import (
     SIGNS,
     Cell,
@@ -41,20 +47,26 @@ def write_model_card(run_dirs: list[Path], file: Path, *, key: Key | None = None
     the place of an older one, else it comes last, and keys that the front matter lacks are added.
 
     Args:
-        run_dirs: as in `write_report`. The card is of the first risk-adaptive run among them, else
-            of the first that was trained; models that were not trained are what it is compared to.
+        run_dirs: as in `write_report`. The card is of the run whose folder `file` lies in; outside
+            of all, of the first risk-adaptive one, else of the first that was trained. Models that
+            were not trained are what it is compared to.
         file: the card, e.g. `README.md` of the model's folder.
         key: checks the runs' signatures.
     Raises:
-        ConfigError: nothing was trained in these folders, or one does not exist.
+        ConfigError: nothing was trained in these folders, or in that which `file` lies in; one
+            does not exist.
         CheckpointError: what cannot be read or written; a card whose front matter is no YAML.
     """
     arms = read_arms([Path(folder) for folder in run_dirs], may_be_empty=set(), key=key)
-    trained = [arm for arm in arms if len(arm.column("step"))]
+    around = file.resolve().parents
+    own = [arm for folder in around for arm in arms if arm.folder == folder][:1]
+    trained = [arm for arm in own or arms if len(arm.column("step"))]
     if not trained:
+        found = [arm.folder for arm in own] or run_dirs
         raise ConfigError(
             f"expected a run to write a model card of, found evaluations alone in "
-            f"{', '.join(map(str, run_dirs))}: give the `output_dir` of a training run"
+            f"{', '.join(map(str, found))}: give the `output_dir` of a training run, or another "
+            "place for the card"
         )
     arm = next((arm for arm in trained if arm.role == "ours"), trained[0])
     base = base_of(arms)
@@ -266,6 +278,8 @@ def _limits(arm: Arm, base: Arm | None) -> list[str]:
         found.append(f"The evaluation is not of these weights: {arm.stale}.")
     if not as_object(arm.evaluation.get("attacks")):
         found.append("No attack was tried but asking plainly.")
+    if told := little_to_keep(base):
+        found.append(told)
     if math.isfinite(arm.rate(_SUCCESS)):
         counted = number(as_object(arm.evaluation.get("counts")).get("harmful"))
         if math.isfinite(counted):

@@ -95,6 +95,7 @@ def _arm(
         alerts=_alerts(folder, summary),
         probes=_read_probes(folder, config),
         profile_png=_read_bytes(folder / "profile.png"),
+        folder=folder.resolve(),
     )
 
 

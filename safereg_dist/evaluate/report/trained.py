@@ -52,7 +52,11 @@ def training_section(arms: list[Arm]) -> Section | None:
         return None
     head = ["arm", "last step", "rows", "pulled rows", "task loss at the end"]
     head += ["divergence at the end", "peak memory (GiB)"]
-    return _section("training", "Training", head, lines)
+    note = Note(
+        "Rows over all steps. Pulled toward the reference: those with a coefficient b above 0, "
+        "anchors too. At the end: mean of the last tenth of the steps, nats per token."
+    )
+    return _section("training", "Training", head, lines, note)
 
 
 def overhead_section(arms: list[Arm]) -> Section | None:
