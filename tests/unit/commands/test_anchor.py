@@ -28,9 +28,9 @@ from safereg_dist.evaluate.generate import generate_answers, load_model
 from safereg_dist.evaluate.respondent import Endpoint
 
 LETTERS = "abcdefghijklmnopqrstuvwx"
-# Two of the letters end sentences, where the model says them.
+# Two of the letters end sentences, where the model says them; many answers begin with the last.
 ENDS = {"k": "k.", "q": "q."}
-SAID = [ENDS.get(letter, letter) for letter in LETTERS]
+SAID = [(ENDS | {"x": "sorry"}).get(letter, letter) for letter in LETTERS]
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<asst>", "<unk>", *SAID]
 LENGTH = 9
 
@@ -145,6 +145,8 @@ def test_rows_are_the_answers_of_the_reference(
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows == kept
     assert len({row["id"] for row in rows}) == len(rows)
+    pairs = zip(prompts, texts, strict=True)
+    harmful = [text for prompt, text in pairs if text and prompt.label == "harmful"]
     cut = [bool(text) for text, answer in zip(texts, answers, strict=True) if not answer.finished]
     expected = {
         "prompts": 30,
@@ -152,15 +154,42 @@ def test_rows_are_the_answers_of_the_reference(
         "shortened": sum(cut),
         "dropped_empty": sum(answer.finished and not answer.text for answer in answers),
         "dropped_cut": len(cut) - sum(cut),
+        "harmful_rows": len(harmful),
+        "refusals": sum(text.startswith("sorry") for text in harmful),
     }
     assert counts == expected
     assert min(expected.values()) > 0, "the case must have rows of all four kinds"
     *shown, last = capsys.readouterr().out.splitlines()
     assert last.startswith(f"anchors: {len(kept)} rows from 30 prompts")
     numbers = [int(line.split()[-1]) for line in shown[2:]]
-    assert sum(numbers) == 30
-    assert numbers[1:] == [expected[k] for k in ("shortened", "dropped_empty", "dropped_cut")]
+    assert sum(numbers[:4]) == 30
+    told = ("shortened", "dropped_empty", "dropped_cut", "refusals")
+    assert numbers[1:] == [expected[k] for k in told]
     assert [path.name for path in out.parent.iterdir()] == ["anchor.jsonl"]
+
+
+@pytest.mark.parametrize(("refused", "is_warned"), [(3, True), (4, False)])
+def test_a_model_that_answers_most_harmful_prompts_is_warned_of(
+    folder: Path,
+    files: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: int,
+    is_warned: bool,
+) -> None:
+    build(folder, files, tmp_path / "all.jsonl")
+    turns = [json.loads(line)["messages"] for line in (tmp_path / "all.jsonl").open()]
+    kinds = ([t for t in turns if t[-1]["content"].startswith("sorry") == no] for no in (1, 0))
+    chosen = [
+        turn for kind, count in zip(kinds, (refused, 4), strict=True) for turn in kind[:count]
+    ]
+    rows = [{"messages": turn[:-1], "label": "harmful"} for turn in chosen]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    build(folder, [tmp_path / "some.jsonl"], tmp_path / "some-anchor.jsonl")
+    shown = capsys.readouterr()
+    assert f"refusals, of {len(rows)} rows labelled harmful" in shown.out
+    assert (f"refuses {refused} of {len(rows)} prompts labelled harmful" in shown.err) == is_warned
 
 
 def test_a_model_behind_an_endpoint_gives_the_same_rows(

@@ -115,7 +115,7 @@ def test_verdicts_that_failed_count_nowhere():
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "cannot read"), ("- a\n", "expected the keys"), ("endpont: x\n", "endpoint")],
+    [(None, "check the path"), ("- a\n", "expected the keys"), ("endpont: x\n", "endpoint")],
 )
 def test_settings_that_cannot_be_read(tmp_path, content, says):
     path = tmp_path / "guard.yaml"

@@ -556,6 +556,10 @@ def test_bad_model_folders_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot load"):
         load_model(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"the run in .*run has not ended, and writes model/"):
+        load_model(tmp_path / "run" / "model")
     with pytest.raises(ConfigError, match=r"found no config\.json"):
         load_model(tmp_path / "empty")
     weights = folder / "model.safetensors"

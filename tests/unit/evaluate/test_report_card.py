@@ -106,6 +106,7 @@ def test_the_section_says_what_the_run_was(tmp_path: Path) -> None:
     assert head in text
     assert "The chain alone has no key" in text
     assert "attack success up to 12.5" in text
+    assert "little to keep" not in text
     for private in (str(tmp_path), "row-0", "Smith"):
         assert private not in text
 
@@ -166,6 +167,20 @@ def test_a_run_alone_makes_no_claim(tmp_path: Path) -> None:
     assert "No source of risk was used" in text
     assert "The run kept none, or has not ended." in text
     assert "model-index" not in text
+
+
+def test_a_card_in_a_run_is_of_that_run(tmp_path: Path) -> None:
+    ours = finished_run(tmp_path)
+    (other := write_run(tmp_path / "other", ROWS)).joinpath("config.yaml").write_text(
+        yaml.safe_dump({"regularizer": {"objective": "none"}})
+    )
+    arms = [tmp_path / "base", ours, other]
+    for file, name in ((other / "model" / "README.md", "other"), (ours / "card.md", "run"),
+                       (tmp_path / "card.md", "run")):  # fmt: skip
+        assert write_model_card(arms, file) == name
+        assert ("| method | plain fine-tuning |" in file.read_text()) == (name == "other")
+    with pytest.raises(ConfigError, match=r"found evaluations alone in \S*base: give"):
+        write_model_card(arms, tmp_path / "base" / "card.md")
 
 
 def test_what_is_no_run_or_no_card_is_refused(tmp_path: Path) -> None:

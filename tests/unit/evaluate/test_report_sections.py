@@ -34,6 +34,16 @@ def table(page: Page, head: str) -> list[list[str]]:
     return page.rows[begin:end]
 
 
+def test_columns_are_explained_where_they_are_shown(tmp_path: Path) -> None:
+    figures = evaluation(0.1, 0.2, 0.9)
+    for name, is_shown in (("with", True), ("without", False)):
+        page = page_of(write_run(tmp_path / name, [], eval=figures))
+        assert any("P(refuse)" in row for row in page.rows) == is_shown
+        assert ("P(refuse) is the mean probability" in page.text) == is_shown
+        assert "P(poisoned)" not in page.text
+        figures.pop("refusal_probability", None)
+
+
 # ---- stale evaluations
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from support.reports import HOSTILE, metrics, page_of, write_run
 
-from safereg_dist.evaluate.report import write_report
+from safereg_dist.evaluate.report import write_model_card, write_report
 from safereg_dist.evaluate.report.arms import Arm
 from safereg_dist.evaluate.report.reading import read_arms
 from safereg_dist.evaluate.report.summary import amount, duration, lead_of, verdict
@@ -97,6 +97,18 @@ def test_the_only_other_model_is_the_base_where_no_arm_is(tmp_path: Path) -> Non
     run = write_run(tmp_path / "run", ROWS, eval=arm.evaluation)
     (row,) = page_of(run).tables["Did safety hold"][1:]
     assert row[-2:] == ["+90.0\u00a0%-10.0 to +20.0, p < 0.001", "worse"]
+
+
+@pytest.mark.parametrize(("rate", "is_told"), [(0.875, True), (0.5, True), (0.49, False)])
+def test_a_base_that_answers_harmful_prompts_is_told_of(
+    tmp_path: Path, rate: float, is_told: bool
+) -> None:
+    base = write_run(tmp_path / "base", [], eval={GREEDY: rate})
+    run = write_run(tmp_path / "run", ROWS, eval={GREEDY: 0.1})
+    write_model_card([base, run], tmp_path / "card.md")
+    for text in (page_of(base, run).text, (tmp_path / "card.md").read_text()):
+        told = f"The base itself answers {100 * rate:g} % of the harmful prompts: there was little"
+        assert (told in text.replace("\u00a0", " ")) == is_told
 
 
 # ---- what was held back, and why

@@ -75,6 +75,19 @@ def test_matched_pairs_stay_together():
     assert (apart.part[::2] != apart.part[1::2]).any()
 
 
+def test_words_that_tell_the_pairs_are_named():
+    """Each side has a word of its own; rows without a pair have others."""
+    rows = prompts(200, by_form=True)
+    for row in prompts(200, by_form=False, seed=4):
+        side = {"harmful": "poach", "benign": "boil"}[row.label]
+        turns = [{"role": "user", "content": f"{row.messages[0]['content']} {side}"}]
+        rows.append(replace(row, messages=turns, pair=str(int(row.id) // 2)))
+    parts = split_rows(rows, [], 0.25, seed=0)
+    found = bag_of_words(rows, parts, position="prompt", seed=0)["pairs_words"]
+    assert set(found[:2]) == {"poach", "boil"}
+    assert control_of(rows[:200])["pairs_words"] == []
+
+
 def test_at_the_response_the_answer_is_read():
     rows = prompts(200, by_form=False, answer={"harmful": "sure", "benign": "no"})
     assert control_of(rows)["auroc"] < 0.7
@@ -105,10 +118,13 @@ def test_pairs_alone_are_harder_than_all_rows():
 @pytest.mark.parametrize(("words", "warned"), [(0.6, False), (0.79, True)])
 def test_a_bag_of_words_that_tells_the_pairs_is_warned_of(words, warned, capsys):
     control = {"auroc": 0.8, "intervals": {"auroc": (0.7, 0.9)}, "pairs_auroc": words}
+    control["pairs_words"] = ["neighbour's", "tree"]
     print_control(control, {"auroc": 0.95, "pairs_auroc": 0.8})
     printed = capsys.readouterr().out
     assert f"on matched pairs alone: the bag of words {words:.3f}, the probe 0.800" in printed
     assert ("separable by form" in printed) == warned
+    assert ("(most by \"neighbour's\", 'tree'): write pairs that differ" in printed) == warned
+    assert "add matched pairs" not in printed
 
 
 @pytest.mark.parametrize(("auroc", "warned"), [(0.99, True), (0.9, True), (0.7, False)])

@@ -378,7 +378,7 @@ def test_states_that_never_move(model_dir, tmp_path):
         (readable(40)[::2], {}, DataError, "both kinds"),
         (readable(40)[1::2], {}, DataError, "both kinds"),
         ([*readable(40), {"prompt": "w1"}], {}, DataError, "no `label`"),
-        ([*readable(40), {"prompt": "w1", "label": "odd"}], {}, DataError, "'odd'"),
+        ([*readable(40), {"prompt": "w1", "label": "odd"}], {}, DataError, "use harmful or benign"),
         ([*readable(40), {"text": "w1"}], {}, DataError, "messages"),
         ([], {}, DataError, "no prompt"),
         (readable(4), {}, SafeRegError, "harmful"),

@@ -509,6 +509,17 @@ def test_a_model_that_refuses_nothing_gives_no_labels(model_dir, tmp_path):
         fit_probe(model_dir, data, tmp_path / "probe", self_supervised=True, progress=False)
 
 
+def test_a_model_that_refuses_too_little_is_named_and_not_the_prompts(refusing, tmp_path):
+    """All 140 are harmful by their label; it refuses the 20 with w1, give or take a mistake."""
+    rows = [row for row in rows_of(240) if row["label"] == "benign"]
+    rows += [row for row in rows_of(240) if row["label"] == "harmful"][:20]
+    data = write_jsonl(tmp_path / "rows.jsonl", [{**row, "label": "harmful"} for row in rows])
+    with pytest.raises(ProbeError, match=r"needs about 95 refused ones .* give labels") as caught:
+        fit_probe(refusing, data, tmp_path / "probe", self_supervised=True, progress=False)
+    assert 15 <= int(str(caught.value).split()[3]) <= 25
+    assert " of 140 prompts" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
