@@ -256,7 +256,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="harmful and benign ones, as for `safereg eval`; with labels refusals are counted",
+        help="harmful and benign ones, as for `safereg eval`; labels are not needed, by them "
+        "refusals are counted",
     )
     build.add_argument(
         "--out", type=Path, required=True, metavar="FILE.jsonl", help="the rows, for data.anchor"

@@ -40,8 +40,8 @@ def draw_sweep(reports: Sequence[LayerReport], chosen: LayerReport, path: Path) 
     _layer_axis(axes)
     axes.set(ylabel="share of held-out rows", ylim=(-0.03, 1.03))
     axes.set_title(
-        f"Layer {chosen.layer} is the earliest as good as the best in AUROC and log loss\n"
-        "out-of-fold in the fit part; drawn are held-out rows"
+        f"Layer {chosen.layer} is the earliest as good as the best out-of-fold,\n"
+        "in AUROC and log loss of the fit part; drawn are held-out rows"
     )
     axes.legend(frameon=False, loc="center right")
     _write(figure, path)
