@@ -68,7 +68,7 @@ def load_model(
     if path.name == "model" and not path.exists() and (path.parent / "config.yaml").is_file():
         raise ConfigError(
             f"expected a model in {path}, found none: the run in {path.parent} has not ended, and "
-            "writes model/ at its end: start it again with the same command, it goes on"
+            "writes model/ at its end: wait, or start it again with the same command"
         )
     if path.exists() and not (path / "config.json").is_file():
         raise ConfigError(
