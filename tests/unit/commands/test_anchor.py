@@ -178,7 +178,9 @@ def test_a_model_that_answers_most_harmful_prompts_is_warned_of(
     is_warned: bool,
 ) -> None:
     build(folder, files, tmp_path / "all.jsonl")
-    turns = [json.loads(line)["messages"] for line in (tmp_path / "all.jsonl").open()]
+    turns = [
+        json.loads(line)["messages"] for line in (tmp_path / "all.jsonl").read_text().splitlines()
+    ]
     kinds = ([t for t in turns if t[-1]["content"].startswith("sorry") == no] for no in (1, 0))
     chosen = [
         turn for kind, count in zip(kinds, (refused, 4), strict=True) for turn in kind[:count]
