@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.probe_lab.layer_fit import figures_with_intervals
@@ -42,18 +42,15 @@ def bag_of_words(
         probability[held], rows.harmful[held], rows.group[held], threshold=0.5, seed=seed
     )
     found["pairs_auroc"] = auroc_of_pairs(examples, rows, probability)
-    told = [] if found["pairs_auroc"] is None else _told_by(*model, texts, rows, examples)
+    told = [] if found["pairs_auroc"] is None else _told_by(model, texts, rows, examples)
     return {**found, "pairs_words": told}
 
 
 def _told_by(
-    words: TfidfVectorizer,
-    regression: LogisticRegression,
-    texts: np.ndarray,
-    rows: SplitRows,
-    examples: Sequence[LabelledPrompt],
+    model: Pipeline, texts: np.ndarray, rows: SplitRows, examples: Sequence[LabelledPrompt]
 ) -> list[str]:
     """What adds most to the mean difference of the two sides' logits."""
+    words, regression = model[0], model[1]
     paired = np.array([example.pair is not None for example in examples])
     harmful = rows.harmful[: len(texts)]
     sides = [words.transform(texts[paired & side]).mean(axis=0) for side in (harmful, ~harmful)]
