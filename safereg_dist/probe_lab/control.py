@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 
 from safereg_dist.data.files import LabelledPrompt
 from safereg_dist.probe_lab.layer_fit import figures_with_intervals
@@ -47,10 +47,10 @@ def bag_of_words(
 
 
 def _told_by(
-    model: Pipeline, texts: np.ndarray, rows: SplitRows, examples: Sequence[LabelledPrompt]
+    model: Any, texts: np.ndarray, rows: SplitRows, examples: Sequence[LabelledPrompt]
 ) -> list[str]:
     """What adds most to the mean difference of the two sides' logits."""
-    words, regression = model[0], model[1]
+    words, regression = model
     paired = np.array([example.pair is not None for example in examples])
     harmful = rows.harmful[: len(texts)]
     sides = [words.transform(texts[paired & side]).mean(axis=0) for side in (harmful, ~harmful)]
