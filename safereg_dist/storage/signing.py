@@ -11,6 +11,7 @@ Secrets are read where they are used, and never written anywhere.
 
 import hashlib
 import hmac
+import os
 import re
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,8 +153,13 @@ def checking_key(given: str) -> Key:
     Raises:
         ConfigError: it is neither, or cannot be used.
     """
-    if _VARIABLE.fullmatch(given) and not Path(given).exists():
-        return HmacKey(given)
+    if not os.path.exists(given):
+        if _VARIABLE.fullmatch(given):
+            return HmacKey(given)
+        raise ConfigError(  # what was given may be a secret: it is not shown
+            "expected the name of a variable (SAFEREG_...) or of a file in PEM form as the key, "
+            "found no such file: give the variable's NAME, not its value, or check the path"
+        )
     return Ed25519Key(Path(given))
 
 

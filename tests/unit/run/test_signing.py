@@ -108,12 +108,15 @@ def test_keys_that_cannot_be_used_are_refused(keys, tmp_path, monkeypatch):
     for given, message in {
         "SAFEREG_SHORT": "16 characters or more .* SAFEREG_SHORT, found 5",
         "SAFEREG_UNSET": "SAFEREG_UNSET, found 0",
-        "HOME": "HOME cannot be read",
+        SECRET: "no such file: give the variable's NAME",
+        "x" * 300: "no such file",
+        str(tmp_path): "cannot be read",
         str(tmp_path / "curve.pem"): "got one of another kind",
         str(tmp_path / "text.pem"): "found none: make one",
     }.items():
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as raised:
             checking_key(given)
+        assert SECRET not in str(raised.value)
     with pytest.raises(ConfigError, match="found a public one"):
         signing_key(SigningConfig(ed25519=keys["ed25519"][1]))
     for settings in ({}, {"hmac_env": "SAFEREG_A", "ed25519": "x"}):
