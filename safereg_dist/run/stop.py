@@ -84,9 +84,16 @@ def request_stop(folder: Path) -> None:
         )
     if has_ended(folder):
         raise CheckpointError(f"the run in {folder} is complete: there is nothing to stop")
-    if holder_of(folder) is None:
+    holder = holder_of(folder)
+    if holder is None:
         raise CheckpointError(
             f"expected a run at work in {folder}, nobody holds its lock: there is nothing to stop"
+        )
+    if not holder.is_alive:
+        raise CheckpointError(
+            f"expected a run at work in {folder}, its process is dead ({holder.name}, silent for "
+            f"{holder.silent_s:.0f} s): nobody would read the request; start the run again, and it "
+            "goes on from its newest checkpoint"
         )
     write_atomically(stop_file(folder), "")
 

@@ -16,8 +16,9 @@ import pytest
 
 from safereg_dist.cli import main
 from safereg_dist.commands.watch import sparkline
+from safereg_dist.errors import CheckpointError
 from safereg_dist.run.lock import STALE_S, RunLock, holder_of
-from safereg_dist.run.stop import failure_noted
+from safereg_dist.run.stop import failure_noted, request_stop
 from safereg_dist.run.watching import MetricsTail, checkpoints_in, look_at, state_of
 
 
@@ -150,6 +151,9 @@ def test_a_process_that_was_killed_is_dead_at_once(folder):
     state, note = state_of(folder)
     assert state == "dead"
     assert note.startswith("no sign of life of host ")
+    with pytest.raises(CheckpointError, match=r"its process is dead .*nobody would read"):
+        request_stop(folder)
+    assert not (folder / "stop").exists()
 
 
 def test_another_hosts_run_is_dead_without_heartbeats(folder):
