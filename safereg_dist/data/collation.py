@@ -1,11 +1,14 @@
 """Rows stacked into micro-batches."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from safereg_dist.errors import DataError
 from safereg_dist.models.fingerprint import prompt_key
 from safereg_dist.types import MicroBatch, Row
 
@@ -67,25 +70,50 @@ def row_of(
     input_ids: Sequence[int],
     loss_mask: Sequence[int],
     *,
-    risk: float | None = None,
+    risk: Any = None,
     is_anchor: bool = False,
 ) -> Row:
     """A training row of tokens; each stretch of ones in `loss_mask` is a turn of the assistant.
 
     >>> row_of("a", [1, 7, 8, 9, 2], [0, 0, 0, 1, 1], risk=0.9).prompt_ends
     [3]
+
+    Args:
+        risk: in [0, 1], of whatever kind of number; None = not known, nan = its source failed.
+    Raises:
+        DataError: another risk, or a mask of another length than the tokens.
     """
     ids, mask = list(input_ids), [int(is_response) for is_response in loss_mask]
+    if len(ids) != len(mask):
+        raise DataError(
+            f"row {id!r} has {len(ids)} input_ids and {len(mask)} values of loss_mask: expected "
+            "one for each token, 1 where the response is trained on"
+        )
     ends = [t for t, is_response in enumerate(mask) if is_response and (t == 0 or not mask[t - 1])]
     return Row(
         id=id,
         input_ids=ids,
         loss_mask=mask,
         prompt_ends=ends,
-        risk=risk,
+        risk=_known_risk(id, risk),
         prompt_key=prompt_key(ids, ends),
         is_anchor=is_anchor,
     )
+
+
+def _known_risk(id: str, risk: Any) -> float | None:
+    if risk is None:
+        return None
+    try:
+        value = float(risk)
+    except (TypeError, ValueError):
+        value = math.inf
+    if not (math.isnan(value) or 0 <= value <= 1):
+        raise DataError(
+            f"row {id!r} has risk {risk!r}: expected a number in [0, 1], divide a percentage by "
+            "100, and leave out what is not known"
+        )
+    return value
 
 
 def filler(pad_id: int) -> Row:

@@ -5,7 +5,6 @@ one after the other, where position ids start again at 0. Labels are aligned wit
 where nothing is predicted; the model shifts them.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -227,22 +226,11 @@ def known_row(
     """The row with the facts of `facts_of_rows`; without a name it is named after its content.
 
     Raises:
-        DataError: a risk that is no number in [0, 1].
+        DataError: as `row_of`.
     """
     mask = [int(is_predicted) for is_predicted in loss_mask]
     if name is None:
         name = NAMED_BY_CONTENT + row_key(input_ids, mask)[:16]
-    name = str(name)
-    value = _known_risk(name, risk)
-    return row_of(name, input_ids, mask, risk=value, is_anchor=is_anchor)
-
-
-def _known_risk(name: str, risk: Any) -> float | None:
-    """The risk as a number, from whatever kind of number; None where a table has none (nan)."""
-    try:
-        value = None if risk is None else float(risk)
-    except (TypeError, ValueError):
-        value = math.inf
-    if value is not None and not math.isnan(value) and not 0 <= value <= 1:
-        raise DataError(f"row {name!r} has risk {risk!r}: expected a number in [0, 1]")
-    return None if value is None or math.isnan(value) else value
+    if risk != risk:  # a table that has none says nan
+        risk = None
+    return row_of(str(name), input_ids, mask, risk=risk, is_anchor=is_anchor)
