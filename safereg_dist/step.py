@@ -103,6 +103,9 @@ class SafetyRegularizer:
         self.ranks = ranks
         self.keeps_stack_loss = False
         """True: where no row is active the loss is the stack's own (`is_free`)."""
+        self.settings: dict[str, Any] = {}
+        """The sections of a configuration that it was made of, but for what was given as an object
+        (a risk source, a model)."""
 
     @property
     def policy(self) -> Policy:
@@ -385,7 +388,10 @@ class SafetyRegularizer:
     # ---- what a checkpoint keeps
 
     def save_state(self, path: Path) -> dict[str, Any]:
-        """Writes the sources' state beside `path`; returns the coefficient's."""
+        """Writes the sources' state beside `path`; returns the coefficient's.
+
+        `path` is a file of this rank (`risk0.safetensors`) in your checkpoint; nothing is removed.
+        """
         self.risk.save_state(path)
         return self.coefficient.state_dict()
 

@@ -14,7 +14,7 @@ from safereg_dist.config.messages import unknown_key
 from safereg_dist.config.paths import Origin
 from safereg_dist.config.section import section_in
 from safereg_dist.config.yaml_text import read_yaml
-from safereg_dist.errors import ConfigError
+from safereg_dist.errors import ConfigError, reason_of
 from safereg_dist.factory.model_folder import resolve_model
 from safereg_dist.factory.references import (
     BuiltReference,
@@ -34,7 +34,7 @@ from safereg_dist.factory.risk_specs import (
 from safereg_dist.models.architecture import read_architecture
 from safereg_dist.objective import Objective
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.parallel.distributed import current_ranks
+from safereg_dist.parallel.distributed import joined_ranks
 from safereg_dist.parallel.engine import Backend
 from safereg_dist.policy import Policy
 from safereg_dist.reference import EngineModel, NoReference, Reference, ReferenceModel
@@ -45,6 +45,11 @@ from safereg_dist.step import SafetyRegularizer
 SECTIONS = ("reference", "data", "risk", "regularizer", "train", "signing")
 """The sections that `prepare` reads; of `data` only the anchors' keys and `max_length`, of `train`
 precision, rows and the head's keys. `signing` is for the stacks whose checkpoints we write to."""
+_TOLD = {
+    **dict.fromkeys(("reference", "risk", "regularizer"), True),
+    "data": {"anchor", "anchor_fraction", "max_length", "chat_template"},
+}
+"""What of them the weights depend on."""
 
 
 def prepare(
@@ -96,9 +101,10 @@ def prepare(
             needs it, and the reference's is compared with it.
     Raises:
         ConfigError, ProbeError, CriticUnavailable: what the settings name is missing or wrong.
+        GroupError: a launcher started several processes, which have formed no group yet.
     Collectives: those of the backend; gathers of texts.
     """
-    ranks = current_ranks() if backend is None else backend.ranks
+    ranks = joined_ranks() if backend is None else backend.ranks
     base: Any = unwrapped(model)
     with ranks.together():
         config = _config_of(base, settings)
@@ -108,6 +114,7 @@ def prepare(
                 f"reference.adapter={config.reference.adapter!r} stays on where the reference is "
                 f"the model itself, got one of its own (reference.engine={engine}): give one"
             )
+    given = [name for name, own in (("reference", reference), ("risk", risk)) if own is not None]
     specs = [] if risk is not None else read_sources(config, ranks, tokenizer)
     with ranks.together():
         policy = policy_of(config, base, specs)
@@ -145,6 +152,8 @@ def prepare(
             config, policy, specs=specs, risk=stage, reference=built.reference, ranks=ranks
         )
         made.keeps_stack_loss = config.train.stack_loss
+        for name in given:
+            del made.settings[name]
         return made
 
 
@@ -168,7 +177,7 @@ def assemble(
     ranks: Ranks,
 ) -> SafetyRegularizer:
     """The stages around the policy, put together. Collectives: none."""
-    return SafetyRegularizer(
+    made = SafetyRegularizer(
         policy,
         risk=risk,
         coefficient=Coefficient(
@@ -181,6 +190,8 @@ def assemble(
         objective=objective_of(config),
         ranks=ranks,
     )
+    made.settings = config.model_dump(include=_TOLD)
+    return made
 
 
 def objective_of(config: Config) -> Objective:
@@ -201,11 +212,22 @@ def read_settings(settings: Path | str | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(settings, Mapping):
         return dict(settings)
     try:
-        found = read_yaml(settings) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise ConfigError(f"the settings {settings} cannot be read: {err}") from err
+        found = read_yaml(settings)
+    except OSError as err:
+        raise ConfigError(
+            f"the settings {settings} cannot be read: {err.strerror}: check the path"
+        ) from err
+    except (UnicodeDecodeError, yaml.YAMLError) as err:
+        raise ConfigError(f"the settings {settings} are not YAML: {reason_of(err)}") from err
+    if found is None:
+        raise ConfigError(
+            f"the settings {settings} are empty: expected sections, such as "
+            "risk: {estimator: column}"
+        )
     if not isinstance(found, dict):
-        raise ConfigError(f"expected sections in the settings {settings}, got a {type(found)}")
+        raise ConfigError(
+            f"expected sections in the settings {settings}, got a {type(found).__name__}"
+        )
     placed = Origin.of_file(settings).section(Config, found)
     return {key: placed[key] for key in found}
 

@@ -6,7 +6,9 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from safereg_dist.errors import GroupError
 from safereg_dist.parallel.comm import Ranks
+from safereg_dist.parallel.launchers import adopt_launcher, require_ranks
 from safereg_dist.parallel.lost_peer import naming_lost_peers
 
 
@@ -49,6 +51,24 @@ def current_ranks() -> Ranks:
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
         dp_group=torch.distributed.group.WORLD,
     )
+
+
+def joined_ranks() -> Ranks:
+    """As `current_ranks`, for a program that trains.
+
+    Raises:
+        GroupError: a launcher started it as one of several, and it has formed no group: each would
+            train alone on all rows.
+    """
+    adopt_launcher()
+    ranks, started = current_ranks(), os.environ.get("WORLD_SIZE")
+    if ranks.dp_group is None and started != "1" and require_ranks():
+        raise GroupError(
+            f"a launcher started {started} processes, which have formed no group: each would train "
+            "alone on all rows; call torch.distributed.init_process_group() (or your engine's, "
+            "e.g. deepspeed.init_distributed) before `prepare`"
+        )
+    return ranks
 
 
 def share_cores() -> None:

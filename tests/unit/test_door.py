@@ -8,6 +8,7 @@ the model, 1e-5.
 import copy
 import doctest
 import importlib
+import math
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import safereg_dist
 from safereg_dist import RiskSource, SafeRegError, collate, filler, prepare, row_of
-from safereg_dist.errors import ConfigError, DataError
+from safereg_dist.errors import ConfigError, DataError, GroupError
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.probe import Probe
 from safereg_dist.types import head_of
@@ -351,6 +352,35 @@ def test_validation_is_the_plain_cross_entropy():
     assert float(total) == pytest.approx(truth.sum().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "mask", "risk", "said"),
+    [
+        ([5, 6, 7], [0, 1], 0.5, "row 'a' has 3 input_ids and 2 values of loss_mask"),
+        ([5, 6], [0, 1], 95, "row 'a' has risk 95: .* divide a percentage by 100"),
+        ([5, 6], [0, 1], -0.95, "row 'a' has risk -0.95"),
+        ([5, 6], [0, 1], "high", "row 'a' has risk 'high'"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused(tokens, mask, risk, said):
+    with pytest.raises(DataError, match=said):
+        row_of("a", tokens, mask, risk=risk)
+
+
+def test_a_risk_that_failed_or_is_not_known_stays_so():
+    assert row_of("a", [5, 6], [0, 1]).risk is None
+    assert math.isnan(row_of("a", [5, 6], [0, 1], risk=math.nan).risk)
+
+
+def test_a_process_that_was_started_as_one_of_several_never_trains_alone(monkeypatch):
+    for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GroupError, match="started 2 processes, which have formed no group"):
+        prepare(tiny_model(), SETTINGS, reference=tiny_model(seed=1))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    prepare(tiny_model(), SETTINGS, reference=tiny_model(seed=1))
+
+
 def test_settings_that_are_the_loops_own_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"settings hold .optimizer., .* leave it out"):
         prepare(tiny_model(), {"optimizer": {"lr": 1.0}})
@@ -361,8 +391,12 @@ def test_settings_that_are_the_loops_own_are_refused(tmp_path):
     file.write_text("risk: {estimator: colum}")
     with pytest.raises(SafeRegError, match="colum"):
         prepare(tiny_model(), file)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"none.yaml cannot be read: No such .*: check the path"):
         prepare(tiny_model(), tmp_path / "none.yaml")
+    for text, said in {"# later\n": "are empty", "risk: {": "are not YAML", "[]": "a list"}.items():
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            prepare(tiny_model(), file)
 
 
 @pytest.mark.parametrize("name", [n for n in safereg_dist.__all__ if n != "__version__"])
