@@ -44,24 +44,20 @@ def settings_of(settings: Mapping[str, Any], args: Any) -> dict[str, Any]:
     return {**settings, "train": {**known, **(settings.get("train") or {})}}
 
 
-def describe_trainer(
-    trainer: Any, regularizer: SafetyRegularizer, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def describe_trainer(trainer: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `config.yaml` says of a Trainer's run, in the form of a run of our own.
 
     Of `data` and `train` what is known, nothing of the optimizer and the engine, which are the
-    Trainer's; without `settings` (a ready regulariser) nothing of the risk either.
+    Trainer's; the regulariser's own sections are added by `Recorder`.
     """
     name = trainer.model.name_or_path
     told: dict[str, Any] = {
         "model": name,
         "data": {},
-        "regularizer": regularizer.coefficient.config.model_dump(),
         "train": {},
     }
     if settings:
         config = config_of(settings, name or "-")
-        told |= config.model_dump(include={"reference", "risk"})
         told["data"] = config.data.model_dump(exclude_unset=True)
         told["train"] = config.train.model_dump(exclude_unset=True)
     if told["data"].get("train", "-") == "-":
@@ -89,11 +85,13 @@ class Recorder:
         config: Mapping[str, Any],
         signing: SigningConfig | None = None,
     ) -> None:
-        """`config`: what `config.yaml` says, but for the steps."""
+        """`config`: what `config.yaml` says beside the regulariser's settings and the steps."""
         self._regularizer = regularizer
         self._ranks = regularizer.ranks
         self._folder = folder
-        self._config = config
+        own = {name: v for name, v in regularizer.settings.items() if name != "data"}
+        told = {name: {**values, **(config.get(name) or {})} for name, values in own.items()}
+        self._config = {**config, **told}
         self._signing = signing
         self._log: RunLog | None = None
         self._held = ExitStack()
@@ -127,9 +125,9 @@ class Recorder:
 
     def _open(self, state: Path | None, step: int) -> None:
         ranks, self._first_step = self._ranks, step
-        metrics_bytes, ledger_bytes = 0, []
+        metrics_bytes, ledger_bytes, before = 0, [], None
         if state is not None:
-            metrics_bytes, ledger_bytes = load_state(
+            metrics_bytes, ledger_bytes, before = load_state(
                 state,
                 step,
                 regularizer=self._regularizer,
@@ -148,10 +146,15 @@ class Recorder:
             metrics_bytes=metrics_bytes,
             ledger_bytes=ledger_bytes,
         )
+        if before not in (None, ranks.world_size):
+            self._log.write_change(step, before, ranks.world_size)
 
-    def begin(self, total_steps: int) -> None:
+    def begin(self, total_steps: int, *, resumed_by: str | None = None) -> None:
         """Notes how long the run is to be, before its first step. Collectives: gather of texts.
 
+        Args:
+            resumed_by: what goes on with the run from its folders `checkpoint-STEP`; None = the
+                same command.
         Raises:
             ConfigError: the checkpoint has more steps already; a Trainer would take one more.
         """
@@ -165,7 +168,7 @@ class Recorder:
                 )
             if self._ranks.is_main:
                 self._write_config({"steps": total_steps})
-                known = {"total_steps": total_steps, "resumed_by": "resume_from_checkpoint"}
+                known = {"total_steps": total_steps, "resumed_by": resumed_by}
                 write_atomically(self._folder / TRACKING_NAME, json.dumps(known) + "\n")
         self._last = time.perf_counter()
 
@@ -214,7 +217,8 @@ class Recorder:
     def save(self, state: Path, *, step: int) -> None:
         """Writes the regulariser's state and the logs' ends. Raises and collectives: `save_state`.
 
-        `step` steps are done.
+        `step` steps are done. `state` is a folder of its own (CHECKPOINT/safereg), replaced as a
+        whole; one that holds anything else is refused.
         """
         assert self._log is not None
         save_state(state, step, regularizer=self._regularizer, log=self._log, signing=self._signing)
@@ -273,6 +277,7 @@ class Recorder:
                 text = json.dumps(summary, indent=2) + "\n"
                 key = signing_key(self._signing)
                 write_signed(self._folder / "summary.json", text.encode(), key)
+                forget_stop(self._folder)  # it came too late
         self._held.close()
 
 

@@ -10,15 +10,17 @@ What is wrong with one of them is named, and the run does not begin.
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safereg_dist.config import SigningConfig
+from safereg_dist.config import SigningConfig, config_from_dict
 from safereg_dist.errors import CheckpointError, reason_of
 from safereg_dist.parallel.comm import Ranks
-from safereg_dist.run.checkpoint import aside
+from safereg_dist.run.checkpoint import aside, differences
 from safereg_dist.run.ledger import reopen_ledger
 from safereg_dist.run.log import RunLog
 from safereg_dist.run.manifest import (
@@ -33,11 +35,16 @@ from safereg_dist.run.resume import agreed_manifest, first_found
 from safereg_dist.run.save import as_checkpoint_errors, seal
 from safereg_dist.step import SafetyRegularizer
 from safereg_dist.storage.json_text import parse_json
-from safereg_dist.storage.signing import Key, signing_key
+from safereg_dist.storage.signing import SUFFIX, Key, signing_key
 
 STATE = "safereg"
 """The folder of a stack's checkpoint that holds our part."""
 _FORMAT = 2  # the first, which had no such number, had no manifest
+_OWN = re.compile(r"state\.json|manifest\.json(\.sig)?|risk\d+(-.*)?\.safetensors")
+"""Names of the files in `STATE`."""
+_UNKNOWN = {"model": "-", "risk": {"estimator": "none"}}
+"""What a configuration needs and a regulariser may not know."""
+_RESTORE = "resume from another checkpoint of this run, or restore the file from a copy"
 _UNCHECKED = "damage to its files cannot be found"
 
 
@@ -52,7 +59,8 @@ def save_state(
     """Writes the regulariser's state after `step` steps; `folder` is replaced as a whole.
 
     Raises:
-        CheckpointError: it cannot be written, on all ranks.
+        CheckpointError: it cannot be written, or holds what this function does not write, on all
+            ranks; nothing is removed then.
         ConfigError: the key is missing.
     Collectives: a gather, and of texts.
     """
@@ -60,12 +68,15 @@ def save_state(
     metrics_bytes, ledger_bytes = log.positions(ranks)
     with ranks.together(), as_checkpoint_errors(folder):
         if ranks.is_main:
+            _require_own(folder)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
     with ranks.together(), as_checkpoint_errors(folder):
         state = {
             "format": _FORMAT,
             "regularizer": regularizer.save_state(partial / f"risk{ranks.rank}.safetensors"),
+            "settings": regularizer.settings,
+            "world_size": ranks.world_size,
             "metrics_bytes": metrics_bytes,
             "ledger_bytes": ledger_bytes,
         }
@@ -78,6 +89,17 @@ def save_state(
             os.replace(partial, folder)
 
 
+def _require_own(folder: Path) -> None:
+    """Raises CheckpointError where a folder, if there is one, holds what is not ours."""
+    names = os.listdir(folder) if folder.exists() else []
+    if foreign := sorted(name for name in names if not _OWN.fullmatch(name)):
+        shown = ", ".join([*foreign[:3], *["..."][: len(foreign) > 3]])
+        raise CheckpointError(
+            f"expected {folder} to be missing, empty or as an earlier save left it, found {shown}: "
+            "save into a folder of its own, e.g. CHECKPOINT/safereg, which is replaced as a whole"
+        )
+
+
 def load_state(
     folder: Path,
     step: int,
@@ -85,13 +107,15 @@ def load_state(
     regularizer: SafetyRegularizer,
     logs: Path,
     signing: SigningConfig | None,
-) -> tuple[int, list[int]]:
+) -> tuple[int, list[int], int | None]:
     """Restores what `save_state` wrote after `step` steps, if it and the logs are as then.
 
-    Returns the bytes of metrics, and of each rank's ledger, that were in the folder `logs`.
+    Returns the bytes of metrics, and of each rank's ledger, that were in the folder `logs`, and the
+    number of ranks that wrote it (None of earlier versions).
 
     Raises:
-        CheckpointError: they are not, or the state cannot be read, on all ranks.
+        CheckpointError: they are not, the state cannot be read, or the regulariser has other
+            settings, on all ranks.
         LedgerError: the chain of a finished ledger does not hold.
         ConfigError: the key is missing.
     Collectives: a broadcast and gathers of texts.
@@ -112,8 +136,36 @@ def load_state(
     wrong = _wrong_with(folder, read, logs, signing, ranks)
     with ranks.together(), _usable(folder, wrong):
         known = parse_json((folder / "state.json").read_bytes())
-        regularizer.load_state(folder / f"risk{ranks.rank}.safetensors", known["regularizer"])
-        return int(known["metrics_bytes"]), list(known["ledger_bytes"])
+        _require_same_settings(folder, known.get("settings"), regularizer.settings)
+        before = known.get("world_size")
+        written = range(before or ranks.world_size)
+        risks = [folder / f"risk{rank}.safetensors" for rank in written]
+        is_same = len(risks) == ranks.world_size
+        regularizer.load_state(risks[ranks.rank] if is_same else risks, known["regularizer"])
+        return int(known["metrics_bytes"]), list(known["ledger_bytes"]), before
+
+
+def _require_same_settings(
+    folder: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any]
+) -> None:
+    """Raises CheckpointError where settings on which the weights depend have changed."""
+    if before is None:
+        return  # of an earlier version
+    configs = [
+        config_from_dict({**_UNKNOWN, **each, "data": {"train": "-", **each.get("data", {})}})
+        for each in (before, now)
+    ]
+    changed = [
+        # A stack that goes on holds other weights than it began with: it has to name those then.
+        text
+        for text in differences(*configs)
+        if not text.startswith("reference.model was None")
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{folder} was written with other settings: {'; '.join(changed)}: resume with the same "
+            "ones, or begin anew in another output_dir"
+        )
 
 
 def check_checkpoint(checkpoint: Path, *, signing: SigningConfig | None, ranks: Ranks) -> int:
@@ -150,12 +202,13 @@ def _wrong_with(
     signing: SigningConfig | None,
     ranks: Ranks,
 ) -> str | None:
-    """What is wrong with the manifest that rank 0 reads, a file or a log, on all ranks."""
+    """What is wrong with the manifest that rank 0 reads, a file or a log, and what to do about it,
+    on all ranks."""
     key = None
     with ranks.together():
         if ranks.is_main:
             key = signing_key(signing)
-    manifest = agreed_manifest(lambda: read(key), ranks)
+    manifest = agreed_manifest(lambda: _looked_at(folder, read, key), ranks)
     if not isinstance(manifest, Manifest):
         return manifest
     files, ends = (
@@ -164,22 +217,44 @@ def _wrong_with(
     )
     wrong = first_found(first_changed(folder, manifest.files, files), ranks)
     if wrong or not manifest.logs:
-        return wrong
+        return wrong and f"{wrong}: {_RESTORE}"
     with ranks.together():
         if ranks.is_main:
             reopen_ledger(logs)  # where the run had finished
-    return first_found(first_changed_log(logs, manifest.logs, ends), ranks)
+    wrong = first_found(first_changed_log(logs, manifest.logs, ends), ranks)
+    return wrong and (
+        f"{wrong}: it goes on beside the logs of its run: set output_dir to their folder, restore "
+        f"them from a copy in {logs}, or begin anew in another"
+    )
+
+
+def _looked_at(
+    folder: Path, read: Callable[[Key | None], Manifest | None], key: Key | None
+) -> Manifest | None:
+    """What is read. Raises ValueError: why it cannot be used, and what to do."""
+    if not folder.is_dir():
+        if folder.name == STATE and folder.parent.is_dir():
+            raise ValueError(
+                "no such folder: the checkpoint was made without safereg: load its weights as the "
+                "model, and start anew, without resume_from_checkpoint"
+            )
+        raise ValueError("no such folder: check the path")
+    try:
+        return read(key)
+    except (OSError, ValueError, CheckpointError) as err:
+        remedy = _RESTORE
+        if key is not None and not (folder / f"{NAME}{SUFFIX}").exists():
+            remedy += ", or leave `signing` out where the run began without it"
+        raise ValueError(f"{reason_of(err)}: {remedy}") from err
 
 
 @contextmanager
 def _usable(folder: Path, wrong: str | None) -> Iterator[None]:
     """A block that reads a folder with which nothing is wrong."""
+    expected = f"expected in {folder} what this run has written, got"
+    if wrong:
+        raise CheckpointError(f"{expected}: {wrong}")
     try:
-        if wrong:
-            raise ValueError(wrong)
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CheckpointError(
-            f"expected in {folder} what this run has written, got: {reason_of(err)}: resume from "
-            "another checkpoint of this run, or restore the file from a copy"
-        ) from err
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{expected}: {reason_of(err)}: {_RESTORE}") from err

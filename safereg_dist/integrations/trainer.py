@@ -85,7 +85,7 @@ class SafeRegMixin(_Trainer):
             safereg = prepare(model, {**settings, "signing": None}, tokenizer=tokenizer)
         self.safereg = safereg
         folder = Path(str(self.args.output_dir))
-        told = describe_trainer(self, safereg, settings)
+        told = describe_trainer(self, settings)
         self._recorder = Recorder(safereg, folder, told, signing)
         self._mix_anchors(settings, tokenizer)
         self._keeps_loss = has_loss and self._loss_is_plain(settings)
@@ -263,7 +263,7 @@ class _StepEnd(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self._trainer
         trainer.safereg.bind(trainer.model_wrapped)
-        trainer._recorder.begin(state.max_steps)
+        trainer._recorder.begin(state.max_steps, resumed_by="resume_from_checkpoint")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self._trainer
