@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Asks, and waits if told to; the exit status."""
-    from safereg_dist.run.stop import request_stop, wait_for_stop
-    from safereg_dist.run.watching import how_it_goes_on
+    from safereg_dist.run.stop import has_ended, request_stop, wait_for_stop
+    from safereg_dist.run.watching import how_it_goes_on, state_of
 
     request_stop(arguments.run_dir)
     if not arguments.wait:
@@ -39,5 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     show = partial(print, file=sys.stderr, flush=True)
     wait_for_stop(arguments.run_dir, timeout_s=arguments.timeout, show=show)
+    if has_ended(arguments.run_dir):
+        found = "{}: {}".format(*state_of(arguments.run_dir))
+        print(f"{arguments.run_dir} has ended of itself, before it saw the request; {found}")
+        return EXIT_DONE
     print(f"{arguments.run_dir} has ended; {how_it_goes_on(arguments.run_dir)}")
     return EXIT_DONE
