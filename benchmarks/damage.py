@@ -211,13 +211,16 @@ def make_manifest_anew(checkpoint: Path) -> None:
 class OfTrainer(Damaged):
     """The newest checkpoint of a Trainer's killed run."""
 
-    def __init__(self, run: Path, signing: dict[str, str] | None) -> None:
+    def __init__(self, run: Path, signing: dict[str, str] | None, told: dict[str, Any]) -> None:
         self._signing = None if signing is None else SigningConfig(**signing)
+        self._settings = told
         super().__init__(run / "checkpoint-4", run, of_logs=STATE)
 
     def found(self) -> str | None:
         """What is refused before the Trainer loads anything."""
-        regularizer: Any = SimpleNamespace(ranks=ALONE, load_state=lambda path, state: None)
+        regularizer: Any = SimpleNamespace(
+            ranks=ALONE, settings=self._settings, load_state=lambda path, state: None
+        )
         try:
             step = check_checkpoint(self.checkpoint, signing=self._signing, ranks=ALONE)
             how = {"logs": self.run, "signing": self._signing}
@@ -237,7 +240,7 @@ def train_and_kill(folder: Path, reference: Path, signing: dict[str, str] | None
     )
     with suppress(KeyboardInterrupt):
         made.train()
-    return OfTrainer(folder, signing)
+    return OfTrainer(folder, signing, made.safereg.settings)
 
 
 def try_trainers(folder: Path, tries: int) -> Iterator[dict[str, object]]:

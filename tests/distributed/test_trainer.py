@@ -25,11 +25,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run_worker(folder, launch, work, engine):
-    """What both ranks found."""
-    done = launch(WORKER, work, engine, str(folder), ranks=2)
+def run_worker(folder, launch, work, engine, *, ranks=2):
+    """What all ranks found."""
+    done = launch(WORKER, work, engine, str(folder), ranks=ranks)
     assert done.status == 0, done.output[-4000:]
-    return [json.loads((folder / f"{work}.rank{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"{work}.rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,15 @@ def test_resume_and_save(folder, launch, engine):
     ledgers = [(folder / name / "ledger.jsonl").read_text() for name in ("whole", "again")]
     assert ledgers[0] == ledgers[1]
     assert verify_ledger(folder / "again").rows == 6 * 8
+
+
+def test_another_number_of_ranks_is_in_the_ledger(folder, launch):
+    run_worker(folder, launch, "begun", "ddp")
+    [found] = run_worker(folder, launch, "went_on", "ddp", ranks=1)
+    assert len(found["losses"]) == 3
+    summary = json.loads((folder / "ranks" / "summary.json").read_text())
+    assert summary["rank_changes"] == [{"step": 3, "before": 2, "now": 1}]
+    assert verify_ledger(folder / "ranks").rows == 3 * 8 + 1 + 3 * 4
 
 
 def test_windows_streams_and_evaluation(folder, launch):

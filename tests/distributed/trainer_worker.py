@@ -71,6 +71,18 @@ def resume():
     }
 
 
+def begun():
+    """Three of six steps."""
+    run("ranks", args={"save_strategy": "steps", "save_steps": 3}, stop=3)
+    return {}
+
+
+def went_on():
+    """The rest of them, on another number of ranks."""
+    seen, _, _ = run("ranks", resume=True)
+    return {"losses": seen.losses}
+
+
 def damaged():
     """What every rank raises where a file that one rank alone reads was changed."""
     saves = {"save_strategy": "steps", "save_steps": 3}
@@ -127,7 +139,8 @@ def errors():
 
 def main():
     torch.set_num_threads(1)
-    found = {"resume": resume, "windows": windows, "errors": errors, "damaged": damaged}[WORK]()
+    works = (resume, begun, went_on, windows, errors, damaged)
+    found = {work.__name__: work for work in works}[WORK]()
     (FOLDER / f"{WORK}.rank{RANK}.json").write_text(json.dumps(found))
 
 

@@ -112,6 +112,30 @@ def test_state_of_another_checkpoint_is_refused(again):
         resume()
 
 
+def test_each_cause_has_its_own_remedy(written, again, tmp_path):
+    """A plain Trainer's checkpoint, a mistyped path, logs elsewhere or lost, a key that came later,
+    another coefficient."""
+    folder, resume = again()
+    newest = folder / "checkpoint-4"
+    other = {"regularizer": ADAPTIVE["regularizer"] | {"ema": 0.5}}
+    with pytest.raises(CheckpointError, match=r"regularizer.ema was 0.7, is 0.5: resume with"):
+        run_until_cut(folder, written / "reference", chosen=other, save_steps=2, resume=True)
+    with pytest.raises(CheckpointError, match=r"not signed.* leave `signing` out where"):
+        run(folder, written / "reference", signed=True)
+    with pytest.raises(CheckpointError, match=r"checkpoint-9 .*no such folder: check the path"):
+        resume(resume=str(folder / "checkpoint-9"))
+    shutil.copytree(newest, tmp_path / "moved" / newest.name)
+    with pytest.raises(CheckpointError, match="set output_dir to their folder"):
+        run(tmp_path / "moved", written / "reference")
+    (folder / "ledger.rank0.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"rank0.jsonl cannot be read.* from a copy in"):
+        resume()
+    shutil.rmtree(newest / STATE)
+    (newest / NAME).unlink()
+    with pytest.raises(CheckpointError, match="was made without safereg: load its weights as"):
+        resume()
+
+
 def change_risk(path):
     """Another risk in the first row of a ledger."""
     first, rest = path.read_text().split("\n", 1)
