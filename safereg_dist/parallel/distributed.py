@@ -60,9 +60,12 @@ def joined_ranks() -> Ranks:
         GroupError: a launcher started it as one of several, and it has formed no group: each would
             train alone on all rows.
     """
+    ranks = current_ranks()
+    if ranks.dp_group is not None:
+        return ranks
     adopt_launcher()
-    ranks, started = current_ranks(), os.environ.get("WORLD_SIZE")
-    if ranks.dp_group is None and started != "1" and require_ranks():
+    started = os.environ.get("WORLD_SIZE")
+    if started != "1" and require_ranks():
         raise GroupError(
             f"a launcher started {started} processes, which have formed no group: each would train "
             "alone on all rows; call torch.distributed.init_process_group() (or your engine's, "
