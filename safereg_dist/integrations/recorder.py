@@ -51,11 +51,7 @@ def describe_trainer(trainer: Any, settings: Mapping[str, Any]) -> dict[str, Any
     Trainer's; the regulariser's own sections are added by `Recorder`.
     """
     name = trainer.model.name_or_path
-    told: dict[str, Any] = {
-        "model": name,
-        "data": {},
-        "train": {},
-    }
+    told: dict[str, Any] = {"model": name, "data": {}, "train": {}}
     if settings:
         config = config_of(settings, name or "-")
         told["data"] = config.data.model_dump(exclude_unset=True)
@@ -89,9 +85,11 @@ class Recorder:
         self._regularizer = regularizer
         self._ranks = regularizer.ranks
         self._folder = folder
-        own = {name: v for name, v in regularizer.settings.items() if name != "data"}
-        told = {name: {**values, **(config.get(name) or {})} for name, values in own.items()}
-        self._config = {**config, **told}
+        self._config = dict(config)
+        for name, values in regularizer.settings.items():
+            given = config.get(name) or {}
+            if name != "data" and isinstance(given, Mapping):  # else the loop's own words stand
+                self._config[name] = {**values, **given}
         self._signing = signing
         self._log: RunLog | None = None
         self._held = ExitStack()
