@@ -20,7 +20,6 @@ import importlib
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -42,6 +41,7 @@ import torch
 from fuzz import mutations
 from fuzz.mutations import Mutate
 from support.builders import random_rows, save_model, tiny_model, write_jsonl
+from support.said import without_asides
 
 from safereg_dist.cli import main as safereg
 from safereg_dist.models.fingerprint import model_fingerprint
@@ -49,11 +49,6 @@ from safereg_dist.risk.probe import Probe
 
 CPU_S, WALL_S = 10, 180
 LONGEST_LINE = 520
-_ASIDE = re.compile(
-    r"\d+%\||\d+ ?[a-z]* ?\[\d\d:\d\d|rows without a label|known from before|are empty, which"
-    r"|^(audit|plan|train): (loads|reads|works out|draws) "
-)
-"""Lines that come before a refusal: bars, notes of `eval`, and what a verb does."""
 
 
 class Target(NamedTuple):
@@ -330,7 +325,7 @@ class Case(NamedTuple):
         text = self.log.with_suffix(".err").read_text(errors="replace")
         if status == 0:
             return "traceback" if "Traceback" in text else "accepted"
-        said = [x for x in re.split("[\r\n]+", text) if x.strip() and not _ASIDE.search(x)]
+        said = without_asides(text)
         is_line = len(said) == 1 and said[0].startswith("safereg: ") and said[0].isprintable()
         is_usage = bool(said) and said[0].startswith("usage: ")
         short = bool(said) and len(said[-1]) <= LONGEST_LINE

@@ -11,7 +11,6 @@ import csv
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from support.builders import (
 )
 from support.extent import FULL
 from support.launching import ROOT
+from support.said import without_asides
 
 from safereg_dist.cli import main
 from safereg_dist.config import load_config
@@ -386,8 +386,7 @@ def refused_or(error, call):
 
 def assert_one_line(text: str) -> str:
     """The line, but for bars and what a verb says that it does."""
-    is_aside = re.compile(r"%\||\[\d\d:\d\d|^train: (loads|reads) ")
-    said = [line for line in text.split("\n") if line.strip() and not is_aside.search(line)]
+    said = without_asides(text)
     assert len(said) == 1, text[-2000:]
     assert said[0].startswith("safereg: ")
     assert len(said[0]) < 520

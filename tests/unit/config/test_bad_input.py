@@ -9,7 +9,6 @@ also go to standard error and are left out of the count. Everything here is exac
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,12 +26,11 @@ from support.builders import (
     word_tokenizer,
     write_jsonl,
 )
+from support.said import without_asides
 
 from safereg_dist.cli import main
 from safereg_dist.models.fingerprint import model_fingerprint
 from safereg_dist.risk.probe import Probe
-
-_BAR = re.compile(r"\d+%\||\d+ ?[a-z]* ?\[\d\d:\d\d")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +99,7 @@ def safereg(world, capfd):
         capfd.readouterr()
         assert main(["train", str(world / config), *map(str, arguments)]) == status
         printed = capfd.readouterr()
-        said = lines(printed.err)
+        said = without_asides(printed.err)
         if status:
             assert tree(world) == before
             return refusal(said)
@@ -109,13 +107,6 @@ def safereg(world, capfd):
         return printed.out
 
     return run
-
-
-def lines(text):
-    """What was said, but for bars, what training does and the next step."""
-    aside = ("now: ", "train: loads ", "train: reads ")
-    said = [line for line in re.split("[\r\n]+", text) if not line.startswith(aside)]
-    return [line for line in said if line.strip() and not _BAR.search(line)]
 
 
 def refusal(said):
@@ -436,7 +427,7 @@ def test_the_other_verbs(models, tmp_path, capfd):
         (["ledger", "verify", missing], "none"),
     ):
         assert main(arguments) == 2, arguments
-        assert says in refusal(lines(capfd.readouterr().err))
+        assert says in refusal(without_asides(capfd.readouterr().err))
         assert not Path(out).exists()
 
 
@@ -480,7 +471,7 @@ def on_disk(world, capfd, disk, *arguments):
             *arguments,
         ]
     )
-    return status, lines(capfd.readouterr().err)
+    return status, without_asides(capfd.readouterr().err)
 
 
 def test_a_disk_too_small_for_a_checkpoint(world, capfd, small_disk):
