@@ -99,8 +99,8 @@ def _add_risk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe-depth",
         type=float,
-        help="k / L of a probe on the reference, in [0, 1]; 0 for a column (default: that of the "
-        "configuration's probe, else 0)",
+        help="share of the layers that a probe on the reference reads, in [0, 1]; 0 for a column "
+        "(default: that of the configuration's probe, else 0)",
     )
     parser.add_argument(
         "--balance",

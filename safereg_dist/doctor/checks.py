@@ -53,11 +53,18 @@ def host_findings(answers: Mapping[str, Answer], work: Work) -> Iterator[Finding
     yield _everywhere(
         "inputs are there",
         {h: ", ".join(a.missing) for h, a in answers.items()},
-        found="model, data, risk"
-        if work.hub_model is None
-        else f"data, risk; not looked at: {work.hub_model}, no folder here but a hub's id",
-        remedy="copy them there, or mount the folder they are in",
+        found="model, data, risk" if work.hub_model is None else "data, risk",
+        remedy="copy them there, or mount the folder they are in; a probe: `safereg probe fit`, "
+        "anchors: `safereg anchor build`",
     )
+    if work.hub_model is not None:
+        yield Finding(
+            check="model",
+            found=f"{work.hub_model} is no folder here but a hub's id: not looked at",
+            expected="a folder, or an id that every host can fetch",
+            verdict="warn",
+            remedy="`safereg train CONFIG --dry-run` fetches it here",
+        )
     if any(a.unreachable for a in answers.values()) or work.endpoints:
         yield _everywhere(
             "judge answers",
@@ -140,7 +147,8 @@ def disk_findings(answers: Mapping[str, Answer], work: Work, folder: Path) -> It
         found=f"{seconds:.1f} s at {slowest / 1e6:.0f} MB/s a host",
         expected=f"under {_HEADROOM * KILLED_AFTER_S:.0f} s, if it is to be stopped by SIGTERM",
         remedy="launchers kill ranks 30 s after SIGTERM: stop with `safereg stop` instead, give "
-        "schedulers that long (launch/slurm, launch/kubernetes: 600 s), and save seldom",
+        "schedulers and TORCH_ELASTIC_SHUTDOWN_TIMEOUT that long (launch/slurm, launch/kubernetes: "
+        "600 s), and save seldom",
         bad="warn",
     )
 

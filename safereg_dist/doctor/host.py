@@ -173,7 +173,7 @@ def _gpu() -> str:
 
 def _lack(path: Path) -> str:
     """What is not there of an input; empty where it is whole."""
-    if not path.exists():
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return str(path)
     is_model = (path / "config.json").is_file()
     has_weights = any(path.glob("*.safetensors"))

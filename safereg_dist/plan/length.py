@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from safereg_dist.config import Config
 from safereg_dist.plan.plan import Costs, Plan, arm_costs
+from safereg_dist.plan.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,36 +18,69 @@ class RunLength:
     steps: int
     seconds: float
     """Of the steps; loading, saving and evaluation not counted."""
+    before_seconds: float
+    """Of what is built before the first step: a stored reference, and the probe on all rows."""
     gpu_seconds: float
+    """Of both, on all GPUs."""
 
 
-def run_length(plan: Plan, config: Config | None, data_rows: int, rows_from: str) -> RunLength:
-    """The length of the configured run, else of an epoch of `data_rows` (as `rows_from` says).
+class RowsOfRun(NamedTuple):
+    """What a run trains on."""
 
-    A probe on the reference runs in the steps of the first epoch alone.
+    data_rows: int
+    told_by: str
+    """Where that number is from."""
+    config: Config | None
+
+
+def run_length(
+    settings: Settings, rows: RowsOfRun, *, first: float, later: float, before: float = 0.0
+) -> RunLength:
+    """The length of the configured run, else of an epoch.
+
+    Args:
+        first: seconds of a step of the first epoch, in which a probe on the reference runs.
+        later: seconds of a step after it.
+        before: seconds of what is built before the first step.
     """
-    s = plan.settings
-    epochs, anchors, fixed = 1.0, 0.0, None
+    config, epochs, anchors, fixed = rows.config, 1.0, 0.0, None
     if config is not None:
         epochs, fixed = config.train.epochs or 1.0, config.train.steps
         anchors = config.data.anchor_fraction if config.data.anchor is not None else 0.0
-    positions = data_rows / (1 - anchors)  # anchor rows stand between those of the data
-    an_epoch, steps = (
-        math.ceil(count * positions / (s.data_parallel * s.window_rows)) for count in (1, epochs)
-    )
+    # Anchor rows stand between those of the data.
+    positions = rows.data_rows / (1 - anchors)
+    step = settings.data_parallel * settings.window_rows
+    an_epoch, steps = (math.ceil(count * positions / step) for count in (1, epochs))
     name = "epoch" if epochs == 1 else "epochs"
-    what = f"{epochs:.3g} {name} of {data_rows:,} rows ({rows_from}), {steps:,} steps"
+    what = f"{epochs:.3g} {name} of {rows.data_rows:,} rows ({rows.told_by}), {steps:,} steps"
     if fixed is not None:
         steps, what = fixed, f"{fixed:,} steps (train.steps)"
-    first = min(steps, an_epoch)
-    later = after_the_probe(plan).seconds if s.arm == "routed" else plan.chosen.seconds
-    seconds = first * plan.chosen.seconds + (steps - first) * later
+    in_first = min(steps, an_epoch)
+    seconds = in_first * first + (steps - in_first) * later
     return RunLength(
         what=what,
         steps=steps,
         seconds=seconds,
-        gpu_seconds=seconds * s.world_size,
+        before_seconds=before,
+        gpu_seconds=(seconds + before) * settings.world_size,
     )
+
+
+def length_text(length: RunLength) -> str:
+    """One line."""
+    told = f"{length.what}: {time_text(length.seconds)}"
+    if length.before_seconds:
+        whole = time_text(length.seconds + length.before_seconds)
+        told += f", with building the store (and the probe's passes) {whole}"
+    return f"{told}, {length.gpu_seconds / 3600:,.4g} GPU-hours"
+
+
+def time_text(seconds: float) -> str:
+    """In the unit that fits."""
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def after_the_probe(plan: Plan) -> Costs:

@@ -18,6 +18,8 @@ class Remedy:
     """Reduction of the GPU's peak memory, in bytes."""
     added_seconds: float
     """What it adds to the time of a step."""
+    host_bytes: float
+    """What a rank then holds in its machine's memory."""
     fits: bool
 
 
@@ -58,6 +60,7 @@ def _remedy(plan: Plan, text: str, change: dict[str, Any]) -> Remedy:
         text=text,
         saved_bytes=before.memory.gpu - after.memory.gpu,
         added_seconds=after.seconds - before.seconds,
+        host_bytes=after.memory.host,
         fits=after.memory.gpu <= plan.usable_bytes,
     )
 

@@ -11,9 +11,9 @@ from safereg_dist.parallel.hardware import (
     Gpu,
 )
 from safereg_dist.plan.adapters import adapter_numels
-from safereg_dist.plan.length import RunLength, after_the_probe
+from safereg_dist.plan.length import RunLength, after_the_probe, length_text, time_text
 from safereg_dist.plan.plan import Plan, overhead
-from safereg_dist.plan.remedies import remedies
+from safereg_dist.plan.remedies import Remedy, remedies
 from safereg_dist.plan.risky_rows import expected_rows
 from safereg_dist.plan.settings import Settings
 from safereg_dist.plan.stored import StoredPrice
@@ -38,7 +38,7 @@ def text_of(
         in_yaml: the run has a configuration, whose keys the remedies name; else options.
     """
     parts = [_head(plan), _parameters(plan), _memory(plan), _fit(plan, in_yaml=in_yaml)]
-    parts += [_flops(plan), _traffic(plan), f"{_overheads(plan)}\n{_length(length)}"]
+    parts += [_flops(plan), _traffic(plan), f"{_overheads(plan)}\n{length_text(length)}"]
     if plan.settings.arm != "sft":
         parts.append(_stored(plan, price))
     parts.append("\n".join([_assumptions(plan), *(f"  {note}" for note in notes)]))
@@ -113,20 +113,28 @@ def _fit(plan: Plan, *, in_yaml: bool) -> str:
     rows = [
         (
             *(r.text, f"-{gib(r.saved_bytes)}", _added(r.added_seconds)),
-            "fits" if r.fits else "not enough",
+            _verdict(plan, r),
         )
         for r in alone
     ]
-    columns = ("", "GiB", "s a step", "")
+    columns = ("", "GiB a GPU", "s a step", "")
     text = table("It does not fit. Remedies, and what they add to a step", columns, rows)
     if together is not None:
         text += (
             f"\ntogether: {together.text}: -{gib(together.saved_bytes)} GiB, "
-            f"{_added(together.added_seconds)} s a step, fits"
+            f"{_added(together.added_seconds)} s a step, {_verdict(plan, together)}"
         )
     elif not any(remedy.fits for remedy in alone):
         text += "\nnot even all of them together are enough: more memory a GPU, or a smaller model"
     return text + before
+
+
+def _verdict(plan: Plan, remedy: Remedy) -> str:
+    if not remedy.host_bytes:
+        return "fits" if remedy.fits else "not enough"
+    ranks = min(plan.settings.world_size, plan.settings.gpus_per_node)
+    machine = f"{gib(ranks * remedy.host_bytes)} GiB of a machine's memory"
+    return f"fits, with {machine}" if remedy.fits else f"not enough, and takes {machine}"
 
 
 def _added(seconds: float) -> str:
@@ -135,12 +143,12 @@ def _added(seconds: float) -> str:
 
 def _stored(plan: Plan, price: StoredPrice) -> str:
     """The price of a store; in one line where the plan has none."""
-    disk, building = gigabytes(price.num_bytes), _time(price.seconds)
+    disk, building = gigabytes(price.num_bytes), time_text(price.seconds)
     pays = f"after {price.epochs:.2g} epochs" if price.epochs < float("inf") else "never"
     if plan.settings.arm == "routed":
         probing = ""
         if price.probe_seconds:
-            probing = f" and {_time(price.probe_seconds)} for the probe before"
+            probing = f" and {time_text(price.probe_seconds)} for the probe before"
         return (
             f"A stored reference (--stored-reference), of {price.data_rows:,} rows (--data-rows): "
             f"{disk} of disk,\n  {building} to build on these GPUs{probing}, "
@@ -148,22 +156,15 @@ def _stored(plan: Plan, price: StoredPrice) -> str:
         )
     rows = [
         ("rows of the data set (--data-rows)", f"{price.data_rows:,}"),
-        ("rows in it, the risky ones", f"{price.stored_rows:,.0f}"),
+        ("rows in it, risky ones and anchors", f"{price.stored_rows:,.0f}"),
         ("disk", disk),
         ("FLOPs to build it (10^12)", f"{price.flops / 1e12:,.0f}"),
         ("time to build it on these GPUs, each pass as long as its fullest rank", building),
     ]
     if price.probe_seconds:
-        rows.append(("the probe on all rows, once, as in training", _time(price.probe_seconds)))
+        rows.append(("the probe on all rows, once, as in training", time_text(price.probe_seconds)))
     rows += [("seconds less a step", f"{price.saved_seconds:.3f}"), ("it has paid", pays)]
     return table("Stored reference (`safereg reference build`)", ("", "number"), rows)
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.2g} s"
 
 
 def _flops(plan: Plan) -> str:
@@ -207,11 +208,6 @@ def _after_the_probe(plan: Plan) -> tuple[str, ...]:
     extra = overhead(costs, plan.arms["sft"])
     shares = [f"{extra[name]:+.2%}" for name in ("flops", "bytes", "seconds")]
     return ("  after the first epoch", *shares, f"{costs.seconds:.3f}", gib(costs.memory.gpu))
-
-
-def _length(length: RunLength) -> str:
-    hours = _time(length.seconds)
-    return f"{length.what}: {hours}, {length.gpu_seconds / 3600:,.4g} GPU-hours"
 
 
 def _assumptions(plan: Plan) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safereg_dist.config import Config
 from safereg_dist.errors import ConfigError
@@ -12,6 +12,9 @@ from safereg_dist.plan.named_shapes import shape_name
 from safereg_dist.plan.settings import Settings, default_of, values_of, with_rows
 from safereg_dist.plan.shape import ModelShape, read_fields, shape_of
 from safereg_dist.screen.progress import say
+
+if TYPE_CHECKING:
+    from safereg_dist.plan.length import RowsOfRun
 
 UNFITTED_DEPTH = 0.5
 """Share of the layers that a probe is taken to read before it is fitted."""
@@ -113,23 +116,28 @@ def _values(asked: Asked) -> dict[str, Any]:
 
 def _zero_plan(shape: ModelShape, settings: Settings, asked: Asked) -> Planned:
     from safereg_dist.plan.figures import draw
-    from safereg_dist.plan.length import run_length
+    from safereg_dist.plan.length import after_the_probe, run_length
     from safereg_dist.plan.plan import make_plan
     from safereg_dist.plan.report import text_of
     from safereg_dist.plan.stored import stored_price
 
     notes: list[str] = []
-    data_rows, rows_from = asked.data_rows or 100_000, "--data-rows"
-    if asked.data_rows is None and (known := _rows_of(asked.config)):
-        data_rows, rows_from = known, "data.train"
+    rows = _rows_of(asked)
     if asked.config is not None:
         notes = _not_planned(asked.config, asked.values)
         if "probe_depth" not in asked.values:
             depth, more = _probe_depth(asked.config, shape.num_layers)
             settings, notes = replace(settings, probe_depth=depth), notes + more
     plan = make_plan(shape, settings, asked.gpu)
-    price = stored_price(plan, data_rows)
-    length = run_length(plan, asked.config, data_rows, rows_from)
+    price, first = stored_price(plan, rows.data_rows), plan.chosen.seconds
+    is_stored = settings.arm == "stored"
+    length = run_length(
+        settings,
+        rows,
+        first=first,
+        later=after_the_probe(plan).seconds if settings.arm == "routed" else first,
+        before=price.seconds + price.probe_seconds if is_stored else 0.0,
+    )
     return Planned(
         text_of(plan, price, length, notes, in_yaml=asked.config is not None),
         {**plan.to_json(), "stored": asdict(price), "run": asdict(length), "notes": notes},
@@ -137,17 +145,21 @@ def _zero_plan(shape: ModelShape, settings: Settings, asked: Asked) -> Planned:
     )
 
 
-def _rows_of(config: Config | None) -> int:
-    """Lines of `data.train`, where it is JSONL and here; else 0."""
-    train = None if config is None else config.data.train
+def _rows_of(asked: Asked) -> "RowsOfRun":
+    """Those asked for, else lines of the configuration's JSONL where it is here, else 100,000."""
+    from safereg_dist.plan.length import RowsOfRun
+
+    config, given = asked.config, asked.data_rows
+    train = None if config is None or given is not None else config.data.train
     paths = [train] if isinstance(train, str) else [part.path for part in train or ()]
-    if not all(path.endswith(".jsonl") and Path(path).is_file() for path in paths):
-        return 0
     count = 0
-    for path in paths:
-        with open(path, "rb") as file:
-            count += sum(1 for line in file if line.strip())
-    return count
+    if all(path.endswith(".jsonl") and Path(path).is_file() for path in paths):
+        for path in paths:
+            with open(path, "rb") as file:
+                count += sum(1 for line in file if line.strip())
+    if count:
+        return RowsOfRun(count, "data.train", config)
+    return RowsOfRun(given or 100_000, "--data-rows", config)
 
 
 def _not_planned(config: Config, values: Mapping[str, Any]) -> list[str]:
@@ -210,6 +222,7 @@ def _probe_depth(config: Config, num_layers: int) -> tuple[float, list[str]]:
 
 
 def _layout_plan(shape: ModelShape, values: Mapping[str, Any], asked: Asked) -> Planned:
+    from safereg_dist.plan.length import run_length
     from safereg_dist.plan.megatron.figures import draw_layouts
     from safereg_dist.plan.megatron.plan import make_layout_plan
     from safereg_dist.plan.megatron.proposal import propose, remedies
@@ -220,8 +233,10 @@ def _layout_plan(shape: ModelShape, values: Mapping[str, Any], asked: Asked) -> 
     drawn = {**values, "grad_accum": settings.grad_accum}
     plan = make_layout_plan(shape, settings, asked.gpu, proposed=reasons)
     left = [] if plan.fits else remedies(shape, values, settings, asked.gpu)
+    step = plan.chosen.seconds
+    length = run_length(settings, _rows_of(asked), first=step, later=step)
     return Planned(
-        text_of(plan, notes, left),
-        {**plan.to_json(), "notes": notes},
+        text_of(plan, length, notes, left),
+        {**plan.to_json(), "run": asdict(length), "notes": notes},
         lambda: draw_layouts(plan, drawn, name=shape.model_type),
     )

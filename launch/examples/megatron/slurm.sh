@@ -7,6 +7,7 @@
 # Tensor parallelism 8 (inside a node), pipeline 4, data parallelism 4 on 16 nodes of 8 GPUs. With
 # Megatron-LM: put the two lines into a copy of its pretrain_gpt.py, and name that here.
 set -euo pipefail
+: "${SLURM_JOB_NODELIST:?is not set: submit this file with sbatch}"
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export CUDA_DEVICE_MAX_CONNECTIONS=1

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from safereg_dist.plan.length import RunLength, length_text
 from safereg_dist.plan.megatron.memory import active_law, mean_of
 from safereg_dist.plan.megatron.plan import LayoutPlan
 from safereg_dist.plan.megatron.proposal import NONE_FITS, Remedy
@@ -21,10 +22,15 @@ ARM_NAMES = {
 GROUPS = ("tensor", "context", "optimizer", "pipeline")
 
 
-def text_of(plan: LayoutPlan, notes: Sequence[str] = (), left: Sequence[Remedy] = ()) -> str:
+def text_of(
+    plan: LayoutPlan,
+    length: RunLength,
+    notes: Sequence[str] = (),
+    left: Sequence[Remedy] = (),
+) -> str:
     """All tables, one under another; `notes` are further assumptions, `left` what may help."""
     parts = [_head(plan), _links(plan), _memory(plan, left), _slots(plan), _flops(plan)]
-    parts += [_traffic(plan), _overheads(plan)]
+    parts += [_traffic(plan), f"{_overheads(plan)}\n{length_text(length)}"]
     parts.append("\n".join([_assumptions(plan), *(f"  {note}" for note in notes)]))
     return "\n\n".join(parts) + "\n"
 
@@ -80,7 +86,7 @@ def _memory(plan: LayoutPlan, left: Sequence[Remedy]) -> str:
     if not left:
         return text
     tried = [(r.text, gib(r.needs_bytes), "fits" if r.fits else "not enough") for r in left]
-    return f"{text}\n\n{table('What to change', ('', 'GiB', ''), tried)}"
+    return f"{text}\n\n{table('What to change, and what a GPU needs then', ('', 'GiB', ''), tried)}"
 
 
 def _held(plan: LayoutPlan, stage: int) -> int:

@@ -156,13 +156,14 @@ def test_where_no_host_answers_this_one_is_examined(config, capsys, tmp_path):
 def test_a_hub_model_is_not_called_there_and_its_disk_is_known_by_its_name(config, capsys):
     name = "meta-llama/Llama-3.1-70B-Instruct"
     _, found = findings(capsys, config, f"model={name}", "--port", 0)
-    assert found["inputs are there"]["found"].startswith(f"data, risk; not looked at: {name}")
+    assert found["model"]["found"].startswith(f"{name} is no folder here")
+    assert found["model"]["verdict"] == "warn"
     assert "checkpoints of 1,129 GB" in found["disk"]["expected"]
     words = (f"model={name}", "lora.rank=16")
     work = work_of(load_config(config, words), world_size=16, per_host=8, gpu="")
     assert work.checkpoint_bytes == 16 * 207_093_760
     _, found = findings(capsys, config, "model=org/other", "--port", 0)
-    assert "not looked at: org/other" in found["inputs are there"]["found"]
+    assert "org/other is no folder" in found["model"]["found"]
 
 
 def test_who_holds_the_folder_is_said(config, capsys):

@@ -243,6 +243,7 @@ def test_the_demo_trains_on_two_ranks_from_an_installed_wheel(trainer, tmp_path)
 
 def write_config(folder: Path) -> None:
     (folder / "model").mkdir()
+    (folder / "model" / "tokenizer.json").touch()
     (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b", "risk": 0}\n')
     (folder / "run.yaml").write_text(
         "model: model\ndata: {train: rows.jsonl}\nrisk: {estimator: column}\n"

@@ -19,6 +19,7 @@ from safereg_dist.cli import main
 from safereg_dist.errors import ConfigError
 from safereg_dist.parallel.hardware import MFU, USABLE_MEMORY, find_gpu
 from safereg_dist.plan.flops import trunk_flops
+from safereg_dist.plan.length import RowsOfRun, run_length
 from safereg_dist.plan.megatron.figures import layout_curve
 from safereg_dist.plan.megatron.memory import fullest_stage, layer_bytes, stage_memory
 from safereg_dist.plan.megatron.plan import make_layout_plan
@@ -356,7 +357,11 @@ def test_what_helps_is_planned_itself():
     for gpus, fits in ((count // 2, False), (count, True)):
         best, _ = propose(shape, {**own, "world_size": gpus}, gpu)
         assert (fullest_stage(shape, best)[1] <= usable) == fits
-    text = text_of(make_layout_plan(shape, settings, gpu, proposed=reasons), left=left)
+    plan = make_layout_plan(shape, settings, gpu, proposed=reasons)
+    length = run_length(settings, RowsOfRun(1000, "--data-rows", None), first=2.0, later=2.0)
+    assert length.steps == 1000 // 32 + 1
+    text = text_of(plan, length, left=left)
+    assert "1 epoch of 1,000 rows (--data-rows), 32 steps: 64 s, 0.1422 GPU-hours" in text
     assert f"{count} GPUs and all of these" in text
     assert "not enough" in text
 

@@ -277,6 +277,11 @@ def test_the_price_of_a_store_is_shown(capsys):
     stored, text = planned(capsys, *words, "--stored-reference")
     assert stored["stored"]["num_bytes"] == found["stored"]["num_bytes"]
     assert "Stored reference (`safereg reference build`)" in text
+    run, price = stored["run"], stored["stored"]
+    assert run["before_seconds"] == price["seconds"] + price["probe_seconds"] > 0
+    assert run["gpu_seconds"] == pytest.approx(8 * (run["seconds"] + run["before_seconds"]))
+    assert "with building the store" in text
+    assert found["run"]["before_seconds"] == 0
     quiet, text = planned(capsys, *words, "--risky-fraction", 0)
     assert "never" in text
     assert quiet["stored"]["epochs"] is None
