@@ -133,8 +133,8 @@ def _verdict(plan: Plan, remedy: Remedy) -> str:
     if not remedy.host_bytes:
         return "fits" if remedy.fits else "not enough"
     ranks = min(plan.settings.world_size, plan.settings.gpus_per_node)
-    machine = f"{gib(ranks * remedy.host_bytes)} GiB of a machine's memory"
-    return f"fits, with {machine}" if remedy.fits else f"not enough, and takes {machine}"
+    verdict = "fits" if remedy.fits else "not enough"
+    return f"{verdict}, {ranks * remedy.host_bytes / GIB:.0f} GiB of a machine"
 
 
 def _added(seconds: float) -> str:
@@ -163,7 +163,10 @@ def _stored(plan: Plan, price: StoredPrice) -> str:
     ]
     if price.probe_seconds:
         rows.append(("the probe on all rows, once, as in training", time_text(price.probe_seconds)))
-    rows += [("seconds less a step", f"{price.saved_seconds:.3f}"), ("it has paid", pays)]
+    rows += [
+        ("seconds less a step, after a first epoch", f"{price.saved_seconds:.3f}"),
+        ("it has paid", pays),
+    ]
     return table("Stored reference (`safereg reference build`)", ("", "number"), rows)
 
 
