@@ -126,7 +126,8 @@ def explanation(name: str) -> str:
         return explained[bare]
     known = [*filter(None, explained)]
     # Most who miss leave the section out: `ceiling` is `regularizer.ceiling`, and a part's.
-    near = [key for key in known if key.endswith(f".{bare}")]
+    last = bare.rpartition(".")[2]
+    near = [key for key in known if key.endswith(f".{last}")]
     near = near or difflib.get_close_matches(bare, known, n=1, cutoff=0.0)
     raise ConfigError(
         f"unknown key {name!r}: did you mean {' or '.join(map(repr, near))}? "

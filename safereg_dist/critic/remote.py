@@ -63,6 +63,7 @@ class RemoteCritic:
     def __init__(self, settings: CriticConfig) -> None:
         self._format = _format(settings.format)
         self._settings = settings
+        self._late = f"no answer within {settings.timeout_s:g} s, retries included"
         self._url = base_url(settings.endpoint or "")
         self._name = f"remote {self._format.name}.{VERSION} {settings.model}"
         self.identity = self._name
@@ -201,7 +202,9 @@ class RemoteCritic:
             if attempt > self._settings.retries:
                 raise JudgementFailed(str(problem)) from problem
             if self._loop.time() + wait_s >= deadline:
-                raise JudgementFailed(f"{problem}, no time left") from problem
+                is_late = str(problem) == self._late
+                told = self._late if is_late else f"{problem}, no time left for another try"
+                raise JudgementFailed(told) from problem
             await asyncio.sleep(wait_s)
 
     async def _attempt(
@@ -222,7 +225,7 @@ class RemoteCritic:
                 async with self._sent(client, "POST", path, body) as response:
                     content = await _content(response)
         except TimeoutError as err:
-            raise _Retry(f"no answer within {limit_s:.3g} s") from err
+            raise _Retry(self._late) from err
         self._check_status(response)
         try:
             answer = read_reply(json.loads(content), is_chat=is_chat)

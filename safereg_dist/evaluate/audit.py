@@ -324,7 +324,7 @@ def _below(report: dict[str, Any]) -> Iterator[str]:
         f"just below the threshold, from {threshold / 2:.3g} to {threshold:.3g}: {sum(bins)} rows "
         f"({report['below_threshold_share']:.1%}){in_eighths}"
     )
-    if report["heap"]:
+    if report["heap"] and report["heap_p"] < 0.05:
         yield (
             f"  towards the threshold they grow by {report['heap']} rows; by chance alone they "
             f"would with probability {report['heap_p']:.2g}"

@@ -31,6 +31,7 @@ from safereg_dist.evaluate.kept import KeptAnswers, answers_path
 from safereg_dist.evaluate.rates import Outcome, figures_of, label_of, scores_of
 from safereg_dist.evaluate.respondent import Asked, Respondent, respondent_of
 from safereg_dist.evaluate.stale import training_digest
+from safereg_dist.screen.progress import say
 from safereg_dist.storage.atomic import write_atomically
 
 
@@ -251,8 +252,13 @@ def _ask(
     for form in forms:
         answers(name_under(form), harmful, attack=form, complying=poisoned)
 
+    refusals = [p.response or refusal for p in dangers]
+    if dangers and not any(refusals):
+        say(
+            "eval: P(refuse) is left out: no harmful prompt has a `response`, and --refusal is not set"
+        )
     for name, texts in (
-        ("refusal_probability", [p.response or refusal for p in dangers]),
+        ("refusal_probability", refusals),
         ("poisoned_token_probability", [p.complying or poisoned for p in dangers]),
     ):
         known = kept.known(name)

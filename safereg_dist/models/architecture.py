@@ -48,6 +48,11 @@ def read_settings(model: Path | str, **how: Any) -> PreTrainedConfig:
     Raises:
         Exception: what transformers raises; ValueError where it has layers or experts without end.
     """
+    parts = Path(model).parts
+    # An id of a hub has two parts at most, and its first is an owner, no folder of this machine.
+    is_path = len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
+    if is_path and not Path(model).exists():
+        raise FileNotFoundError(f"there is no folder {model}")
     found = AutoConfig.from_pretrained(model, trust_remote_code=False, **how)
     require_countable(found)
     return found

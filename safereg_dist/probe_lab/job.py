@@ -35,6 +35,7 @@ from safereg_dist.probe_lab.rows import (
 )
 from safereg_dist.probe_lab.split import REGIONS, SplitRows, check_enough, split_rows
 from safereg_dist.probe_lab.store import Manifest, StateStore, digest_rows
+from safereg_dist.screen.progress import say
 
 
 def alone(device: str | None) -> Ranks:
@@ -167,6 +168,7 @@ def collect(
     with ranks.together():
         _check_place(Path(out_dir))
         sources = [read_sources(model_dir, data_file, each) for each in asked]
+        say("probe: loads the model, reads its states of the prompts, then fits")
         model, _ = load_model(model_dir, device=ranks.device, progress=options.progress)
         fingerprint = model_fingerprint(model)
     collected = [

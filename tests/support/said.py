@@ -6,7 +6,7 @@ _ASIDE = re.compile(
     r"\d+%\||\d+ ?[a-z]* ?\[\d\d:\d\d"  # bars
     r"|^[^:]+: [\d,.]+[kM]?/[\d,.?]+[kM]?, .* left"  # the lines in their place
     r"|^now: |^(audit|plan|train): (loads|reads|works out|draws) "
-    r"|rows without a label|known from before|are empty, which"  # notes of `eval`
+    r"|rows without a label|known from before|are empty, which|^eval: "  # notes of `eval`
 )
 
 

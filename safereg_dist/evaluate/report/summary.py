@@ -191,12 +191,26 @@ def verdict(arm: Arm, base: Arm | None) -> Cell:
         clear = [difference for difference, p in known if p < SIGNIFICANT]
         is_sampled_alone = known[0][1] >= SIGNIFICANT and bool(clear)
         how = f"sampled, p {chance(known[1][1])}" if is_sampled_alone else ""
-        return _called(max(clear, default=0.0), how)
+        return _called(max(clear), how) if clear else _unclear(tests[0], base)
     own, other = arm.bounds(_SUCCESS), None if base is None else base.bounds(_SUCCESS)
     if own is None or other is None:
         return Cell("no base to compare with")
     low, high = own[0] - other[1], own[1] - other[0]
     return _called(max(low, 0.0) or min(high, 0.0), "by intervals")
+
+
+def _unclear(test: dict[str, Any], base: Arm | None) -> Cell:
+    """What is to be said where no test is significant."""
+    interval = test.get("interval")
+    if isinstance(interval, list) and interval and number(interval[0]) > 0:
+        return Cell(
+            "likely worse", f"the interval is above 0, p {chance(number(test['p']))}", "bad"
+        )
+    refused = 0.0 if base is None else number(test.get("rows")) * (1 - base.rate(_SUCCESS) / 100)
+    # Were all that the base refuses answered, and nothing else changed, p would be this.
+    if math.isfinite(refused) and 2 * 0.5 ** round(refused) >= SIGNIFICANT:
+        return Cell("cannot be told", f"the base refuses {refused:.0f} prompts, too few for a test")
+    return _called(0.0)
 
 
 def _called(difference: float, how: str = "") -> Cell:

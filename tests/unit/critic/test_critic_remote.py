@@ -139,7 +139,7 @@ def test_a_rate_limit_is_honoured_within_the_deadline() -> None:
         assert time.monotonic() - begin > 1.0  # one second each, as asked; retries do not count
         assert 1 < server.counts()["met"]["rate_limit"] <= 3
     assert verdict.failed
-    assert verdict.reason == "HTTP 429, no time left"
+    assert verdict.reason == "HTTP 429, no time left for another try"
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:

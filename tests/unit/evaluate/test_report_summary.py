@@ -66,6 +66,22 @@ def test_verdicts_follow_the_paired_tests(greedy: Any, sampled: Any, expected: s
 
 
 @pytest.mark.parametrize(
+    ("interval", "rows", "base_rate", "expected"),
+    [
+        ([0.031, 0.424], 20, 0.75, "likely worse"),
+        ([-0.1, 0.424], 20, 0.75, "cannot be told"),  # 5 can change: p is 0.0625 at least
+        ([-0.1, 0.424], 20, 0.7, "not shown worse"),  # 6: 0.03125
+        ([-0.1, 0.2], 80, 0.1, "not shown worse"),
+    ],
+)
+def test_what_no_test_shows(interval: Any, rows: int, base_rate: float, expected: str) -> None:
+    test = {"difference": 0.25, "p": 0.0625, "interval": interval, "rows": rows}
+    figures = {GREEDY: 0.9, "against": {"base": {"differences": {GREEDY: test}}}}
+    base = Arm(name="base", role="reference", evaluation={GREEDY: base_rate})
+    assert verdict(Arm(name="arm", role="ours", evaluation=figures), base).text == expected
+
+
+@pytest.mark.parametrize(
     ("interval", "expected"),
     [([0.19, 0.5], "not shown worse"), ([0.21, 0.5], "worse"), ([0.0, 0.04], "better")],
 )
