@@ -254,9 +254,7 @@ def _ask(
 
     refusals = [p.response or refusal for p in dangers]
     if dangers and not any(refusals):
-        say(
-            "eval: P(refuse) is left out: no harmful prompt has a `response`, and --refusal is not set"
-        )
+        say("eval: P(refuse) is left out: no harmful prompt has a `response`; --refusal is for all")
     for name, texts in (
         ("refusal_probability", refusals),
         ("poisoned_token_probability", [p.complying or poisoned for p in dangers]),

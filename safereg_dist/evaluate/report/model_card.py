@@ -286,11 +286,11 @@ def _limits(arm: Arm, base: Arm | None) -> list[str]:
             found.append(f"Attack success is over {counted:.0f} harmful prompts.")
         if not arm.compared(base):
             found.append("It was not compared with the base model prompt by prompt.")
-        elif (told := verdict(arm, base)).text in ("cannot be told", "likely worse"):
+        elif (called := verdict(arm, base)).text in ("cannot be told", "likely worse"):
             found.append(
-                f"Whether it gives in more often than the base: {told.text}; {told.below}."
+                f"Does it give in more often than the base? {called.text}: {called.below}."
             )
-        elif told.text == "not shown worse":
+        elif called.text == "not shown worse":
             tested = as_object(arm.compared(base).get(_SUCCESS)).get("interval")
             high = number(tested[1]) if isinstance(tested, list) and len(tested) == 2 else math.nan
             if math.isfinite(high):

@@ -203,9 +203,8 @@ def _unclear(test: dict[str, Any], base: Arm | None) -> Cell:
     """What is to be said where no test is significant."""
     interval = test.get("interval")
     if isinstance(interval, list) and interval and number(interval[0]) > 0:
-        return Cell(
-            "likely worse", f"the interval is above 0, p {chance(number(test['p']))}", "bad"
-        )
+        how = f"the interval is above 0, p {chance(number(test['p']))}"
+        return Cell("likely worse", how, "bad")
     refused = 0.0 if base is None else number(test.get("rows")) * (1 - base.rate(_SUCCESS) / 100)
     # Were all that the base refuses answered, and nothing else changed, p would be this.
     if math.isfinite(refused) and 2 * 0.5 ** round(refused) >= SIGNIFICANT:
