@@ -18,9 +18,12 @@ from safereg_dist.models.versions import UNKNOWN, versions_of
 from safereg_dist.run.folder import sole_writer
 from safereg_dist.run.ledger import merge_ledgers
 from safereg_dist.run.log import RunLog
+from safereg_dist.run.metrics import METRICS_NAME
 from safereg_dist.run.save import seal
 from safereg_dist.run.stop import forget_stop, stop_file
 from safereg_dist.run.tracking import TRACKING_NAME
+from safereg_dist.run.watching import OF_A_LOOP
+from safereg_dist.screen.progress import say
 from safereg_dist.step import SafetyRegularizer, StepPlan
 from safereg_dist.storage.atomic import write_atomically
 from safereg_dist.storage.signing import signing_key, write_signed
@@ -132,6 +135,9 @@ class Recorder:
                 logs=self._folder,
                 signing=self._signing,
             )
+        metrics = self._folder / METRICS_NAME
+        if ranks.is_main and state is None and metrics.is_file() and metrics.stat().st_size:
+            say(f"{self._folder}: the run begins anew, and with it the metrics and ledger there")
         with ranks.together():
             if ranks.is_main:
                 signing_key(self._signing)  # one that is missing is refused now
@@ -147,12 +153,12 @@ class Recorder:
         if before not in (None, ranks.world_size):
             self._log.write_change(step, before, ranks.world_size)
 
-    def begin(self, total_steps: int, *, resumed_by: str | None = None) -> None:
+    def begin(self, total_steps: int, *, resumed_by: str = OF_A_LOOP) -> None:
         """Notes how long the run is to be, before its first step. Collectives: gather of texts.
 
         Args:
-            resumed_by: what goes on with the run from its folders `checkpoint-STEP`; None = the
-                same command.
+            resumed_by: what goes on with the run from its folders `checkpoint-STEP`; as it is,
+                from what `save` wrote.
         Raises:
             ConfigError: the checkpoint has more steps already; a Trainer would take one more.
         """

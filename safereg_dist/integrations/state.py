@@ -33,6 +33,7 @@ from safereg_dist.run.manifest import (
 )
 from safereg_dist.run.resume import agreed_manifest, first_found
 from safereg_dist.run.save import as_checkpoint_errors, seal
+from safereg_dist.screen.progress import say
 from safereg_dist.step import SafetyRegularizer
 from safereg_dist.storage.json_text import parse_json
 from safereg_dist.storage.signing import SUFFIX, Key, signing_key
@@ -208,6 +209,8 @@ def _wrong_with(
     with ranks.together():
         if ranks.is_main:
             key = signing_key(signing)
+            if key is None and (folder / f"{NAME}{SUFFIX}").exists():
+                say(f"{folder} is signed and `signing` is not set: what follows will not be signed")
     manifest = agreed_manifest(lambda: _looked_at(folder, read, key), ranks)
     if not isinstance(manifest, Manifest):
         return manifest
@@ -223,8 +226,9 @@ def _wrong_with(
             reopen_ledger(logs)  # where the run had finished
     wrong = first_found(first_changed_log(logs, manifest.logs, ends), ranks)
     return wrong and (
-        f"{wrong}: it goes on beside the logs of its run: set output_dir to their folder, restore "
-        f"them from a copy in {logs}, or begin anew in another"
+        f"{wrong}: these are not the logs of its run, which was begun anew here (resume from a "
+        "newer start's checkpoint) or was moved (set output_dir to the logs' folder); else restore "
+        "them from a copy"
     )
 
 

@@ -92,8 +92,8 @@ def request_stop(folder: Path) -> None:
     if not holder.is_alive:
         raise CheckpointError(
             f"expected a run at work in {folder}, its process is dead ({holder.name}, silent for "
-            f"{holder.silent_s:.0f} s): nobody would read the request; start the run again, and it "
-            "goes on from its newest checkpoint"
+            f"{holder.silent_s:.0f} s): nobody would read the request; `safereg watch` says how it "
+            "goes on"
         )
     write_atomically(stop_file(folder), "")
 
@@ -102,10 +102,17 @@ def wait_for_stop(folder: Path, *, timeout_s: float, show: Callable[[str], None]
     """Returns when the run has honoured the stop file or has ended; `show` is told how far it is.
 
     Raises:
-        CheckpointError: it has done neither after `timeout_s` seconds.
+        CheckpointError: it has done neither after `timeout_s` seconds, or nobody runs it any more.
     """
     began, told = time.monotonic(), 0.0
     while stop_file(folder).exists() and not has_ended(folder):
+        holder = holder_of(folder)
+        is_left = holder is None or not holder.is_alive
+        if is_left and stop_file(folder).exists() and not has_ended(folder):
+            raise CheckpointError(
+                f"the run in {folder} has failed or was killed before it had saved: `safereg "
+                "watch` says why, and how it goes on"
+            )
         waited = time.monotonic() - began
         if waited > timeout_s:
             raise CheckpointError(

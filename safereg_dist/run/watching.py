@@ -154,12 +154,18 @@ def state_of(folder: Path) -> tuple[str, str]:
     return "running", holder.name
 
 
+OF_A_LOOP = "recorder.start(FOLDER, step=DONE)"
+"""How a loop of one's own goes on with its run; the same command may begin it anew."""
+
+
 def how_it_goes_on(folder: Path) -> str:
     """Half a sentence: what goes on with the run in a folder that has saved and ended."""
     resumed_by = read_tracking(folder / TRACKING_NAME)["resumed_by"]
     if resumed_by is None:
         return "the same command goes on with it"
     saved = checkpoints_in(folder)
+    if resumed_by == OF_A_LOOP:
+        return f"{OF_A_LOOP} goes on from what recorder.save wrote"
     if not saved:
         return "it has no checkpoint, and would begin anew"
     return f"{printable(resumed_by, 40)} goes on from {saved[-1]}"

@@ -75,10 +75,13 @@ def test_the_doctor_asks_the_ranks_of_a_launcher(config, launch):
     assert done.status == 0, done.output
     assert done.output.count("output_dir is one folder") == 1
     assert " MB/s into rank " in done.output
-    done = launch(*doctor, "model=/nowhere/model", ranks=2)
+    done = launch(*doctor, "model=owner/model", ranks=2)
     assert done.status == 0  # a name on the hub, for all that is known
-    done = launch(*doctor, "data.train=/nowhere/rows.jsonl", ranks=2)
+    assert "warn  model " in done.output
+    missing = ("model=/nowhere/model", "data.train=/nowhere/rows.jsonl")
+    done = launch(*doctor, *missing, ranks=2)
     assert done.status == 1
     assert "/nowhere/rows.jsonl" in done.output
+    assert "/nowhere/model" in done.output
     assert not (config.parent / "sick").exists()
     assert not list(config.parent.glob(".doctor*"))

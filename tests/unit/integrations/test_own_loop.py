@@ -216,7 +216,10 @@ def test_the_loop_of_the_page_stops_on_request(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as end:
         exec(block, {**names, "windows": Windows([ROWS] * 3)})
     assert end.value.code == 75
-    assert state_of(Path("runs/loop")) == ("stopped", "the same command goes on with it")
+    assert state_of(Path("runs/loop")) == (
+        "stopped",
+        "recorder.start(FOLDER, step=DONE) goes on from what recorder.save wrote",
+    )
     again = Recorder(prepare(model, "safety.yaml"), Path("runs/loop"), {})
     again.start(Path("runs/loop/checkpoint/safereg"), step=2)
     with again:
