@@ -18,7 +18,7 @@ from safereg_dist.cli import main
 from safereg_dist.commands.watch import sparkline
 from safereg_dist.errors import CheckpointError
 from safereg_dist.run.lock import STALE_S, RunLock, holder_of
-from safereg_dist.run.stop import failure_noted, request_stop
+from safereg_dist.run.stop import failure_noted, request_stop, wait_for_stop
 from safereg_dist.run.watching import MetricsTail, checkpoints_in, look_at, state_of
 
 
@@ -154,6 +154,29 @@ def test_a_process_that_was_killed_is_dead_at_once(folder):
     with pytest.raises(CheckpointError, match=r"its process is dead .*nobody would read"):
         request_stop(folder)
     assert not (folder / "stop").exists()
+
+
+def test_who_waits_for_a_stop_hears_of_its_end(tmp_path):
+    """A run that is killed, or fails, before it has saved: the wait ends at once, with an error."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    code = (
+        "import sys, time; from pathlib import Path; from safereg_dist.run.lock import RunLock\n"
+        "assert RunLock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    request_stop(folder)
+
+    def kill_when_told(_: str) -> None:
+        process.kill()
+        process.wait()
+
+    with pytest.raises(CheckpointError, match="failed or was killed before it had saved"):
+        wait_for_stop(folder, timeout_s=60, show=kill_when_told)
+    process.stdout.close()
 
 
 def test_another_hosts_run_is_dead_without_heartbeats(folder):
