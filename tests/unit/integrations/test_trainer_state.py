@@ -128,9 +128,7 @@ def test_each_cause_has_its_own_remedy(written, again, tmp_path):
     with pytest.raises(CheckpointError, match=r"was moved .set output_dir to the logs' folder"):
         run(tmp_path / "moved", written / "reference")
     (folder / "ledger.rank0.jsonl").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"rank0.jsonl cannot be read.*from a copy"
-    ):
+    with pytest.raises(CheckpointError, match=r"rank0.jsonl cannot be read.*from a copy"):
         resume()
     shutil.rmtree(newest / STATE)
     (newest / NAME).unlink()
