@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -17,6 +16,7 @@ from transformers import (
 )
 
 from safereg_dist.demo.tokenizer import MAX_TOKENS
+from safereg_dist.screen.progress import progress_bar
 
 FINAL_FRACTION = 0.05  # of the peak learning rate, where the cosine ends
 WARMUP_STEPS = 30
@@ -53,7 +53,7 @@ def train_from_scratch(
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, min(WARMUP_STEPS, steps), steps, min_lr_rate=FINAL_FRACTION
     )
-    with tqdm(total=steps, desc=name, unit=" steps", disable=not progress) as bar:
+    with progress_bar(total=steps, desc=name, unit=" steps", shown=progress) as bar:
         for step in range(steps):
             loss = _response_loss(model, [encode(sample) for sample in draw_batch()])
             loss.backward()

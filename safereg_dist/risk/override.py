@@ -30,7 +30,7 @@ def read_overrides(path: Path | str) -> dict[str, Override]:
         if name in (None, "") or risk is None or not isinstance(reason, str) or not reason:
             raise DataError(
                 f"{where}: an override needs `id`, `action` (allow or hold) and a `reason`, got "
-                f"{ {key: row.get(key) for key in ('id', 'action', 'reason')} }: complete the row"
+                f"{ {key: row.get(key) for key in ('id', 'action', 'reason')} }: correct the row"
             )
         if str(name) in overrides:
             raise DataError(f"{where}: id {name!r} is overridden twice: keep one decision")

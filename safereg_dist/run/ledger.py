@@ -463,7 +463,7 @@ def _summary_head(path: Path, key: Key | None) -> LedgerHead:
         raise LedgerError(_why_none(path)) from err
     except (ValueError, KeyError, TypeError) as err:
         raise LedgerError(
-            f'missing summary: expected "ledger": {{"head", "rows"}} in {path}, found none: '
-            f"{_RESTORE}"
+            f'missing summary: expected "ledger": {{"head", "rows"}} in {path}, found none or no '
+            f"JSON: {_RESTORE}"
         ) from err
     return LedgerHead(head, rows)

@@ -5,7 +5,7 @@ import re
 _ASIDE = re.compile(
     r"\d+%\||\d+ ?[a-z]* ?\[\d\d:\d\d"  # bars
     r"|^[^:]+: [\d,.]+[kM]?/[\d,.?]+[kM]?, .* left"  # the lines in their place
-    r"|^now: |^(audit|plan|train): (loads|reads|works out|draws) "
+    r"|^now: |^(audit|plan|probe|train): (loads|reads|works out|draws) "
     r"|rows without a label|known from before|are empty, which|^eval: "  # notes of `eval`
 )
 
