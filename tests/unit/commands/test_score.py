@@ -262,7 +262,7 @@ def test_what_is_wrong_with_files_and_arguments_is_said(tmp_path, capsys) -> Non
             (arguments(url, data, out, *garbage), "not a database"),
             (arguments(url, data, out, "--timeout-s", "0"), "timeout_s"),
             (["score", "--probe", "p", "--data", str(data), "--out", str(out)], "--model-path"),
-            (["score", "--endpoint", url, "--data", str(data), "--out", str(out)], "`format`"),
+            (["score", "--endpoint", url, "--data", str(data), "--out", str(out)], "--format too"),
             (["score", "--endpoint", url, "--data", str(data)], "--out is missing"),
             (["score", "--endpoint", url, "--data", str(tmp_path / "x")], "give --tokenizer"),
             (["score", *judge, "--data", "none.idx", "--tokenizer", "t"], "found no file none.idx"),
