@@ -326,16 +326,16 @@ def run(arguments: argparse.Namespace) -> Outcome:
     """Writes the data with a risk in every row, or the risks of an indexed data set."""
     if arguments.probe is not None and arguments.model_path is None:
         raise ConfigError("--probe needs --model-path, the model whose states it reads")
-    if arguments.endpoint is not None and not (arguments.model and arguments.format):
-        raise ConfigError(
-            "--endpoint needs --model NAME and --format too: the judge's name there, and how it is "
-            "asked (llama_guard, ...; see --help)"
-        )
     job = _indexed(arguments)
     if job is None and arguments.out is None:
         raise ConfigError(
             f"--out is missing: name the file that the rows of {arguments.data} go to with their "
             f"risk (only of an indexed data set, with {arguments.data}.idx, there is a default)"
+        )
+    if arguments.endpoint is not None and not (arguments.model and arguments.format):
+        raise ConfigError(
+            "--endpoint needs --model NAME and --format too: the judge's name there, and how it is "
+            "asked (llama_guard, ...; see --help)"
         )
     out = arguments.out if job is None else job.stem
     if arguments.probe is not None:
