@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from safereg_dist.errors import DataError
 from safereg_dist.parallel.comm import Ranks
 from safereg_dist.regions import METRICS, region
 from safereg_dist.types import LedgerRow, MicroBatch, MicroBatchResult, known_risk
@@ -130,6 +131,11 @@ class StepMetrics:
         Collectives: one all-gather of 18 float64 per rank, and one of each of those. Two host
         synchronisations.
         """
+        if not self._device_sums:
+            raise DataError(
+                "expected a forward for each micro-batch of the step, got none: run them inside "
+                "`loss_of` before `close`"
+            )
         self._host["peak_memory_bytes"] = _peak_memory_bytes(ranks.device)
         own = torch.tensor(
             [

@@ -293,7 +293,12 @@ class SafetyRegularizer:
             early = self.reference.hidden_states(planned.plan.passes, planned.index, batch)
         with self.policy.ending_in(loss):
             yield
-        step.metrics.add(batch, *results)
+        if len(results) != 1:
+            raise DataError(
+                f"expected one forward of the model that `prepare` was given inside `loss_of`, got "
+                f"{len(results)}: call model(input_ids=..., use_cache=False), without labels, in it"
+            )
+        step.metrics.add(batch, results[0])
 
     # ---- the forward of a stack that has a loss of its own
 

@@ -44,6 +44,7 @@ def finish(arguments: argparse.Namespace, *, hints: bool = True) -> int:
     if to is not None and outcome.figures is not None:
         _write(to, json.dumps(json_ready(outcome.figures), indent=2, allow_nan=False) + "\n")
     if outcome.now and hints and not is_quiet:
+        sys.stdout.flush()
         print(f"now: {printable(outcome.now)}", file=sys.stderr, flush=True)
     return outcome.status
 

@@ -29,7 +29,7 @@ def first_mistake(error: ValidationError, cls: type[Section], raw: Any, where: s
         return unknown_key(name, str(key), list(cls.model_fields))
     if first["type"] == "missing":
         names = [_name(where, each["loc"]) for each in found if each["type"] == "missing"]
-        return f"missing key {', '.join(names)}: add it to the configuration"
+        return f"missing key {', '.join(names)}: add it to the configuration, or give key=value"
     if first["type"] in ("model_type", "tuple_type"):
         field = cls.model_fields.get(str(key))
         entries = " of sections" if field and section_in(field.annotation) else ""
@@ -69,6 +69,8 @@ def _expected(error: ErrorDetails, field: FieldInfo) -> str:
     if choices := [str(choice) for choice in choices_of(field.annotation)]:
         allowed = f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
         return f"be {allowed}, got {value!r}{hint(value, choices)}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"match {error.get('ctx', {}).get('pattern')}, got {value!r}"
     return f"be {type_name(field.annotation)}, got {value!r}"
 
 

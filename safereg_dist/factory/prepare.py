@@ -267,7 +267,8 @@ def _config_of(model: PreTrainedModel, settings: Path | str | Mapping[str, Any])
     if config.signing is not None:
         raise ConfigError(
             "signing signs checkpoints and the ledger, which a loop of your own writes itself: "
-            "leave it out, or train with `safereg train`, a Trainer or Megatron"
+            "leave it out here, and give it to a recorder (Recorder(..., signing=SigningConfig("
+            "...)), docs/stacks/loops.md)"
         )
     return config
 

@@ -66,13 +66,14 @@ def run_length(
     )
 
 
-def length_text(length: RunLength) -> str:
-    """One line."""
-    told = f"{length.what}: {time_text(length.seconds)}"
+def length_text(length: RunLength, *, fits: bool) -> str:
+    """One line, without checkpoints."""
+    told = f"{length.what}, without checkpoints: {time_text(length.seconds)}"
     if length.before_seconds:
         whole = time_text(length.seconds + length.before_seconds)
         told += f", with building the store (and the probe's passes) {whole}"
-    return f"{told}, {length.gpu_seconds / 3600:,.4g} GPU-hours"
+    told += f", {length.gpu_seconds / 3600:,.4g} GPU-hours"
+    return told if fits else f"{told} (of a plan that does not fit: look again with what makes it)"
 
 
 def time_text(seconds: float) -> str:

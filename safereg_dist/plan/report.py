@@ -38,7 +38,11 @@ def text_of(
         in_yaml: the run has a configuration, whose keys the remedies name; else options.
     """
     parts = [_head(plan), _parameters(plan), _memory(plan), _fit(plan, in_yaml=in_yaml)]
-    parts += [_flops(plan), _traffic(plan), f"{_overheads(plan)}\n{length_text(length)}"]
+    parts += [
+        _flops(plan),
+        _traffic(plan),
+        f"{_overheads(plan)}\n{length_text(length, fits=plan.fits)}",
+    ]
     if plan.settings.arm != "sft":
         parts.append(_stored(plan, price))
     parts.append("\n".join([_assumptions(plan), *(f"  {note}" for note in notes)]))
@@ -152,7 +156,8 @@ def _stored(plan: Plan, price: StoredPrice) -> str:
         return (
             f"A stored reference (--stored-reference), of {price.data_rows:,} rows (--data-rows): "
             f"{disk} of disk,\n  {building} to build on these GPUs{probing}, "
-            f"{_added(-price.saved_seconds)} s a step; it has paid {pays}"
+            f"{_added(-price.saved_seconds)} s a step later on; it has paid {pays}"
+            + ("; the probe runs either way" if price.probe_seconds else "")
         )
     rows = [
         ("rows of the data set (--data-rows)", f"{price.data_rows:,}"),

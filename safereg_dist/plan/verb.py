@@ -15,6 +15,7 @@ from safereg_dist.screen.progress import say
 
 if TYPE_CHECKING:
     from safereg_dist.plan.length import RowsOfRun
+    from safereg_dist.plan.plan import Plan
 
 UNFITTED_DEPTH = 0.5
 """Share of the layers that a probe is taken to read before it is fitted."""
@@ -140,7 +141,12 @@ def _zero_plan(shape: ModelShape, settings: Settings, asked: Asked) -> Planned:
     )
     return Planned(
         text_of(plan, price, length, notes, in_yaml=asked.config is not None),
-        {**plan.to_json(), "stored": asdict(price), "run": asdict(length), "notes": notes},
+        {
+            **plan.to_json(),
+            **_remedies(plan, in_yaml=asked.config is not None),
+            "after_first_epoch": {"seconds": after_the_probe(plan).seconds},
+            **{"stored": asdict(price), "run": asdict(length), "notes": notes},
+        },
         lambda: draw(plan, name=shape.model_type),
     )
 
@@ -160,6 +166,17 @@ def _rows_of(asked: Asked) -> "RowsOfRun":
     if count:
         return RowsOfRun(count, "data.train", config)
     return RowsOfRun(given or 100_000, "--data-rows", config)
+
+
+def _remedies(plan: "Plan", *, in_yaml: bool) -> dict[str, Any]:
+    """What makes a plan fit that does not, as the text says it."""
+    from safereg_dist.plan.remedies import remedies
+
+    if plan.fits:
+        return {"remedies": [], "together": None}
+    alone, together = remedies(plan, as_options=not in_yaml)
+    found = None if together is None else asdict(together)
+    return {"remedies": [asdict(remedy) for remedy in alone], "together": found}
 
 
 def _not_planned(config: Config, values: Mapping[str, Any]) -> list[str]:
@@ -237,6 +254,10 @@ def _layout_plan(shape: ModelShape, values: Mapping[str, Any], asked: Asked) -> 
     length = run_length(settings, _rows_of(asked), first=step, later=step)
     return Planned(
         text_of(plan, length, notes, left),
-        {**plan.to_json(), "run": asdict(length), "notes": notes},
+        {
+            **plan.to_json(),
+            "remedies": [remedy._asdict() for remedy in left],
+            **{"run": asdict(length), "notes": notes},
+        },
         lambda: draw_layouts(plan, drawn, name=shape.model_type),
     )

@@ -148,7 +148,8 @@ def state_of(folder: Path) -> tuple[str, str]:
         return "stopped", how_it_goes_on(folder)
     if not holder.is_alive:
         ago = timedelta(seconds=round(holder.silent_s))
-        return "dead", f"no sign of life of {holder.name} for {ago}"
+        how = how_it_goes_on(folder)
+        return "dead", f"no sign of life of {holder.name} for {ago}; {how}"
     if stop_file(folder).exists():
         return "stopping", "it saves after this step, and ends"
     return "running", holder.name

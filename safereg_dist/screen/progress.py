@@ -59,6 +59,7 @@ _LINE_EVERY_S = 30.0
 def say(text: str) -> None:
     """One line on stderr of what goes on, by the launcher's first rank; none under `quiet`."""
     if not _is_quiet and os.environ.get("RANK", "0") == "0":
+        sys.stdout.flush()  # in a log both go to one file, in the order in which they were said
         print(text, file=sys.stderr, flush=True)
 
 

@@ -30,7 +30,7 @@ def text_of(
 ) -> str:
     """All tables, one under another; `notes` are further assumptions, `left` what may help."""
     parts = [_head(plan), _links(plan), _memory(plan, left), _slots(plan), _flops(plan)]
-    parts += [_traffic(plan), f"{_overheads(plan)}\n{length_text(length)}"]
+    parts += [_traffic(plan), f"{_overheads(plan)}\n{length_text(length, fits=plan.fits)}"]
     parts.append("\n".join([_assumptions(plan), *(f"  {note}" for note in notes)]))
     return "\n\n".join(parts) + "\n"
 

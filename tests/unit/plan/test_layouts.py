@@ -361,7 +361,7 @@ def test_what_helps_is_planned_itself():
     length = run_length(settings, RowsOfRun(1000, "--data-rows", None), first=2.0, later=2.0)
     assert length.steps == 1000 // 32 + 1
     text = text_of(plan, length, left=left)
-    assert "1 epoch of 1,000 rows (--data-rows), 32 steps: 64 s, 0.1422 GPU-hours" in text
+    assert "32 steps, without checkpoints: 64 s, 0.1422 GPU-hours (of a plan that does" in text
     assert f"{count} GPUs and all of these" in text
     assert "not enough" in text
 

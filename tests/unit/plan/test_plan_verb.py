@@ -311,8 +311,10 @@ def test_remedies_say_what_they_add_to_a_step():
 def test_options_that_are_named_are_those_of_the_verb(capsys):
     """All remedies together, appended to the command that printed them, make the plan fit."""
     words = ("--model-config", "llama-3.1-70b", "--world-size", 16, "--seq-length", 4096)
-    _, text = planned(capsys, *words)
+    numbers, text = planned(capsys, *words)
     (line,) = [line for line in text.splitlines() if line.startswith("together: ")]
+    assert line.startswith(f"together: {numbers['together']['text']}: ")
+    assert {remedy["text"] for remedy in numbers["remedies"]} > {"--offload-optimizer cpu"}
     together = line.removeprefix("together: ").split(": ")[0].split()
     assert "It fits." in planned(capsys, *words, *together)[1]
 
