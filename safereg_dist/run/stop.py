@@ -132,7 +132,8 @@ def has_ended(folder: Path) -> bool:
 
 
 def _last_sign(folder: Path) -> str:
-    at = _changed(folder / "metrics.jsonl")
+    metrics = folder / "metrics.jsonl"
+    at = _changed(metrics) if metrics.is_file() and metrics.stat().st_size else 0.0  # made empty
     return f"last step logged {max(0.0, time.time() - at):.0f} s ago" if at else "no step yet"
 
 
