@@ -79,12 +79,10 @@ def _next(arguments: argparse.Namespace, report: dict[str, Any], verb: str) -> s
     Settings of a Trainer, which name neither model nor rows, are trained by a script of its own.
     """
     same = (arguments.config, *arguments.overrides)
+    if not report["training_would_start"]:
+        return "" if arguments.show_text else command("audit", *same, "--show-text")
     named = {override.partition("=")[0] for override in arguments.overrides}
-    if report["training_would_start"] and named >= {"model", "data.train"}:
-        return ""
-    if report["training_would_start"]:
-        return command(verb, *same)
-    return "" if arguments.show_text else command("audit", *same, "--show-text")
+    return "" if named >= {"model", "data.train"} else command(verb, *same)
 
 
 def _own_risks(context: "RiskContext") -> "list[RowRisk]":
